@@ -1,0 +1,224 @@
+"""Checkpoints of a run: asynchronous, atomic, the newest and the best kept, written by Orbax."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import (  # pyright: ignore[reportMissingImports]
+    AnyPreservationPolicy,
+    BestN,
+    LatestN,
+)
+
+from jaxft.errors import CheckpointError
+from jaxft.state import TrainState
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a run knows beside its arrays; kept as JSON in every checkpoint.
+
+    Attributes:
+      data: State of the data iterator.
+      tokens: Tokens read so far, padding left out.
+      trained_tokens: Those of them that carried loss.
+      best_loss: Lowest validation loss so far; infinite before the first evaluation.
+      reference_loss: The last one that fell by the minimum change that counts as improvement.
+      stale_evaluations: Evaluations since then.
+    """
+
+    data: dict[str, Any]
+    tokens: int = 0
+    trained_tokens: int = 0
+    best_loss: float = float("inf")
+    reference_loss: float = float("inf")
+    stale_evaluations: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run, below `folder`; a folder that is not complete does not count."""
+
+    def __init__(self, folder: Path, *, keep_last: int = 1, read_only: bool = False):
+        policy = AnyPreservationPolicy(
+            [
+                LatestN(keep_last),
+                BestN(
+                    get_metric_fn=lambda metrics: metrics["loss"],
+                    # Orbax keeps the last of its order: lowest loss last.
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+        )
+        self.folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=options,
+            item_names=("params", "optimizer", "progress", "config"),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the lowest validation loss, if one was evaluated."""
+        losses = {step: self.loss(step) for step in self.steps()}
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        return min(known, key=known.__getitem__) if known else None
+
+    def loss(self, step: int) -> float | None:
+        """Validation loss that was measured at this checkpoint, if any."""
+        metrics = self._manager.metrics(step)
+        return metrics["loss"] if metrics else None
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        progress: Progress,
+        config: Mapping[str, Any],
+        loss: float | None = None,
+    ) -> None:
+        """Starts writing the state; returns once it is copied off the device.
+
+        Raises:
+          CheckpointError: If this or the previous save failed, such as for a full disk. Older
+            checkpoints are intact.
+        """
+        step = int(state.step)
+        if step in self.steps():
+            return
+        self._check_space(state)
+        with self._explained(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(state.opt_state),
+                    progress=ocp.args.JsonSave(progress_to_json(progress)),
+                    config=ocp.args.JsonSave(dict(config)),
+                ),
+                metrics=None if loss is None else {"loss": loss},
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Blocks until what was started is on disk."""
+        with self._explained(None):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases threads."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, Progress]:
+        """Returns state and progress of a checkpoint, on any mesh.
+
+        Args:
+          abstract: Shapes, dtypes and the shardings to restore into.
+          step: One of `steps()`.
+        """
+        with self._readable(step):
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    optimizer=ocp.args.StandardRestore(abstract.opt_state),
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
+        params = items["params"]
+        state = TrainState(
+            step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
+            trainable={path: params[path] for path in abstract.trainable},
+            frozen={path: params[path] for path in abstract.frozen},
+            opt_state=items["optimizer"],
+        )
+        return state, progress_from_json(items["progress"])
+
+    def restore_params(
+        self, abstract: Mapping[str, jax.ShapeDtypeStruct], step: int
+    ) -> dict[str, jax.Array]:
+        """Returns the parameters alone, into the shardings and dtypes of `abstract`."""
+        with self._readable(step):
+            items = self._manager.restore(
+                step, args=ocp.args.Composite(params=ocp.args.StandardRestore(dict(abstract)))
+            )
+        return items["params"]
+
+    def restore_config(self, step: int) -> dict[str, Any]:
+        """Returns the run's config, `{dotted path: value}`."""
+        with self._readable(step):
+            items = self._manager.restore(
+                step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+            )
+        return items["config"]
+
+    def _check_space(self, state: TrainState) -> None:
+        arrays = jax.tree.leaves((state.params, state.opt_state))
+        need = sum(
+            shard.data.nbytes
+            for array in arrays
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        )
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise CheckpointError(
+                f"A checkpoint takes {need / 1e9:.2f} GB, but {self.folder} has "
+                f"{free / 1e9:.2f} GB free. Older checkpoints are intact; free some space, lower "
+                "train.keep_last, or choose another train.workdir, and start again with --resume."
+            )
+
+    @contextlib.contextmanager
+    def _explained(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # Storage back ends raise OSError, ValueError or RuntimeError for a full disk.
+            name = "the last checkpoint" if step is None else f"checkpoint {step}"
+            raise CheckpointError(
+                f"Writing {name} in {self.folder} failed: {error}. Complete checkpoints: "
+                f"{self._complete()}; they are intact. Free some space or repair access, then "
+                "start again with --resume."
+            ) from error
+
+    def _complete(self) -> str:
+        found = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
+        return ", ".join(map(str, found)) or "none"
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"Checkpoint {step} in {self.folder} cannot be read: {error}. Complete "
+                f"checkpoints: {self._complete()}; name another with --step, or move the folder "
+                f"{step} away so that the one before it is used."
+            ) from error
+
+
+def progress_to_json(progress: Progress) -> dict[str, Any]:
+    """Returns a dict that JSON can hold: an infinite loss becomes null."""
+    fields = {name: getattr(progress, name) for name in Progress.__dataclass_fields__}
+    return {k: None if v == float("inf") else v for k, v in fields.items()}
+
+
+def progress_from_json(fields: Mapping[str, Any]) -> Progress:
+    """Inverse of `progress_to_json`."""
+    return Progress(**{k: float("inf") if v is None else v for k, v in fields.items()})

@@ -1,0 +1,217 @@
+"""The `jaxft` command: arguments, nothing else. Each command imports what it needs when it runs."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from jaxft.errors import ConfigError, JaxftError, nearest
+
+_EPILOG = """
+Any key of the config can be set by a flag: --config.optim.learning_rate=2e-5.
+All keys with their meaning: jaxft train --print_config.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except JaxftError as error:
+        for problem in error.problems:
+            print(f"jaxft: {problem}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("jaxft: stopped.", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if "run" not in options:
+        parser.print_help()
+        return 2
+    options.overrides = _overrides(rest, parser, options)
+    return options.run(options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage as the rest of jaxft does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See `{self.prog} --help`.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="jaxft", description=__import__("jaxft").__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Callable, text: str, *, config: bool) -> argparse.ArgumentParser:
+        epilog = _EPILOG if config else None
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, allow_abbrev=False
+        )
+        sub.set_defaults(run=run, takes_config=config, parser=sub)
+        if config:
+            sub.add_argument("--config", default="", metavar="FILE", help="such as configs/demo.py")
+        return sub
+
+    train = command("train", _train, "Fine-tune a model.", config=True)
+    train.add_argument("--resume", action="store_true", help="continue the run in train.workdir")
+    train.add_argument("--overwrite", action="store_true", help="delete that run first")
+    train.add_argument(
+        "--print_config", action="store_true", help="show every key with its meaning, and stop"
+    )
+
+    evaluate = command("eval", _eval, "Evaluate a model, checkpoint or export.", config=True)
+    evaluate.add_argument("--checkpoint", default="", metavar="PATH", help="instead of model.path")
+    evaluate.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, paired")
+    evaluate.add_argument("--output", default="", metavar="FILE", help="write results as JSON too")
+    _add_step(evaluate)
+
+    generate = command("generate", _generate, "Continue texts or answer questions.", config=False)
+    generate.add_argument("--model", required=True, metavar="PATH", help="folder, id or workdir")
+    generate.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be repeated; else lines of stdin"
+    )
+    generate.add_argument("--raw", action="store_true", help="no chat template: continue the text")
+    generate.add_argument("--max_new_tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: most likely token")
+    generate.add_argument("--top_k", type=int, default=0, help="0: all tokens")
+    generate.add_argument("--top_p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--dtypes", default="float32", choices=("float32", "mixed", "bfloat16"))
+    _add_step(generate)
+
+    export = command("export", _export, "Write a Hugging Face folder.", config=False)
+    export.add_argument("--checkpoint", required=True, metavar="PATH", help="workdir or checkpoint")
+    export.add_argument("--output", required=True, metavar="FOLDER")
+    export.add_argument("--dtype", default="", help="of every tensor, such as bfloat16")
+    export.add_argument("--overwrite", action="store_true", help="replace the folder")
+    export.add_argument("--verify", action="store_true", help="load it again, compare logits")
+    _add_step(export)
+
+    command("data", _data, "Show what the data is and what is trained.", config=True)
+    command("doctor", _doctor, "Check versions, devices, disk and hub.", config=True)
+    return parser
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--step", default="best", help="checkpoint of a workdir: best (default), latest or a number"
+    )
+
+
+def _overrides(
+    rest: list[str], parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> list[str]:
+    """Returns `--config.key=value` flags; anything else left over is unknown."""
+    found, unknown = [], []
+    words = iter(rest)
+    for word in words:
+        if not (options.takes_config and word.startswith("--config.")):
+            unknown.append(word)
+        elif "=" in word:
+            found.append(word)
+        else:
+            found.append(f"{word}={next(words, 'true')}")
+    if unknown:
+        known = [name for action in options.parser._actions for name in action.option_strings]
+        raise ConfigError([f"Unknown argument {w!r}.{nearest(w, known)}" for w in unknown])
+    return found
+
+
+def _config(options: argparse.Namespace):
+    from jaxft.flags import read_config
+
+    return read_config(options.config, options.overrides)
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.print_config:
+        from jaxft.config import describe
+        from jaxft.flags import read_config
+
+        print(describe(read_config(options.config, options.overrides, validate=False)))
+        return 0
+    config = _config(options)
+    from jaxft.trainer import train
+
+    train(config, resume=options.resume, overwrite=options.overwrite)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    config = _config(options)
+    from jaxft import evaluate, tables
+
+    if options.compare:
+        a, b = (evaluate.evaluate(config, path, step=options.step) for path in options.compare)
+        tables.print_comparison(evaluate.compare(a, b), *options.compare)
+        results = {"a": a, "b": b}
+    else:
+        results = {"results": evaluate.evaluate(config, options.checkpoint, step=options.step)}
+        tables.print_evaluation(results["results"])
+    if options.output:
+        tables.write_json(options.output, results)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import jaxft
+
+    model = jaxft.load(options.model, step=options.step, dtypes=options.dtypes)
+    texts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    chat = model.tokenizer.chat_template is not None and not options.raw
+    prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
+    answers = model.generate(
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    for text, answer in zip(texts, answers, strict=True):
+        print(f"{text}\n  {answer}" if chat else text + answer)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from jaxft.export import export
+
+    folder = export(
+        options.checkpoint,
+        options.output,
+        step=options.step,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        verify=options.verify,
+    )
+    print(f"Wrote {folder}.")
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    config = _config(options)
+    from jaxft.data.inspect import inspect
+    from jaxft.model import find_source, load_model_tokenizer
+    from jaxft.progress import console, log
+
+    source = find_source(config.model.path, revision=config.model.revision, weights=False)
+    tokenizer = load_model_tokenizer(source, config.model.tokenizer)
+    console.print(inspect(config, tokenizer, on_log=log))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    config = _config(options) if options.config or options.overrides else None
+    from jaxft.doctor import print_checks, run_doctor
+
+    return print_checks(run_doctor(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

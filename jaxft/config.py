@@ -1,0 +1,359 @@
+"""The description of a run: nested dataclasses, each key with its default, meaning and check.
+
+A default lives here and nowhere else. Keys whose zero or empty value means "off" or "derived" say
+so, because flags cannot carry `None`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxft.errors import ConfigError, nearest
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """Declares one configuration key: its default, its meaning and what values it may take."""
+    return field(
+        default=default,
+        metadata={"meaning": meaning, "choices": choices, "minimum": minimum, "maximum": maximum},
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The model that is fine-tuned, and how it is computed."""
+
+    path: str = key("", "Hugging Face folder, or repository id such as 'org/name'.")
+    revision: str = key("", "Branch, tag or commit of a repository id; empty: its default branch.")
+    tokenizer: str = key("", "Folder or repository id of another tokenizer; empty: model.path.")
+    random_init: bool = key(
+        False, "Start from random weights: model.path then needs only config.json and a tokenizer."
+    )
+    dtypes: str = key(
+        "mixed",
+        "'mixed': float32 master parameters and bfloat16 compute; or all in the named type.",
+        choices=("mixed", "float32", "bfloat16"),
+    )
+    attention: str = key(
+        "auto",
+        "Attention back end; 'auto' prints what it chose for the device.",
+        choices=("auto", "xla", "cudnn", "splash"),
+    )
+    remat: str = key(
+        "full",
+        "Kept from a layer's forward pass for its backward: 'none' keeps all, 'dots' the outputs "
+        "of matrix products with weights, 'full' the layer's input alone.",
+        choices=("none", "dots", "full"),
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """What is trained on, and how it becomes rows of tokens."""
+
+    train: str = key(
+        "",
+        "Training data: files, globs or hub ids, comma-separated. A hub id may carry a "
+        "configuration and a split: 'org/name:config[split]'.",
+    )
+    validation: str = key("", "Held-out data in the same form; empty: no evaluation.")
+    format: str = key(
+        "auto",
+        "Row format; 'auto' detects it and says so in the log.",
+        choices=(
+            "auto",
+            "messages",
+            "sharegpt",
+            "alpaca",
+            "prompt_completion",
+            "columns",
+            "text",
+        ),
+    )
+    columns: str = key(
+        "",
+        "For format 'columns': which columns hold the two texts, 'prompt=question,"
+        "completion=answer'. For format 'text': 'text=body'.",
+    )
+    text_split: str = key(
+        "paragraph",
+        "What one document of a plain text file is.",
+        choices=("paragraph", "line", "file"),
+    )
+    template: str = key("", "File with a Jinja chat template; empty: the tokenizer's own.")
+    thinking: str = key(
+        "template",
+        "Reasoning in <think> blocks of assistant turns: 'template' leaves it to the chat "
+        "template, 'keep' trains each turn as the last one so that no block is dropped, 'drop' "
+        "removes the blocks before rendering.",
+        choices=("template", "keep", "drop"),
+    )
+    train_on: str = key(
+        "assistant",
+        "Tokens that carry loss: 'assistant' turns with their stop token, only the last one "
+        "('completion'), or 'all'.",
+        choices=("assistant", "completion", "all"),
+    )
+    max_length: int = key(1024, "Tokens in a row of the batch.", minimum=2)
+    overlength: str = key(
+        "error",
+        "What happens to documents over max_length; the share lost is always reported.",
+        choices=("error", "drop", "truncate", "split"),
+    )
+    packing: str = key(
+        "documents",
+        "'documents': several documents share a row and do not see each other; 'stream': one "
+        "stream cut every max_length tokens, documents see what precedes them; 'none': one a row.",
+        choices=("documents", "stream", "none"),
+    )
+    shuffle: bool = key(True, "A new deterministic order of rows in each epoch.")
+    streaming: bool = key(False, "Stream hub data sets instead of downloading them first.")
+    cache: str = key("", "Folder of tokenised rows; empty: ~/.cache/jaxft/data.")
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveConfig:
+    """The loss."""
+
+    name: str = key("sft", "Loss function.", choices=("sft",))
+    chunk: int = key(
+        256,
+        "Positions of each row whose float32 logits exist at once; 0: all of them.",
+        minimum=0,
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """Learning rate, AdamW, clipping and freezing."""
+
+    learning_rate: float = key(1e-5, "Peak learning rate.", minimum=0)
+    schedule: str = key(
+        "cosine",
+        "Course after warm-up; 'wsd' is warm-up, stable, decay.",
+        choices=("constant", "linear", "cosine", "wsd"),
+    )
+    warmup_steps: int = key(0, "Steps of linear warm-up from zero.", minimum=0)
+    decay_fraction: float = key(
+        0.2, "For 'wsd': share of all steps spent in the decay.", minimum=0, maximum=1
+    )
+    final_ratio: float = key(
+        0.0, "Last learning rate as a share of the peak.", minimum=0, maximum=1
+    )
+    weight_decay: float = key(0.01, "AdamW decay; never on norms and biases.", minimum=0)
+    beta1: float = key(0.9, "Decay of the first moment.", minimum=0, maximum=1)
+    beta2: float = key(0.95, "Decay of the second moment.", minimum=0, maximum=1)
+    epsilon: float = key(1e-8, "Added to the root of the second moment.", minimum=0)
+    clip_norm: float = key(1.0, "Largest global gradient norm; 0: no clipping.", minimum=0)
+    freeze: str = key(
+        "", "Regular expression searched in parameter paths; what matches is not trained."
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class MeshConfig:
+    """Devices along each axis of the mesh."""
+
+    data: int = key(0, "Devices on the axis; 0: left to the strategy; -1: all that remain.")
+    fsdp: int = key(0, "As above, for fully sharded data parallelism.")
+    tensor: int = key(0, "As above, for tensor parallelism.")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Length of the run, and when it logs, saves and evaluates."""
+
+    workdir: str = key("", "Folder that the run writes to.")
+    steps: int = key(0, "Optimizer steps; 0: as many as train.epochs take.", minimum=0)
+    epochs: float = key(1.0, "Passes over the training rows, when train.steps is 0.", minimum=0)
+    batch_size: int = key(
+        8, "Rows in one optimizer step, over all devices and micro-batches.", minimum=1
+    )
+    accumulation: int = key(
+        1, "Micro-batches that batch_size is split into; does not change the result.", minimum=1
+    )
+    seed: int = key(0, "Seed of shuffling, random weights and sampling.")
+    log_every: int = key(10, "Steps between lines of metrics.", minimum=1)
+    save_every: int = key(500, "Steps between checkpoints; 0: only at the end.", minimum=0)
+    eval_every: int = key(0, "Steps between evaluations; 0: at the end of each epoch.", minimum=0)
+    keep_last: int = key(2, "Newest checkpoints that are kept, beside the best.", minimum=1)
+    compilation_cache: str = key(
+        "", "Folder of compiled programs; empty: ~/.cache/jaxft/xla; 'off': none."
+    )
+    wandb: str = key("", "Project that metrics also go to, if wandb is installed; empty: none.")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation, during training and as a command."""
+
+    datasets: str = key(
+        "",
+        "More held-out data for `jaxft eval`: 'name=source', several separated by ';'. "
+        "data.validation is evaluated under the name 'validation'.",
+    )
+    retention: str = key(
+        "", "A source outside the task: what the model loses on it is printed beside its gain."
+    )
+    batch_size: int = key(0, "Rows in one evaluation step; 0: train.batch_size.", minimum=0)
+    max_rows: int = key(0, "Evaluate the first rows only; 0: all.", minimum=0)
+    patience: int = key(
+        0, "Evaluations without improvement before training stops; 0: never.", minimum=0
+    )
+    minimum_change: float = key(
+        0.0, "Fall of the validation loss that counts as improvement.", minimum=0
+    )
+    answers: str = key(
+        "none",
+        "Generated answers: 'exact' compares with the reference text, 'label' takes the answer "
+        "as one of the labels found in the data.",
+        choices=("none", "exact", "label"),
+    )
+    answer_rows: int = key(200, "Rows that answers are generated for; 0: all.", minimum=0)
+    max_new_tokens: int = key(64, "Longest generated answer.", minimum=1)
+    samples: int = key(3, "Prompts answered before and after training in the report.", minimum=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """All of a run. Mutable until `validate()`; `configs/*.py` return one from `get_config()`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    strategy: str = key("fsdp", "Sharding strategy: ddp, fsdp, fsdp_tp, or 'package.module'.")
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def validate(self) -> None:
+        """Checks every key and every combination that needs no file, device or network.
+
+        Raises:
+          ConfigError: With all problems found.
+        """
+        problems = [problem for item in walk(self) for problem in item.problems()]
+        problems += _combination_problems(self) if not problems else []
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One leaf of a config: where it is, what it holds and what is known about it."""
+
+    path: str
+    value: Any
+    default: Any
+    type: type
+    meaning: str
+    choices: tuple[str, ...]
+    minimum: float | None
+    maximum: float | None
+
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with the value."""
+        if type(self.value) is int and self.type is float:
+            return
+        if type(self.value) is not self.type:
+            yield (
+                f"{self.path} is {self.value!r}, a {type(self.value).__name__}; "
+                f"expected a {self.type.__name__}."
+            )
+            return
+        if self.choices and self.value not in self.choices:
+            yield (
+                f"{self.path} is {self.value!r}; expected one of {', '.join(self.choices)}."
+                f"{nearest(str(self.value), self.choices)}"
+            )
+        if self.minimum is not None and not self.value >= self.minimum:
+            yield f"{self.path} is {self.value}; expected at least {self.minimum}."
+        if self.maximum is not None and not self.value <= self.maximum:
+            yield f"{self.path} is {self.value}; expected at most {self.maximum}."
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[Item]:
+    """Yields the leaves of a config dataclass in order of declaration."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        path = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{path}.")
+        else:
+            yield Item(path, value, item.default, item.type, **item.metadata)  # pyright: ignore
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns `{dotted path: value}`, the form in which a workdir and a checkpoint keep it."""
+    return {item.path: item.value for item in walk(config)}
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """Inverse of `to_dict`; keys that are absent keep their default.
+
+    Raises:
+      ConfigError: For unknown keys, with the nearest known one.
+    """
+    config = RunConfig()
+    known = to_dict(config)
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ConfigError([f"Unknown key {name!r}.{nearest(name, known)}" for name in unknown])
+    for path, value in values.items():
+        *parents, leaf = path.split(".")
+        node = config
+        for parent in parents:
+            node = getattr(node, parent)
+        setattr(node, leaf, value)
+    return config
+
+
+def describe(config: RunConfig) -> str:
+    """Returns every key with its value and meaning, one a line; '*' marks what is not default."""
+    lines = []
+    for item in walk(config):
+        mark = " " if item.value == item.default else "*"
+        choices = f" One of: {', '.join(item.choices)}." if item.choices else ""
+        lines.append(f"{mark} {item.path} = {item.value!r}\n      {item.meaning}{choices}")
+    return "\n".join(lines)
+
+
+def _combination_problems(config: RunConfig) -> Iterator[str]:
+    model, data, optim, train = config.model, config.data, config.optim, config.train
+    if not model.path:
+        yield "model.path is empty; name a Hugging Face folder or a repository id."
+    if train.batch_size % train.accumulation:
+        yield (
+            f"train.batch_size {train.batch_size} is not divisible by train.accumulation "
+            f"{train.accumulation}; it counts the rows of all micro-batches together."
+        )
+    if not train.steps and not train.epochs:
+        yield "train.steps and train.epochs are both 0; set one of them."
+    if train.steps and optim.warmup_steps > train.steps:
+        yield f"optim.warmup_steps {optim.warmup_steps} exceeds train.steps {train.steps}."
+    if data.format == "columns" and not data.columns:
+        yield "data.format is 'columns' but data.columns is empty; set 'prompt=…,completion=…'."
+    if data.columns and data.format not in ("columns", "text"):
+        yield f"data.columns is set, but data.format is {data.format!r}; set it to 'columns'."
+    if config.eval.patience and not data.validation:
+        yield "eval.patience stops on the validation loss, but data.validation is empty."
+    try:
+        re.compile(optim.freeze)
+    except re.error as error:
+        yield f"optim.freeze {optim.freeze!r} is not a regular expression: {error}."
+    sizes = [item for item in walk(config.mesh, "mesh.") if item.value == -1]
+    if len(sizes) > 1:
+        yield f"Only one mesh axis can be -1, not {', '.join(item.path for item in sizes)}."
+    for item in walk(config.mesh, "mesh."):
+        if item.value < -1:
+            yield f"{item.path} is {item.value}; expected a device count, 0 or -1."

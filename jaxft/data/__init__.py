@@ -1,0 +1,23 @@
+"""From files and hub data sets to batches of packed token rows."""
+
+from jaxft.data.batch import Batch
+from jaxft.data.chat import Template, prompt_ids, resolve_template
+from jaxft.data.formats import Conversation
+from jaxft.data.loader import BatchIterator, batches, eval_batches
+from jaxft.data.preparation import conversations, prepare
+from jaxft.data.rows import Statistics, TokenRows
+
+__all__ = [
+    "Batch",
+    "BatchIterator",
+    "Conversation",
+    "Statistics",
+    "Template",
+    "TokenRows",
+    "batches",
+    "conversations",
+    "eval_batches",
+    "prepare",
+    "prompt_ids",
+    "resolve_template",
+]

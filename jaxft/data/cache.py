@@ -1,0 +1,79 @@
+"""Folders that are built once under a name that says all that they depend on."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxft.errors import DataError
+
+DEFAULT_FOLDER = "~/.cache/jaxft/data"
+
+
+def make_key(ingredients: dict[str, Any]) -> str:
+    """Returns a name that changes whenever any ingredient does."""
+    text = json.dumps(ingredients, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def find_or_build(folder: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
+    """Returns the folder of a key and whether it was there already.
+
+    A folder appears under its name only when it is complete, so a killed process leaves nothing
+    that a later one could take for whole, and of two processes that build the same one wins.
+
+    Args:
+      folder: Where the cache lies.
+      key: From `make_key`, after a word saying what it is.
+      build: Fills the folder it is given.
+
+    Raises:
+      DataError: If the disk is full or cannot be written.
+    """
+    target = folder / key
+    if target.is_dir():
+        return target, True
+    building = folder / f".{key}.{uuid.uuid4().hex}"
+    try:
+        building.mkdir(parents=True)
+        build(building)
+        _publish(building, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"The disk is full: tokenised rows did not fit into {str(folder)!r}. Free some "
+                "space, or set data.cache to a folder elsewhere."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise DataError(
+                f"Tokenised rows cannot be written to {str(folder)!r}: {error}. Set data.cache to "
+                "a folder that you may write to."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target, False
+
+
+def _publish(building: Path, target: Path) -> None:
+    try:
+        os.rename(building, target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was faster, with the same content
+            raise
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of all that decides which ids a text gets."""
+    parts = [type(tokenizer).__name__, sorted(tokenizer.special_tokens_map.items(), key=str)]
+    if tokenizer.is_fast:
+        # What stands before it is what the last call asked for: truncation and padding.
+        parts.append(tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')[2])
+    else:
+        parts += [sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,118 @@
+"""Tokenised documents on disk: written as a stream, read through a memory map."""
+
+import contextlib
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from jaxft.data.chat import Example
+
+DOCUMENT = np.dtype(
+    [
+        ("start", "<i8"),  # of its first token, in tokens
+        ("length", "<i8"),
+        ("trained", "<i8"),  # tokens that carry loss; the first one has no prediction
+        ("source", "<i4"),  # number in the list of sources
+        ("line", "<i8"),
+        ("hash", "<u8"),  # of the normalised content, for finding duplicates
+    ]
+)
+
+
+@dataclass(kw_only=True)
+class DocumentStatistics:
+    """What was read. Counts of tokens are before packing and before any cut.
+
+    Attributes:
+      sources: Names, in the order that `DOCUMENT["source"]` counts.
+      formats: Name and description of each source's format.
+      chat: Whether there are conversations among the documents.
+      template: Where the chat template came from; empty without conversations.
+      stops: Stop tokens of the template.
+      documents: Number of documents.
+      tokens: All tokens.
+      trained_tokens: Those with loss.
+      thinking_blocks: Reasoning blocks in trained turns.
+      lost_blocks: Those that the template left out.
+      rewritten_turns: Trained turns that the template renders otherwise once they are history.
+    """
+
+    sources: list[str] = field(default_factory=list)
+    formats: list[str] = field(default_factory=list)
+    chat: bool = False
+    template: str = ""
+    stops: list[str] = field(default_factory=list)
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    thinking_blocks: int = 0
+    lost_blocks: int = 0
+    rewritten_turns: int = 0
+
+
+class DocumentWriter:
+    """Appends documents to a folder; memory use does not grow with their number.
+
+    A context manager: leaving it completes the files.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._files = contextlib.ExitStack()
+        self._tokens = self._files.enter_context((folder / "tokens.bin").open("wb"))
+        self._trained = self._files.enter_context((folder / "trained.bin").open("wb"))
+        self._documents = self._files.enter_context((folder / "documents.bin").open("wb"))
+        self.statistics = DocumentStatistics()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+        write_json(self._folder / "statistics.json", dataclasses.asdict(self.statistics))
+
+    def add(self, example: Example, *, source: int, line: int, content_hash: int) -> None:
+        """Appends one document."""
+        totals = self.statistics
+        trained = int(example.trained[1:].sum())
+        record = (totals.tokens, len(example.ids), trained, source, line, content_hash)
+        self._tokens.write(example.ids.astype("<i4").tobytes())
+        self._trained.write(example.trained.astype("u1").tobytes())
+        self._documents.write(np.array([record], DOCUMENT).tobytes())
+        totals.documents += 1
+        totals.tokens += len(example.ids)
+        totals.trained_tokens += trained
+        totals.thinking_blocks += example.thinking_blocks
+        totals.lost_blocks += example.lost_blocks
+        totals.rewritten_turns += example.rewritten_turns
+
+
+class Documents:
+    """Memory-mapped documents of a folder that `DocumentWriter` filled."""
+
+    def __init__(self, folder: Path):
+        self.tokens = map_array(folder / "tokens.bin", np.dtype("<i4"))
+        self.trained = map_array(folder / "trained.bin", np.dtype("u1"))
+        self.index = map_array(folder / "documents.bin", DOCUMENT)
+        self.statistics = DocumentStatistics(**json.loads((folder / "statistics.json").read_text()))
+
+    def origin(self, number: int) -> str:
+        """Returns `file:line` of a document."""
+        record = self.index[number]
+        return f"{self.statistics.sources[record['source']]}:{record['line']}"
+
+
+def map_array(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Maps a file of one dtype; an empty file, which cannot be mapped, becomes an empty array."""
+    if not path.stat().st_size:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")

@@ -1,0 +1,499 @@
+"""Turns raw rows of the known formats into conversations or text documents."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.config import DataConfig
+from jaxft.data.problems import Problems
+from jaxft.data.sources import Row, Source
+from jaxft.errors import ConfigError, DataError, nearest
+
+ROLES = ("system", "user", "assistant", "tool")
+THINKING_KEYS = ("reasoning_content", "thinking")
+
+EXAMPLES = {
+    "messages": '{"messages": [{"role": "user", "content": "Is it open?"}, '
+    '{"role": "assistant", "content": "Yes, until six."}]}',
+    "sharegpt": '{"conversations": [{"from": "human", "value": "Is it open?"}, '
+    '{"from": "gpt", "value": "Yes, until six."}]}',
+    "alpaca": '{"instruction": "Name the colour.", "input": "grass", "output": "green"}',
+    "prompt_completion": '{"prompt": "Is it open?", "completion": "Yes, until six."}',
+    "columns": "with data.columns=prompt=question,completion=answer: "
+    '{"question": "Is it open?", "answer": "Yes, until six."}',
+    "text": '{"text": "A document."}',
+}
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "weight", *THINKING_KEYS)
+_PAIRS = (("question", "answer"), ("query", "response"), ("input", "output"), ("source", "target"))
+_LABEL_COLUMNS = ("label", "labels", "category", "class", "intent", "target")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in the form that chat templates take.
+
+    Attributes:
+      messages: Dicts with role, content and, where the row has them, tool_calls, tool_call_id,
+        name, reasoning and weight (0: a turn that is not trained).
+      tools: Function descriptions offered to the model, or None.
+      origin: `file:line`.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    origin: str
+
+    @property
+    def text(self) -> str:
+        """Roles and contents, for comparing conversations with one another."""
+        return json.dumps([_content_for_comparison(message) for message in self.messages])
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text, all of which is trained."""
+
+    text: str
+    origin: str
+
+
+class RowError(ValueError):
+    """What is wrong with one row, without its origin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How the rows of one source are read.
+
+    Attributes:
+      name: One of the choices of `data.format`.
+      convert: From (row value, origin) to an item; raises `RowError`.
+      description: What was found, for the log.
+    """
+
+    name: str
+    convert: Callable[[Any, str], Conversation | Document]
+    description: str
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows become conversations, of which only answers are trained."""
+        return self.name != "text"
+
+
+def read_items(
+    source: Source, config: DataConfig, problems: Problems, *, on_format: Callable[[Format], None]
+) -> Iterator[tuple[int, Conversation | Document]]:
+    """Yields (line, item) of a source; bad rows go to `problems`.
+
+    Args:
+      source: What is read.
+      config: Names the format, or leaves it to be found out from the first row.
+      problems: Raises by itself when it is full; the caller checks it at the end.
+      on_format: Called once, before the first item.
+    """
+    row_format = None
+    for row in source.rows(problems):
+        origin = source.origin(row.line)
+        if row_format is None:
+            row_format = choose_format(row, config, origin)
+            on_format(row_format)
+        try:
+            yield row.line, row_format.convert(row.value, origin)
+        except RowError as error:
+            problems.add(origin, str(error), example=EXAMPLES[row_format.name])
+
+
+def choose_format(row: Row, config: DataConfig, origin: str) -> Format:
+    """Returns the named format, or the one that the first row is in.
+
+    Raises:
+      ConfigError: If `data.columns` cannot be understood.
+      DataError: If the row is in none of the formats, or in more than one.
+    """
+    if isinstance(row.value, str) and config.format in ("auto", "text"):
+        return Format("text", _document, f"plain text, one document a {config.text_split}")
+    if not isinstance(row.value, dict):
+        raise DataError(
+            f"{origin}: the row is {_show(row.value)}; expected an object with named columns. "
+            f"A right row: {EXAMPLES['messages']}"
+        )
+    columns = list(row.value)
+    if config.format in ("columns", "text"):
+        mapping = parse_columns(config)
+        _check_columns(mapping, columns, origin)
+        return _mapped_format(config.format, mapping, columns)
+    if config.format == "auto":
+        return _detect(row.value, origin)
+    return Format(config.format, _CONVERTERS[config.format], "as data.format says")
+
+
+def parse_columns(config: DataConfig) -> dict[str, str]:
+    """Returns `{"prompt": column, ...}` of `data.columns`.
+
+    Raises:
+      ConfigError: If it is not in the form `prompt=question,completion=answer`.
+    """
+    known = ("text",) if config.format == "text" else ("prompt", "completion", "system")
+    if config.format == "text" and not config.columns:
+        return {"text": "text"}
+    pairs = [part.strip().partition("=") for part in config.columns.split(",") if part.strip()]
+    mapping = {name.strip(): column.strip() for name, _, column in pairs}
+    problems = [
+        f"data.columns names {name!r}; expected {', '.join(known)}.{nearest(name, known)}"
+        for name in mapping
+        if name not in known
+    ]
+    problems += [
+        f"data.columns {config.columns!r} does not say which column is the {name}; write {name}=…"
+        for name in known[:2]
+        if not mapping.get(name)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return mapping
+
+
+def _check_columns(mapping: Mapping[str, str], columns: list[str], origin: str) -> None:
+    problems = [
+        f"{origin}: there is no column {column!r}; the columns are {', '.join(columns)}."
+        f"{nearest(column, columns)} Set data.columns to columns that exist."
+        for column in mapping.values()
+        if column not in columns
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def _detect(value: dict[str, Any], origin: str) -> Format:
+    columns = list(value)
+    name, used = _detected_name(value)
+    if name == "text":
+        labels = [column for column in columns if column in _LABEL_COLUMNS]
+        if labels:
+            raise DataError(
+                f"{origin}: the columns {', '.join(columns)} can be read in two ways. To train the "
+                f"label as the answer: data.format=columns data.columns=prompt=text,completion="
+                f"{labels[0]}. To train the text alone: data.format=text."
+            )
+        return _mapped_format("text", {"text": "text"}, columns)
+    if name == "columns":
+        return _mapped_format("columns", {"prompt": used[0], "completion": used[1]}, columns)
+    if not name:
+        raise DataError(
+            [
+                f"{origin}: the columns {', '.join(columns)} are in no known format.",
+                "Name the two that hold prompt and answer: data.format=columns "
+                "data.columns=prompt=…,completion=…; or write rows in one of these forms:",
+                *EXAMPLES.values(),
+            ]
+        )
+    return Format(name, _CONVERTERS[name], f"columns {', '.join(used)}{_unused(used, columns)}")
+
+
+def _detected_name(value: dict[str, Any]) -> tuple[str, list[str]]:
+    """Returns the format and the columns that told it apart; an empty name if none fits."""
+    if "messages" in value:
+        return "messages", _present(value, "messages", "tools")
+    if "conversations" in value or "conversation" in value:
+        column = "conversations" if "conversations" in value else "conversation"
+        return "sharegpt", _present(value, column, "system", "tools")
+    if "instruction" in value and ("output" in value or "response" in value):
+        return "alpaca", _present(
+            value, "instruction", "input", "context", "output", "response", "system"
+        )
+    if "prompt" in value and ("completion" in value or "response" in value):
+        return "prompt_completion", _present(value, "prompt", "completion", "response", "tools")
+    for pair in _PAIRS:
+        if all(column in value for column in pair):
+            return "columns", list(pair)
+    if "text" in value:
+        return "text", ["text"]
+    return "", []
+
+
+def _present(value: dict[str, Any], *columns: str) -> list[str]:
+    return [column for column in columns if column in value]
+
+
+def _unused(used: list[str], columns: list[str]) -> str:
+    rest = [column for column in columns if column not in used]
+    return f" (not used: {', '.join(rest)})" if rest else ""
+
+
+def _mapped_format(name: str, mapping: dict[str, str], columns: list[str]) -> Format:
+    used = list(mapping.values())
+    pairs = ", ".join(f"{part} = column {column!r}" for part, column in mapping.items())
+    description = f"{pairs}{_unused(used, columns)}"
+    if name == "text":
+        return Format(
+            name,
+            lambda value, origin: _document(_text(_columns(value), mapping["text"]), origin),
+            description,
+        )
+
+    def convert(value: Any, origin: str) -> Conversation:
+        row = _columns(value)
+        system = _optional_text(row, mapping["system"]) if "system" in mapping else ""
+        return _pair(
+            _text(row, mapping["prompt"]), _text(row, mapping["completion"]), origin, system=system
+        )
+
+    return Format(name, convert, description)
+
+
+def _columns(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError(f"the row is {_show(value)}; expected an object with named columns.")
+    return value
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    """Returns a cell as text, numbers included; an absent or empty one is an error."""
+    if key not in row:
+        raise RowError(f"key {key!r} is missing; the row has {', '.join(row)}.{nearest(key, row)}")
+    value = row[key]
+    if isinstance(value, bool | int | float):
+        return str(value)
+    if not isinstance(value, str):
+        raise RowError(f"{key!r} is {_show(value)}; expected a string.")
+    if not value.strip():
+        raise RowError(f"{key!r} is empty; expected text.")
+    return value
+
+
+def _optional_text(row: dict[str, Any], key: str) -> str:
+    return _text(row, key) if row.get(key) not in (None, "") else ""
+
+
+def _document(value: Any, origin: str) -> Document:
+    if not isinstance(value, str):
+        raise RowError(f"the row is {_show(value)}; expected text.")
+    return Document(value, origin)
+
+
+def _pair(prompt: str, completion: str, origin: str, *, system: str = "") -> Conversation:
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    messages.append({"role": "assistant", "content": completion})
+    return Conversation(messages, None, origin)
+
+
+def _from_messages(value: Any, origin: str) -> Conversation:
+    row = _columns(value)
+    if "messages" not in row:
+        raise RowError(
+            f"key 'messages' is missing; the row has {', '.join(row)}.{nearest('messages', row)}"
+        )
+    return _conversation(row["messages"], "messages", row, origin)
+
+
+def _from_sharegpt(value: Any, origin: str) -> Conversation:
+    row = _columns(value)
+    column = next((name for name in ("conversations", "conversation") if name in row), None)
+    if column is None:
+        raise RowError(f"key 'conversations' is missing; the row has {', '.join(row)}.")
+    turns = row[column]
+    if not isinstance(turns, list):
+        raise RowError(f"{column!r} is {_show(turns)}; expected a list of turns.")
+    messages = [_sharegpt_message(turn, f"{column}[{i}]") for i, turn in enumerate(turns)]
+    system = _optional_text(row, "system")
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return _conversation(messages, column, row, origin)
+
+
+def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
+    if isinstance(turn, dict) and "role" in turn and "from" not in turn:
+        return turn
+    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+        raise RowError(f"{where} is {_show(turn)}; expected an object with 'from' and 'value'.")
+    role = _SHAREGPT_ROLES.get(turn["from"])
+    if role is None:
+        raise RowError(
+            f"{where}.from is {_show(turn['from'])}; expected one of {', '.join(_SHAREGPT_ROLES)}."
+            f"{nearest(str(turn['from']), _SHAREGPT_ROLES)}"
+        )
+    message: dict[str, Any] = {"role": role, "content": turn["value"]}
+    if "weight" in turn:
+        message["weight"] = turn["weight"]
+    if turn["from"] == "function_call":
+        message |= {"content": None, "tool_calls": [_function_call(turn["value"], where)]}
+    return message
+
+
+def _function_call(text: Any, where: str) -> dict[str, Any]:
+    try:
+        call = json.loads(text)
+        return {"type": "function", "function": {k: call[k] for k in ("name", "arguments")}}
+    except (TypeError, ValueError, KeyError) as error:
+        raise RowError(
+            f"{where}.value is {_show(text)}; expected JSON with 'name' and 'arguments'."
+        ) from error
+
+
+def _from_alpaca(value: Any, origin: str) -> Conversation:
+    row = _columns(value)
+    answer = "output" if "output" in row else "response" if "response" in row else "output"
+    context = _optional_text(row, "input") or _optional_text(row, "context")
+    prompt = _text(row, "instruction")
+    return _pair(
+        f"{prompt}\n\n{context}" if context else prompt,
+        _text(row, answer),
+        origin,
+        system=_optional_text(row, "system"),
+    )
+
+
+def _from_prompt_completion(value: Any, origin: str) -> Conversation:
+    row = _columns(value)
+    answer = "response" if "response" in row and "completion" not in row else "completion"
+    prompt, completion = row.get("prompt"), row.get(answer)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _conversation(prompt + completion, "prompt + completion", row, origin)
+    return _pair(_text(row, "prompt"), _text(row, answer), origin)
+
+
+_CONVERTERS: dict[str, Callable[[Any, str], Conversation | Document]] = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+}
+
+
+def _conversation(messages: Any, where: str, row: dict[str, Any], origin: str) -> Conversation:
+    if isinstance(messages, str):
+        messages = _parsed(messages, where)
+    if not isinstance(messages, list) or not messages:
+        raise RowError(f"{where!r} is {_show(messages)}; expected a list of messages.")
+    cleaned = [_message(message, f"{where}[{i}]") for i, message in enumerate(messages)]
+    _check_order(cleaned, where)
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        tools = _parsed(tools, "tools")
+    if tools is not None and not isinstance(tools, list):
+        raise RowError(f"'tools' is {_show(tools)}; expected a list of function descriptions.")
+    return Conversation(cleaned, tools, origin)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RowError(f"{where!r} is {_show(text)}; expected JSON.") from error
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise RowError(f"{where} is {_show(message)}; expected an object.")
+    if message.get("role") not in ROLES:
+        role = message.get("role")
+        raise RowError(
+            f"{where}.role is {_show(role)}; expected one of {', '.join(ROLES)}."
+            f"{nearest(str(role), ROLES)}"
+        )
+    cleaned = {name: message[name] for name in _MESSAGE_KEYS if message.get(name) is not None}
+    cleaned["content"] = _content(message.get("content"), where)
+    has_reasoning = any(isinstance(cleaned.get(key), str) for key in THINKING_KEYS)
+    if not cleaned["content"].strip() and not cleaned.get("tool_calls") and not has_reasoning:
+        kind = "an answer" if message["role"] == "assistant" else "text"
+        raise RowError(f"{where}.content is empty; expected {kind}.")
+    weight = cleaned.get("weight", 1)
+    if not isinstance(weight, int | float) or weight not in (0, 1):
+        raise RowError(f"{where}.weight is {_show(weight)}; expected 0 or 1.")
+    if "tool_calls" in cleaned:
+        cleaned["tool_calls"] = _tool_calls(cleaned["tool_calls"], where)
+    return cleaned
+
+
+def _content(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise RowError(f"{where}.content is {_show(content)}; expected a string.")
+    return content
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Returns calls with arguments as the raw JSON text, in which no schema adds keys."""
+    if not isinstance(calls, list):
+        raise RowError(f"{where}.tool_calls is {_show(calls)}; expected a list.")
+    cleaned = []
+    for number, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "name" not in function:
+            raise RowError(
+                f"{where}.tool_calls[{number}] is {_show(call)}; expected "
+                '{"type": "function", "function": {"name": "…", "arguments": {…}}}.'
+            )
+        arguments = function.get("arguments", {})
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        cleaned.append(
+            {
+                **{key: call[key] for key in ("id",) if call.get(key) is not None},
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
+    return cleaned
+
+
+_MAY_FOLLOW = {
+    "start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "assistant with tool_calls": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+
+
+def _check_order(messages: list[dict[str, Any]], where: str) -> None:
+    before = "start"
+    for number, message in enumerate(messages):
+        role = message["role"]
+        if role not in _MAY_FOLLOW[before]:
+            expected = " or ".join(repr(name) for name in _MAY_FOLLOW[before])
+            place = "comes first" if before == "start" else f"follows {before!r}"
+            raise RowError(f"{where}[{number}].role is {role!r} and {place}; expected {expected}.")
+        before = role
+        if message.get("tool_calls") and number < len(messages) - 1:
+            before = "assistant with tool_calls"
+    if messages[-1]["role"] != "assistant":
+        raise RowError(
+            f"{where}[{len(messages) - 1}].role is {messages[-1]['role']!r} and comes last; "
+            "expected 'assistant', whose answer is what is learnt."
+        )
+
+
+def _content_for_comparison(message: dict[str, Any]) -> list[Any]:
+    return [message["role"], message["content"], message.get("tool_calls")]
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,0 +1,263 @@
+"""The report of `jaxft data`: what the rows of a run hold, before anything is trained."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from jaxft.config import DataConfig, RunConfig
+from jaxft.data.chat import resolve_template
+from jaxft.data.documents import Documents
+from jaxft.data.preparation import describe_losses, prepare
+from jaxft.data.rows import TokenRows
+
+_BINS = 12
+_BAR_WIDTH = 40
+_SHOWN_DOCUMENTS = 3
+_SHOWN_TOKENS = 400
+_TRAINED_STYLE = "bold green"
+_MASKED_STYLE = "dim"
+
+
+@dataclass(frozen=True, slots=True)
+class SetReport:
+    """One data set.
+
+    Attributes:
+      name: 'train' or 'validation'.
+      rows: The packed rows, with their statistics.
+      edges: Token lengths that bound the bins of the histogram, int64 `[bins + 1]`.
+      counts: Documents in each bin, int64 `[bins]`.
+      duplicates: Documents whose content, but for case and white space, came before.
+    """
+
+    name: str
+    rows: TokenRows
+    edges: np.ndarray
+    counts: np.ndarray
+    duplicates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A document as runs of tokens that are all trained or all masked."""
+
+    origin: str
+    runs: list[tuple[str, bool]]
+    more_tokens: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `jaxft data` shows; a rich console can print it.
+
+    Attributes:
+      config: How the data was read.
+      tokenizer: One line on the tokenizer.
+      template: Origin of the chat template, and its stop tokens.
+      sets: The training set, and the validation set if there is one.
+      overlap: Documents of the validation set that are in the training set too.
+      samples: The first documents.
+    """
+
+    config: DataConfig
+    tokenizer: str
+    template: str
+    sets: list[SetReport]
+    overlap: int
+    samples: list[Sample]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Renders all sections for a terminal."""
+        yield _heading("What was detected")
+        for item in self.sets:
+            for line in item.rows.statistics.read.formats:
+                yield Text(f"{item.name}: {line}")
+        yield Text(f"tokenizer: {self.tokenizer}")
+        yield Text(f"chat template: {self.template}")
+        yield _heading("Counts")
+        yield _counts_table(self.sets)
+        for item in self.sets:
+            for line in describe_losses(item.rows.statistics, self.config):
+                yield Text(f"{item.name}: {line}")
+            yield from _notes(item)
+        yield from self._overlap_lines()
+        for item in self.sets:
+            yield _heading(f"Tokens in a document: {item.name}")
+            yield _histogram(item)
+        yield _heading("The first documents")
+        yield Text.assemble(("trained tokens", _TRAINED_STYLE), ", ", ("masked", _MASKED_STYLE))
+        for sample in self.samples:
+            yield _sample_panel(sample)
+
+    def _overlap_lines(self) -> Iterator[Text]:
+        if len(self.sets) < 2:
+            return
+        count = self.sets[1].rows.statistics.documents
+        line = (
+            f"overlap: {self.overlap:,} of {count:,} validation documents are in the training set"
+        )
+        yield Text(line, style="bold red" if self.overlap else "")
+
+
+def inspect(
+    config: RunConfig, tokenizer: Any, *, on_log: Callable[[str], Any] = lambda text: None
+) -> Report:
+    """Reads the data of a run just as training does, and describes it.
+
+    Args:
+      config: Its `data` and `train.seed` are used.
+      tokenizer: A Hugging Face tokenizer.
+      on_log: Called with lines of text while data is read.
+
+    Raises:
+      DataError: As training would.
+    """
+    named = [("train", config.data.train), ("validation", config.data.validation)]
+    sets = [
+        _set_report(
+            name,
+            prepare(
+                source,
+                config.data,
+                tokenizer,
+                seed=config.train.seed,
+                training=name == "train",
+                name=name,
+                on_log=on_log,
+            ),
+        )
+        for name, source in named
+        if source
+    ]
+    template = resolve_template(tokenizer, config.data)
+    return Report(
+        config=config.data,
+        tokenizer=_describe_tokenizer(tokenizer),
+        template=f"{template.origin}; answers end with {', '.join(template.stops) or 'nothing'}",
+        sets=sets,
+        overlap=_overlap(sets),
+        samples=list(_samples(sets[0].rows.documents, tokenizer)) if sets else [],
+    )
+
+
+def _set_report(name: str, rows: TokenRows) -> SetReport:
+    lengths = rows.documents.index["length"]
+    counts, edges = np.histogram(lengths, bins=_bin_edges(lengths))
+    hashes = rows.documents.index["hash"]
+    # A conversation that gave several examples is one document of the source, not a duplicate.
+    places = np.stack([rows.documents.index["source"], rows.documents.index["line"]])
+    first = np.ones(len(hashes), bool)
+    first[1:] = (places[:, 1:] != places[:, :-1]).any(axis=0)
+    duplicates = int(first.sum()) - len(np.unique(hashes[first]))
+    return SetReport(name, rows, edges, counts, duplicates)
+
+
+def _bin_edges(lengths: np.ndarray) -> np.ndarray:
+    """Returns whole numbers; the last bin ends above the longest document."""
+    low, high = int(lengths.min()), int(lengths.max()) + 1
+    return np.unique(np.linspace(low, high, min(_BINS, high - low) + 1).astype(np.int64))
+
+
+def _overlap(sets: list[SetReport]) -> int:
+    if len(sets) < 2:
+        return 0
+    train, validation = (item.rows.documents.index["hash"] for item in sets)
+    return int(np.isin(validation, train).sum())
+
+
+def _samples(documents: Documents, tokenizer: Any) -> Iterator[Sample]:
+    for number in range(min(_SHOWN_DOCUMENTS, len(documents.index))):
+        record = documents.index[number]
+        begin, length = int(record["start"]), int(record["length"])
+        end = begin + min(length, _SHOWN_TOKENS)
+        trained = documents.trained[begin:end].astype(bool)
+        trained[:1] = False  # nothing predicts the first token
+        cuts = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
+        runs = [
+            (tokenizer.decode(documents.tokens[begin + first : begin + last]), bool(trained[first]))
+            for first, last in itertools.pairwise(cuts)
+        ]
+        yield Sample(documents.origin(number), runs, length - (end - begin))
+
+
+def _describe_tokenizer(tokenizer: Any) -> str:
+    special = ", ".join(
+        f"{name} {token!r}" if token else f"no {name}"
+        for name, token in (
+            ("BOS", tokenizer.bos_token),
+            ("EOS", tokenizer.eos_token),
+            ("padding", tokenizer.pad_token),
+        )
+    )
+    return f"{len(tokenizer):,} tokens; {special}"
+
+
+def _heading(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def _counts_table(sets: list[SetReport]) -> Table:
+    table = Table("", *(item.name for item in sets), box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows: list[tuple[str, Callable[[SetReport], str]]] = [
+        ("documents", lambda item: f"{item.rows.statistics.documents:,}"),
+        ("exact duplicates", lambda item: f"{item.duplicates:,}"),
+        ("tokens", lambda item: f"{item.rows.statistics.read.tokens:,}"),
+        ("trained tokens", lambda item: f"{item.rows.statistics.read.trained_tokens:,}"),
+        ("masked share", lambda item: f"{_masked_share(item):.1%}"),
+        ("over max_length", lambda item: f"{item.rows.statistics.packed.over_length:,}"),
+        ("trained tokens lost", lambda item: f"{item.rows.statistics.lost_share:.1%}"),
+        ("rows", lambda item: f"{item.rows.statistics.rows:,}"),
+        ("padding share", lambda item: f"{item.rows.statistics.padding_share:.1%}"),
+    ]
+    for label, show in rows:
+        table.add_row(label, *(show(item) for item in sets))
+    return table
+
+
+def _masked_share(item: SetReport) -> float:
+    read = item.rows.statistics.read
+    return 1 - read.trained_tokens / max(read.tokens, 1)
+
+
+def _notes(item: SetReport) -> Iterator[Text]:
+    read = item.rows.statistics.read
+    if read.thinking_blocks:
+        yield Text(
+            f"{item.name}: {read.thinking_blocks:,} <think> blocks in trained turns, "
+            f"{read.lost_blocks:,} left out by the chat template"
+        )
+    if read.rewritten_turns:
+        yield Text(
+            f"{item.name}: {read.rewritten_turns:,} trained turns stand in the history otherwise "
+            "than they are generated"
+        )
+
+
+def _histogram(item: SetReport) -> Group:
+    largest = max(int(item.counts.max()), 1)
+    width = len(f"{item.edges[-1]:,}")
+    lines = []
+    for low, high, count in zip(item.edges, item.edges[1:], item.counts, strict=False):
+        bar = "█" * max(round(_BAR_WIDTH * count / largest), int(count > 0))
+        over = low > item.rows.max_length
+        label = f"{low:>{width},} – {high - 1:>{width},}"
+        lines.append(Text(f"{label}  {bar} {count:,}", style="red" if over else ""))
+    return Group(*lines)
+
+
+def _sample_panel(sample: Sample) -> Panel:
+    text = Text()
+    for run, trained in sample.runs:
+        text.append(run, style=_TRAINED_STYLE if trained else _MASKED_STYLE)
+    if sample.more_tokens:
+        text.append(f" … {sample.more_tokens:,} more tokens")
+    return Panel(text, title=Text(sample.origin), title_align="left")

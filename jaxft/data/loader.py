@@ -1,0 +1,195 @@
+"""Batches of packed rows in a deterministic order that can be entered at any step.
+
+The order is one sequence of global positions: step s, micro-batch a, row b of a micro-batch of B
+rows is position (s * A + a) * B + b. Each pass over the rows has its own permutation. What a step
+holds therefore depends on its number alone, not on the number of hosts nor on what was read before.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxft.data.batch import Batch
+from jaxft.data.rows import TokenRows
+from jaxft.errors import ConfigError, DataError
+
+_THREADS = 2
+_PREFETCHED_STEPS = 4
+_SHUFFLE_ROUNDS = 4
+
+
+def shuffled(place: int, count: int, *, seed: int, epoch: int) -> int:
+    """Returns which of `count` items stands at a place, without holding the permutation."""
+    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=4).digest()
+    return grain.experimental.index_shuffle(
+        place, max_index=count - 1, seed=int.from_bytes(digest), rounds=_SHUFFLE_ROUNDS
+    )
+
+
+def batches(
+    rows: TokenRows,
+    *,
+    batch_size: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    shuffle: bool = True,
+    epochs: float = 0.0,
+    steps: int = 0,
+    start_step: int = 0,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> "BatchIterator":
+    """Returns an iterator over training steps.
+
+    Args:
+      rows: From `prepare`.
+      batch_size: Rows in a step, over all hosts and micro-batches.
+      accumulation: Micro-batches in a step.
+      seed: Of the order; each epoch has its own permutation.
+      shuffle: Otherwise every epoch is in the order of the rows.
+      epochs: Passes over the rows when `steps` is 0; the last step is then filled with rows of
+        weight 0.
+      steps: Steps in all, of full batches.
+      start_step: The first step that is read: a resumed run continues exactly.
+      host_index: Which part of every batch is read.
+      host_count: How many hosts share a batch.
+
+    Raises:
+      ConfigError: If the sizes do not divide.
+      DataError: If there are no rows.
+    """
+    return BatchIterator(
+        rows,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=seed,
+        shuffle=shuffle,
+        epochs=epochs,
+        steps=steps,
+        start_step=start_step,
+        host_index=host_index,
+        host_count=host_count,
+    )
+
+
+class BatchIterator(Iterator[Batch]):
+    """Yields one `[A, B / hosts, T]` batch of NumPy arrays a step, read ahead in threads.
+
+    Attributes:
+      steps: Steps in all, those before `start_step` included.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        *,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        shuffle: bool,
+        epochs: float,
+        steps: int,
+        start_step: int,
+        host_index: int,
+        host_count: int,
+    ):
+        if not len(rows):
+            raise DataError("There are no rows to train on; see the report of dropped documents.")
+        _check_sizes(batch_size, accumulation, host_count)
+        self._rows = rows
+        self._shape = (accumulation, batch_size // accumulation)
+        self._seed = seed
+        self._shuffle = shuffle
+        self._end = steps * batch_size if steps else round(epochs * len(rows))
+        self._step = start_step
+        per_host = self._shape[1] // host_count
+        self._part = slice(host_index * per_host, (host_index + 1) * per_host)
+        self.steps = math.ceil(self._end / batch_size)
+        self._iterator = self._read_ahead()
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            raise StopIteration
+        batch = next(self._iterator)
+        self._step += 1
+        return batch
+
+    def state(self) -> dict[str, int]:
+        """Returns the position as JSON: `start_step=state["step"]` continues after it."""
+        return {"step": self._step, "rows": len(self._rows), "seed": self._seed}
+
+    def row_numbers(self, step: int) -> list[int]:
+        """Returns the rows in a step, over all hosts, in the order of the batch."""
+        return [number for number in self._numbers(step).ravel().tolist() if number >= 0]
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _read_ahead(self) -> Any:
+        if self._step >= self.steps:
+            return None
+        steps = grain.MapDataset.range(self._step, self.steps).map(self._read)
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCHED_STEPS)
+        return iter(steps.to_iter_dataset(options))
+
+    def _read(self, step: int) -> Batch:
+        numbers = self._numbers(step)[:, self._part]
+        flat = self._rows.batch(numbers.ravel().tolist())
+        return Batch(*(array.reshape(*numbers.shape, -1) for array in flat))
+
+    def _numbers(self, step: int) -> np.ndarray:
+        """Returns the row at each place of a step, `[A, B]`; -1 past the end of the last epoch."""
+        size = self._shape[0] * self._shape[1]
+        numbers = [self._number(step * size + place) for place in range(size)]
+        return np.array(numbers).reshape(self._shape)
+
+    def _number(self, position: int) -> int:
+        if position >= self._end:
+            return -1
+        epoch, place = divmod(position, len(self._rows))
+        if not self._shuffle:
+            return place
+        return shuffled(place, len(self._rows), seed=self._seed, epoch=epoch)
+
+
+def eval_batches(
+    rows: TokenRows,
+    *,
+    batch_size: int,
+    host_index: int = 0,
+    host_count: int = 1,
+    max_rows: int = 0,
+) -> Iterator[Batch]:
+    """Yields `[B / hosts, T]` batches in order, the last one filled with rows of weight 0.
+
+    Args:
+      rows: From `prepare`.
+      batch_size: Rows in a batch, over all hosts.
+      host_index: Which part of every batch is read.
+      host_count: How many hosts share a batch.
+      max_rows: Read the first rows only; 0: all.
+
+    Raises:
+      ConfigError: If the batch does not divide among the hosts.
+    """
+    _check_sizes(batch_size, 1, host_count)
+    count = min(max_rows or len(rows), len(rows))
+    per_host = batch_size // host_count
+    for first in range(host_index * per_host, count + host_index * per_host, batch_size):
+        places = range(first, first + per_host)
+        yield rows.batch([place if place < count else -1 for place in places])
+
+
+def _check_sizes(batch_size: int, accumulation: int, host_count: int) -> None:
+    if batch_size % (accumulation * host_count):
+        raise ConfigError(
+            f"A batch of {batch_size} rows does not divide into {accumulation} micro-batches on "
+            f"{host_count} hosts; use a multiple of {accumulation * host_count}."
+        )

@@ -1,0 +1,148 @@
+"""Packed rows on disk, read one at a time as the five arrays of a `Batch`."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxft.data.batch import Batch
+from jaxft.data.documents import Documents, DocumentStatistics, map_array, write_json
+from jaxft.data.packing import PackingStatistics, Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What was read, and what became of it."""
+
+    read: DocumentStatistics
+    packed: PackingStatistics
+
+    @property
+    def documents(self) -> int:
+        """Documents that were read."""
+        return self.read.documents
+
+    @property
+    def rows(self) -> int:
+        """Rows of `max_length` tokens."""
+        return self.packed.rows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in rows, padding not counted."""
+        return self.packed.tokens
+
+    @property
+    def trained_tokens(self) -> int:
+        """Predictions that carry loss: the sum of all weights."""
+        return self.packed.trained_tokens
+
+    @property
+    def dropped(self) -> int:
+        """Documents that are in no row."""
+        return self.packed.dropped
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the trained tokens that are in no row."""
+        return self.packed.lost_trained_tokens / max(self.read.trained_tokens, 1)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the positions of all rows that hold padding."""
+        return 1 - self.tokens / max(self.rows * self.packed.max_length, 1)
+
+
+def write_rows(
+    folder: Path, rows: Iterable[list[Piece]], statistics: PackingStatistics, *, pad: int
+) -> None:
+    """Writes the index of rows; `statistics` is filled while they are taken."""
+    with (folder / "pieces.bin").open("wb") as pieces, (folder / "rows.bin").open("wb") as offsets:
+        offsets.write(np.int64(0).tobytes())
+        count = 0
+        for row in rows:
+            pieces.write(np.array(row, "<i8").tobytes())
+            count += len(row)
+            offsets.write(np.int64(count).tobytes())
+    write_json(folder / "statistics.json", {"pad": pad, **dataclasses.asdict(statistics)})
+
+
+class TokenRows(Sequence[Batch]):
+    """Packed rows of one data set; only what is read comes into memory.
+
+    Attributes:
+      documents: The tokens that the rows are made of.
+      statistics: What was read and what became of it.
+      max_length: Tokens in a row, T.
+    """
+
+    def __init__(self, documents: Documents, folder: Path):
+        values = json.loads((folder / "statistics.json").read_text())
+        self._pad = values.pop("pad")
+        self._pieces = map_array(folder / "pieces.bin", np.dtype("<i8")).reshape(-1, 2)
+        self._offsets = map_array(folder / "rows.bin", np.dtype("<i8"))
+        self.documents = documents
+        self.statistics = Statistics(documents.statistics, PackingStatistics(**values))
+        self.max_length = self.statistics.packed.max_length
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether there are conversations among the documents."""
+        return self.statistics.read.chat
+
+    @property
+    def max_segments(self) -> int:
+        """Most documents in one row."""
+        return int(np.diff(self._offsets).max(initial=1))
+
+    def __getitem__(self, number: int) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the five `[T]` arrays of a row."""
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        return Batch(*(array[0] for array in self.batch([number % len(self)])))
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Returns rows as one batch `[len(numbers), T]`; a negative number is a row of padding."""
+        batch = self._empty_batch(len(numbers))
+        for place, number in enumerate(numbers):
+            if number >= 0:
+                self._fill(batch, place, number)
+        return batch
+
+    def pieces(self, number: int) -> np.ndarray:
+        """Returns begin and end of the pieces of a row, int64 `[pieces, 2]`."""
+        return self._pieces[self._offsets[number] : self._offsets[number + 1]]
+
+    def origins(self, number: int) -> list[str]:
+        """Returns `file:line` of the documents in a row."""
+        starts = self.documents.index["start"]
+        places = np.searchsorted(starts, self.pieces(number)[:, 0], side="right") - 1
+        return [self.documents.origin(place) for place in places]
+
+    def _empty_batch(self, count: int) -> Batch:
+        shape = (count, self.max_length)
+        return Batch(
+            tokens=np.full(shape, self._pad, np.int32),
+            targets=np.full(shape, self._pad, np.int32),
+            weights=np.zeros(shape, np.float32),
+            positions=np.zeros(shape, np.int32),
+            segments=np.zeros(shape, np.int32),
+        )
+
+    def _fill(self, batch: Batch, place: int, number: int) -> None:
+        start = 0
+        for segment, (begin, end) in enumerate(self.pieces(number), start=1):
+            stop = start + int(end - begin)
+            tokens = self.documents.tokens[begin:end]
+            batch.tokens[place, start:stop] = tokens
+            batch.targets[place, start : stop - 1] = tokens[1:]
+            batch.weights[place, start : stop - 1] = self.documents.trained[begin + 1 : end]
+            batch.positions[place, start:stop] = np.arange(stop - start)
+            batch.segments[place, start:stop] = segment
+            start = stop

@@ -1,0 +1,107 @@
+"""What `make demo` runs: fine-tune the base model, measure before and after, export, ask."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import jaxft
+from jaxft.demo.complaints import NAMES
+from jaxft.demo.data import HELD_OUT_CASES, TRAIN_CASES, write_task
+from jaxft.demo.runs import load_run
+from jaxft.errors import JaxftError
+
+FOLDER = Path("runs/demo")
+MAX_NEW_TOKENS = 12
+QUESTIONS = (
+    "I had a bad fall and now I limp.",
+    "What should I do? My angina is back.",
+    "There are hives all over me.",
+)
+"""None of these sentences, nor their complaints, is in the training cases."""
+
+_console = Console(highlight=False)
+
+type Metrics = Mapping[str, Any]
+
+
+def main() -> None:
+    """Runs the demo in the current folder, the root of a checkout."""
+    start = time.monotonic()
+    config = load_run("demo")
+    _console.print(
+        "[bold]jaxft demo[/]: a small Llama learns which clinic department treats a complaint.\n"
+        f"{TRAIN_CASES} training cases; {HELD_OUT_CASES} held-out cases in wordings that never "
+        f"occur in training; {len(NAMES)} departments."
+    )
+    write_task(FOLDER / "data")
+
+    _heading("1. The base model before training")
+    before = jaxft.evaluate(config)
+    _heading("2. Training")
+    run = jaxft.train(config, overwrite=True)
+    _heading("3. The model after training")
+    after = jaxft.evaluate(config, checkpoint=run.checkpoint)
+    _console.print(results_table(before, after))
+    _heading("4. Export to a Hugging Face folder, loaded again")
+    exported = jaxft.export(run.checkpoint, FOLDER / "model", overwrite=True)
+    _ask(exported)
+
+    _console.print(
+        f"\nThe model is in [bold]{exported}[/], the run's curves in "
+        f"[bold]{Path(run.workdir) / 'report.html'}[/].\n"
+        f"All of it took [bold]{time.monotonic() - start:.0f} s[/], every figure above included."
+    )
+
+
+def results_table(before: Mapping[str, Metrics], after: Mapping[str, Metrics]) -> Table:
+    """Returns what two evaluations measured, side by side, with 95 % intervals where known."""
+    table = Table(title="Measured in this run", title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    rows = (
+        ("label accuracy on held-out cases", "validation", label_accuracy),
+        ("loss on held-out answers, nats per token", "validation", loss),
+        ("retention: loss on everyday stories", "retention", loss),
+    )
+    for name, data, show in rows:
+        table.add_row(name, show(before[data]), show(after[data]))
+    table.caption = f"Guessing gets {1 / len(NAMES):.1%} of the labels right."
+    return table
+
+
+def label_accuracy(metrics: Metrics) -> str:
+    """Returns a share with its 95 % interval."""
+    share = metrics["label_accuracy"]
+    return f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+
+
+def loss(metrics: Metrics) -> str:
+    """Returns the mean loss."""
+    return f"{metrics['loss']:.3f}"
+
+
+def _ask(folder: Path) -> None:
+    model = jaxft.load(folder)
+    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    answers = model.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        _console.print(f"  {question}", markup=False)
+        _console.print(f"  [green]→ {answer}[/]")
+
+
+def _heading(text: str) -> None:
+    _console.print(f"\n[bold cyan]{text}[/]")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except JaxftError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,49 @@
+"""The errors that jaxft raises on purpose: at the command line they print without a traceback.
+
+Problems of one kind are collected and raised once, so that a user fixes them in one go.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class JaxftError(Exception):
+    """Something the user can act on. The message says what, why and what to do.
+
+    Args:
+      problems: One text, or several that are shown together, each a paragraph of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigError(JaxftError):
+    """The configuration or the command line is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(JaxftError):
+    """Rows that cannot be trained on; each problem names file, line and key."""
+
+
+class ModelError(JaxftError):
+    """A model folder that cannot be loaded or exported as it is."""
+
+
+class CheckpointError(JaxftError):
+    """A checkpoint or workdir that cannot be used as asked."""
+
+
+class TrainingError(JaxftError):
+    """The run cannot go on, such as a loss that is not finite."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the candidate closest to `name`, or an empty string."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,154 @@
+"""Text generation: one jitted program reads the prompts and decodes with a key/value cache."""
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxft.models.module import Params, merge
+
+# Prompts are padded to a multiple of this, so that few lengths are ever compiled.
+_BUCKET = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+      temperature: Divides the logits; 0 takes the most likely token.
+      top_k: Only the k most likely tokens; 0 for all.
+      top_p: Only the most likely tokens whose probabilities together reach p, after `top_k`
+        (nucleus sampling, Holtzman et al., arXiv:1904.09751).
+      seed: Row i draws from `fold_in(key(seed), i)`: its text does not depend on the other rows.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def generate_tokens(
+    graphdef: Any,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    sampling: Sampling | None = None,
+) -> list[list[int]]:
+    """Continues each prompt until a stop token or `max_new_tokens`.
+
+    Args:
+      graphdef: Structure of the decoder.
+      params: Its parameters, in any placement.
+      prompts: Token ids, at least one in each.
+      max_new_tokens: Longest continuation.
+      stop_ids: Tokens that end a row; not part of the result.
+      sampling: Greedy if absent.
+
+    Returns:
+      The new ids of each row.
+    """
+    sampling = sampling or Sampling()
+    longest = max(map(len, prompts))
+    width = -(-longest // _BUCKET) * _BUCKET
+    tokens = np.zeros((len(prompts), width), np.int32)
+    segments = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        # Right-aligned: every row's next token then goes into the same slot of the cache.
+        tokens[row, width - len(prompt) :] = prompt
+        segments[row, width - len(prompt) :] = 1
+    new = _generate(
+        graphdef,
+        params,
+        tokens,
+        segments,
+        np.asarray(sorted(stop_ids) or [-1], np.int32),
+        sampling.seed,
+        np.float32(sampling.temperature),
+        np.int32(sampling.top_k),
+        np.float32(sampling.top_p),
+        max_new_tokens=max_new_tokens,
+        greedy=sampling.temperature == 0,
+    )
+    stops = set(stop_ids)
+    return [_until_stop(row, stops) for row in np.asarray(new).tolist()]
+
+
+def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    return ids[:end]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "greedy"))
+def _generate(
+    graphdef: Any,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    stop_ids: Int[Array, " stops"],
+    seed: Int[Array, ""],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    *,
+    max_new_tokens: int,
+    greedy: bool,
+) -> Int[Array, "B new"]:
+    model = merge(graphdef, params)
+    rows, width = tokens.shape
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
+
+    def choose(logits: Float[Array, "B V"], step: Array) -> Int[Array, " B"]:
+        if greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        kept = _filter(logits / temperature, top_k, top_p)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        return jax.vmap(jax.random.categorical)(step_keys, kept).astype(jnp.int32)
+
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    cache = model.init_cache(rows, width + max_new_tokens)
+    hidden, cache = model.extend(tokens, positions, segments, cache)
+    first = choose(model.logits(hidden[:, -1:])[:, 0], jnp.int32(0))
+    new = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(first)
+
+    def running(carry: tuple) -> Bool[Array, ""]:
+        step, _, done, *_ = carry
+        return (step < max_new_tokens) & ~jnp.all(done)
+
+    def decode(carry: tuple) -> tuple:
+        step, last, done, position, cache, new = carry
+        ones = jnp.ones((rows, 1), jnp.int32)
+        hidden, cache = model.extend(last[:, None], position[:, None], ones, cache)
+        token = choose(model.logits(hidden)[:, 0], step)
+        # A finished row goes on repeating its stop token, which ends it when the text is cut.
+        token = jnp.where(done, last, token)
+        new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], step, 1)
+        return step + 1, token, done | jnp.isin(token, stop_ids), position + 1, cache, new
+
+    done = jnp.isin(first, stop_ids)
+    start = (jnp.int32(1), first, done, positions[:, -1] + 1, cache, new)
+    step, last, _, _, _, new = jax.lax.while_loop(running, decode, start)
+    # Slots behind the last step hold what ended each row.
+    return jnp.where(jnp.arange(max_new_tokens)[None] < step, new, last[:, None])
+
+
+def _filter(
+    logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """Sets to -inf what `top_k` and `top_p` leave out; the most likely token always stays."""
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    ranks = jnp.arange(logits.shape[-1])[None]
+    ranked = jnp.where((top_k == 0) | (ranks < top_k), ranked, -jnp.inf)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    ranked = jnp.where((before < top_p) | (ranks == 0), ranked, -jnp.inf)
+    return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)

@@ -1,0 +1,122 @@
+"""Turns a path or a repository id into a local folder, and explains why where it cannot."""
+
+import errno
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from jaxft.errors import ModelError
+
+# Everything but weights: configs, tokenizers of every kind, chat templates.
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "tokenizer.tiktoken"]
+_WEIGHTS = ["model.safetensors", "model-*.safetensors"]
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token from {}/settings/tokens"
+
+
+def resolve(path_or_repo_id: str, *, revision: str = "", weights: bool = True) -> Path:
+    """Returns the local folder of a model, downloading a repository into the Hub's cache if needed.
+
+    A folder that exists wins over a repository of the same name. With HF_HUB_OFFLINE=1 the cache
+    alone is used.
+
+    Args:
+      path_or_repo_id: A folder, or `org/name` on the Hub.
+      revision: Branch, tag or commit of a repository; empty is its default branch.
+      weights: Whether the safetensors are needed too.
+
+    Raises:
+      ModelError: If there is no such folder or repository, or it cannot be had, with what to do.
+    """
+    folder = Path(path_or_repo_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"{folder} is a file; name the folder that holds it.")
+    if _looks_local(path_or_repo_id):
+        raise ModelError(
+            f"There is no folder {folder}. Give a folder that exists, or a repository id such as "
+            "'org/name'."
+        )
+    try:
+        snapshot = Path(
+            snapshot_download(
+                path_or_repo_id,
+                revision=revision or None,
+                allow_patterns=_SMALL_FILES + (_WEIGHTS if weights else []),
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelError(_explain(error, path_or_repo_id, revision)) from error
+    if weights and not any(snapshot.glob("*.safetensors")):
+        raise ModelError(_no_safetensors(path_or_repo_id, revision))
+    return snapshot
+
+
+def conversion_hint(source: str) -> str:
+    """Returns why weights of a folder or repository are refused, and how to convert them."""
+    target = f"{Path(source).name}-safetensors"
+    return (
+        f"{source} holds PyTorch's pickled weights (.bin), which run code when they are opened. "
+        "Convert them once, where torch and transformers are installed:\n"
+        '  python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"M.from_pretrained({source!r}, dtype='auto').save_pretrained({target!r}); "
+        f'T.from_pretrained({source!r}).save_pretrained({target!r})"\n'
+        f"and use the folder {target}."
+    )
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _explain(error: Exception, repo: str, revision: str) -> str:
+    page = f"{constants.ENDPOINT}/{repo}"
+    log_in = _LOG_IN.format(constants.ENDPOINT)
+    if isinstance(error, GatedRepoError):
+        return f"{repo} is gated. Accept its terms at {page}, then give your token: {log_in}."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"There is neither a folder nor a repository {repo!r} ({page}), or it is private. "
+            f"Check the spelling; if it is private: {log_in}."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}. Its branches and tags: {page}/tree/main."
+    if isinstance(error, HFValidationError):
+        return (
+            f"{repo!r} is neither a folder that exists nor a repository id such as 'org/name': "
+            f"{error}"
+        )
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return f"{repo} does not fit on the disk of {constants.HF_HUB_CACHE}; make room, try again."
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{repo} is not in the cache {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set, so it "
+            f"is not downloaded. Unset it, or run `hf download {repo}` where there is a network."
+        )
+    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+        return (
+            f"{constants.ENDPOINT} refused access to {repo} ({cause.response.status_code}); the "
+            f"token is not valid or may not read it: {log_in}."
+        )
+    return (
+        f"{repo} could not be had from {constants.ENDPOINT} and is not in the cache: {cause}. "
+        "Check the network, then try again; a download continues where it stopped."
+    )
+
+
+def _no_safetensors(repo: str, revision: str) -> str:
+    try:
+        files = HfApi().list_repo_files(repo, revision=revision or None)
+    except (HfHubHTTPError, OSError) as error:
+        return f"The cache {constants.HF_HUB_CACHE} holds no weights of {repo}: {error}."
+    if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
+        return conversion_hint(repo)
+    return f"{repo} has no weights in safetensors; use a repository that has, or convert them."

@@ -1,0 +1,226 @@
+"""What a run measures: the figures of a log step, and the files and services they go to."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import math
+from typing import Any, NamedTuple, SupportsFloat
+
+import jax
+from tensorboardX import SummaryWriter
+
+from jaxft.devices import device_memory, host_memory
+from jaxft.errors import ConfigError
+from jaxft.workdir import Workdir, append_jsonl, read_jsonl, rewrite_jsonl
+
+
+class TrainingFlops(NamedTuple):
+    """Operations that the mathematics of a step needs, in the two usual ways of counting.
+
+    Attributes:
+      causal: Attention scores counted once for each pair that may see each other: about half.
+      full: Attention counted as if each token saw its whole document, as most papers do.
+    """
+
+    causal: float
+    full: float
+
+
+def training_flops(
+    parameters_without_embedding: int,
+    *,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    squared_lengths: int,
+) -> TrainingFlops:
+    """Returns the FLOPs of a forward and a backward pass over some documents.
+
+    A weight takes part in one multiplication and one addition per token forward, and twice that
+    backward (gradients of input and of weight): 6 per parameter and token. In each layer the
+    products q·k and p·v of a document of length n take 2 n² heads head_dim operations each
+    forward and twice that backward: 12 n² heads head_dim. Rematerialisation, norms, rotary
+    embedding and softmax are not counted. For one document of length T as a row this is the
+    familiar 6 N + 12 L H T per token, H = heads · head_dim (Chowdhery et al. 2022, appendix B).
+
+    Args:
+      parameters_without_embedding: Without the input embedding, which is a look-up, but with the
+        output head, tied or not.
+      layers: Layers with attention.
+      heads: Query heads; grouped keys do not lower the count.
+      head_dim: Size of a head.
+      tokens: Tokens of the batch without padding.
+      squared_lengths: Sum of the squared lengths of the documents, packed or not.
+    """
+    weights = 6.0 * parameters_without_embedding * tokens
+    attention = 12.0 * layers * heads * head_dim * squared_lengths
+    return TrainingFlops(weights + attention / 2, weights + attention)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """Sums over the steps since the last record, over all micro-batches, devices and hosts.
+
+    Attributes:
+      loss_total: Summed loss in nats.
+      tokens: Tokens without padding.
+      trained_tokens: Tokens that carry loss.
+      seconds: Wall time, without evaluations and saves between the steps.
+      flops: From `training_flops`; None if unknown.
+    """
+
+    loss_total: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    flops: TrainingFlops | None = None
+
+
+def train_record(
+    step: int,
+    interval: Interval,
+    *,
+    learning_rate: SupportsFloat,
+    grad_norm: SupportsFloat,
+    tokens: int,
+    trained_tokens: int,
+    seconds: float,
+    peak_flops: float | None = None,
+) -> dict[str, Any]:
+    """Returns the object that a log step writes to metrics.jsonl.
+
+    Args:
+      step: Optimizer steps done.
+      interval: What happened since the last record.
+      learning_rate: Of the last step.
+      grad_norm: Global norm of the last step's gradient before clipping.
+      tokens: So far, over the whole run, resumed parts included.
+      trained_tokens: So far.
+      seconds: Wall time of training so far.
+      peak_flops: FLOP/s of all devices together; None leaves `mfu` and `mfu_full` out.
+    """
+    record: dict[str, Any] = {
+        "step": step,
+        "loss": _ratio(interval.loss_total, interval.trained_tokens),
+        "learning_rate": float(learning_rate),
+        "grad_norm": float(grad_norm),
+        "tokens": int(tokens),
+        "trained_tokens": int(trained_tokens),
+        "tokens_per_second": _ratio(interval.tokens, interval.seconds),
+        "seconds": float(seconds),
+    }
+    if peak_flops and interval.flops:
+        available = peak_flops * interval.seconds
+        record["mfu"] = _ratio(interval.flops.causal, available)
+        record["mfu_full"] = _ratio(interval.flops.full, available)
+    return record | _memory_record()
+
+
+def require_wandb(project: str) -> None:
+    """Checks before anything slow starts that wandb can be used if it is asked for.
+
+    Raises:
+      ConfigError: If `project` is set and wandb is not installed.
+    """
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"train.wandb is {project!r}, but wandb is not installed. Install it with "
+            "'pip install wandb', or leave train.wandb empty."
+        )
+
+
+class MetricsWriter:
+    """Writes records to the workdir's JSON lines, to TensorBoard and, where asked for, to wandb.
+
+    A run that resumes at `start_step` takes back what its predecessor wrote after that step, so
+    each file has one line per log step. Use one writer per run, on process 0.
+    """
+
+    def __init__(self, workdir: Workdir, *, start_step: int, wandb_project: str = ""):
+        require_wandb(wandb_project)
+        self._workdir = workdir
+        for path in (workdir.metrics, workdir.evaluations, workdir.samples):
+            if path.exists():
+                rewrite_jsonl(path, [r for r in read_jsonl(path) if _step(r) <= start_step])
+        self._board = SummaryWriter(
+            str(workdir.events),
+            purge_step=start_step + 1 if start_step else None,
+            flush_secs=10,
+        )
+        self._wandb = _start_wandb(workdir, wandb_project) if wandb_project else None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes a `train_record`."""
+        append_jsonl(self._workdir.metrics, record)
+        self._publish("train", record)
+
+    def write_eval(self, record: dict[str, Any]) -> None:
+        """Writes the figures of one evaluation of one data set, named by `record["dataset"]`."""
+        append_jsonl(self._workdir.evaluations, record)
+        self._publish(f"eval/{record.get('dataset', 'validation')}", record)
+
+    def write_sample(self, record: dict[str, Any]) -> None:
+        """Writes an answer: `step`, `prompt`, `output` and `reference` (a text or None)."""
+        append_jsonl(self._workdir.samples, record)
+
+    def close(self) -> None:
+        """Flushes and closes; the writer cannot be used after it."""
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _publish(self, group: str, record: dict[str, Any]) -> None:
+        scalars = {f"{group}/{name}": value for name, value in _scalars(record)}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=record["step"])
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return float(numerator) / float(denominator) if denominator else float("nan")
+
+
+def _memory_record() -> dict[str, int]:
+    """Returns host memory, and that of the fullest of this host's devices."""
+    host = host_memory()
+    record = {"host_memory": host.resident, "host_memory_peak": host.peak}
+    uses = [use for use in map(device_memory, jax.local_devices()) if use is not None]
+    if uses:
+        record["device_memory"] = max(use.in_use for use in uses)
+        record["device_memory_peak"] = max(use.peak for use in uses)
+    return record
+
+
+def _step(record: dict[str, Any]) -> int:
+    step = record.get("step")
+    return step if isinstance(step, int) else 0
+
+
+def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """Returns the finite figures; of a figure with an interval, its value."""
+    pairs = []
+    for name, value in record.items():
+        number = value.get("value") if isinstance(value, dict) else value
+        if name != "step" and isinstance(number, int | float) and math.isfinite(number):
+            pairs.append((name, number))
+    return pairs
+
+
+def _start_wandb(workdir: Workdir, project: str) -> Any:
+    wandb = importlib.import_module("wandb")
+    config = json.loads(workdir.config.read_text(encoding="utf-8"))
+    return wandb.init(
+        project=project,
+        group=workdir.path.name,  # the parts of a resumed run stand together
+        dir=str(workdir.path),
+        config=config,
+    )

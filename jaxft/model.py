@@ -1,0 +1,288 @@
+"""A loaded model: logits and text, from a Hugging Face folder, a repository id or a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxft.checkpoint import Checkpoints
+from jaxft.config import DataConfig
+from jaxft.data import chat
+from jaxft.errors import CheckpointError, ConfigError, ModelError
+from jaxft.generate import Sampling, generate_tokens
+from jaxft.hf.hub import resolve
+from jaxft.hf.load import load_params, read_config, read_json, tensor_dtypes
+from jaxft.hf.tokenizer import load_tokenizer, stop_ids
+from jaxft.models.config import make_numerics
+from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.models.module import AbstractModel, Params, merge
+from jaxft.sharding.rules import Placement
+
+type Prompt = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+      folder: Hugging Face folder: of the model itself, or the one that a run keeps beside its
+        checkpoints, without weights.
+      checkpoints: Folder of the run's checkpoints, if the weights are there.
+      step: Which of them.
+    """
+
+    folder: Path
+    checkpoints: Path | None = None
+    step: int = 0
+
+
+def find_source(
+    path_or_repo_id: str | Path, *, revision: str = "", step: str = "best", weights: bool = True
+) -> Source:
+    """Tells a Hugging Face folder or id from a run's workdir or one of its checkpoints.
+
+    Args:
+      path_or_repo_id: Folder with config.json and safetensors, repository id, workdir of a run,
+        or `workdir/checkpoints/120`.
+      revision: Branch, tag or commit of a repository id.
+      step: For a workdir: `best` (lowest validation loss, the newest if none was evaluated),
+        `latest`, or a number.
+      weights: Whether a repository's weights are needed.
+
+    Raises:
+      ModelError: If there is no such folder or repository.
+      CheckpointError: If the workdir has no such checkpoint.
+    """
+    path = Path(path_or_repo_id).expanduser()
+    if path.name.isdecimal() and path.parent.name == "checkpoints":
+        path, step = path.parent.parent, path.name
+    if not (path / "checkpoints").is_dir():
+        return Source(resolve(str(path_or_repo_id), revision=revision, weights=weights))
+    folder = path / "checkpoints"
+    checkpoints = Checkpoints(folder, read_only=True)
+    steps = checkpoints.steps()
+    best = checkpoints.best_step()
+    checkpoints.close()
+    if not steps:
+        raise CheckpointError(f"{folder} holds no complete checkpoint; the run saved none yet.")
+    if step not in ("best", "latest") and not (step.isdecimal() and int(step) in steps):
+        raise CheckpointError(
+            f"{folder} has no checkpoint {step!r}; it has {', '.join(map(str, steps))}. Name one "
+            "of them, 'best' or 'latest'."
+        )
+    named = {"latest": steps[-1], "best": steps[-1] if best is None else best}
+    return Source(path / "model", folder, named[step] if step in named else int(step))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a notebook uses. Immutable; `params` is a flat dict of arrays.
+
+    Attributes:
+      architecture: Shape and naming of the model.
+      abstract: Its structure, with shapes, dtypes and axes.
+      params: `{dotted path: array}`.
+      tokenizer: As `transformers.AutoTokenizer` loads it.
+      source: Where it was loaded from.
+    """
+
+    architecture: Architecture
+    abstract: AbstractModel
+    params: Params
+    tokenizer: Any
+    source: Source
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Returns float32 logits for rows that are one document each."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+            raise ValueError(
+                f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers [B, T]."
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.architecture.config.vocab:
+            raise ValueError(
+                f"tokens range from {tokens.min()} to {tokens.max()}; the vocabulary has "
+                f"{self.architecture.config.vocab}."
+            )
+        return _forward(self.abstract.graphdef, self.params, tokens)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; a tied table counts once."""
+        return sum(array.size for array in self.params.values())
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: of the chat template, the tokenizer and both config files."""
+        file = self.source.folder / "generation_config.json"
+        generation = read_json(file) if file.is_file() else {}
+        known = stop_ids(self.tokenizer, generation, read_config(self.source.folder))
+        turn_ends = self.template.stops.values() if self.tokenizer.chat_template else ()
+        return tuple(sorted({*known, *turn_ends}))
+
+    @property
+    def template(self) -> chat.Template:
+        """The tokenizer's chat template, or the built-in default."""
+        return chat.resolve_template(self.tokenizer, DataConfig())
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text as it stands, or of a conversation through the chat template."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        return chat.prompt_ids(self.tokenizer, [dict(m) for m in prompt], template=self.template)
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Any:
+        """Continues a prompt, or a batch of them; the result has the prompt's shape.
+
+        A text is continued as it stands. A list of messages, each a dict of role and content, is
+        answered through the chat template.
+
+        Args:
+          prompt: A text, a conversation, or a list of these.
+          max_new_tokens: Longest answer.
+          temperature: 0 is greedy.
+          top_k: Only the k most likely tokens; 0 for all.
+          top_p: Only the most likely tokens that together reach this probability.
+          seed: Row i of a batch draws from this and i alone.
+
+        Returns:
+          The new text, special tokens left out; a list for a batch.
+        """
+        single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping))
+        prompts = [prompt] if single else list(prompt)
+        if not prompts:
+            return []
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        texts = self.generate_from_ids(
+            [self.prompt_ids(p) for p in prompts],  # pyright: ignore[reportArgumentType]
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )
+        return texts[0] if single else texts
+
+    def generate_from_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+    ) -> list[str]:
+        """As `generate`, for prompts that are token ids already."""
+        empty = [i for i, ids in enumerate(prompts) if not ids]
+        if empty:
+            raise ValueError(f"prompt {empty[0]} has no tokens; write at least one character.")
+        limit = self.architecture.config.max_length
+        longest = max(map(len, prompts)) + max_new_tokens
+        if longest > limit:
+            raise ConfigError(
+                f"A prompt of {longest - max_new_tokens} tokens and {max_new_tokens} new ones make "
+                f"{longest}, and the model's context has {limit}. Shorten the prompt or "
+                "max_new_tokens."
+            )
+        new = generate_tokens(
+            self.abstract.graphdef,
+            self.params,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.stop_ids,
+            sampling=sampling,
+        )
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+
+    def with_params(self, params: Params) -> "Model":
+        """Returns the same model with other weights."""
+        return replace(self, params=params)
+
+
+@jax.jit(static_argnums=0)
+def _forward(graphdef: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    return merge(graphdef, params)(tokens)
+
+
+def load(
+    path_or_repo_id: str | Path,
+    *,
+    revision: str = "",
+    step: str = "best",
+    dtypes: str = "float32",
+    placement: Placement | None = None,
+) -> Model:
+    """Loads a model for inference, evaluation or export.
+
+    Args:
+      path_or_repo_id: Hugging Face folder or repository id, or a run's workdir or checkpoint.
+      revision: Branch, tag or commit of a repository id.
+      step: Which checkpoint of a workdir: `best`, `latest` or a number.
+      dtypes: `float32`, `mixed` or `bfloat16` (half the memory of float32).
+      placement: Shards the weights; one device holds them if absent.
+
+    Raises:
+      ModelError: If it cannot be found, is not supported or does not fit its config.json.
+      CheckpointError: If a checkpoint cannot be read.
+    """
+    source = find_source(path_or_repo_id, revision=revision, step=step)
+    architecture = architecture_from_hf(read_config(source.folder))
+    abstract = architecture.abstract(make_numerics(dtypes))
+    shardings = placement.shardings(abstract.params, abstract.axes) if placement else None
+    params = load_weights(source, architecture, abstract, shardings)
+    return Model(architecture, abstract, params, load_tokenizer(source.folder), source)
+
+
+def load_weights(
+    source: Source,
+    architecture: Architecture,
+    abstract: AbstractModel,
+    shardings: Mapping[str, jax.sharding.Sharding] | None,
+) -> Params:
+    """Reads weights from safetensors or from a checkpoint, each device its own part."""
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {
+        path: jax.ShapeDtypeStruct(
+            spec.shape, spec.dtype, sharding=shardings[path] if shardings else default
+        )
+        for path, spec in abstract.params.items()
+    }
+    if source.checkpoints is None:
+        return load_params(source.folder, architecture.rules, target, ignore=architecture.ignored)
+    checkpoints = Checkpoints(source.checkpoints, read_only=True)
+    try:
+        return checkpoints.restore_params(target, source.step)
+    finally:
+        checkpoints.close()
+
+
+def tensor_dtypes_of(source: Source) -> dict[str, str]:
+    """Type of each tensor in the files that the weights once came from; empty if from none."""
+    if source.checkpoints is None:
+        return tensor_dtypes(source.folder)
+    return read_json(source.folder / "tensor_dtypes.json")
+
+
+def load_model_tokenizer(source: Source, other: str = "") -> Any:
+    """Loads the tokenizer of a model, or `other`, a folder or repository id, in its place."""
+    return load_tokenizer(resolve(other, weights=False) if other else source.folder)
+
+
+def check_vocabulary(tokenizer: Any, architecture: Architecture) -> None:
+    """Raises ModelError if the tokenizer gives ids that the model has no row for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= architecture.config.vocab:
+        raise ModelError(
+            f"The tokenizer has ids up to {largest}, but the model's embedding has "
+            f"{architecture.config.vocab} rows. Name the tokenizer that belongs to the model "
+            "(model.tokenizer)."
+        )

@@ -1,0 +1,1 @@
+"""Loss functions: each maps a model and a batch to sums, never means."""

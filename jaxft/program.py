@@ -1,0 +1,185 @@
+"""From a config to the compiled parts of a run: placement, abstract state, training and eval step.
+
+Nothing here allocates parameters: the trainer materialises a program, and whoever only wants to
+know what it would cost compiles it.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.config import RunConfig, to_dict
+from jaxft.data.batch import Batch
+from jaxft.errors import ConfigError
+from jaxft.eval_step import make_eval_step
+from jaxft.models.attention import Choice, choose_backend
+from jaxft.models.config import Numerics, make_numerics
+from jaxft.models.families import Architecture
+from jaxft.models.module import AbstractModel
+from jaxft.objectives import sft
+from jaxft.optim import make_optimizer, make_schedule
+from jaxft.sharding.mesh import make_mesh
+from jaxft.sharding.rules import Placement, load_strategy
+from jaxft.state import TrainState, abstract_state
+from jaxft.train_step import make_train_step
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What evaluating needs: a model without weights, its placement and the step.
+
+    Attributes:
+      architecture: Shape and naming of the model.
+      abstract: Its structure, shapes, dtypes and axes.
+      placement: Strategy and mesh.
+      shardings: Of each parameter.
+      numerics: Dtypes, rematerialisation and attention back end.
+      attention: The back end, and why.
+      eval_step: `(params, Batch [B, T]) -> LossTerms [B]`.
+    """
+
+    architecture: Architecture
+    abstract: AbstractModel
+    placement: Placement
+    shardings: dict[str, jax.sharding.NamedSharding]
+    numerics: Numerics
+    attention: Choice
+    eval_step: Any
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; a tied table counts once."""
+        return sum(math.prod(spec.shape) for spec in self.abstract.params.values())
+
+
+@dataclass(frozen=True)
+class Program:
+    """An evaluator, and what training needs beside it.
+
+    Attributes:
+      evaluator: Model, placement and eval step.
+      optimizer: optax transformation.
+      state: Abstract `TrainState` with shardings.
+      batch: Abstract `Batch` of `[A, B, T]` arrays with shardings.
+      train_step: `(state, batch) -> (state, StepMetrics)`, donating the state.
+    """
+
+    evaluator: Evaluator
+    optimizer: Any
+    state: TrainState
+    batch: Batch
+    train_step: Any
+
+
+def make_placement(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Placement:
+    """Lays out the devices as the config's strategy and mesh say.
+
+    Raises:
+      ConfigError: If the strategy is unknown or the mesh does not fit.
+    """
+    strategy = load_strategy(config.strategy)
+    sizes = to_dict(config.mesh)
+    mesh = make_mesh(sizes, strategy, name=config.strategy, devices=devices)
+    return Placement(config.strategy, strategy, mesh)
+
+
+def build_evaluator(
+    config: RunConfig, architecture: Architecture, *, max_segments: int, placement: Placement
+) -> Evaluator:
+    """Resolves dtypes, attention and shardings.
+
+    Args:
+      config: The run.
+      architecture: Of the model.
+      max_segments: Most documents in one row of the data.
+      placement: From `make_placement`.
+
+    Raises:
+      ConfigError: If the strategy cannot place the model, or attention cannot be had.
+    """
+    numerics = make_numerics(config.model.dtypes)
+    attention = choose_backend(
+        config.model.attention,
+        platform=placement.mesh.devices.flat[0].platform,
+        head_dim=architecture.config.head_dim,
+        length=config.data.max_length,
+        compute_dtype=numerics.compute_dtype,
+        max_segments=max_segments,
+    )
+    numerics = make_numerics(
+        config.model.dtypes, remat=config.model.remat, attention=attention.backend
+    )
+    abstract = architecture.abstract(numerics)
+    row_terms = functools.partial(sft.row_terms, chunk=config.objective.chunk)
+    return Evaluator(
+        architecture=architecture,
+        abstract=abstract,
+        placement=placement,
+        shardings=placement.shardings(abstract.params, abstract.axes),
+        numerics=numerics,
+        attention=attention,
+        eval_step=make_eval_step(abstract.graphdef, row_terms, placement=placement),
+    )
+
+
+def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
+    """Adds optimizer, abstract state and the training step.
+
+    Args:
+      config: The run.
+      evaluator: From `build_evaluator`.
+      steps: Optimizer steps of the whole run, which the schedule depends on.
+
+    Raises:
+      ConfigError: If a micro-batch cannot be split over the mesh, or nothing would train.
+    """
+    abstract, placement = evaluator.abstract, evaluator.placement
+    train = config.train
+    rows = train.batch_size // train.accumulation
+    if rows % placement.batch_shards:
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} in {train.accumulation} micro-batches gives "
+            f"{rows} rows, which cannot be split over {placement.batch_shards} devices. Use a "
+            f"multiple of {placement.batch_shards * train.accumulation}."
+        )
+    schedule = make_schedule(config.optim, steps)
+    optimizer = make_optimizer(config.optim, schedule)
+    state = abstract_state(
+        abstract.params, evaluator.shardings, optimizer, config.optim.freeze, placement=placement
+    )
+    shape = (train.accumulation, rows, config.data.max_length)
+    batch = Batch(
+        *(
+            jax.ShapeDtypeStruct(shape, dtype, sharding=placement.micro_batches)
+            for dtype in Batch(np.int32, np.int32, np.float32, np.int32, np.int32)
+        )
+    )
+    step = make_train_step(
+        abstract.graphdef,
+        functools.partial(sft.loss, chunk=config.objective.chunk),
+        optimizer,
+        schedule=schedule,
+        placement=placement,
+        abstract_state=state,
+    )
+    return Program(evaluator, optimizer, state, batch, step)
+
+
+def put(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
+    """Moves this host's rows to its devices."""
+    return Batch(*(jax.make_array_from_process_local_data(sharding, field) for field in batch))
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs on disk between runs; `off` keeps none."""
+    if folder == "off":
+        return
+    path = Path(folder or "~/.cache/jaxft/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

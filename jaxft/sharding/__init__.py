@@ -1,0 +1,1 @@
+"""Meshes, axis names and strategies: where arrays live."""

@@ -1,0 +1,37 @@
+"""The names of array dimensions, and the shape letters used in signatures and layouts.
+
+Weights and activations have different names, so that a strategy can place them differently.
+"""
+
+from jaxft.errors import ConfigError, nearest
+
+# letter: B batch, T query length, S key length, D embed, N query heads, K key/value heads,
+# H head size, F mlp, V vocabulary, L layers.
+WEIGHT_AXES = {
+    "layers": "L, the stacked layers; `lax.scan` runs over it",
+    "embed": "D, the residual stream's width",
+    "heads": "N, query heads",
+    "kv_heads": "K, key and value heads",
+    "head_dim": "H, size of one head",
+    "mlp": "F, hidden width of the feed-forward part",
+    "vocab": "V, rows of the embedding and columns of the head",
+    "norm": "D, scale of a normalisation: small, so named apart from `embed`",
+}
+ACTIVATION_AXES = {
+    "batch": "B, rows",
+    "seq": "T, positions",
+    "act_embed": "D of the residual stream",
+    "act_heads": "N of queries and attention output",
+    "act_kv_heads": "K of keys and values",
+    "act_head_dim": "H of queries, keys and values",
+    "act_mlp": "F of the hidden feed-forward activation",
+    "act_vocab": "V of logits",
+}
+AXES = {**WEIGHT_AXES, **ACTIVATION_AXES}
+
+
+def check_axes(names: tuple[str, ...], where: str) -> None:
+    """Raises ConfigError if a name is not a known axis, with the nearest known one."""
+    unknown = [name for name in names if name not in AXES]
+    if unknown:
+        raise ConfigError([f"{where}: unknown axis {n!r}.{nearest(n, AXES)}" for n in unknown])

@@ -1,0 +1,199 @@
+"""From the names of an array's dimensions to its placement on a mesh."""
+
+import contextlib
+import contextvars
+import importlib
+import math
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.errors import ConfigError, nearest
+from jaxft.sharding import strategies
+from jaxft.sharding.axes import check_axes
+
+
+@dataclass(frozen=True, slots=True)
+class IfDivisible:
+    """Mesh axes that a dimension is split over only if they divide its size."""
+
+    mesh_axes: tuple[str, ...]
+
+
+def if_divisible(*mesh_axes: str) -> IfDivisible:
+    """Splits over `mesh_axes` where they divide the dimension; replicates it otherwise."""
+    return IfDivisible(mesh_axes)
+
+
+type Target = str | tuple[str, ...] | IfDivisible
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """Where named dimensions go.
+
+    Attributes:
+      mesh_axes: Axes of the mesh, slowest-varying first.
+      rules: Axis name to mesh axis (or several). Axes that are not listed are replicated.
+      fill: The mesh axis that takes the devices left over by explicit sizes.
+      overrides: Pairs of a regular expression over parameter paths and the spec that replaces
+        what the rules give.
+    """
+
+    mesh_axes: tuple[str, ...]
+    rules: Mapping[str, Target]
+    fill: str
+    overrides: tuple[tuple[str, P], ...] = ()
+
+    def __post_init__(self):
+        check_axes(tuple(self.rules), "strategy rules")
+
+
+def load_strategy(name: str) -> Strategy:
+    """Returns a built-in strategy, or the `STRATEGY` of any importable module.
+
+    Raises:
+      ConfigError: If there is no such strategy.
+    """
+    known = [module.name for module in pkgutil.iter_modules(strategies.__path__)]
+    module = f"{strategies.__name__}.{name}" if name in known else name
+    if name not in known and "." not in name:
+        raise ConfigError(
+            f"Unknown strategy {name!r}; known: {', '.join(known)}, or the dotted name of a module "
+            f"of yours that defines STRATEGY.{nearest(name, known)}"
+        )
+    try:
+        return importlib.import_module(module).STRATEGY
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"strategy {name!r} cannot be used: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A strategy on a mesh: the one object that turns axis names into shardings."""
+
+    name: str
+    strategy: Strategy
+    mesh: Mesh = field(hash=False)
+
+    def spec(self, axes: tuple[str, ...], shape: tuple[int, ...], path: str) -> P:
+        """Returns the partition of one array.
+
+        Raises:
+          ConfigError: If a size does not divide, or one mesh axis would split two dimensions.
+        """
+        for pattern, spec in self.strategy.overrides:
+            if re.search(pattern, path):
+                return spec
+        entries: list[tuple[str, ...]] = []
+        for axis, size in zip(axes, shape, strict=True):
+            entries.append(self._mesh_axes(axis, size, path))
+        used = [mesh_axis for entry in entries for mesh_axis in entry]
+        twice = sorted({mesh_axis for mesh_axis in used if used.count(mesh_axis) > 1})
+        if twice:
+            raise ConfigError(
+                f"strategy {self.name!r} splits two dimensions of {path} {axes} over mesh axis "
+                f"{twice[0]!r}; a mesh axis serves one dimension of an array. Change one rule."
+            )
+        return P(*(entry if len(entry) > 1 else entry[0] if entry else None for entry in entries))
+
+    def _mesh_axes(self, axis: str, size: int, path: str) -> tuple[str, ...]:
+        target = self.strategy.rules.get(axis, ())
+        optional = isinstance(target, IfDivisible)
+        names = target.mesh_axes if isinstance(target, IfDivisible) else target
+        names = (names,) if isinstance(names, str) else tuple(names)
+        names = tuple(name for name in names if self.mesh.shape[name] > 1)
+        count = 1
+        for name in names:
+            count *= self.mesh.shape[name]
+        if size % count == 0:
+            return names
+        if optional:
+            return ()
+        together = " x ".join(f"{name!r}" for name in names)
+        raise ConfigError(
+            f"strategy {self.name!r} cannot shard {path}: axis {axis!r} has size {size}, mesh axis "
+            f"{together} has size {count}. Use a mesh size that divides {size}, or map {axis!r} to "
+            f"if_divisible({', '.join(map(repr, names))})."
+        )
+
+    def sharding(self, axes: tuple[str, ...], shape: tuple[int, ...], path: str) -> NamedSharding:
+        """As `spec`, bound to the mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, shape, path))
+
+    def shardings(
+        self,
+        abstract: Mapping[str, jax.ShapeDtypeStruct],
+        axes: Mapping[str, tuple[str, ...]],
+    ) -> dict[str, NamedSharding]:
+        """Returns the sharding of every parameter; problems are collected and raised once."""
+        found, problems = {}, []
+        for path, array in abstract.items():
+            try:
+                found[path] = self.sharding(axes[path], array.shape, path)
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        return found
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Sharding of what every device holds whole."""
+        return NamedSharding(self.mesh, P())
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split the rows of a batch; never optional, so that no row is lost."""
+        target = self.strategy.rules.get("batch", ())
+        if isinstance(target, IfDivisible):
+            raise ConfigError(
+                f"strategy {self.name!r} maps 'batch' to if_divisible; name the mesh axes instead."
+            )
+        return (target,) if isinstance(target, str) else tuple(target)
+
+    @property
+    def batch_shards(self) -> int:
+        """Number of parts that the rows of a batch are split into."""
+        return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
+
+    @property
+    def rows(self) -> NamedSharding:
+        """Sharding of `[B, T]` rows."""
+        return NamedSharding(self.mesh, P(self.batch_axes))
+
+    @property
+    def micro_batches(self) -> NamedSharding:
+        """Sharding of `[A, B, T]`: the micro-batches of a step are not split over devices."""
+        return NamedSharding(self.mesh, P(None, self.batch_axes))
+
+    @contextlib.contextmanager
+    def activate(self) -> Iterator[None]:
+        """Makes `constrain` follow this placement while a function is traced."""
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+
+_ACTIVE = contextvars.ContextVar[Placement | None]("placement", default=None)
+
+
+def active_placement() -> Placement | None:
+    """The placement that a surrounding `Placement.activate` set, if any."""
+    return _ACTIVE.get()
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Asks for the placement of an activation whose dimensions are named; identity when bare."""
+    placement = _ACTIVE.get()
+    if placement is None:
+        return x
+    check_axes(axes, "constrain")
+    return jax.lax.with_sharding_constraint(x, placement.sharding(axes, x.shape, "an activation"))

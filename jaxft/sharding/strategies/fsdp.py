@@ -1,0 +1,17 @@
+"""Fully sharded data parallel (ZeRO-3): every device holds a part of each weight and of the rows.
+
+    parameters, optimizer state   split over `fsdp` along the embedding, replicated over `data`
+    rows                          split over `data` and `fsdp`
+
+Collectives to expect: an all-gather of each layer's weights in the forward and again in the
+backward pass, a reduce-scatter of its gradients; an all-reduce over `data`.
+Source: Rajbhandari et al., ZeRO, https://arxiv.org/abs/1910.02054.
+"""
+
+from jaxft.sharding.rules import Strategy
+
+STRATEGY = Strategy(
+    mesh_axes=("data", "fsdp"),
+    fill="fsdp",
+    rules={"batch": ("data", "fsdp"), "embed": "fsdp"},
+)

@@ -1,0 +1,29 @@
+"""Fully sharded data parallel over `fsdp`, Megatron tensor parallel over `tensor`.
+
+    heads, mlp, vocabulary        split over `tensor`
+    embedding dimension           split over `fsdp`
+    rows                          split over `data` and `fsdp`
+
+Collectives to expect: those of fsdp, and over `tensor` an all-reduce of the residual stream after
+attention and after the feed-forward part, in both passes.
+Source: Shoeybi et al., Megatron-LM, https://arxiv.org/abs/1909.08053.
+"""
+
+from jaxft.sharding.rules import Strategy, if_divisible
+
+STRATEGY = Strategy(
+    mesh_axes=("data", "fsdp", "tensor"),
+    fill="fsdp",
+    rules={
+        "batch": ("data", "fsdp"),
+        "act_heads": "tensor",
+        "act_kv_heads": if_divisible("tensor"),
+        "act_mlp": "tensor",
+        "act_vocab": "tensor",
+        "embed": "fsdp",
+        "heads": "tensor",
+        "kv_heads": if_divisible("tensor"),
+        "mlp": "tensor",
+        "vocab": "tensor",
+    },
+)

@@ -1,0 +1,114 @@
+"""One optimizer step: gradients of summed loss over micro-batches, normalised once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft.data.batch import Batch
+from jaxft.models.module import Params, merge
+from jaxft.objectives.terms import LossTerms
+from jaxft.sharding.rules import Placement
+from jaxft.state import TrainState
+
+Loss = Callable[[Any, Batch], LossTerms]
+
+
+class StepMetrics(NamedTuple):
+    """Float32 scalars of one step, left on the device.
+
+    Attributes:
+      total: Summed loss in nats.
+      weight: Trained tokens.
+      learning_rate: Used by this step.
+      grad_norm: Global norm of the normalised gradient, before clipping.
+      tokens: Tokens that are not padding.
+      squared_lengths: Sum of squared document lengths, which attention's work grows with.
+    """
+
+    total: Any
+    weight: Any
+    learning_rate: Any
+    grad_norm: Any
+    tokens: Any
+    squared_lengths: Any
+
+
+def make_train_step(
+    graphdef: Any,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    schedule: optax.Schedule,
+    placement: Placement,
+    abstract_state: TrainState,
+) -> Any:
+    """Returns `step(state, batch) -> (state, StepMetrics)`, jitted, with the state donated.
+
+    Args:
+      graphdef: Structure of the model.
+      loss: Maps model and micro-batch to sums.
+      optimizer: Transforms the normalised gradient.
+      schedule: Learning rate by step, reported with the metrics.
+      placement: Active while the step is traced.
+      abstract_state: Gives the shardings that the state keeps.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        with placement.activate():
+            gradients, terms = _accumulate(graphdef, loss, state, batch)
+        # A batch of prompts alone has no trained token: its gradient is zero, not 0 / 0.
+        scale = 1.0 / jnp.maximum(terms.weight, 1.0)
+        gradients = jax.tree.map(
+            lambda g, p: (g * scale).astype(p.dtype), gradients, state.trainable
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        real = (batch.segments > 0).astype(jnp.float32)
+        metrics = StepMetrics(
+            total=terms.total,
+            weight=terms.weight,
+            learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+            grad_norm=optax.global_norm(gradients),
+            tokens=jnp.sum(real),
+            # 1 + 3 + 5 + … over the positions of a document is its length squared.
+            squared_lengths=jnp.sum((2.0 * batch.positions + 1.0) * real),
+        )
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, placement.micro_batches),
+        out_shardings=(shardings, placement.replicated),
+    )
+
+
+def _accumulate(
+    graphdef: Any, loss: Loss, state: TrainState, batch: Batch
+) -> tuple[Params, LossTerms]:
+    """Sums gradients and loss terms over the leading axis of `batch`, in float32."""
+
+    def gradients_of(micro: Batch) -> tuple[Params, LossTerms]:
+        def total(trainable: Params) -> tuple[jax.Array, LossTerms]:
+            terms = loss(merge(graphdef, {**trainable, **state.frozen}), micro)
+            return terms.total, terms
+
+        (_, terms), gradients = jax.value_and_grad(total, has_aux=True)(state.trainable)
+        return gradients, terms
+
+    if batch.tokens.shape[0] == 1:
+        return gradients_of(jax.tree.map(lambda x: x[0], batch))
+
+    def body(sums: tuple[Params, LossTerms], micro: Batch) -> tuple[tuple[Params, LossTerms], None]:
+        gradients, terms = gradients_of(micro)
+        added = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), sums[0], gradients)
+        return (added, sums[1] + terms), None
+
+    zero = jnp.zeros((), jnp.float32)
+    zeros = {path: jnp.zeros(p.shape, jnp.float32) for path, p in state.trainable.items()}
+    sums, _ = jax.lax.scan(body, (zeros, LossTerms(zero, zero, zero)), batch)
+    return sums

@@ -1,0 +1,495 @@
+"""A training run from config to report: read it top to bottom."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import data, progress
+from jaxft.checkpoint import Checkpoints, Progress
+from jaxft.config import RunConfig, TrainConfig, to_dict
+from jaxft.data import BatchIterator, TokenRows, chat
+from jaxft.devices import peak_flops
+from jaxft.errors import CheckpointError, TrainingError
+from jaxft.evaluate import SamplePrompt, evaluate_rows, read_sample_prompts
+from jaxft.hf.load import read_config
+from jaxft.hf.tokenizer import save_tokenizer
+from jaxft.metrics import Interval, MetricsWriter, require_wandb, train_record, training_flops
+from jaxft.model import (
+    Model,
+    Source,
+    check_vocabulary,
+    find_source,
+    load_model_tokenizer,
+    load_weights,
+    tensor_dtypes_of,
+)
+from jaxft.models.attention import check_backend
+from jaxft.models.families import architecture_from_hf
+from jaxft.models.module import init_params
+from jaxft.program import (
+    Evaluator,
+    Program,
+    build,
+    build_evaluator,
+    make_placement,
+    put,
+    use_compilation_cache,
+)
+from jaxft.report import write_report
+from jaxft.signals import StopRequest, stop_on_signals
+from jaxft.state import TrainState, init_state
+from jaxft.train_step import StepMetrics
+from jaxft.workdir import Workdir, write_text
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+      workdir: Folder of the run.
+      checkpoint: Its newest checkpoint.
+      step: Optimizer steps done.
+      reason: `end`, `patience` (no improvement), or the name of the signal that stopped it.
+      best_loss: Lowest validation loss; infinite without validation data.
+    """
+
+    workdir: Path
+    checkpoint: Path
+    step: int
+    reason: str
+    best_loss: float
+
+
+@dataclass
+class _Run:
+    """The parts of a run that its loop needs, and what it has counted so far."""
+
+    config: RunConfig
+    program: Program
+    tokenizer: Any
+    source: Source
+    sample_prompts: list[SamplePrompt]
+    rows: TokenRows
+    held_out: dict[str, TokenRows]
+    writer: MetricsWriter
+    checkpoints: Checkpoints
+    iterator: Any
+    bar: progress.TrainProgress
+    counts: Progress
+    # Metrics of the steps since the last record, and of the period before: a period is read when
+    # the next one is over, so that the device never waits for the host.
+    recent: list[tuple[int, StepMetrics]] = field(default_factory=list)
+    waiting: list[tuple[int, StepMetrics]] = field(default_factory=list)
+    # Seconds of training so far, those of the current period before a pause, and when the clock
+    # was last started.
+    seconds: float = 0.0
+    partial: float = 0.0
+    since: float = 0.0
+
+
+def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Fine-tunes a model as `config` says.
+
+    Args:
+      config: The run; it is not changed.
+      resume: Continue the run in `train.workdir` from its newest complete checkpoint.
+      overwrite: Delete the run in `train.workdir` first.
+
+    Raises:
+      JaxftError: For whatever the user can mend; see `jaxft.errors`.
+    """
+    config = copy.deepcopy(config)
+    config.validate()
+    require_wandb(config.train.wandb)
+    use_compilation_cache(config.train.compilation_cache)
+    placement = make_placement(config)
+    with progress.phase("Model and tokenizer"):
+        source = find_source(
+            config.model.path,
+            revision=config.model.revision,
+            step="latest",
+            weights=not config.model.random_init,
+        )
+        architecture = architecture_from_hf(read_config(source.folder))
+        tokenizer = load_model_tokenizer(source, config.model.tokenizer)
+        check_vocabulary(tokenizer, architecture)
+    workdir = Workdir.open(config.train.workdir, config, resume=resume, overwrite=overwrite)
+    for change in workdir.changes:
+        progress.log(f"Changed since the run was started: {change}", style="yellow")
+    checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.train.keep_last)
+    start = checkpoints.steps()[-1] if checkpoints.steps() else 0
+    with progress.phase("Data"):
+        rows, held_out = _read_data(config, tokenizer)
+        iterator = data.batches(
+            rows,
+            batch_size=config.train.batch_size,
+            accumulation=config.train.accumulation,
+            seed=config.train.seed,
+            shuffle=config.data.shuffle,
+            epochs=config.train.epochs,
+            steps=config.train.steps,
+            start_step=start,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+    evaluator = build_evaluator(
+        config,
+        architecture,
+        max_segments=max(r.max_segments for r in (rows, *held_out.values())),
+        placement=placement,
+    )
+    program = build(config, evaluator, steps=iterator.steps)
+    _announce(config, evaluator, iterator.steps)
+    check_backend(evaluator.attention.backend, architecture.config)
+    with progress.phase("Weights") as phase:
+        if start:
+            state, counts = checkpoints.restore(program.state, start)
+            _check_same_data(counts, iterator, workdir)
+            phase.detail(f"checkpoint of step {start}")
+        else:
+            state, counts = _init_state(config, program, source), Progress(data={})
+            phase.detail("random" if config.model.random_init else config.model.path)
+            _keep_model_files(workdir, config, source, tokenizer, is_chat=rows.is_chat)
+    with progress.phase("Compiling the training step"):
+        step = program.train_step.lower(program.state, program.batch).compile()
+    run = _Run(
+        config=config,
+        program=program,
+        tokenizer=tokenizer,
+        source=Source(workdir.model),
+        sample_prompts=read_sample_prompts(config, tokenizer, held_out.get("validation", rows)),
+        rows=rows,
+        held_out=held_out,
+        writer=MetricsWriter(workdir, start_step=start, wandb_project=config.train.wandb),
+        checkpoints=checkpoints,
+        iterator=iterator,
+        bar=progress.TrainProgress(iterator.steps, start),
+        counts=counts,
+    )
+    try:
+        with stop_on_signals() as stop:
+            if not start:
+                _evaluate(run, state)
+                _write_samples(run, state)
+            state, reason = _loop(run, step, state, start, stop)
+            if reason in ("end", "patience"):
+                _write_samples(run, state)
+    finally:
+        iterator.close()
+        run.writer.close()
+        checkpoints.close()
+    write_report(workdir)
+    done = int(state.step)
+    _announce_end(run, done, reason, workdir)
+    newest = workdir.checkpoints / str(done)
+    return TrainResult(workdir.path, newest, done, reason, run.counts.best_loss)
+
+
+def _loop(
+    run: _Run, step: Any, state: TrainState, start: int, stop: StopRequest
+) -> tuple[TrainState, str]:
+    """Runs steps until the last one, a signal or the end of patience; returns why it ended."""
+    config, sharding = run.config.train, run.program.evaluator.placement.micro_batches
+    steps, reason = run.iterator.steps, "end"
+    run.since = time.monotonic()
+    with run.bar:
+        for done, batch in zip(range(start + 1, steps + 1), run.iterator, strict=False):
+            state, metrics = step(state, put(batch, sharding))
+            run.recent.append((done, metrics))
+            run.bar.update(done)
+            if done % config.log_every == 0 or done == steps:
+                _record(run, run.waiting)
+                run.waiting, run.recent = run.recent, []
+            evaluated = None
+            if run.held_out and (done == steps or _evaluation_due(config, done, len(run.rows))):
+                with _paused(run, state):
+                    evaluated = _evaluate(run, state)
+            patience = run.config.eval.patience
+            if stop:
+                reason = stop.signal.name  # pyright: ignore[reportOptionalMemberAccess]
+            elif patience and run.counts.stale_evaluations >= patience and done < steps:
+                reason = "patience"
+            improved = evaluated is not None and evaluated <= run.counts.best_loss
+            due = config.save_every and done % config.save_every == 0
+            if due or improved or done == steps or reason != "end":
+                with _paused(run, state):
+                    _save(run, state, evaluated)
+            if reason != "end":
+                break
+        for period in (run.waiting, run.recent):
+            _record(run, period)
+    return state, reason
+
+
+def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, TokenRows]]:
+    """Returns the training rows, and held-out rows by name."""
+    sources = {"validation": config.data.validation, "retention": config.eval.retention}
+
+    def prepare(source: str, name: str) -> TokenRows:
+        return data.prepare(
+            source,
+            config.data,
+            tokenizer,
+            seed=config.train.seed,
+            training=name == "train",
+            name=name,
+            on_log=progress.log,
+        )
+
+    held_out = {name: prepare(source, name) for name, source in sources.items() if source}
+    return prepare(config.data.train, "train"), held_out
+
+
+def _init_state(config: RunConfig, program: Program, source: Source) -> TrainState:
+    """Returns the state of step 0, from a model's weights or from chance."""
+    evaluator = program.evaluator
+    if config.model.random_init:
+        build_model = evaluator.architecture.build(evaluator.numerics)
+        seed = config.train.seed
+        params = jax.jit(
+            lambda: init_params(build_model, seed), out_shardings=evaluator.shardings
+        )()
+    else:
+        params = load_weights(
+            source, evaluator.architecture, evaluator.abstract, evaluator.shardings
+        )
+    return jax.jit(
+        lambda p: init_state(p, program.optimizer, config.optim.freeze),
+        donate_argnums=0,
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, program.state),
+    )(params)
+
+
+def _check_same_data(counts: Progress, iterator: BatchIterator, workdir: Workdir) -> None:
+    now = iterator.state()
+    if counts.data != now:
+        raise CheckpointError(
+            f"The data has changed since {workdir.path} was started: the checkpoint was at "
+            f"{counts.data} and would go on at {now}. Restore the training data, or start a run in "
+            "another folder."
+        )
+
+
+def _keep_model_files(
+    workdir: Workdir, config: RunConfig, source: Source, tokenizer: Any, *, is_chat: bool
+) -> None:
+    """Puts config.json, tokenizer and template beside the checkpoints, so that they stand alone."""
+    folder = workdir.model
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "generation_config.json"):
+        if (source.folder / name).is_file():
+            (folder / name).write_bytes((source.folder / name).read_bytes())
+    template = chat.resolve_template(tokenizer, config.data).text if is_chat else None
+    save_tokenizer(tokenizer, folder, chat_template=template)
+    dtypes = {} if config.model.random_init else tensor_dtypes_of(source)
+    write_text(folder / "tensor_dtypes.json", json.dumps(dtypes, indent=1))
+
+
+def _evaluation_due(config: TrainConfig, done: int, rows: int) -> bool:
+    if config.eval_every:
+        return done % config.eval_every == 0
+    # An epoch ends at the step that reads its last row.
+    return done * config.batch_size // rows > (done - 1) * config.batch_size // rows
+
+
+def _evaluate(run: _Run, state: TrainState) -> float | None:
+    """Evaluates held-out data, records it and returns the validation loss, if there is one."""
+    loss = None
+    for name, rows in run.held_out.items():
+        result = evaluate_rows(
+            run.program.evaluator,
+            state.params,
+            rows,
+            batch_size=run.config.eval.batch_size or run.config.train.batch_size,
+            max_rows=run.config.eval.max_rows,
+        )
+        record = {"step": int(state.step), "dataset": name, **result.record()}
+        run.writer.write_eval(record)
+        progress.log(
+            f"step {record['step']}: {name} loss {result.loss.value:.4f}, "
+            f"perplexity {result.perplexity:.3f}, accuracy {result.token_accuracy:.4f}"
+        )
+        if name == "validation":
+            loss = result.loss.value
+    if loss is not None:
+        run.counts = _count_evaluation(run.counts, loss, run.config.eval.minimum_change)
+    return loss
+
+
+def _count_evaluation(counts: Progress, loss: float, minimum_change: float) -> Progress:
+    """Updates best loss and patience; a loss that is not a number never improves anything."""
+    improved = loss < counts.reference_loss - minimum_change
+    return dataclasses.replace(
+        counts,
+        best_loss=min(counts.best_loss, loss) if loss == loss else counts.best_loss,
+        reference_loss=loss if improved else counts.reference_loss,
+        stale_evaluations=0 if improved else counts.stale_evaluations + 1,
+    )
+
+
+def _save(run: _Run, state: TrainState, loss: float | None) -> None:
+    """Saves the state, once all of its steps are known to be finite."""
+    tokens, trained = _check_finite(run, jax.device_get(run.recent))
+    counts = dataclasses.replace(
+        run.counts,
+        data=run.iterator.state(),
+        tokens=run.counts.tokens + tokens,
+        trained_tokens=run.counts.trained_tokens + trained,
+    )
+    run.checkpoints.save(state, progress=counts, config=to_dict(run.config), loss=loss)
+
+
+@contextlib.contextmanager
+def _paused(run: _Run, state: TrainState) -> Iterator[None]:
+    """Waits for the device and stops the clock, for what is not training."""
+    _record(run, run.waiting)
+    run.waiting = []
+    jax.block_until_ready(state.step)
+    run.partial += time.monotonic() - run.since
+    try:
+        yield
+    finally:
+        run.since = time.monotonic()
+
+
+def _record(run: _Run, period: list[tuple[int, StepMetrics]]) -> None:
+    """Reads the metrics of a period, checks them, and writes one record."""
+    if not period:
+        return
+    period = jax.device_get(period)
+    now = time.monotonic()
+    seconds = run.partial + now - run.since
+    run.partial, run.since, run.seconds = 0.0, now, run.seconds + seconds
+    tokens, trained = _check_finite(run, period)
+    values = [metrics for _, metrics in period]
+    run.counts = dataclasses.replace(
+        run.counts,
+        tokens=run.counts.tokens + tokens,
+        trained_tokens=run.counts.trained_tokens + trained,
+    )
+    record = train_record(
+        period[-1][0],
+        Interval(
+            loss_total=sum(float(m.total) for m in values),
+            tokens=tokens,
+            trained_tokens=trained,
+            seconds=seconds,
+            flops=_flops(run, tokens, sum(float(m.squared_lengths) for m in values)),
+        ),
+        learning_rate=float(values[-1].learning_rate),
+        grad_norm=float(values[-1].grad_norm),
+        tokens=run.counts.tokens,
+        trained_tokens=run.counts.trained_tokens,
+        seconds=run.seconds,
+        peak_flops=_peak_flops(run.program.evaluator),
+    )
+    run.writer.write(record)
+    run.bar.write(record)
+
+
+def _check_finite(run: _Run, period: list[tuple[int, StepMetrics]]) -> tuple[int, int]:
+    """Returns tokens and trained tokens of steps, or raises TrainingError at the first bad one."""
+    for step, metrics in period:
+        if not (np.isfinite(metrics.total) and np.isfinite(metrics.grad_norm)):
+            raise TrainingError(_not_finite(run, step, metrics))
+    tokens, trained = (
+        sum(int(getattr(metrics, name)) for _, metrics in period) for name in ("tokens", "weight")
+    )
+    return tokens, trained
+
+
+def _not_finite(run: _Run, step: int, metrics: StepMetrics) -> str:
+    numbers = run.iterator.row_numbers(step - 1)
+    shown = [f"row {n} ({', '.join(run.rows.origins(n)[:3])})" for n in numbers[:8]]
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    saved = run.checkpoints.steps()
+    go_on = (
+        f"The last good checkpoint is step {saved[-1]}; continue from it with --resume"
+        if saved
+        else "No checkpoint was saved yet; start again with --overwrite"
+    )
+    return (
+        f"Step {step}: the loss is {float(metrics.total) / max(float(metrics.weight), 1):g} and "
+        f"the gradient norm {float(metrics.grad_norm):g}. The step read {'; '.join(shown)}{more}. "
+        f"{go_on} after lowering optim.learning_rate, raising optim.warmup_steps, or mending "
+        "those rows."
+    )
+
+
+def _flops(run: _Run, tokens: int, squared_lengths: float) -> Any:
+    evaluator = run.program.evaluator
+    config = evaluator.architecture.config
+    embedding = 0 if config.tied else config.vocab * config.embed
+    return training_flops(
+        evaluator.parameters - embedding,
+        layers=config.layers,
+        heads=config.heads,
+        head_dim=config.head_dim,
+        tokens=tokens,
+        squared_lengths=round(squared_lengths),
+    )
+
+
+def _peak_flops(evaluator: Evaluator) -> float | None:
+    devices = evaluator.placement.mesh.devices
+    peak = peak_flops(devices.flat[0].device_kind, evaluator.numerics.compute_dtype)
+    return peak * devices.size if peak else None
+
+
+def _write_samples(run: _Run, state: TrainState) -> None:
+    """Answers a few held-out prompts, for the report's comparison of before and after."""
+    prompts = run.sample_prompts
+    if not prompts:
+        return
+    evaluator = run.program.evaluator
+    model = Model(
+        evaluator.architecture, evaluator.abstract, state.params, run.tokenizer, run.source
+    )
+    with progress.phase("Sample answers"):
+        outputs = model.generate_from_ids(
+            [p.ids for p in prompts], max_new_tokens=run.config.eval.max_new_tokens
+        )
+    for prompt, output in zip(prompts, outputs, strict=True):
+        run.writer.write_sample(
+            {
+                "step": int(state.step),
+                "prompt": prompt.text,
+                "output": output,
+                "reference": prompt.reference,
+            }
+        )
+
+
+def _announce(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
+    mesh = evaluator.placement.mesh
+    shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    progress.log(
+        f"{evaluator.parameters:,} parameters in {config.model.dtypes}, strategy "
+        f"{config.strategy} on {mesh.size} {mesh.devices.flat[0].device_kind} ({shape}), "
+        f"attention {evaluator.attention.backend} ({evaluator.attention.reason}), {steps} steps."
+    )
+
+
+def _announce_end(run: _Run, step: int, reason: str, workdir: Workdir) -> None:
+    if reason == "end":
+        progress.log(f"Done: {step} steps. Report: {workdir.report}")
+    elif reason == "patience":
+        progress.log(
+            f"Stopped at step {step}: the validation loss did not fall in "
+            f"{run.counts.stale_evaluations} evaluations. Report: {workdir.report}"
+        )
+    else:
+        progress.log(
+            f"Stopped by {reason} after step {step}, which is saved. Continue with the same "
+            "command and --resume."
+        )

@@ -1,0 +1,378 @@
+"""The folder a run writes to: its layout, who may use it, and writes that are never half done."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxft.config import RunConfig, to_dict
+from jaxft.devices import host_memory_total
+from jaxft.errors import CheckpointError, ConfigError, TrainingError
+
+# Keys on which "the run goes on where it stopped" depends; others may change and are reported.
+_FIXED = ("model.", "data.", "objective.", "train.seed", "train.batch_size", "optim.freeze")
+_FREE = (
+    "model.attention",
+    "model.remat",
+    "data.cache",
+    "data.validation",
+    "objective.chunk",
+)
+_FILES = (
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "samples.jsonl",
+    "report.html",
+)
+_FOLDERS = ("events", "checkpoints", "model", "wandb")
+_TEMPORARY = ".jaxft-"
+_PACKAGES = (
+    "jaxft",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "datasets",
+    "grain",
+    "numpy",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Workdir:
+    """A run's folder. `Workdir.open` makes one; `Workdir.read` looks at one that is there.
+
+    On several hosts with a shared disk only process 0 opens it.
+
+    Attributes:
+      path: The folder.
+      resumed: Whether it holds an earlier part of this run.
+      changes: One text per configuration key that differs from that part.
+    """
+
+    path: Path
+    resumed: bool = False
+    changes: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration, `{dotted path: value}`."""
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and devices, from `environment()`."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per log step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON object per evaluation and data set."""
+        return self.path / "eval.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One JSON object per generated answer."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page that `jaxft.report` writes."""
+        return self.path / "report.html"
+
+    @property
+    def events(self) -> Path:
+        """Folder of TensorBoard event files."""
+        return self.path / "events"
+
+    @property
+    def model(self) -> Path:
+        """Folder of config.json, tokenizer and chat template; checkpoints are read with these."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @classmethod
+    def open(
+        cls, path: str | Path, config: RunConfig, *, resume: bool, overwrite: bool
+    ) -> "Workdir":
+        """Makes the folder ready for a run and writes its configuration and environment.
+
+        A folder in which a start failed before its first record counts as empty. Resuming where
+        there is no run starts one, so that a restarted job needs no other command.
+
+        Raises:
+          ConfigError: If the configuration is wrong, or both flags are set.
+          CheckpointError: If the folder holds a run and neither flag is set, if a key that the
+            continuation depends on has changed, or if overwriting would delete foreign files.
+        """
+        if resume and overwrite:
+            raise ConfigError(
+                "--resume continues the run in the folder and --overwrite deletes it; give one."
+            )
+        config.validate()
+        folder = Path(path).expanduser().absolute()
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file; train.workdir names a folder.")
+        if not _holds_run(folder):
+            _remove_run(folder)
+            return cls._start(folder, config)
+        if resume:
+            return cls._continue(folder, config)
+        if overwrite:
+            _refuse_foreign_files(folder)
+            _remove_run(folder)
+            return cls._start(folder, config)
+        raise CheckpointError(
+            f"{folder} holds another run. Continue it with --resume, delete it with --overwrite, "
+            "or name another folder with train.workdir."
+        )
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Workdir":
+        """Returns the workdir of an existing run.
+
+        Raises:
+          CheckpointError: If the folder holds none.
+        """
+        folder = Path(path).expanduser().absolute()
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} is no run's folder: it has no config.json.")
+        return cls(path=folder, resumed=True)
+
+    @classmethod
+    def _start(cls, folder: Path, config: RunConfig) -> "Workdir":
+        workdir = cls(path=folder)
+        workdir._describe(config)
+        return workdir
+
+    @classmethod
+    def _continue(cls, folder: Path, config: RunConfig) -> "Workdir":
+        changes = _changes(folder / "config.json", config)
+        fatal = [text for key, text in changes if _is_fixed(key)]
+        if fatal:
+            raise CheckpointError(
+                [
+                    f"{folder} cannot be resumed, because the run would not go on where it "
+                    "stopped. Restore these keys, or start a run in another folder:",
+                    *fatal,
+                ]
+            )
+        workdir = cls(path=folder, resumed=True, changes=tuple(text for _, text in changes))
+        workdir._describe(config)
+        return workdir
+
+    def _describe(self, config: RunConfig) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be made: {error.strerror}. Choose another train.workdir."
+            ) from error
+        write_text(self.config, _json(to_dict(config)))
+        write_text(self.environment, _json(environment()))
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a result depends on beside its configuration; no host or user name."""
+    devices = jax.devices()
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "host_memory": host_memory_total(),
+        "backend": jax.default_backend(),
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+        "packages": dict(_versions()),
+        "commit": _commit(),
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file at once: readers and crashes see the old text or the new one.
+
+    Raises:
+      TrainingError: If the disk is full or the folder cannot be written.
+    """
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise _write_error(path, error) from error
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Appends one object as one line in a single write; numbers that are not finite become null.
+
+    Raises:
+      TrainingError: If the disk is full or the file cannot be written.
+    """
+    line = (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            written = file.write(line)
+            if written < len(line):
+                file.write(line[written:])  # raises what stopped the first write
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a file that may be absent, or torn by a crash at any line."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and line.endswith(b"\n"):
+                yield record
+
+
+def rewrite_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Replaces a file's lines at once."""
+    lines = [json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records]
+    write_text(path, "".join(lines))
+
+
+def _finite(value: Any) -> Any:
+    """Replaces what JSON cannot say (nan, inf) by None, and array scalars by numbers."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, float) and (number != number or abs(number) == float("inf")):
+        return None
+    return number
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write_error(path: Path, error: OSError) -> TrainingError:
+    return TrainingError(
+        f"{path} cannot be written: {error.strerror}. Free some disk space or mend the folder's "
+        "permissions, then continue with --resume."
+    )
+
+
+def _holds_run(folder: Path) -> bool:
+    records = (folder / "metrics.jsonl", folder / "eval.jsonl")
+    if any(path.is_file() and path.stat().st_size for path in records):
+        return True
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(checkpoints.iterdir())
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    foreign = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in (*_FILES, *_FOLDERS) and not path.name.startswith(_TEMPORARY)
+    )
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
+        raise CheckpointError(
+            f"--overwrite will not delete {folder}: it also holds {shown}, which no run makes. "
+            "Move that away, or name another folder with train.workdir."
+        )
+
+
+def _remove_run(folder: Path) -> None:
+    leftovers = list(folder.glob(f"{_TEMPORARY}*")) if folder.is_dir() else []
+    for path in [*(folder / name for name in (*_FOLDERS, *_FILES)), *leftovers]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_fixed(key: str) -> bool:
+    return key.startswith(_FIXED) and key not in _FREE
+
+
+def _changes(path: Path, config: RunConfig) -> list[tuple[str, str]]:
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}), so it is unknown what would be resumed. Restore "
+            "it, or start a run in another folder."
+        ) from error
+    new, defaults = to_dict(config), to_dict(RunConfig())
+    old = defaults | {key: value for key, value in old.items() if key in new}
+    return [
+        (key, f"{key} was {old[key]!r} and is now {new[key]!r}.")
+        for key in new
+        if old[key] != new[key] and key != "train.workdir"
+    ]
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _commit() -> str | None:
+    """Returns the commit of the checkout that jaxft runs from, with '+' if it was changed."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head, status = (
+            subprocess.run(
+                ["git", "-C", str(root), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=5,
+                check=True,
+            ).stdout.strip()
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if status else "")

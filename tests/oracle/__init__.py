@@ -1,0 +1,1 @@
+"""Reference numbers of other people's implementations, stored so that tests need no torch."""

@@ -1,0 +1,190 @@
+"""Rows of every format become conversations; what is wrong with a row is said with its key."""
+
+import json
+
+import pytest
+
+from jaxft.config import DataConfig
+from jaxft.data.formats import EXAMPLES, Conversation, Document, read_items
+from jaxft.data.problems import Problems
+from jaxft.data.sources import find_sources
+from jaxft.errors import ConfigError, DataError
+
+
+def read(tmp_path, *rows, **options):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = Problems("rows")
+    chosen = []
+    [source] = find_sources(str(path))
+    items = list(read_items(source, DataConfig(**options), problems, on_format=chosen.append))
+    problems.check()
+    return chosen[0], [item for _, item in items]
+
+
+PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+WITH_SYSTEM = [{"role": "system", "content": "s"}, *PAIR]
+TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "messages"),
+    [
+        ({"messages": PAIR}, "messages", PAIR),
+        ({"messages": json.dumps(PAIR)}, "messages", PAIR),
+        ({"conversations": TURNS}, "sharegpt", PAIR),
+        ({"conversations": TURNS, "system": "s"}, "sharegpt", WITH_SYSTEM),
+        ({"conversations": PAIR}, "sharegpt", PAIR),
+        ({"instruction": "q", "output": "a"}, "alpaca", PAIR),
+        ({"instruction": "q", "input": "", "output": "a"}, "alpaca", PAIR),
+        ({"prompt": "q", "completion": "a"}, "prompt_completion", PAIR),
+        ({"prompt": PAIR[:1], "completion": PAIR[1:]}, "prompt_completion", PAIR),
+        ({"question": "q", "answer": "a", "id": 3}, "columns", PAIR),
+    ],
+)
+def test_formats_are_detected(tmp_path, row, name, messages):
+    chosen, [item] = read(tmp_path, row)
+    assert chosen.name == name
+    assert isinstance(item, Conversation)
+    assert item.messages == messages
+
+
+def test_alpaca_input_follows_the_instruction(tmp_path):
+    _, [item] = read(tmp_path, {"instruction": "Name it.", "input": "grass", "output": "green"})
+    assert item.messages[0]["content"] == "Name it.\n\ngrass"
+
+
+def test_columns_are_mapped_and_numbers_are_text(tmp_path):
+    row = {"body": "q", "stars": 3, "rest": None}
+    chosen, [item] = read(
+        tmp_path, row, format="columns", columns="prompt=body,completion=stars,system=rest"
+    )
+    assert item.messages == [PAIR[0], {"role": "assistant", "content": "3"}]
+    chosen, [item] = read(tmp_path, row, format="text", columns="text=body")
+    assert item == Document("q", item.origin)
+    assert "not used: stars, rest" in chosen.description
+
+
+def test_a_text_column_beside_a_label_is_not_guessed(tmp_path):
+    row = {"text": "Where is my card?", "category": "card_arrival"}
+    with pytest.raises(DataError, match=r"two ways.*prompt=text,completion=category.*format=text"):
+        read(tmp_path, row)
+    assert read(tmp_path, row, format="text")[1][0].text == row["text"]
+
+
+def test_tools_and_tool_calls_are_kept_with_raw_arguments(tmp_path):
+    raw = '{"zone":  "UTC", "x": null}'
+    messages = [
+        PAIR[0],
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": raw}]},
+        {"role": "tool", "content": "12"},
+        PAIR[1],
+    ]
+    _, [item] = read(tmp_path, {"messages": messages, "tools": json.dumps([{"name": "f"}])})
+    assert item.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": raw}
+    assert item.tools == [{"name": "f"}]
+    calls = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "12"},
+        {"from": "gpt", "value": "a"},
+    ]
+    _, [item] = read(tmp_path, {"conversations": calls})
+    assert item.messages[1]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
+
+
+def test_weights_and_content_parts_are_kept(tmp_path):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": "a", "weight": 0},
+    ]
+    _, [item] = read(tmp_path, {"messages": messages})
+    assert item.messages == [PAIR[0], {**PAIR[1], "weight": 0}]
+
+
+GOOD = {"messages": PAIR}
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        (GOOD, {"mesages": PAIR}, r"key 'messages' is missing; .*Did you mean 'mesages'\?"),
+        (GOOD, {"messages": []}, r"'messages' is \[\]; expected a list of messages"),
+        (GOOD, ["x"], r"the row is \[\"x\"\]; expected an object"),
+        (
+            GOOD,
+            {"messages": [PAIR[0], {"role": "asistant", "content": "a"}]},
+            r"messages\[1\]\.role is \"asistant\"; expected one of .*Did you mean 'assistant'\?",
+        ),
+        (
+            GOOD,
+            {"messages": [PAIR[0], {"role": "assistant", "content": " "}]},
+            r"messages\[1\]\.content is empty; expected an answer",
+        ),
+        (
+            GOOD,
+            {"messages": [PAIR[0], {**PAIR[1], "weight": 0.5}]},
+            r"messages\[1\]\.weight is 0\.5; expected 0 or 1",
+        ),
+        (GOOD, {"messages": PAIR[1:]}, r"messages\[0\]\.role is 'assistant' and comes first"),
+        (GOOD, {"messages": PAIR[:1] * 2}, r"messages\[1\]\.role is 'user' and follows 'user'"),
+        (GOOD, {"messages": [*PAIR, PAIR[0]]}, r"messages\[2\]\.role is 'user' and comes last"),
+        (
+            GOOD,
+            {"messages": [*PAIR, {"role": "tool", "content": "x"}, PAIR[1]]},
+            r"messages\[2\]\.role is 'tool' and follows 'assistant'",
+        ),
+        (GOOD, {"messages": [PAIR[0], {**PAIR[1], "tool_calls": [3]}]}, r"tool_calls\[0\] is 3"),
+        (
+            {"conversations": TURNS},
+            {"conversations": [{"from": "humam", "value": "q"}]},
+            r"conversations\[0\]\.from is \"humam\"; .*Did you mean 'human'\?",
+        ),
+        (
+            {"instruction": "q", "output": "a"},
+            {"instrction": "q", "output": "a"},
+            r"key 'instruction' is missing; .*Did you mean 'instrction'\?",
+        ),
+        (
+            {"instruction": "q", "output": "a"},
+            {"instruction": "q", "output": ""},
+            r"'output' is empty",
+        ),
+        ({"prompt": "q", "completion": "a"}, {"prompt": "q"}, r"key 'completion' is missing"),
+        ({"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": None}, "is null"),
+        ({"text": "t"}, {"text": ["t"]}, r"'text' is \[\"t\"\]; expected a string"),
+    ],
+)
+def test_bad_rows_are_named_with_line_key_and_a_right_example(tmp_path, good, bad, message):
+    with pytest.raises(DataError, match=message) as error:
+        read(tmp_path, good, good, bad)
+    assert "rows.jsonl:3: " in str(error.value)
+    assert any(example in str(error.value) for example in EXAMPLES.values())
+
+
+def test_an_unknown_format_shows_all_known_ones(tmp_path):
+    with pytest.raises(DataError) as error:
+        read(tmp_path, {"a": "x", "b": "y"})
+    assert all(example in str(error.value) for example in EXAMPLES.values())
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("promt=a,completion=b", "names 'promt'.*Did you mean 'prompt'"),
+        ("prompt=a", "does not say which column is the completion"),
+    ],
+)
+def test_column_mappings_are_checked(tmp_path, columns, message):
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, {"a": "q", "b": "a"}, format="columns", columns=columns)
+
+
+def test_mapped_columns_must_exist(tmp_path):
+    with pytest.raises(DataError, match=r"no column 'answr'; .*Did you mean 'answer'\?"):
+        read(
+            tmp_path,
+            {"question": "q", "answer": "a"},
+            format="columns",
+            columns="prompt=question,completion=answr",
+        )

@@ -1,0 +1,98 @@
+"""The report on the data of a run, as a terminal shows it."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from jaxft.config import DataConfig, RunConfig
+from jaxft.data.inspect import inspect
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shared):
+    return AutoTokenizer.from_pretrained(shared / "tokenizers/qwen3-hf")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, tokenizer):
+    tmp_path = tmp_path_factory.mktemp("data")
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i} " * (i + 1)} for i in range(20)]
+    train = [*rows, {"prompt": "Question  3", "completion": rows[3]["completion"].upper()}]
+    held_out = [rows[5], {"prompt": "new", "completion": "one"}]
+    for name, items in (("train", train), ("validation", held_out)):
+        text = "".join(json.dumps(item) + "\n" for item in items)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    data = DataConfig(
+        train=str(tmp_path / "train.jsonl"),
+        validation=str(tmp_path / "validation.jsonl"),
+        cache=str(tmp_path / "cache"),
+        max_length=64,
+        overlength="truncate",
+    )
+    return inspect(RunConfig(data=data), tokenizer)
+
+
+def show(report, **options):
+    console = Console(width=100, record=True, file=io.StringIO(), **options)
+    console.print(report)
+    return console
+
+
+def test_duplicates_and_overlap_are_counted(report):
+    train, validation = report.sets
+    assert (train.duplicates, validation.duplicates) == (1, 0)
+    assert report.overlap == 1
+
+
+def test_the_histogram_counts_every_document(report):
+    for item in report.sets:
+        lengths = item.rows.documents.index["length"]
+        assert item.counts.sum() == len(lengths)
+        assert item.edges[0] == lengths.min()
+        assert item.edges[-1] == lengths.max() + 1
+        assert (np.diff(item.edges) > 0).all()
+
+
+def test_samples_are_the_documents_with_their_mask(report, tokenizer):
+    assert [sample.origin.rpartition(":")[2] for sample in report.samples] == ["1", "2", "3"]
+    (before, masked), (answer, trained), (after, masked_too) = report.samples[0].runs
+    assert (masked, trained, masked_too) == (False, True, False)
+    assert before == "<|im_start|>user\nquestion 0<|im_end|>\n<|im_start|>assistant\n"
+    assert answer.endswith("answer 0 <|im_end|>")
+    assert after == "\n"
+
+
+def test_the_terminal_shows_every_section(report):
+    text = show(report).export_text()
+    for expected in (
+        "format prompt_completion",
+        "chat template: tokenizer; answers end with <|im_end|>",
+        "no BOS, EOS '<|im_end|>'",
+        "exact duplicates",
+        "masked share",
+        "overlap: 1 of 2 validation documents",
+        "Tokens in a document: train",
+        "loses",
+        "train.jsonl:1",
+    ):
+        assert expected in text, expected
+
+
+def test_trained_tokens_are_coloured(report):
+    console = show(report, force_terminal=True, color_system="truecolor")
+    styled = console.export_text(styles=True)
+    assert "\x1b[1;32manswer 0 <|im_end|>" in styled
+    assert "\x1b[2mquestion 0<|im_end|>" in styled
+
+
+def test_markup_in_the_data_is_shown_as_it_is(tmp_path, tokenizer):
+    path = tmp_path / "[red].jsonl"
+    path.write_text(json.dumps({"prompt": "[bold]q[/bold]", "completion": "[/x] a"}) + "\n")
+    data = DataConfig(train=str(tmp_path / "*.jsonl"), cache=str(tmp_path / "cache"))
+    text = show(inspect(RunConfig(data=data), tokenizer)).export_text()
+    assert "[bold]q[/bold]" in text
+    assert "[/x] a" in text

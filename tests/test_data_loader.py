@@ -1,0 +1,170 @@
+"""The order of batches: complete, shuffled anew each epoch, and the same from any start or host."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxft.data.chat import Example
+from jaxft.data.documents import Documents, DocumentWriter
+from jaxft.data.loader import batches, eval_batches, shuffled
+from jaxft.data.packing import PackingStatistics, pack
+from jaxft.data.rows import TokenRows, write_rows
+from jaxft.errors import ConfigError, DataError
+
+COUNT = 23
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows whose first token is their number plus one."""
+    return make_rows(tmp_path_factory, COUNT)
+
+
+def make_rows(tmp_path_factory, count):
+    folder = tmp_path_factory.mktemp("documents")
+    with DocumentWriter(folder) as writer:
+        writer.statistics.sources.append("x")
+        for number in range(count):
+            example = Example(np.array([number + 1, 7, 7], np.int32), np.ones(3, bool))
+            writer.add(example, source=0, line=number + 1, content_hash=number)
+    documents, statistics = Documents(folder), PackingStatistics()
+    packed = pack(
+        documents,
+        packing="none",
+        overlength="error",
+        max_length=4,
+        order=lambda place: place,
+        statistics=statistics,
+    )
+    folder = tmp_path_factory.mktemp("rows")
+    write_rows(folder, packed, statistics, pad=0)
+    return TokenRows(documents, folder)
+
+
+def read(rows, **options):
+    iterator = batches(rows, **options)
+    result = list(iterator)
+    iterator.close()
+    return result
+
+
+def numbers(batch):
+    return (batch.tokens[..., 0] - 1).ravel().tolist()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_holds_every_row_once_and_ends_with_rows_of_weight_zero(rows, shuffle):
+    result = read(rows, batch_size=6, epochs=1.0, shuffle=shuffle)
+    seen = [number for batch in result for number in numbers(batch)]
+    assert len(seen) == 24
+    assert sorted(seen) == [-1, *range(COUNT)]
+    assert result[-1].weights[0, -1].sum() == 0
+    assert (seen[:COUNT] == list(range(COUNT))) is not shuffle
+
+
+def test_each_epoch_and_each_seed_has_its_own_order(rows):
+    def order(seed):
+        result = read(rows, batch_size=1, epochs=2.0, seed=seed)
+        seen = [numbers(batch)[0] for batch in result]
+        return seen[:COUNT], seen[COUNT:]
+
+    first, second = order(0)
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert order(1)[0] != first
+    assert order(0) == (first, second)
+
+
+def test_batches_have_micro_batches_first(rows):
+    batch = read(rows, batch_size=6, accumulation=3, steps=1)[0]
+    assert {array.shape for array in batch} == {(3, 2, 4)}
+
+
+def test_accumulation_does_not_change_what_a_step_holds(rows):
+    whole = read(rows, batch_size=6, epochs=1.5)
+    split = read(rows, batch_size=6, accumulation=3, epochs=1.5)
+    assert [numbers(batch) for batch in whole] == [numbers(batch) for batch in split]
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 9])
+def test_a_resumed_iterator_continues_exactly(rows, start):
+    options = {"batch_size": 4, "accumulation": 2, "epochs": 2.0, "seed": 3}
+    whole = read(rows, **options)
+    iterator = batches(rows, **options)
+    for _ in range(start):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.state()))
+    iterator.close()
+    rest = read(rows, **options, start_step=state["step"])
+    assert len(rest) == len(whole) - start
+    for resumed, expected in zip(rest, whole[start:], strict=True):
+        for array, other in zip(resumed, expected, strict=True):
+            np.testing.assert_array_equal(array, other)
+
+
+@pytest.mark.parametrize("host_count", [2, 4])
+def test_hosts_read_the_parts_of_the_same_batches(rows, host_count):
+    options = {"batch_size": 8, "accumulation": 2, "epochs": 1.5}
+    whole = read(rows, **options)
+    parts = [
+        read(rows, **options, host_index=host, host_count=host_count) for host in range(host_count)
+    ]
+    for step, expected in enumerate(whole):
+        joined = [
+            np.concatenate(arrays, axis=1) for arrays in zip(*(p[step] for p in parts), strict=True)
+        ]
+        for array, other in zip(joined, expected, strict=True):
+            np.testing.assert_array_equal(array, other)
+
+
+def test_row_numbers_name_what_a_step_held(rows):
+    iterator = batches(rows, batch_size=6, accumulation=2, epochs=1.0)
+    for step, batch in enumerate(iterator):
+        held = [number for number in numbers(batch) if number >= 0]
+        assert iterator.row_numbers(step) == held
+    assert len(held) == 5
+
+
+def test_steps_run_over_as_many_epochs_as_they_need(rows):
+    result = read(rows, batch_size=6, steps=9)
+    assert len(result) == 9
+    assert all((batch.segments[..., 0] == 1).all() for batch in result)
+
+
+def test_a_finished_run_has_nothing_left(rows):
+    iterator = batches(rows, batch_size=6, epochs=1.0, start_step=4)
+    assert iterator.steps == 4
+    assert list(iterator) == []
+
+
+def test_no_rows_and_sizes_that_do_not_divide_are_refused(rows, tmp_path_factory):
+    with pytest.raises(ConfigError, match="multiple of 6"):
+        batches(rows, batch_size=8, accumulation=3, host_count=2, steps=1)
+    with pytest.raises(DataError, match="no rows"):
+        batches(make_rows(tmp_path_factory, 0), batch_size=1, steps=1)
+
+
+@pytest.mark.parametrize("host_count", [1, 2])
+@pytest.mark.parametrize("max_rows", [0, 9])
+def test_evaluation_reads_each_row_once_in_order(rows, host_count, max_rows):
+    parts = [
+        list(
+            eval_batches(
+                rows, batch_size=4, host_index=host, host_count=host_count, max_rows=max_rows
+            )
+        )
+        for host in range(host_count)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    seen = [
+        number for step in zip(*parts, strict=True) for batch in step for number in numbers(batch)
+    ]
+    count = max_rows or COUNT
+    assert seen == [*range(count), *[-1] * (-count % 4)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 1000])
+def test_a_shuffle_is_a_permutation(count):
+    places = [shuffled(place, count, seed=1, epoch=2) for place in range(count)]
+    assert sorted(places) == list(range(count))

@@ -1,0 +1,167 @@
+"""Rows hold every token once, keep documents whole and apart, and lose only what is reported."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxft.data.chat import Example
+from jaxft.data.documents import Documents, DocumentWriter
+from jaxft.data.packing import PackingStatistics, best_fit, pack
+from jaxft.data.rows import TokenRows, write_rows
+from jaxft.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Writes documents, given as lists of trained flags, and packs them."""
+
+    def build_rows(masks, *, packing="documents", overlength="error", max_length=8, order=None):
+        folder = tmp_path_factory.mktemp("documents")
+        next_id = 1
+        with DocumentWriter(folder) as writer:
+            writer.statistics.sources.append("rows.jsonl")
+            for line, mask in enumerate(masks, start=1):
+                ids = np.arange(next_id, next_id + len(mask), dtype=np.int32)
+                next_id += len(mask)
+                example = Example(ids, np.array(mask, bool))
+                writer.add(example, source=0, line=line, content_hash=line)
+        documents = Documents(folder)
+        statistics = PackingStatistics()
+        rows = pack(
+            documents,
+            packing=packing,
+            overlength=overlength,
+            max_length=max_length,
+            order=order or (lambda place: place),
+            statistics=statistics,
+        )
+        folder = tmp_path_factory.mktemp("rows")
+        write_rows(folder, rows, statistics, pad=0)
+        return TokenRows(documents, folder)
+
+    return build_rows
+
+
+def lengths_to_masks(*lengths):
+    return [[True] * length for length in lengths]
+
+
+masks_strategy = st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=30)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(1, 16), max_size=60))
+def test_best_fit_uses_every_piece_once_and_never_overfills(lengths):
+    ends = np.cumsum([0, *lengths]).tolist()
+    pieces = list(itertools.pairwise(ends))
+    rows = list(best_fit(pieces, 16))
+    assert sorted(piece for row in rows for piece in row) == pieces
+    assert all(sum(end - begin for begin, end in row) <= 16 for row in rows)
+    # No two rows could be merged: the defining property of a fit that opens rows only when needed.
+    spaces = sorted(sum(end - begin for begin, end in row) for row in rows)
+    assert len(spaces) < 2 or spaces[0] + spaces[1] > 16
+
+
+@settings(deadline=None, max_examples=30)
+@given(masks=masks_strategy)
+@pytest.mark.parametrize("packing", ["documents", "none", "stream"])
+def test_targets_are_the_next_token_of_the_same_document(build, packing, masks):
+    rows = build(masks, packing=packing, overlength="split")
+    flags = [flag for mask in masks for flag in mask]
+    for row in rows:
+        for place in np.flatnonzero(row.weights):
+            assert row.targets[place] == row.tokens[place + 1] == row.tokens[place] + 1
+            assert row.segments[place] == row.segments[place + 1] > 0
+            assert flags[row.targets[place] - 1]
+    assert sum(row.weights.sum() for row in rows) == rows.statistics.trained_tokens
+    assert sum((row.segments > 0).sum() for row in rows) == rows.statistics.tokens
+
+
+def test_documents_of_a_row_are_numbered_and_positions_restart(build):
+    [row] = build(lengths_to_masks(3, 2))
+    assert row.tokens.tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
+    assert row.targets.tolist()[:2] == [2, 3]
+    assert row.weights.tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
+    assert row.positions.tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
+    assert row.segments.tolist() == [1, 1, 1, 2, 2, 0, 0, 0]
+    assert [array.dtype.name for array in row] == ["int32", "int32", "float32", "int32", "int32"]
+
+
+def test_a_stream_is_cut_into_blocks_across_documents(build):
+    first, last = build(lengths_to_masks(5, 6), packing="stream")
+    assert first.tokens.tolist() == list(range(1, 9))
+    assert first.weights.tolist() == [1] * 7 + [0]
+    assert first.segments.tolist() == [1] * 8
+    assert first.positions.tolist() == list(range(8))
+    assert last.tokens.tolist() == [9, 10, 11, 0, 0, 0, 0, 0]
+    assert last.weights.sum() == 2
+
+
+@settings(deadline=None, max_examples=30)
+@given(masks=masks_strategy, seed=st.integers(0, 5))
+def test_every_token_is_in_one_row_when_documents_are_split(build, masks, seed):
+    masks = [[True, True, *mask] for mask in masks]  # something to train in each piece but stubs
+    permutation = np.random.default_rng(seed).permutation(len(masks))
+    rows = build(masks, overlength="split", order=lambda place: int(permutation[place]))
+    seen = sorted(int(token) for row in rows for token in row.tokens[row.segments > 0])
+    assert len(seen) == len(set(seen))
+    trained = sum(sum(mask[1:]) for mask in masks)
+    lost = rows.statistics.packed.lost_trained_tokens
+    assert rows.statistics.trained_tokens + lost == trained
+
+
+def test_over_length_documents_are_refused_with_counts_and_choices(build):
+    with pytest.raises(DataError) as error:
+        build(lengths_to_masks(4, 20, 9, 4), max_length=8)
+    text = str(error.value)
+    assert "2 of 4 documents (50.0%)" in text
+    assert "rows.jsonl:2 with 20, rows.jsonl:3 with 9" in text
+    assert "data.max_length to 20" in text
+    # Trained: 3 + 19 + 8 + 3 = 33. Dropped 27; truncated 12 + 1; split 2 + 1 first tokens.
+    for choice in ("drop loses 81.8%", "truncate 39.4%", "split 9.1%"):
+        assert choice in text
+
+
+@pytest.mark.parametrize(
+    ("overlength", "lost", "dropped"), [("drop", 27, 2), ("truncate", 13, 0), ("split", 3, 0)]
+)
+def test_the_losses_foretold_are_those_that_occur(build, overlength, lost, dropped):
+    rows = build(lengths_to_masks(4, 20, 9, 4), overlength=overlength)
+    assert rows.statistics.packed.over_length == 2
+    assert rows.statistics.packed.lost_trained_tokens == lost
+    assert rows.statistics.lost_share == pytest.approx(lost / 33)
+    assert rows.statistics.dropped == dropped
+
+
+def test_documents_with_nothing_to_train_are_left_out_and_counted(build):
+    rows = build([[True] * 4, [False] * 4, [True, False, False]])
+    assert rows.statistics.dropped == 2
+    assert rows.statistics.tokens == 4
+
+
+def test_one_document_a_row_without_packing(build):
+    rows = build(lengths_to_masks(2, 3, 2), packing="none")
+    assert [int(row.segments.max()) for row in rows] == [1, 1, 1]
+
+
+def test_rows_know_where_their_documents_came_from(build):
+    rows = build(lengths_to_masks(7, 3, 5))
+    assert sorted(rows.origins(0) + rows.origins(1)) == [f"rows.jsonl:{i}" for i in (1, 2, 3)]
+
+
+def test_negative_row_numbers_are_rows_of_padding(build):
+    rows = build(lengths_to_masks(7))
+    batch = rows.batch([0, -1])
+    assert batch.weights[1].sum() == batch.segments[1].sum() == 0
+    np.testing.assert_array_equal(batch.tokens[0], rows[0].tokens)
+    with pytest.raises(IndexError):
+        rows[1]
+
+
+def test_statistics_are_json(build, tmp_path):
+    rows = build(lengths_to_masks(3))
+    assert json.dumps(rows.statistics.packed.__dict__)

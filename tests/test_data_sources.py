@@ -1,0 +1,201 @@
+"""Raw rows of every kind of file, each with its line."""
+
+import json
+import tracemalloc
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from jaxft.data.problems import Problems
+from jaxft.data.sources import Row, find_sources
+from jaxft.errors import DataError
+
+
+def read(path, **options):
+    problems = Problems("test")
+    rows = [row for source in find_sources(str(path), **options) for row in source.rows(problems)]
+    problems.check()
+    return rows
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_json_lines_skip_blank_lines_and_keep_line_numbers(tmp_path):
+    path = write(tmp_path / "a.jsonl", '\ufeff{"a": 1}\n\n{"a": "\u2028"}\r\n')
+    assert read(path) == [Row({"a": 1}, 1), Row({"a": "\u2028"}, 3)]
+
+
+def test_a_json_array_gives_the_line_where_each_object_begins(tmp_path):
+    rows = [{"text": "x" * 40, "n": i} for i in range(3)]
+    path = write(tmp_path / "a.json", json.dumps(rows, indent=1))
+    assert [(row.value, row.line) for row in read(path)] == [(rows[i], 2 + 4 * i) for i in range(3)]
+
+
+def test_a_json_array_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxft.data.sources._READ_CHARACTERS", 3)
+    rows = [{"long number": 12345.678, "text": 'a "b" ]}' * i} for i in range(9)]
+    for indent in (None, 2):
+        path = write(tmp_path / "a.json", json.dumps(rows, indent=indent))
+        assert [row.value for row in read(path)] == rows
+
+
+def test_json_objects_of_rows_and_of_lists_are_read(tmp_path):
+    by_id = write(tmp_path / "a.json", '{\n"7": {"a": 1},\n"8": {"a": 2}\n}')
+    assert read(by_id) == [Row({"a": 1}, 2), Row({"a": 2}, 3)]
+    nested = write(tmp_path / "b.json", '{\n"data": [{"a": 1}, {"a": 2}]\n}')
+    assert [row.value for row in read(nested)] == [{"a": 1}, {"a": 2}]
+
+
+def test_json_lines_named_json_are_read(tmp_path):
+    assert len(read(write(tmp_path / "a.json", '{"a": 1}\n{"a": 2}\n'))) == 2
+
+
+def test_csv_with_bom_quotes_and_windows_line_ends(tmp_path):
+    content = '\ufefftext,label\r\n"a, ""b""\r\nc",x\r\n\r\nd,y\r\n'
+    rows = read(write(tmp_path / "a.csv", content))
+    assert rows == [
+        Row({"text": 'a, "b"\r\nc', "label": "x"}, 2),
+        Row({"text": "d", "label": "y"}, 5),
+    ]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_csv_delimiters_are_found_in_the_header(tmp_path, delimiter):
+    path = write(tmp_path / "a.csv", f"text{delimiter}label\na, b{delimiter}x\n")
+    assert read(path)[0].value == {"text": "a, b", "label": "x"}
+
+
+def test_parquet_rows_do_not_grow_keys_from_the_schema(tmp_path):
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": 2}}]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row.value for row in read(tmp_path / "a.parquet")] == rows
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("paragraph", [("a\nb", 2), ("c", 5)]),
+        ("line", [("a", 2), ("b", 3), ("c", 5)]),
+        ("file", [("a\nb\n\nc", 1)]),
+    ],
+)
+def test_text_is_split_into_documents(tmp_path, split, expected):
+    path = write(tmp_path / "a.txt", "\na\r\nb\n\nc\n")
+    assert [(row.value, row.line) for row in read(path, text_split=split)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: broken JSON at column \d+"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl:2: not UTF-8: byte 0xe9 at column 8"),
+        ("a.json", b'[\n{"a": 1},\n{"a" 2}\n]', r"a\.json:3: broken JSON"),
+        ("a.json", b'[\n{"a": 1},\n', r"a\.json:3: broken JSON: the file ends too early"),
+        ("a.json", b'"text"', r"a\.json:1: expected a JSON array"),
+        ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv:3: 1 fields; expected 2: a, b"),
+        ("a.csv", b'a,b\n1,"2\n', r"a\.csv:2: broken CSV"),
+        ("a.csv", b"a,b\n1,2\n3,\xff\n", r"a\.csv:3: not UTF-8"),
+        ("a.txt", b"fine\n\xff\n", r"a\.txt:2: not UTF-8"),
+        ("a.parquet", b"not parquet", r"a\.parquet:1: not a readable Parquet file"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path / name, content))
+
+
+def test_the_first_twenty_problems_come_together(tmp_path):
+    path = write(tmp_path / "a.jsonl", "{\n" * 30)
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert sum("broken JSON" in problem for problem in error.value.problems) == 20
+    assert error.value.problems[-1] == "Nothing was trained."
+
+
+def test_globs_folders_and_lists_are_resolved_in_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.csv", "notes.xyz"):
+        write(tmp_path / name, "")
+    names = [path.name for path in sorted(tmp_path.iterdir())][:3]
+    found = find_sources(f"{tmp_path}/c.csv, {tmp_path}/*.jsonl")
+    assert [source.name.rpartition("/")[2] for source in found] == ["c.csv", "a.jsonl", "b.jsonl"]
+    assert [source.name.rpartition("/")[2] for source in find_sources(str(tmp_path))] == names
+
+
+def test_missing_files_are_named_together_with_the_nearest(tmp_path):
+    write(tmp_path / "train.jsonl", "")
+    with pytest.raises(DataError) as error:
+        find_sources(f"{tmp_path}/trian.jsonl,{tmp_path}/no/x.csv,{tmp_path}/*.txt")
+    first, second, third = error.value.problems
+    assert "Did you mean 'train.jsonl'?" in first
+    assert "no folder" in second
+    assert "No file matches" in third
+
+
+def test_a_missing_hub_data_set_is_explained():
+    [source] = find_sources("nobody/nothing-of-this-name:config[train]")
+    with pytest.raises(DataError, match=r"'nobody/nothing-of-this-name.*"):
+        list(source.rows(Problems("test")))
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    """A data set in the layout of the hub, with a cache of its own."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", '{"question": "q", "answer": "a"}\n' * 3)
+    write(folder / "test.jsonl", '{"question": "q", "answer": "b"}\n')
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_is_read_by_split(hub_folder, streaming):
+    [source] = find_sources(f"{hub_folder}[test]", streaming=streaming)
+    assert list(source.rows(Problems("test"))) == [Row({"question": "q", "answer": "b"}, 1)]
+    assert source.origin(1) == f"{hub_folder}[test]:1"
+    assert source.fingerprint() == source.fingerprint()
+
+
+def test_a_hub_split_that_is_not_there_names_those_that_are(hub_folder):
+    [source] = find_sources(f"{hub_folder}[tset]")
+    with pytest.raises(DataError, match=r"tset.*"):
+        list(source.rows(Problems("test")))
+
+
+def test_labels_of_hub_data_sets_are_names(monkeypatch):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    data = datasets.Dataset.from_dict({"text": ["a"], "label": [1]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: data)
+    [source] = find_sources("org/name")
+    [row] = source.rows(Problems("test"))
+    assert row.value == {"text": "a", "label": "yes"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    def peak(count):
+        row = {"text": "word " * 60}
+        content = {
+            "a.jsonl": "".join(json.dumps(row) + "\n" for _ in range(count)),
+            "a.json": json.dumps([row] * count, indent=0),
+            "a.csv": "text,n\n" + f"{row['text']},1\n" * count,
+            "a.txt": f"{row['text']}\n\n" * count,
+        }[name]
+        path = write(tmp_path / name, content)
+        del content
+        [source] = find_sources(str(path))
+        tracemalloc.start()
+        assert sum(1 for _ in source.rows(Problems("test"))) == count
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    assert peak(40_000) < 1.2 * peak(10_000) + 100_000

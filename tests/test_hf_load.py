@@ -1,0 +1,382 @@
+"""Reading safetensors: values against the safetensors library, and every way a folder is broken."""
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from jaxft.errors import ModelError
+from jaxft.hf import load
+from jaxft.hf.load import load_params, read_config, tensor_dtypes
+from jaxft.hf.rules import Rule
+from tests.oracle.cases import CASES, tensors_of, write_folder
+
+BLOCK = "model.layers.{layer}."
+RULES = (
+    Rule("embed.w", "model.embed_tokens.weight", "v d -> v d"),
+    Rule("layers.attn_norm.scale", BLOCK + "input_layernorm.weight", "d -> d"),
+    Rule("layers.attn.q.w", BLOCK + "self_attn.q_proj.weight", "(n h) d -> d n h"),
+    Rule("layers.attn.k.w", BLOCK + "self_attn.k_proj.weight", "(k h) d -> d k h"),
+    Rule("layers.attn.v.w", BLOCK + "self_attn.v_proj.weight", "(k h) d -> d k h"),
+    Rule("layers.attn.o.w", BLOCK + "self_attn.o_proj.weight", "d (n h) -> n h d"),
+    Rule("layers.mlp_norm.scale", BLOCK + "post_attention_layernorm.weight", "d -> d"),
+    Rule("layers.mlp.gate.w", BLOCK + "mlp.gate_proj.weight", "f d -> d f"),
+    Rule("layers.mlp.up.w", BLOCK + "mlp.up_proj.weight", "f d -> d f"),
+    Rule("layers.mlp.down.w", BLOCK + "mlp.down_proj.weight", "d f -> f d"),
+    Rule("norm.scale", "model.norm.weight", "d -> d"),
+    Rule("head.w", "lm_head.weight", "v d -> d v"),
+)
+CASE = "gqa"
+
+
+def abstract_params(
+    config: dict, dtype=jnp.float32, spec: dict[str, PartitionSpec] | None = None, mesh=None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what a Llama of this config asks `load_params` for."""
+    layers, embed, heads, kv_heads, head, mlp, vocab = (
+        config[name]
+        for name in (
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "vocab_size",
+        )
+    )
+    shapes = {
+        "embed.w": (vocab, embed),
+        "layers.attn_norm.scale": (layers, embed),
+        "layers.attn.q.w": (layers, embed, heads, head),
+        "layers.attn.k.w": (layers, embed, kv_heads, head),
+        "layers.attn.v.w": (layers, embed, kv_heads, head),
+        "layers.attn.o.w": (layers, heads, head, embed),
+        "layers.mlp_norm.scale": (layers, embed),
+        "layers.mlp.gate.w": (layers, embed, mlp),
+        "layers.mlp.up.w": (layers, embed, mlp),
+        "layers.mlp.down.w": (layers, mlp, embed),
+        "norm.scale": (embed,),
+    }
+    if not config["tie_word_embeddings"]:
+        shapes["head.w"] = (embed, vocab)
+    return {
+        path: jax.ShapeDtypeStruct(
+            shape,
+            dtype,
+            sharding=mesh and NamedSharding(mesh, (spec or {}).get(path, PartitionSpec())),
+        )
+        for path, shape in shapes.items()
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(CASE, tmp_path)
+
+
+ABSTRACT = abstract_params(CASES[CASE])
+
+
+def rewrite(folder: Path, change) -> dict[str, np.ndarray]:
+    """Passes the tensors of a folder through `change` and writes them back."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def split_into_shards(folder: Path, count: int = 3) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number in range(count):
+        name = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        part = dict(sorted(tensors.items())[number::count])
+        save_file(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def problems_of(folder: Path, **options) -> list[str]:
+    with pytest.raises(ModelError) as error:
+        load_params(folder, RULES, options.pop("abstract", ABSTRACT), **options)
+    return error.value.problems
+
+
+def assert_values(params: dict[str, jax.Array], tensors: dict[str, np.ndarray]) -> None:
+    """Compares with their layouts written out by hand."""
+    config = CASES[CASE]
+    heads, head = config["num_attention_heads"], config["head_dim"]
+    for layer in range(config["num_hidden_layers"]):
+        theirs = tensors[f"model.layers.{layer}.self_attn.q_proj.weight"]
+        ours = theirs.reshape(heads, head, -1).transpose(2, 0, 1)
+        np.testing.assert_array_equal(params["layers.attn.q.w"][layer], ours)
+        theirs = tensors[f"model.layers.{layer}.self_attn.o_proj.weight"]
+        ours = theirs.T.reshape(heads, head, -1)
+        np.testing.assert_array_equal(params["layers.attn.o.w"][layer], ours)
+        theirs = tensors[f"model.layers.{layer}.mlp.down_proj.weight"]
+        np.testing.assert_array_equal(params["layers.mlp.down.w"][layer], theirs.T)
+    np.testing.assert_array_equal(params["embed.w"], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(params["head.w"], tensors["lm_head.weight"].T)
+    np.testing.assert_array_equal(params["norm.scale"], tensors["model.norm.weight"])
+
+
+def test_a_single_file_gives_the_values_in_our_layout(folder):
+    params = load_params(folder, RULES, ABSTRACT)
+    assert params.keys() == ABSTRACT.keys()
+    assert_values(params, tensors_of(CASES[CASE]))
+
+
+def test_shards_give_the_same_as_a_single_file(folder):
+    split_into_shards(folder)
+    assert_values(load_params(folder, RULES, ABSTRACT), tensors_of(CASES[CASE]))
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
+def test_values_are_cast_to_what_is_asked_for(folder, stored, wanted):
+    def cast(tensors):
+        tensors.update({name: value.astype(stored) for name, value in tensors.items()})
+
+    tensors = rewrite(folder, cast)
+    params = load_params(folder, RULES, abstract_params(CASES[CASE], wanted))
+    assert {param.dtype for param in params.values()} == {jnp.dtype(wanted)}
+    assert_values(params, {name: value.astype(wanted) for name, value in tensors.items()})
+
+
+SPECS = {
+    "embed.w": PartitionSpec("tensor", "fsdp"),
+    "layers.attn.q.w": PartitionSpec(None, "fsdp", "tensor"),
+    "layers.attn.o.w": PartitionSpec(None, None, "tensor", "fsdp"),
+    "layers.mlp.down.w": PartitionSpec("tensor", ("fsdp",)),
+    "head.w": PartitionSpec("fsdp", "tensor"),
+    "norm.scale": PartitionSpec(("fsdp", "tensor")),
+}
+
+
+def test_every_device_holds_its_own_slice(folder):
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
+    abstract = abstract_params(CASES[CASE], spec=SPECS, mesh=mesh)
+    params = load_params(folder, RULES, abstract)
+    assert_values(params, tensors_of(CASES[CASE]))
+    whole = load_params(folder, RULES, ABSTRACT)
+    for path, param in params.items():
+        assert param.sharding == abstract[path].sharding
+        assert len(param.addressable_shards) == 8
+        for shard in param.addressable_shards:
+            np.testing.assert_array_equal(shard.data, np.asarray(whole[path])[shard.index])
+
+
+def test_a_slice_is_read_once_however_many_devices_hold_it(folder, monkeypatch):
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
+    abstract = abstract_params(CASES[CASE], spec=SPECS, mesh=mesh)
+    reads = []
+    read = load._read
+
+    def counted(spec, sources, index):
+        reads.append(read(spec, sources, index))
+        return reads[-1]
+
+    monkeypatch.setattr(load, "_read", counted)
+    params = load_params(folder, RULES, abstract)
+    assert sum(values.nbytes for values in reads) == sum(param.nbytes for param in params.values())
+
+
+def test_copies_on_devices_do_not_share_memory_that_a_donation_overwrites(folder):
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    params = load_params(folder, RULES, abstract_params(CASES[CASE], mesh=mesh))
+    before = np.array(params["embed.w"])
+    after = jax.jit(lambda x: x + 1, donate_argnums=0)(params["embed.w"])
+    for shard in after.addressable_shards:
+        np.testing.assert_array_equal(shard.data, before + 1)
+
+
+def test_a_stored_tensor_is_never_held_as_a_whole(tmp_path):
+    stored = np.ones((512, 256), np.float64)
+    save_file({"layers.0.weight": stored}, tmp_path / "model.safetensors")
+    mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
+    abstract = {"w": jax.ShapeDtypeStruct((1, 256, 512), jnp.bfloat16, sharding=sharding)}
+    rules = [Rule("w", "layers.{layer}.weight", "f d -> d f")]
+    load_params(tmp_path, rules, abstract)  # what is kept after a first call is not counted
+    tracemalloc.start()
+    params = load_params(tmp_path, rules, abstract)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # The slices of the result may be the memory that they were read into.
+    assert peak < params["w"].nbytes + stored.nbytes // 8
+
+
+def test_names_that_do_not_fit_are_listed_at_once_and_by_ranges_of_layers(folder):
+    def change(tensors):
+        for layer in range(2):
+            del tensors[f"model.layers.{layer}.mlp.up_proj.weight"]
+            name = f"model.layers.{layer}.self_attn.q_norm.weight"
+            tensors[name] = np.ones(8, np.float32)
+        del tensors["model.norm.weight"]
+        tensors["score.weight"] = np.ones((2, 32), np.float32)
+        tensors["model.embed_tokens.weight"] = np.ones((65, 32), np.float32)
+        tensors["model.layers.1.input_layernorm.weight"] = np.ones(32, np.int8)
+
+    rewrite(folder, change)
+    assert problems_of(folder)[1:] == [
+        "Missing: model.norm.weight.",
+        "Missing: model.layers.{0-1}.mlp.up_proj.weight.",
+        "Unexpected: score.weight.",
+        "Unexpected: model.layers.{0-1}.self_attn.q_norm.weight.",
+        "model.embed_tokens.weight has shape [65, 32]; config.json asks for [64, 32].",
+        "model.layers.1.input_layernorm.weight is stored as I8; "
+        "expected one of F64, F32, F16, BF16.",
+    ]
+
+
+def test_nothing_is_allocated_when_something_does_not_fit(folder, monkeypatch):
+    rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    monkeypatch.setattr(load, "_read", lambda *_: pytest.fail("read before the checks were done"))
+    assert problems_of(folder)[1:] == ["Missing: lm_head.weight."]
+
+
+def test_ignored_names_may_be_there(folder):
+    def change(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.int64)
+
+    rewrite(folder, change)
+    load_params(folder, RULES, ABSTRACT, ignore=(r"rotary_emb\.inv_freq$",))
+    unexpected = "Unexpected: model.layers.0.self_attn.rotary_emb.inv_freq."
+    assert problems_of(folder)[1:] == [unexpected]
+
+
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    return write_folder("mqa_tied", tmp_path)
+
+
+TIED = abstract_params(CASES["mqa_tied"])
+
+
+def test_the_head_of_a_tied_model_may_be_stored_twice(tied):
+    load_params(tied, RULES, TIED, copies=COPIES)
+    rewrite(tied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    load_params(tied, RULES, TIED, copies=COPIES)
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_an_error(tied):
+    rewrite(tied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1e-3}))
+    problems = problems_of(tied, abstract=TIED, copies=COPIES)
+    assert "lm_head.weight differs from model.embed_tokens.weight" in problems[1]
+    assert "'tie_word_embeddings' to false" in problems[1]
+
+
+def test_missing_and_broken_shards_are_named_without_accusing_their_tensors(folder):
+    split_into_shards(folder)
+    first, second, third = sorted(folder.glob("model-*"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-100])
+    third.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    problems = problems_of(folder)[1:]
+    assert len(problems) == 3
+    assert problems[0].startswith(f"{first.name} is named by model.safetensors.index.json but")
+    assert f"{second.name} is truncated: it has" in problems[1]
+    assert problems[2].startswith(f"{third.name} has no readable header")
+    assert "git lfs pull" in problems[2]
+
+
+def test_a_tensor_that_the_index_puts_elsewhere_is_named(folder):
+    split_into_shards(folder)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shards = sorted(set(content["weight_map"].values()))
+    name = "model.norm.weight"
+    real = content["weight_map"][name]
+    content["weight_map"][name] = next(shard for shard in shards if shard != real)
+    index.write_text(json.dumps(content))
+    expected = f"{name} is not in {content['weight_map'][name]}, where"
+    assert problems_of(folder)[1].startswith(expected)
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 20, 500, 3000])
+def test_a_file_cut_anywhere_is_an_error(folder, length):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    assert "model.safetensors" in problems_of(folder)[1]
+
+
+def test_a_file_with_bytes_too_many_is_an_error(folder):
+    with (folder / "model.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    assert "model.safetensors is damaged" in problems_of(folder)[1]
+
+
+def test_a_header_whose_offsets_do_not_fit_the_shape_is_an_error(folder):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.norm.weight"]["data_offsets"][1] -= 4
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    assert any("model.norm.weight takes 124 bytes" in text for text in problems_of(folder))
+
+
+def test_pickled_weights_are_refused_with_the_conversion(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    problems = problems_of(folder)
+    assert "pickled weights" in problems[0]
+    assert "save_pretrained" in problems[0]
+
+
+def test_a_folder_without_weights_says_what_it_has(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    assert "only adapter_model.safetensors" in problems_of(folder)[0]
+
+
+def test_dtypes_come_from_headers(folder):
+    def change(tensors):
+        tensors["model.norm.weight"] = np.ones(32, ml_dtypes.bfloat16)
+        tensors["other"] = np.ones(3, np.int8)
+
+    rewrite(folder, change)
+    dtypes = tensor_dtypes(folder)
+    assert dtypes.pop("model.norm.weight") == "bfloat16"
+    assert dtypes.pop("other") == "I8"
+    assert set(dtypes.values()) == {"float32"}
+
+
+def test_config_is_read(folder):
+    assert read_config(folder) == CASES[CASE]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "has no config.json"),
+        ("{", "cannot be read"),
+        ("[]", "holds a JSON list"),
+        ('{"quantization_config": {"quant_method": "fp8"}}', "quantised by 'fp8'"),
+        ("version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_explained(tmp_path, content, complaint):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=complaint):
+        read_config(tmp_path)
+
+
+def test_a_real_model_loads(shared):
+    folder = shared / "models" / "stories260K"
+    config = read_config(folder)
+    params = load_params(folder, RULES, abstract_params(config))
+    assert sum(param.size for param in params.values()) == 260_032

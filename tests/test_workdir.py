@@ -1,0 +1,193 @@
+import json
+import math
+import threading
+
+import numpy as np
+import pytest
+
+from jaxft.config import RunConfig, to_dict
+from jaxft.errors import CheckpointError, ConfigError, TrainingError
+from jaxft.workdir import Workdir, append_jsonl, environment, read_jsonl, write_text
+
+
+@pytest.fixture
+def config():
+    config = RunConfig()
+    config.model.path = "org/model"
+    config.data.train = "train.jsonl"
+    return config
+
+
+def _open(path, config, *, resume=False, overwrite=False):
+    return Workdir.open(path, config, resume=resume, overwrite=overwrite)
+
+
+def _run(path, config):
+    """Leaves a folder as a run leaves it."""
+    workdir = _open(path, config)
+    append_jsonl(workdir.metrics, {"step": 1})
+    (workdir.checkpoints / "1").mkdir(parents=True)
+    workdir.events.mkdir()
+    return workdir
+
+
+def test_new_folder_gets_config_and_environment(tmp_path, config):
+    workdir = _open(tmp_path / "a" / "b", config)
+    assert json.loads(workdir.config.read_text()) == to_dict(config)
+    assert json.loads(workdir.environment.read_text())["packages"]["jax"]
+    assert not workdir.resumed
+
+
+def test_folder_of_another_run_is_refused_naming_both_flags(tmp_path, config):
+    _run(tmp_path, config)
+    with pytest.raises(CheckpointError, match=r"--resume.*--overwrite"):
+        _open(tmp_path, config)
+
+
+def test_folder_of_a_start_that_failed_before_its_first_record_is_reused(tmp_path, config):
+    _open(tmp_path, config)
+    config.data.train = "other.jsonl"
+    assert not _open(tmp_path, config).resumed
+
+
+def test_resume_keeps_the_run(tmp_path, config):
+    _run(tmp_path, config)
+    workdir = _open(tmp_path, config, resume=True)
+    assert workdir.resumed
+    assert workdir.changes == ()
+    assert list(read_jsonl(workdir.metrics)) == [{"step": 1}]
+    assert (workdir.checkpoints / "1").is_dir()
+
+
+def test_resume_where_no_run_is_starts_one(tmp_path, config):
+    assert not _open(tmp_path / "new", config, resume=True).resumed
+
+
+def test_resume_refuses_changes_that_break_the_continuation_all_at_once(tmp_path, config):
+    _run(tmp_path, config)
+    config.model.path, config.train.seed, config.data.max_length = "org/other", 7, 64
+    with pytest.raises(CheckpointError) as error:
+        _open(tmp_path, config, resume=True)
+    text = str(error.value)
+    assert "model.path was 'org/model' and is now 'org/other'." in text
+    assert "train.seed was 0 and is now 7." in text
+    assert "data.max_length was 1024 and is now 64." in text
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["model.path"] == "org/model"
+
+
+def test_resume_reports_changes_that_do_not_break_the_continuation(tmp_path, config):
+    _run(tmp_path, config)
+    config.train.steps, config.model.remat, config.train.workdir = 99, "none", "elsewhere"
+    workdir = _open(tmp_path, config, resume=True)
+    assert workdir.changes == (
+        "model.remat was 'full' and is now 'none'.",
+        "train.steps was 0 and is now 99.",
+    )
+    assert json.loads(workdir.config.read_text())["train.steps"] == 99
+
+
+def test_resume_takes_the_default_for_keys_the_old_run_did_not_know(tmp_path, config):
+    workdir = _run(tmp_path, config)
+    old = json.loads(workdir.config.read_text())
+    del old["train.seed"]
+    workdir.config.write_text(json.dumps(old | {"train.gone": 1}))
+    assert _open(tmp_path, config, resume=True).changes == ()
+
+
+def test_resume_with_an_unreadable_config_says_so(tmp_path, config):
+    _run(tmp_path, config).config.write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        _open(tmp_path, config, resume=True)
+
+
+def test_overwrite_deletes_the_old_run(tmp_path, config):
+    _run(tmp_path, config)
+    workdir = _open(tmp_path, config, overwrite=True)
+    assert sorted(p.name for p in workdir.path.iterdir()) == ["config.json", "environment.json"]
+
+
+def test_overwrite_with_a_wrong_config_deletes_nothing(tmp_path, config):
+    workdir = _run(tmp_path, config)
+    config.train.accumulation = 3
+    with pytest.raises(ConfigError):
+        _open(tmp_path, config, overwrite=True)
+    assert workdir.metrics.exists()
+
+
+def test_overwrite_does_not_delete_a_folder_with_foreign_files(tmp_path, config):
+    workdir = _run(tmp_path, config)
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(CheckpointError, match=r"thesis\.tex"):
+        _open(tmp_path, config, overwrite=True)
+    assert workdir.metrics.exists()
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path, config):
+    with pytest.raises(ConfigError, match="give one"):
+        _open(tmp_path, config, resume=True, overwrite=True)
+
+
+def test_a_file_is_no_workdir(tmp_path, config):
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file"):
+        _open(tmp_path / "f", config)
+    with pytest.raises(CheckpointError, match="no run's folder"):
+        Workdir.read(tmp_path)
+
+
+def test_readers_see_the_old_text_or_the_new_one(tmp_path):
+    path = tmp_path / "page"
+    texts = {"a" * 300_000, "b" * 300_000}
+    write_text(path, "a" * 300_000)
+    seen, stop = set(), threading.Event()
+
+    def read():
+        while not stop.is_set():
+            seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for text in sorted(texts) * 10:
+        write_text(path, text)
+    stop.set()
+    reader.join()
+    assert seen <= texts
+    assert [p.name for p in tmp_path.iterdir()] == ["page"]
+
+
+def test_lines_are_valid_json_whatever_the_numbers(tmp_path):
+    path = tmp_path / "x.jsonl"
+    record = {"a": math.nan, "b": [np.float32("inf"), np.int64(3)], "c": {"d": np.float32(0.5)}}
+    append_jsonl(path, record)
+    text = path.read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None, 3],
+        "c": {"d": 0.5},
+    }
+
+
+def test_torn_lines_are_skipped(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"step": 1}\n\0\0\0\n7\n{"step": 2}\n{"step": 3}')
+    assert list(read_jsonl(path)) == [{"step": 1}, {"step": 2}]
+
+
+def test_full_disk_is_a_clear_error():
+    from pathlib import Path
+
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full, a device that is always full")
+    with pytest.raises(TrainingError, match=r"No space left.*--resume"):
+        append_jsonl(Path("/dev/full"), {"step": 1})
+
+
+def test_environment_has_versions_and_devices_but_no_host_name():
+    import platform
+
+    found = environment()
+    assert found["devices"] == 8
+    assert found["backend"] == "cpu"
+    assert found["packages"].keys() >= {"jax", "flax", "orbax-checkpoint"}
+    assert platform.node() not in json.dumps(found)
