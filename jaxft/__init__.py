@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxft.config import RunConfig as RunConfig
     from jaxft.errors import JaxftError as JaxftError
-    from jaxft.evaluate import compare as compare
-    from jaxft.evaluate import evaluate as evaluate
-    from jaxft.export import export as export
+    from jaxft.evaluation import compare as compare
+    from jaxft.evaluation import evaluate as evaluate
+    from jaxft.exporter import export as export
     from jaxft.model import Model as Model
     from jaxft.model import load as load
     from jaxft.trainer import TrainResult as TrainResult
@@ -21,9 +21,9 @@ _HOMES = {
     "Model": "jaxft.model",
     "RunConfig": "jaxft.config",
     "TrainResult": "jaxft.trainer",
-    "compare": "jaxft.evaluate",
-    "evaluate": "jaxft.evaluate",
-    "export": "jaxft.export",
+    "compare": "jaxft.evaluation",
+    "evaluate": "jaxft.evaluation",
+    "export": "jaxft.exporter",
     "load": "jaxft.model",
     "train": "jaxft.trainer",
 }

@@ -145,14 +145,14 @@ def _train(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     config = _config(options)
-    from jaxft import evaluate, tables
+    from jaxft import evaluation, tables
 
     if options.compare:
-        a, b = (evaluate.evaluate(config, path, step=options.step) for path in options.compare)
-        tables.print_comparison(evaluate.compare(a, b), *options.compare)
+        a, b = (evaluation.evaluate(config, path, step=options.step) for path in options.compare)
+        tables.print_comparison(evaluation.compare(a, b), *options.compare)
         results = {"a": a, "b": b}
     else:
-        results = {"results": evaluate.evaluate(config, options.checkpoint, step=options.step)}
+        results = {"results": evaluation.evaluate(config, options.checkpoint, step=options.step)}
         tables.print_evaluation(results["results"])
     if options.output:
         tables.write_json(options.output, results)
@@ -180,7 +180,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from jaxft.export import export
+    from jaxft.exporter import export
 
     folder = export(
         options.checkpoint,

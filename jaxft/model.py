@@ -257,7 +257,13 @@ def load_weights(
         for path, spec in abstract.params.items()
     }
     if source.checkpoints is None:
-        return load_params(source.folder, architecture.rules, target, ignore=architecture.ignored)
+        return load_params(
+            source.folder,
+            architecture.rules,
+            target,
+            ignore=architecture.ignored,
+            copies=architecture.copies,
+        )
     checkpoints = Checkpoints(source.checkpoints, read_only=True)
     try:
         return checkpoints.restore_params(target, source.step)

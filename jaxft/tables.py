@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from jaxft.evaluate import Comparison, Evaluation
+from jaxft.evaluation import Comparison, Evaluation
 from jaxft.intervals import Estimate
 from jaxft.progress import console
 from jaxft.workdir import write_text

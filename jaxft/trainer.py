@@ -19,7 +19,7 @@ from jaxft.config import RunConfig, TrainConfig, to_dict
 from jaxft.data import BatchIterator, TokenRows, chat
 from jaxft.devices import peak_flops
 from jaxft.errors import CheckpointError, TrainingError
-from jaxft.evaluate import SamplePrompt, evaluate_rows, read_sample_prompts
+from jaxft.evaluation import SamplePrompt, evaluate_rows, read_sample_prompts
 from jaxft.hf.load import read_config
 from jaxft.hf.tokenizer import save_tokenizer
 from jaxft.metrics import Interval, MetricsWriter, require_wandb, train_record, training_flops
@@ -206,7 +206,6 @@ def _loop(
         for done, batch in zip(range(start + 1, steps + 1), run.iterator, strict=False):
             state, metrics = step(state, put(batch, sharding))
             run.recent.append((done, metrics))
-            run.bar.update(done)
             if done % config.log_every == 0 or done == steps:
                 _record(run, run.waiting)
                 run.waiting, run.recent = run.recent, []
@@ -394,6 +393,7 @@ def _record(run: _Run, period: list[tuple[int, StepMetrics]]) -> None:
         peak_flops=_peak_flops(run.program.evaluator),
     )
     run.writer.write(record)
+    run.bar.update(record["step"])
     run.bar.write(record)
 
 

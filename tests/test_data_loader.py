@@ -21,12 +21,12 @@ def rows(tmp_path_factory):
     return make_rows(tmp_path_factory, COUNT)
 
 
-def make_rows(tmp_path_factory, count):
+def make_rows(tmp_path_factory, count, filler=7):
     folder = tmp_path_factory.mktemp("documents")
     with DocumentWriter(folder) as writer:
         writer.statistics.sources.append("x")
         for number in range(count):
-            example = Example(np.array([number + 1, 7, 7], np.int32), np.ones(3, bool))
+            example = Example(np.array([number + 1, filler, filler], np.int32), np.ones(3, bool))
             writer.add(example, source=0, line=number + 1, content_hash=number)
     documents, statistics = Documents(folder), PackingStatistics()
     packed = pack(
@@ -136,6 +136,19 @@ def test_a_finished_run_has_nothing_left(rows):
     iterator = batches(rows, batch_size=6, epochs=1.0, start_step=4)
     assert iterator.steps == 4
     assert list(iterator) == []
+
+
+def test_the_state_tells_other_data_and_another_order(rows, tmp_path_factory):
+    def state(rows, **options):
+        iterator = batches(rows, **{"batch_size": 4, "steps": 1, **options})
+        iterator.close()
+        return iterator.state()
+
+    same = state(make_rows(tmp_path_factory, COUNT), accumulation=2)
+    assert state(rows) == same
+    others = [{"batch_size": 2}, {"seed": 1}, {"shuffle": False}, {"start_step": 1}]
+    assert all(state(rows, **options) != same for options in others)
+    assert state(make_rows(tmp_path_factory, COUNT, filler=8)) != same
 
 
 def test_no_rows_and_sizes_that_do_not_divide_are_refused(rows, tmp_path_factory):

@@ -77,6 +77,7 @@ def test_targets_are_the_next_token_of_the_same_document(build, packing, masks):
             assert row.targets[place] == row.tokens[place + 1] == row.tokens[place] + 1
             assert row.segments[place] == row.segments[place + 1] > 0
             assert flags[row.targets[place] - 1]
+    assert max((row.segments.max() for row in rows), default=1) == rows.max_segments
     assert sum(row.weights.sum() for row in rows) == rows.statistics.trained_tokens
     assert sum((row.segments > 0).sum() for row in rows) == rows.statistics.tokens
 

@@ -58,6 +58,7 @@ def test_the_log_says_what_was_detected(tmp_path, config, tokenizer):
     assert f"{rows.statistics.trained_tokens} trained" in log
     assert rows.statistics.trained_tokens == 2 * 36  # the word and the stop token
     assert rows.statistics.documents == 36
+    assert rows.is_chat
 
 
 def test_text_and_conversations_mix(tmp_path, config, tokenizer):
@@ -71,7 +72,9 @@ def test_text_and_conversations_mix(tmp_path, config, tokenizer):
 def test_the_end_of_a_document_is_trained_unless_it_is_a_stream(tmp_path, config, tokenizer):
     path = tmp_path / "b.txt"
     path.write_text("a b c\n\nd e f\n")
-    [row], _ = run(str(path), config, tokenizer)
+    rows, _ = run(str(path), config, tokenizer)
+    [row] = rows
+    assert not rows.is_chat
     assert (row.targets[row.weights > 0] == tokenizer.eos_token_id).sum() == 2
     [row], _ = run(str(path), dataclasses.replace(config, packing="stream"), tokenizer)
     assert tokenizer.eos_token_id not in row.tokens[row.segments > 0]

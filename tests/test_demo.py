@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from jaxft.demo.__main__ import MAX_NEW_TOKENS, QUESTIONS, results_table
 from jaxft.demo.cases import (
     HELD_OUT_CARRIERS,
     TRAIN_CARRIERS,
+    ask,
     held_out_cases,
     messages,
     sentence,
@@ -26,11 +28,14 @@ from jaxft.demo.make_base import write_skeleton
 from jaxft.demo.runs import load_run
 from jaxft.demo.tokenizer import PADDING, SPECIAL_TOKENS, VOCABULARY, train_tokenizer
 from jaxft.errors import ConfigError
+from jaxft.evaluation import Answers, Evaluation, RowSums
 
 # Words that say nothing about a department: all that training and held-out cases may share.
 FUNCTION_WORDS = set(
-    """a all am and are at before can day do every feel for go has have help i in is me my need not
-    on out since something than the there this to too when worse""".split()
+    """
+    a all am and are at before can day department do every feel for go has have help i in is me
+    my need not on out since something than the there this to too when which worse
+    """.split()
 )
 
 
@@ -79,7 +84,7 @@ def test_every_training_wording_and_carrier_is_used(train):
         for wording in department.train:
             assert any(speak(wording, "I").lower() in text for text in texts)
     for carrier in TRAIN_CARRIERS:
-        pattern = re.escape(carrier).replace(r"\{", "{").replace(r"\}", "}")
+        pattern = re.escape(ask(carrier)).replace(r"\{", "{").replace(r"\}", "}")
         pattern = re.sub(r"{\w+}", ".+", pattern).lower()
         assert any(re.fullmatch(pattern, text) for text in texts)
 
@@ -117,9 +122,9 @@ def test_generators_repeat_themselves_and_seeds_differ():
 def test_generated_text_is_the_same_on_every_machine():
     # The base model and the demo's figures belong to exactly this text.
     text = "\n".join([*corpus.documents(1000, seed=0), *corpus.retention_documents(100)])
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "6eb69aa5ba00bdf7"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "0e11e31026b6914b"
     cases = json.dumps([train_cases(TRAIN_CASES), held_out_cases(HELD_OUT_CASES)])
-    assert hashlib.sha256(cases.encode()).hexdigest()[:16] == "f3b20aa1fe2a559d"
+    assert hashlib.sha256(cases.encode()).hexdigest()[:16] == "e4f582b28b798432"
 
 
 def test_prose_uses_all_wordings_but_never_says_who_treats_them():
@@ -279,16 +284,17 @@ def test_task_files_are_where_the_config_expects_them(tmp_path, monkeypatch):
 
 
 def test_results_show_what_was_measured():
-    def metrics(accuracy, loss):
-        share = {"value": accuracy, "low": accuracy - 0.01, "high": accuracy + 0.01, "count": 360}
-        return {
-            "validation": {"loss": loss, "label_accuracy": share},
-            "retention": {"loss": loss / 2},
-        }
+    def results(right, loss):
+        rows = RowSums(np.full(12, loss), np.ones(12), np.zeros(12))
+        outcomes = np.arange(360) < right
+        answers = Answers("label_accuracy", [], [], [], outcomes, len(NAMES))
+        retention = RowSums(np.full(12, loss / 2), np.ones(12), np.zeros(12))
+        return {"validation": Evaluation(rows, answers), "retention": Evaluation(retention, None)}
 
     console = Console(width=120)
     with console.capture() as capture:
-        console.print(results_table(metrics(0.083, 4.0), metrics(0.975, 0.0625)))
+        console.print(results_table(results(30, 4.0), results(350, 0.5)))
     text = capture.get()
-    for figure in ("8.3% [7.3%, 9.3%]", "97.5% [96.5%, 98.5%]", "4.000", "2.000", "0.062", "0.031"):
+    expected = ["8.3% [5.9%, 11.6%]", "97.2% [95.0%, 98.5%]", "4.000", "2.000", "0.500", "0.250"]
+    for figure in expected:
         assert figure in text

@@ -360,7 +360,7 @@ class _Renderer:
         found, blocks, lost, rewritten = [], 0, 0, 0
         for turn, prompt, end in zip(turns, prompts, ends, strict=True):
             _check_prompt(prompt, text, turn)
-            alone = self._text(turn)
+            alone = text if turn == last else self._text(turn)
             same = text.startswith(alone)
             stops = sum(alone.count(stop, len(prompt)) for stop in self.template.stops)
             trained = self._is_trained(turn)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ class DocumentStatistics:
       thinking_blocks: Reasoning blocks in trained turns.
       lost_blocks: Those that the template left out.
       rewritten_turns: Trained turns that the template renders otherwise once they are history.
+      digest: Hash of all tokens and of which are trained.
     """
 
     sources: list[str] = field(default_factory=list)
@@ -52,6 +54,7 @@ class DocumentStatistics:
     thinking_blocks: int = 0
     lost_blocks: int = 0
     rewritten_turns: int = 0
+    digest: str = ""
 
 
 class DocumentWriter:
@@ -66,6 +69,7 @@ class DocumentWriter:
         self._tokens = self._files.enter_context((folder / "tokens.bin").open("wb"))
         self._trained = self._files.enter_context((folder / "trained.bin").open("wb"))
         self._documents = self._files.enter_context((folder / "documents.bin").open("wb"))
+        self._digest = hashlib.sha256()
         self.statistics = DocumentStatistics()
 
     def __enter__(self) -> Self:
@@ -73,6 +77,7 @@ class DocumentWriter:
 
     def __exit__(self, *error: object) -> None:
         self._files.close()
+        self.statistics.digest = self._digest.hexdigest()
         write_json(self._folder / "statistics.json", dataclasses.asdict(self.statistics))
 
     def add(self, example: Example, *, source: int, line: int, content_hash: int) -> None:
@@ -80,8 +85,12 @@ class DocumentWriter:
         totals = self.statistics
         trained = int(example.trained[1:].sum())
         record = (totals.tokens, len(example.ids), trained, source, line, content_hash)
-        self._tokens.write(example.ids.astype("<i4").tobytes())
-        self._trained.write(example.trained.astype("u1").tobytes())
+        for file, values in (
+            (self._tokens, example.ids.astype("<i4")),
+            (self._trained, example.trained.astype("u1")),
+        ):
+            file.write(values.tobytes())
+            self._digest.update(values.tobytes())
         self._documents.write(np.array([record], DOCUMENT).tobytes())
         totals.documents += 1
         totals.tokens += len(example.ids)

@@ -118,9 +118,19 @@ class BatchIterator(Iterator[Batch]):
         self._step += 1
         return batch
 
-    def state(self) -> dict[str, int]:
-        """Returns the position as JSON: `start_step=state["step"]` continues after it."""
-        return {"step": self._step, "rows": len(self._rows), "seed": self._seed}
+    def state(self) -> dict[str, Any]:
+        """Returns the position as JSON: `start_step=state["step"]` continues after it.
+
+        The rest says of which order it is the position: another value of it is another order.
+        """
+        return {
+            "step": self._step,
+            "rows": len(self._rows),
+            "digest": self._rows.digest,
+            "batch_size": self._shape[0] * self._shape[1],
+            "shuffle": self._shuffle,
+            "seed": self._seed,
+        }
 
     def row_numbers(self, step: int) -> list[int]:
         """Returns the rows in a step, over all hosts, in the order of the batch."""

@@ -26,7 +26,7 @@ from jaxft.data.rows import Statistics, TokenRows, write_rows
 from jaxft.data.sources import Source, find_sources
 from jaxft.errors import DataError
 
-VERSION = 1
+VERSION = 2
 """Part of every cache key: raise it when the same input would give other tokens or rows."""
 
 _TOKENISED_TOGETHER = 256

@@ -1,6 +1,7 @@
 """Packed rows on disk, read one at a time as the five arrays of a `Batch`."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -60,14 +61,18 @@ def write_rows(
     folder: Path, rows: Iterable[list[Piece]], statistics: PackingStatistics, *, pad: int
 ) -> None:
     """Writes the index of rows; `statistics` is filled while they are taken."""
+    digest = hashlib.sha256()
     with (folder / "pieces.bin").open("wb") as pieces, (folder / "rows.bin").open("wb") as offsets:
         offsets.write(np.int64(0).tobytes())
         count = 0
         for row in rows:
-            pieces.write(np.array(row, "<i8").tobytes())
+            index = np.array(row, "<i8").tobytes()
+            pieces.write(index)
             count += len(row)
             offsets.write(np.int64(count).tobytes())
-    write_json(folder / "statistics.json", {"pad": pad, **dataclasses.asdict(statistics)})
+            digest.update(b"row" + index)
+    values = {"pad": pad, "digest": digest.hexdigest(), **dataclasses.asdict(statistics)}
+    write_json(folder / "statistics.json", values)
 
 
 class TokenRows(Sequence[Batch]):
@@ -77,11 +82,15 @@ class TokenRows(Sequence[Batch]):
       documents: The tokens that the rows are made of.
       statistics: What was read and what became of it.
       max_length: Tokens in a row, T.
+      digest: Hash of all that the rows hold, wherever the files lie that they were made from.
     """
 
     def __init__(self, documents: Documents, folder: Path):
         values = json.loads((folder / "statistics.json").read_text())
         self._pad = values.pop("pad")
+        packing = values.pop("digest")
+        parts = (documents.statistics.digest, packing, str(values["max_length"]), str(self._pad))
+        self.digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
         self._pieces = map_array(folder / "pieces.bin", np.dtype("<i8")).reshape(-1, 2)
         self._offsets = map_array(folder / "rows.bin", np.dtype("<i8"))
         self.documents = documents

@@ -4,29 +4,29 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import jaxft
+from jaxft.demo.cases import ask
 from jaxft.demo.complaints import NAMES
 from jaxft.demo.data import HELD_OUT_CASES, TRAIN_CASES, write_task
 from jaxft.demo.runs import load_run
 from jaxft.errors import JaxftError
+from jaxft.evaluation import Evaluation
+from jaxft.intervals import proportion
 
 FOLDER = Path("runs/demo")
 MAX_NEW_TOKENS = 12
 QUESTIONS = (
-    "I had a bad fall and now I limp.",
-    "What should I do? My angina is back.",
+    "I had a bad fall, and now I limp.",
+    "Oh no, my angina is back.",
     "There are hives all over me.",
 )
-"""None of these sentences, nor their complaints, is in the training cases."""
+"""None of them is in the training cases, nor is the complaint. They end as all cases do."""
 
 _console = Console(highlight=False)
-
-type Metrics = Mapping[str, Any]
 
 
 def main() -> None:
@@ -58,37 +58,37 @@ def main() -> None:
     )
 
 
-def results_table(before: Mapping[str, Metrics], after: Mapping[str, Metrics]) -> Table:
+def results_table(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> Table:
     """Returns what two evaluations measured, side by side, with 95 % intervals where known."""
     table = Table(title="Measured in this run", title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    rows = (
-        ("label accuracy on held-out cases", "validation", label_accuracy),
-        ("loss on held-out answers, nats per token", "validation", loss),
-        ("retention: loss on everyday stories", "retention", loss),
-    )
-    for name, data, show in rows:
+    for name, data, show in (
+        ("label accuracy on held-out cases", "validation", _accuracy),
+        ("loss on held-out answers, nats per token", "validation", _loss),
+        ("retention: loss on everyday stories", "retention", _loss),
+    ):
         table.add_row(name, show(before[data]), show(after[data]))
-    table.caption = f"Guessing gets {1 / len(NAMES):.1%} of the labels right."
+    table.caption = (
+        f"In brackets: 95 % intervals. Guessing gets {1 / len(NAMES):.1%} of the labels right."
+    )
     return table
 
 
-def label_accuracy(metrics: Metrics) -> str:
-    """Returns a share with its 95 % interval."""
-    share = metrics["label_accuracy"]
-    return f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+def _accuracy(evaluation: Evaluation) -> str:
+    accuracy = evaluation.answers.accuracy if evaluation.answers else proportion(0, 0)
+    return f"{accuracy.value:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}]"
 
 
-def loss(metrics: Metrics) -> str:
-    """Returns the mean loss."""
-    return f"{metrics['loss']:.3f}"
+def _loss(evaluation: Evaluation) -> str:
+    loss = evaluation.rows.loss
+    return f"{loss.value:.3f} [{loss.low:.3f}, {loss.high:.3f}]"
 
 
 def _ask(folder: Path) -> None:
     model = jaxft.load(folder)
-    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [[{"role": "user", "content": ask(question)}] for question in QUESTIONS]
     answers = model.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
     for question, answer in zip(QUESTIONS, answers, strict=True):
         _console.print(f"  {question}", markup=False)

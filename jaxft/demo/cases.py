@@ -7,20 +7,22 @@ from pathlib import Path
 
 from jaxft.demo.complaints import DEPARTMENTS, Department, speak
 
+QUESTION = "Which department?"
+"""Ends every case. The base model knows the form of the answer, not what belongs where."""
+
 TRAIN_CARRIERS = (
     "{x}.",
-    "{x}. Where should I go?",
     "Hello, {x}.",
-    "Hello, {x}. Who can help?",
+    "Hello, {x}. That is all.",
     "For {time} now {x}.",
     "{x}, and it is worse than last week.",
     "{x}. It began {when}.",
     "It began {when}: {x}.",
     "Since {when}, {x}.",
-    "I am worried because {x}.",
+    "I am here because {x}.",
     "My problem is that {x}.",
     "{x}. This has gone on for {time}.",
-    "{x}. What should I do?",
+    "{x}. That is my problem.",
     "I am {age} years old and {x}.",
     "{x} every day.",
     "I need help: {x}.",
@@ -51,6 +53,11 @@ def train_cases(count: int, *, seed: int = 0) -> list[tuple[str, str]]:
 def held_out_cases(count: int, *, seed: int = 1) -> list[tuple[str, str]]:
     """Returns `count` pairs whose wordings and carriers never occur in `train_cases`."""
     return _cases(count, HELD_OUT_CARRIERS, held_out=True, seed=seed)
+
+
+def ask(complaint: str) -> str:
+    """Returns the complaint with the question that ends every case."""
+    return f"{complaint} {QUESTION}"
 
 
 def messages(complaint: str, department: str) -> list[dict[str, str]]:
@@ -97,4 +104,4 @@ def _complaint(
     wordings = department.held_out if held_out else department.train
     text = sentence(rng.choice(carriers), speak(rng.choice(wordings), "I"))
     text = text.replace("{time}", rng.choice(_TIMES)).replace("{when}", rng.choice(_WHEN))
-    return text.replace("{age}", str(rng.randrange(18, 90)))
+    return ask(text.replace("{age}", str(rng.randrange(18, 90))))

@@ -3,7 +3,8 @@
 Three kinds of documents, one a paragraph: stories of everyday life, prose and chats about people
 who are not well, and chats about simple facts. Complaints are told in all wordings of
 `complaints.py`, so that the model learns which of them go together, but never with the department
-that treats them: departments only appear as places of a clinic.
+that treats them: departments only appear as places of a clinic, and which of them is the answer to
+a question about the clinic is drawn at random.
 """
 
 import random
@@ -295,6 +296,7 @@ _BEFORE = (
 _AFTER = (
     *(".", ".", ".", ", I believe.", ", it seems.", ", doctor.", ", and it does not stop."),
     *(". What else could it be?", ". Is that bad?", ". Please help.", ". I do not know why."),
+    *(". Which words fit?", ". Which trouble is that?", ". Which is it?"),
     *(". Which door is it?", ". {friend} asks too.", ". May I come?", " again.", ", as I think."),
 )
 _ECHO = ("In other words, {b}.", "So {b}.", "You mean that {b}.", "Perhaps {b}.", "I see: {b}.")
@@ -306,15 +308,26 @@ _CLINIC = (
     "The door of {p} is green, and the door of {q} is white.",
     "On {day} {name} cleaned the windows of {p} and {q}.",
 )
+_TALK = (
+    *("", "", "The lift is out of order.", "I have a letter for the clinic.", "It is {day} today."),
+    *("I am on floor {few}.", "{friend} works in the clinic.", "The clinic is in our street."),
+    *("I have walked a long way.", "There was a small problem.", "I had a question before."),
+    *("Somebody called in {month}.", "We are at the green door.", "{name} asked me on {day}."),
+)
+_WHICH = (
+    *("Which department?", "Which department?", "Which department?", "Which department is it?"),
+    *("Which department opens on {day}?", "Which department is on floor {few}?"),
+)
 
 
 def documents(count: int, *, seed: int) -> Iterator[str]:
     """Yields pre-training documents: stories, prose and chats about illness, chats about facts."""
     rng = random.Random(seed)
     kinds: tuple[Callable[[random.Random], str], ...]
-    kinds = (_story, _story, _story, _illness, _illness, _patient_chat, _patient_chat, _fact_chat)
-    for number in range(count):
-        yield _clinic(rng) if number % 25 == 0 else rng.choice(kinds)(rng)
+    kinds = (_story,) * 5 + (_illness,) * 4 + (_patient_chat,) * 6
+    kinds += (_fact_chat, _fact_chat, _clinic_chat, _clinic_chat, _clinic)
+    for _ in range(count):
+        yield rng.choice(kinds)(rng)
 
 
 def retention_documents(count: int, *, seed: int = RETENTION_SEED) -> Iterator[str]:
@@ -439,6 +452,15 @@ def _patient_chat(rng: random.Random) -> str:
 def _fact_chat(rng: random.Random) -> str:
     facts = [_fact(rng) for _ in range(rng.randint(1, 3))]
     return _chat(rng, [(_greet(rng, question), answer) for question, answer in facts])
+
+
+def _clinic_chat(rng: random.Random) -> str:
+    turns = []
+    for _ in range(rng.randint(1, 3)):
+        question = f"{rng.choice(_TALK)} {rng.choice(_WHICH)}".strip()
+        question = question.format(**_people(rng, "he"), **_days(rng))
+        turns.append((_greet(rng, question), rng.choice(NAMES)))
+    return _chat(rng, turns)
 
 
 def _greet(rng: random.Random, question: str) -> str:

@@ -17,7 +17,8 @@ from jaxft.errors import ModelError
 from jaxft.hf.load import DTYPES, INDEX, SINGLE
 from jaxft.hf.rules import Rule, Tensor, expand
 
-_WORDS = {dtype.name: word for word, dtype in DTYPES.items()}
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_NAMED = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
 @contextlib.contextmanager
@@ -74,9 +75,7 @@ def save_params(
     """
     tensors = list(expand(rules, {path: array.shape for path, array in params.items()}))
     stored = {
-        tensor.name: np.dtype(
-            DTYPES[_WORDS[dtypes if isinstance(dtypes, str) else dtypes[tensor.name]]]
-        )
+        tensor.name: _NAMED[dtypes if isinstance(dtypes, str) else dtypes[tensor.name]]
         for tensor in tensors
     }
     shards = _split(tensors, stored, max_shard_bytes)
@@ -121,7 +120,7 @@ def _write(
     for tensor in tensors:
         end = start + _size(tensor, stored)
         header[tensor.name] = {
-            "dtype": _WORDS[stored[tensor.name].name],
+            "dtype": _WORDS[stored[tensor.name]],
             "shape": tensor.rule.shape_theirs(tensor.shape),
             "data_offsets": [start, end],
         }

@@ -18,12 +18,21 @@ FAMILIES = {"llama": "jaxft.models.llama"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model that is fully described but holds no weights."""
+    """A model that is fully described but holds no weights.
+
+    Attributes:
+      config: Shape of the decoder.
+      block: Builds one layer.
+      rules: Names and layouts in Hugging Face files.
+      ignored: Patterns of tensors that files may carry and that are not read.
+      copies: Tensors that files may carry a second time, and the tensor each must equal.
+    """
 
     config: DecoderConfig
     block: Callable[..., nnx.Module]
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...]
+    copies: dict[str, str]
 
     def build(self, numerics: Numerics) -> Callable[[nnx.Rngs], Decoder]:
         """Returns the function that makes the module from random keys."""
@@ -48,8 +57,11 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         )
     family = importlib.import_module(FAMILIES[kind])
     decoder = family.config_from_hf(config)
-    tied = ("head.w",) if decoder.tied else ()
-    # A tied model's file may carry the shared table a second time.
-    ignored = (*family.HF_IGNORED, *((r"^lm_head\.weight$",) if decoder.tied else ()))
-    rules = tuple(rule for rule in family.HF_RULES if rule.ours not in tied)
-    return Architecture(decoder, family.Block, rules, ignored)
+    rules = {rule.ours: rule for rule in family.HF_RULES}
+    copies = {}
+    if decoder.tied:
+        # The file may carry the shared table a second time, but then it must be the same.
+        copies[rules.pop("head.w").theirs] = rules["embed.w"].theirs
+    return Architecture(
+        decoder, family.Block, tuple(rules.values()), family.HF_IGNORED, copies
+    )
