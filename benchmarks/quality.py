@@ -146,7 +146,7 @@ def check(record: dict, task: Task) -> list[str]:
 
 def main() -> int:
     """Runs every data set in both packings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Holds fine-tuning of real data against PyTorch.")
     parser.add_argument("shared", type=Path, help="folder with models/stories260K and data/")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     options = parser.parse_args()

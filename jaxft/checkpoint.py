@@ -221,4 +221,5 @@ def progress_to_json(progress: Progress) -> dict[str, Any]:
 
 def progress_from_json(fields: Mapping[str, Any]) -> Progress:
     """Inverse of `progress_to_json`."""
-    return Progress(**{k: float("inf") if v is None else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: float("inf") if v is None else v for k, v in fields.items()}
+    return Progress(**values)

@@ -1,6 +1,7 @@
 """The `jaxft` command: arguments, nothing else. Each command imports what it needs when it runs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -22,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"jaxft: {problem}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has enough, such as `| head`; nothing more can be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("jaxft: stopped.", file=sys.stderr)
         return 130
@@ -123,10 +128,10 @@ def _overrides(
     return found
 
 
-def _config(options: argparse.Namespace):
+def _config(options: argparse.Namespace, *, training: bool = False):
     from jaxft.flags import read_config
 
-    return read_config(options.config, options.overrides)
+    return read_config(options.config, options.overrides, training=training)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -136,7 +141,7 @@ def _train(options: argparse.Namespace) -> int:
 
         print(describe(read_config(options.config, options.overrides, validate=False)))
         return 0
-    config = _config(options)
+    config = _config(options, training=True)
     from jaxft.trainer import train
 
     train(config, resume=options.resume, overwrite=options.overwrite)

@@ -236,14 +236,20 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-    def validate(self) -> None:
+    def validate(self, *, training: bool = False) -> None:
         """Checks every key and every combination that needs no file, device or network.
+
+        Args:
+          training: Whether what only a training run needs must be there.
 
         Raises:
           ConfigError: With all problems found.
         """
-        problems = [problem for item in walk(self) for problem in item.problems()]
-        problems += _combination_problems(self) if not problems else []
+        items = list(walk(self))
+        problems = [problem for item in items for problem in item.problems()]
+        if all(item.is_typed for item in items):
+            problems += _combination_problems(self)
+            problems += _training_problems(self) if training else []
         if problems:
             raise ConfigError(problems)
 
@@ -261,15 +267,21 @@ class Item:
     minimum: float | None
     maximum: float | None
 
+    @property
+    def is_typed(self) -> bool:
+        """Whether the value has the key's type; a whole number serves as a number."""
+        return type(self.value) is self.type or (type(self.value) is int and self.type is float)
+
+    @property
+    def expected(self) -> str:
+        """The type in words."""
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        return names[self.type]
+
     def problems(self) -> Iterator[str]:
         """Yields what is wrong with the value."""
-        if type(self.value) is int and self.type is float:
-            return
-        if type(self.value) is not self.type:
-            yield (
-                f"{self.path} is {self.value!r}, a {type(self.value).__name__}; "
-                f"expected a {self.type.__name__}."
-            )
+        if not self.is_typed:
+            yield f"{self.path} is {self.value!r}; expected {self.expected}."
             return
         if self.choices and self.value not in self.choices:
             yield (
@@ -308,7 +320,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     known = to_dict(config)
     unknown = [name for name in values if name not in known]
     if unknown:
-        raise ConfigError([f"Unknown key {name!r}.{nearest(name, known)}" for name in unknown])
+        raise ConfigError([unknown_key(name) for name in unknown])
     for path, value in values.items():
         *parents, leaf = path.split(".")
         node = config
@@ -316,6 +328,21 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
             node = getattr(node, parent)
         setattr(node, leaf, value)
     return config
+
+
+def unknown_key(name: str) -> str:
+    """Says that there is no such key, with the nearest one, or all of its group."""
+    known = [item.path for item in walk(RunConfig())]
+    prefix, dot, leaf = name.rpartition(".")
+    group = [key.removeprefix(prefix + dot) for key in known if key.startswith(prefix + dot)]
+    if not (dot and group):
+        return f"Unknown key {name!r}.{nearest(name, known)}"
+    guess = nearest(leaf, group)
+    return (
+        f"Unknown key {name!r}.{guess}"
+        if guess
+        else (f"Unknown key {name!r}; {prefix} has {', '.join(group)}.")
+    )
 
 
 def describe(config: RunConfig) -> str:
@@ -357,3 +384,10 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     for item in walk(config.mesh, "mesh."):
         if item.value < -1:
             yield f"{item.path} is {item.value}; expected a device count, 0 or -1."
+
+
+def _training_problems(config: RunConfig) -> Iterator[str]:
+    if not config.data.train:
+        yield "data.train is empty; name the files or the hub data set to train on."
+    if not config.train.workdir:
+        yield "train.workdir is empty; name the folder that the run writes to."

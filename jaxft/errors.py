@@ -45,5 +45,5 @@ class TrainingError(JaxftError):
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the candidate closest to `name`, or an empty string."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.7)
     return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -7,17 +7,20 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxft.config import RunConfig, walk
+from jaxft.config import RunConfig, unknown_key, walk
 from jaxft.errors import ConfigError, nearest
 
 
-def read_config(file: str, overrides: Sequence[str], *, validate: bool = True) -> RunConfig:
+def read_config(
+    file: str, overrides: Sequence[str], *, validate: bool = True, training: bool = False
+) -> RunConfig:
     """Returns the config of a file (the defaults without one), with overrides applied.
 
     Args:
       file: Python file whose `get_config()` returns a `RunConfig`; empty: all defaults.
       overrides: Flags such as `--config.optim.learning_rate=2e-5`.
-      validate: Whether the result must be a complete run.
+      validate: Whether the result is checked.
+      training: Whether what only training needs must be there.
 
     Raises:
       ConfigError: For a file that cannot be used, and for all unknown keys and wrong types at once.
@@ -31,7 +34,7 @@ def read_config(file: str, overrides: Sequence[str], *, validate: bool = True) -
             problems += error.problems
     try:
         if validate:
-            config.validate()
+            config.validate(training=training)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -67,7 +70,7 @@ def _apply(config: RunConfig, override: str) -> RunConfig:
     items = {item.path: item for item in walk(config)}
     key = override.partition("=")[0].removeprefix("--config.")
     if key not in items:
-        raise ConfigError(f"Unknown key {key!r}.{nearest(key, items)}")
+        raise ConfigError(unknown_key(key))
     values = flags.FlagValues()
     argv = ["jaxft", override]
     try:
@@ -77,5 +80,5 @@ def _apply(config: RunConfig, override: str) -> RunConfig:
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
         value = override.partition("=")[2]
-        raise ConfigError(f"{key} is {value!r}; expected a {items[key].type.__name__}.") from error
+        raise ConfigError(f"{key} is {value!r}; expected {items[key].expected}.") from error
     return holder.value

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.errors import ConfigError
 from jaxft.models.module import Params, merge
 
 # Prompts are padded to a multiple of this, so that few lengths are ever compiled.
@@ -33,6 +34,17 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
+    def __post_init__(self):
+        problems = []
+        if not self.temperature >= 0:
+            problems.append(f"temperature is {self.temperature}; expected 0 (greedy) or more.")
+        if self.top_k < 0:
+            problems.append(f"top_k is {self.top_k}; expected 0 (all tokens) or more.")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
+        if problems:
+            raise ConfigError(problems)
+
 
 def generate_tokens(
     graphdef: Any,
@@ -55,7 +67,12 @@ def generate_tokens(
 
     Returns:
       The new ids of each row.
+
+    Raises:
+      ConfigError: If `max_new_tokens` is not positive.
     """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
     sampling = sampling or Sampling()
     longest = max(map(len, prompts))
     width = -(-longest // _BUCKET) * _BUCKET

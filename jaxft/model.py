@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.checkpoint import Checkpoints
@@ -97,19 +98,19 @@ class Model:
     tokenizer: Any
     source: Source
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Int[ArrayLike, "B T"]) -> Float[Array, "B T V"]:
         """Returns float32 logits for rows that are one document each."""
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
             raise ValueError(
-                f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers [B, T]."
+                f"tokens are {ids.dtype} of shape {ids.shape}; expected integers [B, T]."
             )
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.architecture.config.vocab:
+        vocab = self.architecture.config.vocab
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab:
             raise ValueError(
-                f"tokens range from {tokens.min()} to {tokens.max()}; the vocabulary has "
-                f"{self.architecture.config.vocab}."
+                f"tokens range from {ids.min()} to {ids.max()}; the vocabulary has {vocab}."
             )
-        return _forward(self.abstract.graphdef, self.params, tokens)
+        return _forward(self.abstract.graphdef, self.params, ids)
 
     @property
     def parameters(self) -> int:
@@ -209,7 +210,7 @@ class Model:
 
 
 @jax.jit(static_argnums=0)
-def _forward(graphdef: Any, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+def _forward(graphdef: Any, params: Params, tokens: Any) -> Float[Array, "B T V"]:
     return merge(graphdef, params)(tokens)
 
 

@@ -1,6 +1,7 @@
 """AdamW, its schedule, its decay mask and its clipping, all from optax."""
 
 import re
+from typing import Any
 
 import optax
 
@@ -18,14 +19,14 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     final, rest = peak * config.final_ratio, max(steps - config.warmup_steps, 1)
-    stable = rest - max(round(rest * config.decay_fraction), 1)
+    decay = min(max(round(steps * config.decay_fraction), 1), rest)
     after = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, final, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest, config.final_ratio),
         "wsd": optax.join_schedules(
-            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, rest - stable)],
-            [stable],
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)],
+            [rest - decay],
         ),
     }[config.schedule]
     if not warmup:
@@ -46,6 +47,10 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
         b2=config.beta2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        mask=lambda params: {path: not _NOT_DECAYED.search(path) for path in params},
+        mask=_decayed,
     )
     return optax.chain(clip, adamw)
+
+
+def _decayed(params: Any) -> dict[str, bool]:
+    return {path: not _NOT_DECAYED.search(path) for path in params}

@@ -77,7 +77,7 @@ class Program:
     train_step: Any
 
 
-def make_placement(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Placement:
+def make_placement(config: RunConfig, devices: Sequence[Any] | None = None) -> Placement:
     """Lays out the devices as the config's strategy and mesh say.
 
     Raises:

@@ -81,7 +81,7 @@ def abstract_state(
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        owner = names[-1] if names else None
+        owner = names[-1] if names else ""
         follows = owner in params and params[owner].shape == leaf.shape
         sharding = shardings[owner] if follows else placement.replicated
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -33,7 +33,8 @@ def print_evaluation(results: Mapping[str, Evaluation]) -> None:
 
 def print_comparison(results: Mapping[str, Comparison], name_a: str, name_b: str) -> None:
     """Prints both models with the paired difference; retention says what was lost elsewhere."""
-    table = _table(["data", "measure", f"A: {name_a}", f"B: {name_b}", "B - A"])
+    console.print(f"A: {name_a}\nB: {name_b}", markup=False, highlight=False)
+    table = _table(["data", "measure", "A", "B", "B - A"])
     for name, comparison in results.items():
         a, b = comparison.a, comparison.b
         loss = comparison.loss

@@ -109,7 +109,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
       JaxftError: For whatever the user can mend; see `jaxft.errors`.
     """
     config = copy.deepcopy(config)
-    config.validate()
+    config.validate(training=True)
     require_wandb(config.train.wandb)
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)

@@ -50,6 +50,10 @@ def lengths_to_masks(*lengths):
     return [[True] * length for length in lengths]
 
 
+def test_a_piece_goes_where_the_least_space_is_left():
+    assert list(best_fit([(0, 6), (6, 11), (11, 13)], 8)) == [[(0, 6), (11, 13)], [(6, 11)]]
+
+
 masks_strategy = st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=30)
 
 

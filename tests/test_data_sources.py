@@ -159,7 +159,10 @@ def test_a_hub_data_set_is_read_by_split(hub_folder, streaming):
     [source] = find_sources(f"{hub_folder}[test]", streaming=streaming)
     assert list(source.rows(Problems("test"))) == [Row({"question": "q", "answer": "b"}, 1)]
     assert source.origin(1) == f"{hub_folder}[test]:1"
-    assert source.fingerprint() == source.fingerprint()
+    before = source.fingerprint()
+    assert source.fingerprint() == before
+    write(hub_folder / "test.jsonl", '{"question": "q", "answer": "c, changed"}\n')
+    assert source.fingerprint() != before
 
 
 def test_a_hub_split_that_is_not_there_names_those_that_are(hub_folder):

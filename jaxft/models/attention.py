@@ -7,6 +7,7 @@ One that cannot is refused by name; there is no silent fall-back.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ def masked_attention(
     mask: Bool[Array, "B 1 T S"],
 ) -> Float[Array, "B T N H"]:
     """Attention under an explicit mask; memory grows with T x S."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    return cast(Array, out)  # the residual, of which it can also return a tuple, is not asked for
 
 
 def _xla(q: Array, k: Array, v: Array, segments: Array) -> Array:
@@ -72,7 +74,7 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Array) -> Array:
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     offsets, lengths = segment_offsets(segments)
-    return dot_product_attention(
+    out = dot_product_attention(
         q,
         k,
         v,
@@ -83,6 +85,7 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Array) -> Array:
         scale=q.shape[-1] ** -0.5,
         mask_type=MaskType.PADDING_CAUSAL,
     )
+    return cast(Array, out)
 
 
 # cuDNN takes a static bound on the documents in a row; `choose_backend` refuses data with more.
@@ -97,15 +100,17 @@ def segment_offsets(
     Segments are numbered from 1 without gaps and lie side by side, padding (0) after them.
 
     Returns:
-      Offsets `[B, M + 1]`, the end of the last segment included, and lengths `[B, M]`, int32.
+      Offsets `[B, M + 1]` and lengths `[B, M]`, int32. cuDNN's binding lists the entries of all
+      rows that are not -1 one after the other, so a row has as many offsets as lengths; the last
+      column, which the binding asks for, is -1.
     """
     numbers = jnp.arange(1, MAX_SEGMENTS + 1, dtype=segments.dtype)
     lengths = jnp.sum(segments[:, None, :] == numbers[None, :, None], axis=-1, dtype=jnp.int32)
-    ends = jnp.cumsum(lengths, axis=-1, dtype=jnp.int32)
-    offsets = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends], axis=-1)
-    used = lengths > 0
-    used_offsets = jnp.concatenate([jnp.ones_like(used[:, :1]), used], axis=-1)
-    return jnp.where(used_offsets, offsets, -1), jnp.where(used, lengths, -1)
+    starts = jnp.cumsum(lengths, axis=-1, dtype=jnp.int32) - lengths
+    starts = jnp.where(lengths > 0, starts, -1)
+    return jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1), jnp.where(
+        lengths > 0, lengths, -1
+    )
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Array) -> Array:
@@ -115,17 +120,14 @@ def _splash(q: Array, k: Array, v: Array, segments: Array) -> Array:
         return _splash_local(q, k, v, segments)
     q_spec = placement.spec(("batch", "seq", "act_heads", "act_head_dim"), q.shape, "queries")
     k_spec = placement.spec(("batch", "seq", "act_kv_heads", "act_head_dim"), k.shape, "keys")
-    if q_spec != k_spec:
-        raise ConfigError(
-            f"splash attention needs query and key heads split alike, but strategy "
-            f"{placement.name!r} places them as {q_spec} and {k_spec} ({q.shape[2]} query heads, "
-            f"{k.shape[2]} key heads). Use a tensor size that divides both, or "
-            "model.attention=xla."
-        )
+    if k_spec != q_spec:
+        # Each device must hold the key heads that its query heads read: one for each of them, where
+        # there are too few key heads to split them as the query heads are split.
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     return jax.shard_map(
         _splash_local,
         mesh=placement.mesh,
-        in_specs=(q_spec, k_spec, k_spec, P(q_spec[0], None)),
+        in_specs=(q_spec, q_spec, q_spec, P(q_spec[0], None)),
         out_specs=q_spec,
         check_vma=False,
     )(q, k, v, segments)
@@ -150,7 +152,7 @@ def _splash_local(q: Array, k: Array, v: Array, segments: Array) -> Array:
     kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * head_dim**-0.5, k, v))
     ids = splash.SegmentIds(q=segments, kv=segments)
-    return jax.vmap(kernel)(q, k, v, ids).transpose(0, 2, 1, 3)
+    return cast(Array, jax.vmap(kernel)(q, k, v, ids)).transpose(0, 2, 1, 3)
 
 
 BACKENDS: dict[str, Backend] = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}

@@ -62,6 +62,4 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     if decoder.tied:
         # The file may carry the shared table a second time, but then it must be the same.
         copies[rules.pop("head.w").theirs] = rules["embed.w"].theirs
-    return Architecture(
-        decoder, family.Block, tuple(rules.values()), family.HF_IGNORED, copies
-    )
+    return Architecture(decoder, family.Block, tuple(rules.values()), family.HF_IGNORED, copies)

@@ -1,5 +1,6 @@
 """Llama: pre-norm decoder with grouped-query attention, rotary positions and SwiGLU."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
@@ -102,6 +103,8 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
         if name not in _READ and name not in _REQUIRED and name not in HARMLESS
     ]
     rope = _rope(config, problems)
+    if not problems:
+        problems += _head_problems(config)
     if problems:
         raise ModelError(problems)
     heads = config["num_attention_heads"]
@@ -120,6 +123,24 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
         max_length=config.get("max_position_embeddings", 2048),
         init_scale=config.get("initializer_range", 0.02),
     )
+
+
+def _head_problems(config: dict[str, Any]) -> Iterator[str]:
+    embed, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim")
+    if heads % kv_heads:
+        yield (
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads "
+            f"{kv_heads}."
+        )
+    if not head_dim and embed % heads:
+        yield (
+            f"config.json has no head_dim, and hidden_size {embed} is not a multiple of "
+            f"num_attention_heads {heads}."
+        )
+    elif (head_dim or embed // heads) % 2:
+        yield f"config.json: head size {head_dim or embed // heads} is odd and cannot be rotated."
 
 
 def _rope(

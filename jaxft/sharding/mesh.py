@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -16,7 +17,7 @@ def make_mesh(
     strategy: Strategy,
     *,
     name: str,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Lays devices out along the strategy's axes, neighbours in the network side by side.
 

@@ -52,6 +52,18 @@ class Strategy:
 
     def __post_init__(self):
         check_axes(tuple(self.rules), "strategy rules")
+        named = {axis for target in self.rules.values() for axis in _mesh_axes_of(target)}
+        unknown = sorted({self.fill, *named} - set(self.mesh_axes))
+        if unknown:
+            known = ", ".join(self.mesh_axes)
+            raise ConfigError(
+                [f"strategy: {axis!r} is not one of its mesh axes, {known}." for axis in unknown]
+            )
+
+
+def _mesh_axes_of(target: Target) -> tuple[str, ...]:
+    names = target.mesh_axes if isinstance(target, IfDivisible) else target
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def load_strategy(name: str) -> Strategy:
@@ -104,16 +116,11 @@ class Placement:
 
     def _mesh_axes(self, axis: str, size: int, path: str) -> tuple[str, ...]:
         target = self.strategy.rules.get(axis, ())
-        optional = isinstance(target, IfDivisible)
-        names = target.mesh_axes if isinstance(target, IfDivisible) else target
-        names = (names,) if isinstance(names, str) else tuple(names)
-        names = tuple(name for name in names if self.mesh.shape[name] > 1)
-        count = 1
-        for name in names:
-            count *= self.mesh.shape[name]
+        names = tuple(name for name in _mesh_axes_of(target) if self.mesh.shape[name] > 1)
+        count = math.prod(self.mesh.shape[name] for name in names)
         if size % count == 0:
             return names
-        if optional:
+        if isinstance(target, IfDivisible):
             return ()
         together = " x ".join(f"{name!r}" for name in names)
         raise ConfigError(
@@ -155,7 +162,7 @@ class Placement:
             raise ConfigError(
                 f"strategy {self.name!r} maps 'batch' to if_divisible; name the mesh axes instead."
             )
-        return (target,) if isinstance(target, str) else tuple(target)
+        return _mesh_axes_of(target)
 
     @property
     def batch_shards(self) -> int:

@@ -1,0 +1,107 @@
+"""Keys, defaults, checks and their messages."""
+
+import pytest
+
+from jaxft.config import RunConfig, describe, from_dict, to_dict, unknown_key, walk
+from jaxft.errors import ConfigError
+
+
+def complete() -> RunConfig:
+    config = RunConfig()
+    config.model.path, config.data.train, config.train.workdir = "model", "train.jsonl", "run"
+    return config
+
+
+def problems_of(config: RunConfig, *, training: bool = False) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.validate(training=training)
+    assert caught.value.exit_code == 2
+    return caught.value.problems
+
+
+def test_a_complete_config_is_valid():
+    complete().validate(training=True)
+
+
+def test_every_key_says_what_it_means_and_has_a_default_of_its_type():
+    for item in walk(RunConfig()):
+        assert item.meaning.endswith("."), item.path
+        assert item.type in (int, float, str, bool), item.path
+        assert item.is_typed and item.value == item.default, item.path
+        assert not list(item.problems()), item.path
+
+
+def test_there_are_few_keys():
+    assert len(list(walk(RunConfig()))) <= 65
+
+
+def test_all_problems_are_reported_at_once():
+    config = complete()
+    config.model.path = ""
+    config.train.batch_size, config.train.accumulation = 7, 2
+    config.optim.schedule = "cosin"
+    config.optim.beta1 = 1.5
+    config.mesh.data = config.mesh.fsdp = -1
+    text = "\n".join(problems_of(config))
+    assert "model.path is empty" in text
+    assert "batch_size 7 is not divisible by train.accumulation 2" in text
+    assert "'cosin'; expected one of" in text and "Did you mean 'cosine'?" in text
+    assert "optim.beta1 is 1.5; expected at most 1" in text
+    assert "Only one mesh axis can be -1, not mesh.data, mesh.fsdp" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: setattr(c.train, "steps", 1.5), "train.steps is 1.5; expected a whole number"),
+        (lambda c: setattr(c.data, "shuffle", 1), "data.shuffle is 1; expected true or false"),
+        (lambda c: setattr(c.train, "batch_size", 0), "expected at least 1"),
+        (lambda c: setattr(c.optim, "learning_rate", float("nan")), "expected at least 0"),
+        (lambda c: setattr(c.data, "columns", "prompt=q"), "set it to 'columns'"),
+        (lambda c: setattr(c.data, "format", "columns"), "data.columns is empty"),
+        (lambda c: setattr(c.eval, "patience", 2), "data.validation is empty"),
+        (lambda c: setattr(c.optim, "freeze", "("), "not a regular expression"),
+        (lambda c: setattr(c.mesh, "tensor", -2), "expected a device count, 0 or -1"),
+        (lambda c: setattr(c.train, "epochs", 0), "both 0"),
+    ],
+)
+def test_a_wrong_value_or_combination_is_named(change, words):
+    config = complete()
+    change(config)
+    assert any(words in problem for problem in problems_of(config))
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    config = complete()
+    config.train.steps, config.optim.warmup_steps = 10, 11
+    assert "exceeds train.steps 10" in problems_of(config)[0]
+
+
+def test_training_needs_data_and_a_workdir_and_evaluation_does_not():
+    config = RunConfig()
+    config.model.path = "model"
+    config.validate()
+    assert [p.split()[0] for p in problems_of(config, training=True)] == [
+        "data.train",
+        "train.workdir",
+    ]
+
+
+def test_dict_form_holds_everything():
+    config = complete()
+    config.mesh.tensor, config.optim.learning_rate = 2, 3e-4
+    assert from_dict(to_dict(config)) == config
+
+
+def test_unknown_keys_come_with_the_nearest_known_one():
+    assert "Did you mean 'learning_rate'?" in unknown_key("optim.learning_rat")
+    assert "optim has learning_rate, schedule" in unknown_key("optim.lr")
+    assert "Did you mean 'strategy'?" in unknown_key("stratgy")
+    with pytest.raises(ConfigError, match="workdir"):
+        from_dict({"train.workdirr": "x"})
+
+
+def test_description_marks_what_is_not_default():
+    lines = describe(complete()).splitlines()
+    assert "* model.path = 'model'" in lines
+    assert "  train.seed = 0" in lines

@@ -1,0 +1,90 @@
+"""A run small enough for a test: a two-layer Llama, its own tokenizer, a handful of conversations."""
+
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from jaxft.config import RunConfig
+from tests.oracle.cases import write_folder
+
+_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<' + message['role'] + '>' + message['content'] + '<end>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}
+"""
+_SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>", "<unk>"]
+_LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789"
+
+
+def write_base(folder: Path) -> Path:
+    """Writes the folder of a tiny model with a tokenizer of single letters; returns it."""
+    folder.mkdir(parents=True)
+    write_folder("gqa", folder)
+    vocabulary = {token: number for number, token in enumerate([*_SPECIAL, *_LETTERS])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # pyright: ignore
+    tokenizer.decoder = decoders.Fuse()  # pyright: ignore
+    tokenizer.add_special_tokens(_SPECIAL)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<end>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(_TEMPLATE)
+    return folder
+
+
+def write_chats(path: Path, count: int, *, seed: int = 0) -> Path:
+    """Writes conversations of differing lengths, one a line; returns the path."""
+    generator = random.Random(seed)
+    lines = []
+    for number in range(count):
+        word = "".join(generator.choices("abcdef", k=generator.randint(1, 9)))
+        messages = [
+            {"role": "user", "content": f"say {word} {number}"},
+            {"role": "assistant", "content": word[::-1]},
+        ]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def tiny_config(folder: Path, workdir: str = "run", **changes: object) -> RunConfig:
+    """Returns the config of a run on `folder/base`, `train.jsonl` and `held_out.jsonl` there.
+
+    Args:
+      folder: Filled on first use.
+      workdir: Name of the run in it.
+      changes: Keys with `__` for the dot, such as `train__steps=4`.
+    """
+    if not (folder / "base").exists():
+        write_base(folder / "base")
+        write_chats(folder / "train.jsonl", 40)
+        write_chats(folder / "held_out.jsonl", 9, seed=1)
+    config = RunConfig()
+    config.strategy = "ddp"
+    config.mesh.data = 1
+    config.model.path = str(folder / "base")
+    config.model.dtypes = "float32"
+    config.data.train = str(folder / "train.jsonl")
+    config.data.max_length = 48
+    config.data.cache = str(folder / "cache")
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 2
+    config.train.workdir = str(folder / workdir)
+    config.train.steps = 8
+    config.train.batch_size = 4
+    config.train.log_every = 1
+    config.train.save_every = 0
+    config.train.compilation_cache = str(folder / "xla")
+    config.eval.samples = 0
+    for name, value in changes.items():
+        node, _, leaf = name.rpartition("__")
+        setattr(getattr(config, node) if node else config, leaf, value)
+    return config
