@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,19 @@ from jaxft.errors import CheckpointError
 from jaxft.state import TrainState
 
 
+_REMOVED = "removed"
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What a run knows beside its arrays; kept as JSON in every checkpoint.
 
     Attributes:
       data: State of the data iterator.
-      tokens: Tokens read so far, padding left out.
+      tokens: Tokens of the log periods that are over, padding left out.
       trained_tokens: Those of them that carried loss.
+      seconds: Time of training in those periods.
+      period: `Sums` of the period under way, as a dict.
       best_loss: Lowest validation loss so far; infinite before the first evaluation.
       reference_loss: The last one that fell by the minimum change that counts as improvement.
       stale_evaluations: Evaluations since then.
@@ -35,6 +40,8 @@ class Progress:
     data: dict[str, Any]
     tokens: int = 0
     trained_tokens: int = 0
+    seconds: float = 0.0
+    period: dict[str, Any] = field(default_factory=dict)
     best_loss: float = float("inf")
     reference_loss: float = float("inf")
     stale_evaluations: int = 0
@@ -56,13 +63,17 @@ class Checkpoints:
                 ),
             ]
         )
+        # Orbax's own read_only refuses to save, which nobody asks of it here, and warns.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
-            read_only=read_only,
+            # Renamed before they are deleted: a folder with a step's name is always complete.
+            todelete_subdir=None if read_only else _REMOVED,
         )
         self.folder = folder.absolute()
+        if not read_only:
+            self._delete_removed()
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=options,
@@ -101,6 +112,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
+        self.wait()
         self._check_space(state)
         with self._explained(step):
             self._manager.save(
@@ -119,11 +131,23 @@ class Checkpoints:
         """Blocks until what was started is on disk."""
         with self._explained(None):
             self._manager.wait_until_finished()
+        self._delete_removed()
 
     def close(self) -> None:
         """Waits, then releases threads."""
         self.wait()
         self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes. What ended the block goes first: an interrupt does not wait for a save."""
+        if kind is None:
+            self.close()
+        elif kind is not KeyboardInterrupt:
+            with contextlib.suppress(CheckpointError):
+                self.close()
 
     def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, Progress]:
         """Returns state and progress of a checkpoint, on any mesh.
@@ -167,6 +191,9 @@ class Checkpoints:
                 step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
             )
         return items["config"]
+
+    def _delete_removed(self) -> None:
+        shutil.rmtree(self.folder / _REMOVED, ignore_errors=True)
 
     def _check_space(self, state: TrainState) -> None:
         arrays = jax.tree.leaves((state.params, state.opt_state))

@@ -3,14 +3,16 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
-import time
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft import data, progress
@@ -35,6 +37,7 @@ from jaxft.model import (
 from jaxft.models.attention import check_backend
 from jaxft.models.families import architecture_from_hf
 from jaxft.models.module import init_params
+from jaxft.periods import Period, Periods, Sums
 from jaxft.program import (
     Evaluator,
     Program,
@@ -48,7 +51,7 @@ from jaxft.report import write_report
 from jaxft.signals import StopRequest, stop_on_signals
 from jaxft.state import TrainState, init_state
 from jaxft.train_step import StepMetrics
-from jaxft.workdir import Workdir, write_text
+from jaxft.workdir import Workdir, read_jsonl, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class _Run:
     config: RunConfig
     program: Program
     tokenizer: Any
-    source: Source
+    workdir: Workdir
     sample_prompts: list[SamplePrompt]
     rows: TokenRows
     held_out: dict[str, TokenRows]
@@ -86,15 +89,12 @@ class _Run:
     iterator: Any
     bar: progress.TrainProgress
     counts: Progress
-    # Metrics of the steps since the last record, and of the period before: a period is read when
-    # the next one is over, so that the device never waits for the host.
-    recent: list[tuple[int, StepMetrics]] = field(default_factory=list)
-    waiting: list[tuple[int, StepMetrics]] = field(default_factory=list)
-    # Seconds of training so far, those of the current period before a pause, and when the clock
-    # was last started.
-    seconds: float = 0.0
-    partial: float = 0.0
-    since: float = 0.0
+
+    @property
+    def patience_is_over(self) -> bool:
+        """Whether the validation loss has not fallen for as long as the config bears."""
+        patience = self.config.eval.patience
+        return bool(patience) and self.counts.stale_evaluations >= patience
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -166,28 +166,25 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         config=config,
         program=program,
         tokenizer=tokenizer,
-        source=Source(workdir.model),
+        workdir=workdir,
         sample_prompts=read_sample_prompts(config, tokenizer, held_out.get("validation", rows)),
         rows=rows,
         held_out=held_out,
-        writer=MetricsWriter(workdir, start_step=start, wandb_project=config.train.wandb),
+        # Without a checkpoint the run begins anew: records of step 0 are not kept either.
+        writer=MetricsWriter(workdir, start_step=start or -1, wandb_project=config.train.wandb),
         checkpoints=checkpoints,
         iterator=iterator,
         bar=progress.TrainProgress(iterator.steps, start),
         counts=counts,
     )
-    try:
+    with contextlib.closing(iterator), run.writer, checkpoints:
+        if not start:
+            _evaluate(run, state)
+            _write_samples(run, state)
         with stop_on_signals() as stop:
-            if not start:
-                _evaluate(run, state)
-                _write_samples(run, state)
             state, reason = _loop(run, step, state, start, stop)
-            if reason in ("end", "patience"):
-                _write_samples(run, state)
-    finally:
-        iterator.close()
-        run.writer.close()
-        checkpoints.close()
+        if reason in ("end", "patience"):
+            _write_samples(run, state)
     write_report(workdir)
     done = int(state.step)
     _announce_end(run, done, reason, workdir)
@@ -200,33 +197,38 @@ def _loop(
 ) -> tuple[TrainState, str]:
     """Runs steps until the last one, a signal or the end of patience; returns why it ended."""
     config, sharding = run.config.train, run.program.evaluator.placement.micro_batches
-    steps, reason = run.iterator.steps, "end"
-    run.since = time.monotonic()
+    steps = run.iterator.steps
+    if start < steps and run.patience_is_over:
+        return state, "patience"
+    reason = "end"
+    periods = Periods(Sums(**run.counts.period), check=functools.partial(_require_finite, run))
     with run.bar:
         for done, batch in zip(range(start + 1, steps + 1), run.iterator, strict=False):
             state, metrics = step(state, put(batch, sharding))
-            run.recent.append((done, metrics))
-            if done % config.log_every == 0 or done == steps:
-                _record(run, run.waiting)
-                run.waiting, run.recent = run.recent, []
+            periods.add(done, metrics)
+            run.bar.update(done)
+            last = done == steps
+            if last or done % config.log_every == 0:
+                _record(run, periods.end())
+            if stop.signal and not last:
+                reason = stop.signal.name
+                progress.log(f"{reason}: saving step {done}; Ctrl-C stops at once.")
             evaluated = None
-            if run.held_out and (done == steps or _evaluation_due(config, done, len(run.rows))):
-                with _paused(run, state):
+            if run.held_out and (last or _evaluation_due(config, done, len(run.rows))):
+                with _paused(run, periods):
                     evaluated = _evaluate(run, state)
-            patience = run.config.eval.patience
-            if stop:
-                reason = stop.signal.name  # pyright: ignore[reportOptionalMemberAccess]
-            elif patience and run.counts.stale_evaluations >= patience and done < steps:
+            if reason == "end" and not last and run.patience_is_over:
                 reason = "patience"
+                _record(run, periods.end())
             improved = evaluated is not None and evaluated <= run.counts.best_loss
             due = config.save_every and done % config.save_every == 0
-            if due or improved or done == steps or reason != "end":
-                with _paused(run, state):
-                    _save(run, state, evaluated)
+            if due or improved or last or reason != "end":
+                with _paused(run, periods) as sums:
+                    _save(run, state, done, sums, evaluated)
             if reason != "end":
                 break
-        for period in (run.waiting, run.recent):
-            _record(run, period)
+    # While signals still only ask: the run is not over before its last checkpoint is on disk.
+    run.checkpoints.wait()
     return state, reason
 
 
@@ -336,82 +338,75 @@ def _count_evaluation(counts: Progress, loss: float, minimum_change: float) -> P
     )
 
 
-def _save(run: _Run, state: TrainState, loss: float | None) -> None:
-    """Saves the state, once all of its steps are known to be finite."""
-    tokens, trained = _check_finite(run, jax.device_get(run.recent))
+def _save(run: _Run, state: TrainState, step: int, period: Sums, loss: float | None) -> None:
+    """Saves the state, once it is known to be finite."""
+    # The metrics of a step tell of the weights before its update.
+    if not _is_finite((state.trainable, state.opt_state)):
+        raise TrainingError(_not_finite(run, step, "the updated weights are not finite"))
     counts = dataclasses.replace(
-        run.counts,
-        data=run.iterator.state(),
-        tokens=run.counts.tokens + tokens,
-        trained_tokens=run.counts.trained_tokens + trained,
+        run.counts, data=run.iterator.state(), period=dataclasses.asdict(period)
     )
-    run.checkpoints.save(state, progress=counts, config=to_dict(run.config), loss=loss)
+    known = loss if loss is not None and math.isfinite(loss) else None
+    run.checkpoints.save(state, progress=counts, config=to_dict(run.config), loss=known)
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 @contextlib.contextmanager
-def _paused(run: _Run, state: TrainState) -> Iterator[None]:
-    """Waits for the device and stops the clock, for what is not training."""
-    _record(run, run.waiting)
-    run.waiting = []
-    jax.block_until_ready(state.step)
-    run.partial += time.monotonic() - run.since
-    try:
-        yield
-    finally:
-        run.since = time.monotonic()
+def _paused(run: _Run, periods: Periods) -> Iterator[Sums]:
+    """Stops the clock for what is not training, once all steps are done and known to be finite."""
+    _record(run, periods.read())
+    with periods.paused() as sums:
+        yield sums
 
 
-def _record(run: _Run, period: list[tuple[int, StepMetrics]]) -> None:
-    """Reads the metrics of a period, checks them, and writes one record."""
-    if not period:
+def _record(run: _Run, period: Period | None) -> None:
+    """Writes the record of a period that is over."""
+    if period is None:
         return
-    period = jax.device_get(period)
-    now = time.monotonic()
-    seconds = run.partial + now - run.since
-    run.partial, run.since, run.seconds = 0.0, now, run.seconds + seconds
-    tokens, trained = _check_finite(run, period)
-    values = [metrics for _, metrics in period]
+    sums = period.sums
     run.counts = dataclasses.replace(
         run.counts,
-        tokens=run.counts.tokens + tokens,
-        trained_tokens=run.counts.trained_tokens + trained,
+        tokens=run.counts.tokens + sums.tokens,
+        trained_tokens=run.counts.trained_tokens + sums.trained_tokens,
+        seconds=run.counts.seconds + sums.seconds,
     )
     record = train_record(
-        period[-1][0],
+        period.step,
         Interval(
-            loss_total=sum(float(m.total) for m in values),
-            tokens=tokens,
-            trained_tokens=trained,
-            seconds=seconds,
-            flops=_flops(run, tokens, sum(float(m.squared_lengths) for m in values)),
+            loss_total=sums.loss,
+            tokens=sums.tokens,
+            trained_tokens=sums.trained_tokens,
+            seconds=sums.seconds,
+            flops=_flops(run, sums.tokens, sums.squared_lengths),
         ),
-        learning_rate=float(values[-1].learning_rate),
-        grad_norm=float(values[-1].grad_norm),
+        learning_rate=period.learning_rate,
+        grad_norm=period.grad_norm,
         tokens=run.counts.tokens,
         trained_tokens=run.counts.trained_tokens,
-        seconds=run.seconds,
+        seconds=run.counts.seconds,
         peak_flops=_peak_flops(run.program.evaluator),
     )
     run.writer.write(record)
-    run.bar.update(record["step"])
     run.bar.write(record)
 
 
-def _check_finite(run: _Run, period: list[tuple[int, StepMetrics]]) -> tuple[int, int]:
-    """Returns tokens and trained tokens of steps, or raises TrainingError at the first bad one."""
-    for step, metrics in period:
-        if not (np.isfinite(metrics.total) and np.isfinite(metrics.grad_norm)):
-            raise TrainingError(_not_finite(run, step, metrics))
-    tokens, trained = (
-        sum(int(getattr(metrics, name)) for _, metrics in period) for name in ("tokens", "weight")
-    )
-    return tokens, trained
+def _require_finite(run: _Run, step: int, metrics: StepMetrics) -> None:
+    if not (np.isfinite(metrics.total) and np.isfinite(metrics.grad_norm)):
+        loss = float(metrics.total) / max(float(metrics.weight), 1)
+        what = f"the loss is {loss:g} and the gradient norm {float(metrics.grad_norm):g}"
+        raise TrainingError(_not_finite(run, step, what))
 
 
-def _not_finite(run: _Run, step: int, metrics: StepMetrics) -> str:
+def _not_finite(run: _Run, step: int, what: str) -> str:
     numbers = run.iterator.row_numbers(step - 1)
     shown = [f"row {n} ({', '.join(run.rows.origins(n)[:3])})" for n in numbers[:8]]
     more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    run.checkpoints.wait()
     saved = run.checkpoints.steps()
     go_on = (
         f"The last good checkpoint is step {saved[-1]}; continue from it with --resume"
@@ -419,10 +414,8 @@ def _not_finite(run: _Run, step: int, metrics: StepMetrics) -> str:
         else "No checkpoint was saved yet; start again with --overwrite"
     )
     return (
-        f"Step {step}: the loss is {float(metrics.total) / max(float(metrics.weight), 1):g} and "
-        f"the gradient norm {float(metrics.grad_norm):g}. The step read {'; '.join(shown)}{more}. "
-        f"{go_on} after lowering optim.learning_rate, raising optim.warmup_steps, or mending "
-        "those rows."
+        f"Step {step}: {what}. The step read {'; '.join(shown)}{more}. {go_on} after lowering "
+        "optim.learning_rate, raising optim.warmup_steps, or mending those rows."
     )
 
 
@@ -448,13 +441,13 @@ def _peak_flops(evaluator: Evaluator) -> float | None:
 
 def _write_samples(run: _Run, state: TrainState) -> None:
     """Answers a few held-out prompts, for the report's comparison of before and after."""
-    prompts = run.sample_prompts
-    if not prompts:
+    prompts, step = run.sample_prompts, int(state.step)
+    # A finished run that is resumed has them already.
+    if not prompts or any(r["step"] == step for r in read_jsonl(run.workdir.samples)):
         return
     evaluator = run.program.evaluator
-    model = Model(
-        evaluator.architecture, evaluator.abstract, state.params, run.tokenizer, run.source
-    )
+    source = Source(run.workdir.model)
+    model = Model(evaluator.architecture, evaluator.abstract, state.params, run.tokenizer, source)
     with progress.phase("Sample answers"):
         outputs = model.generate_from_ids(
             [p.ids for p in prompts], max_new_tokens=run.config.eval.max_new_tokens
@@ -462,7 +455,7 @@ def _write_samples(run: _Run, state: TrainState) -> None:
     for prompt, output in zip(prompts, outputs, strict=True):
         run.writer.write_sample(
             {
-                "step": int(state.step),
+                "step": step,
                 "prompt": prompt.text,
                 "output": output,
                 "reference": prompt.reference,
@@ -475,7 +468,8 @@ def _announce(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     progress.log(
         f"{evaluator.parameters:,} parameters in {config.model.dtypes}, strategy "
-        f"{config.strategy} on {mesh.size} {mesh.devices.flat[0].device_kind} ({shape}), "
+        f"{config.strategy} on {mesh.size} of {jax.device_count()} "
+        f"{mesh.devices.flat[0].device_kind} devices ({shape}), "
         f"attention {evaluator.attention.backend} ({evaluator.attention.reason}), {steps} steps."
     )
 

@@ -65,13 +65,13 @@ def results_table(before: Mapping[str, Evaluation], after: Mapping[str, Evaluati
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     for name, data, show in (
-        ("label accuracy on held-out cases", "validation", _accuracy),
-        ("loss on held-out answers, nats per token", "validation", _loss),
-        ("retention: loss on everyday stories", "retention", _loss),
+        ("held-out cases: label accuracy", "validation", _accuracy),
+        ("held-out cases: loss", "validation", _loss),
+        ("retention, other text: loss", "retention", _loss),
     ):
         table.add_row(name, show(before[data]), show(after[data]))
     table.caption = (
-        f"In brackets: 95 % intervals. Guessing gets {1 / len(NAMES):.1%} of the labels right."
+        f"Loss in nats per token; 95 % intervals. Guessing gets {1 / len(NAMES):.1%} right."
     )
     return table
 

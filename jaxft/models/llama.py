@@ -62,6 +62,7 @@ _REQUIRED = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
+    "rope_interleaved": False,
 }
 _READ = {
     "vocab_size",
@@ -180,9 +181,9 @@ _ROPE_SCALINGS = {
 # Fields that do not change what the model computes from given weights and tokens.
 HARMLESS = frozenset(
     """
-    _name_or_path architectures bos_token_id dtype eos_token_id model_type output_attentions
-    output_hidden_states pad_token_id pretraining_tp return_dict torch_dtype transformers_version
-    unk_token_id use_cache
+    _name_or_path architectures bos_token_id dtype eos_token_id is_llama_config model_type
+    output_attentions output_hidden_states pad_token_id pretraining_tp return_dict tokenizer_class
+    torch_dtype transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
     """.split()
 )
 

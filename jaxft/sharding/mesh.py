@@ -22,7 +22,8 @@ def make_mesh(
     """Lays devices out along the strategy's axes, neighbours in the network side by side.
 
     Args:
-      sizes: Axis to device count; 0 leaves the axis to the strategy, -1 takes what remains.
+      sizes: Axis to device count; 0 leaves the axis to the strategy, -1 takes what remains. Sizes
+        that are all given may use fewer devices than one process has.
       strategy: Names the axes and the one that takes what remains if none is -1.
       name: The strategy's name, for messages.
       devices: All of the process group's devices by default.
@@ -32,8 +33,9 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     shape = _resolve(sizes, strategy, name=name, count=len(devices))
+    used = devices[: math.prod(shape.values())]
     grid = mesh_utils.create_device_mesh(
-        tuple(shape.values()), devices=devices, allow_split_physical_axes=True
+        tuple(shape.values()), devices=used, allow_split_physical_axes=True
     )
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
@@ -57,11 +59,13 @@ def _resolve(
     known = math.prod(size for size in shape.values() if size > 0)
     if -1 in shape.values() and count % known == 0:
         return {axis: count // known if size == -1 else size for axis, size in shape.items()}
-    if -1 not in shape.values() and known == count:
+    # Fewer devices than there are, if every size was given: for comparing meshes on one machine.
+    fits = known == count or (known < count and jax.process_count() == 1)
+    if -1 not in shape.values() and fits:
         return shape
     asked = " x ".join(f"{axis}={size}" for axis, size in shape.items())
     divisors = ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
     raise ConfigError(
-        f"A mesh of {asked} does not fit {count} devices: the sizes must multiply to {count} "
-        f"(each one of {divisors}). Set one axis to -1 to let it take what remains."
+        f"A mesh of {asked} does not fit {count} devices: the sizes must multiply to {count}, or "
+        f"with -1 for one axis to a divisor of it ({divisors})."
     )

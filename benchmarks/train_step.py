@@ -1,0 +1,264 @@
+"""Measures the training step, and PyTorch's beside it where a Python with torch is at hand.
+
+    .venv/bin/python benchmarks/train_step.py --shape 15m --torch-python python3.11 \
+        --output benchmarks/results/train_step.jsonl
+
+Full fine-tuning with AdamW on random weights and random tokens: what is timed does not depend on
+either. Prints one JSON line per measurement. With --torch-python, jaxft and a plain PyTorch loop
+over Hugging Face's model take turns on the same rows, each run in a process of its own, and a last
+line gives the ratio of the medians. On an accelerator, --packed lays several documents into a row:
+
+    .venv/bin/python benchmarks/train_step.py --shape llama-3.2-1b --length 4096 --rows 4 --packed
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "15m": {
+        "vocab_size": 32000,
+        "hidden_size": 288,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+    },
+    "110m": {
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+    },
+    "llama-3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+COMMON = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+}
+
+
+def main() -> None:
+    """Runs as the orchestrator, or as one measurement with --worker."""
+    options = _options()
+    if options.worker:
+        print(json.dumps(measure(options)))
+        return
+    runs: dict[str, list[float]] = {"jaxft": [], "torch": []}
+    for _ in range(options.rounds):
+        for system in ("jaxft", "torch") if options.torch_python else ("jaxft",):
+            record = _run(system, options)
+            runs[system].append(record["tokens_per_second"])
+            _print(record, options.output)
+    if options.torch_python:
+        medians = {system: statistics.median(values) for system, values in runs.items()}
+        ratio = {
+            "measurement": "ratio",
+            "shape": options.shape,
+            "dtypes": options.dtypes,
+            "rounds": options.rounds,
+            "jaxft_tokens_per_second": medians["jaxft"],
+            "torch_tokens_per_second": medians["torch"],
+            "jaxft_over_torch": round(medians["jaxft"] / medians["torch"], 3),
+        }
+        _print(ratio, options.output)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measures the training step.")
+    parser.add_argument("--shape", default="15m", choices=SHAPES)
+    parser.add_argument("--rows", type=int, default=16, help="rows in a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a row")
+    parser.add_argument("--dtypes", default="float32", choices=("float32", "mixed", "bfloat16"))
+    parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--strategy", default="fsdp")
+    parser.add_argument("--packed", action="store_true", help="documents of random lengths")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two others")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--torch-python", default="", help="a Python with torch and transformers")
+    parser.add_argument("--output", type=Path, help="append the lines to this file too")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.torch_python and (options.packed or options.dtypes == "mixed"):
+        parser.error("PyTorch is compared on unpacked rows, in float32 or bfloat16")
+    return options
+
+
+def _run(system: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures in a process of its own, so that memory and threads are not shared."""
+    if system == "torch":
+        workload = {
+            "config": COMMON | SHAPES[options.shape],
+            "shape": options.shape,
+            "rows": options.rows,
+            "length": options.length,
+            "dtypes": options.dtypes,
+            "steps": options.steps,
+        }
+        script = Path(__file__).with_name("torch_step.py")
+        command = [options.torch_python, str(script), json.dumps(workload)]
+    else:
+        command = [sys.executable, *sys.argv, "--worker"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def _print(record: dict[str, Any], output: Path | None) -> None:
+    line = json.dumps(record)
+    print(line, flush=True)
+    if output:
+        with output.open("a") as file:
+            file.write(line + "\n")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Times the trainer's own step."""
+    import jax
+    import numpy as np
+
+    from jaxft.config import RunConfig
+    from jaxft.data.batch import Batch
+    from jaxft.devices import device_memory, host_memory, peak_flops
+    from jaxft.metrics import training_flops
+    from jaxft.models.families import architecture_from_hf
+    from jaxft.models.module import init_params
+    from jaxft.program import build, build_evaluator, make_placement, put
+    from jaxft.state import init_state
+    from jaxft.workdir import environment
+
+    config = RunConfig()
+    config.model.dtypes, config.model.remat = options.dtypes, options.remat
+    config.model.attention, config.strategy = options.attention, options.strategy
+    config.data.max_length, config.train.batch_size = options.length, options.rows
+    architecture = architecture_from_hf(COMMON | SHAPES[options.shape])
+    lengths = _document_lengths(options)
+    most = max(map(len, lengths))
+    evaluator = build_evaluator(
+        config, architecture, max_segments=most, placement=make_placement(config)
+    )
+    program = build(config, evaluator, steps=1000)
+    started = time.monotonic()
+    step = program.train_step.lower(program.state, program.batch).compile()
+    compile_seconds = time.monotonic() - started
+
+    build_model = architecture.build(evaluator.numerics)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    state = jax.jit(
+        lambda: init_state(init_params(build_model, 0), program.optimizer, ""),
+        out_shardings=shardings,
+    )()
+    rows = _rows(lengths, options.length, architecture.config.vocab)
+    batch = put(Batch(*(field[None] for field in rows)), evaluator.placement.micro_batches)
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+    started = time.monotonic()
+    for _ in range(options.steps):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+    seconds = (time.monotonic() - started) / options.steps
+
+    c = architecture.config
+    tokens = int(metrics.tokens)
+    flops = training_flops(
+        evaluator.parameters - (0 if c.tied else c.vocab * c.embed),
+        layers=c.layers,
+        heads=c.heads,
+        head_dim=c.head_dim,
+        tokens=tokens,
+        squared_lengths=int(metrics.squared_lengths),
+    )
+    devices = evaluator.placement.mesh.devices
+    peak = peak_flops(devices.flat[0].device_kind, evaluator.numerics.compute_dtype)
+    memory = device_memory(devices.flat[0])
+    analysis = step.memory_analysis()
+    return {
+        "measurement": "train_step",
+        "system": "jaxft",
+        "shape": options.shape,
+        "parameters": evaluator.parameters,
+        "rows": options.rows,
+        "length": options.length,
+        "packed": options.packed,
+        "dtypes": options.dtypes,
+        "remat": options.remat,
+        "attention": evaluator.attention.backend,
+        "strategy": options.strategy,
+        "step_seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "trained_tokens_per_second": round(int(metrics.weight) / seconds, 1),
+        "compile_seconds": round(compile_seconds, 2),
+        "teraflops_causal": round(flops.causal / seconds / 1e12, 4),
+        "teraflops_full": round(flops.full / seconds / 1e12, 4),
+        "mfu": round(flops.causal / seconds / peak / devices.size, 4) if peak else None,
+        "mfu_full": round(flops.full / seconds / peak / devices.size, 4) if peak else None,
+        "host_peak_bytes": host_memory().peak,
+        "device_peak_bytes": memory.peak if memory else None,
+        "compiled_temporary_bytes": analysis.temp_size_in_bytes if analysis else None,
+        "loss": round(float(metrics.total) / float(metrics.weight), 4),
+        "numpy": np.__version__,
+        "environment": environment(),
+    }
+
+
+def _document_lengths(options: argparse.Namespace) -> list[list[int]]:
+    """Returns the lengths of the documents in each row; they fill it."""
+    import numpy as np
+
+    if not options.packed:
+        return [[options.length]] * options.rows
+    generator, rows = np.random.default_rng(0), []
+    for _ in range(options.rows):
+        left, lengths = options.length, []
+        while left:
+            length = min(left, int(generator.lognormal(6.0, 0.8)) + 2)
+            lengths.append(length)
+            left -= length
+        rows.append(lengths)
+    return rows
+
+
+def _rows(lengths: list[list[int]], length: int, vocab: int) -> Any:
+    """Returns a `Batch` of `[rows, length]` arrays of random tokens."""
+    import numpy as np
+
+    from jaxft.data.batch import Batch
+
+    tokens = np.random.default_rng(1).integers(0, vocab, (len(lengths), length + 1), np.int32)
+    positions = np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths])
+    segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths])
+    weights = np.ones(positions.shape, np.float32)
+    # The last token of a document has nothing to predict.
+    weights[:, :-1] = segments[:, 1:] == segments[:, :-1]
+    weights[:, -1] = 0
+    return Batch(
+        tokens[:, :-1],
+        tokens[:, 1:],
+        weights,
+        positions.astype(np.int32),
+        segments.astype(np.int32),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Attention: closed forms, packed documents, and the kernels that a CPU machine can still prove."""
+
+import functools
+import importlib.util
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from jaxft import program
+from jaxft.config import RunConfig
+from jaxft.errors import ConfigError
+from jaxft.models import attention
+from jaxft.models.attention import (
+    MAX_SEGMENTS,
+    attend,
+    causal_mask,
+    check_backend,
+    choose_backend,
+    segment_offsets,
+)
+from jaxft.models.families import architecture_from_hf
+from tests.oracle.cases import CASES
+from tests.tiny import relative_error
+
+
+def random_qkv(shape=(2, 24), heads=(4, 2), head_dim=8, seed=0):
+    random = np.random.RandomState(seed)
+    sizes = (heads[0], heads[1], heads[1])
+    return tuple(random.randn(*shape, n, head_dim).astype(np.float32) for n in sizes)
+
+
+def closed_form(q, k, v):
+    """Causal attention of one document `[T, N, H]`, a head and a query at a time."""
+    out = np.zeros_like(q)
+    length, heads, head_dim = q.shape
+    for head in range(heads):
+        of_keys = head // (heads // k.shape[1])
+        for t in range(length):
+            scores = k[: t + 1, of_keys] @ q[t, head] / np.sqrt(head_dim)
+            weights = np.exp(scores - scores.max())
+            out[t, head] = weights / weights.sum() @ v[: t + 1, of_keys]
+    return out
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_grouped_heads_read_their_key_head(heads):
+    q, k, v = random_qkv(heads=heads)
+    out = attend(q, k, v, np.ones((2, 24), np.int32), backend="xla")
+    for row in range(2):
+        np.testing.assert_allclose(out[row], closed_form(q[row], k[row], v[row]), atol=1e-5)
+
+
+def test_packed_documents_do_not_see_each_other():
+    q, k, v = random_qkv()
+    segments = np.array([[1] * 7 + [2] * 9 + [3] * 8, [1] * 15 + [2] * 4 + [0] * 5], np.int32)
+    out = attend(q, k, v, segments, backend="xla")
+    for row in range(2):
+        for segment in range(1, segments[row].max() + 1):
+            part = (row, segments[row] == segment)
+            np.testing.assert_allclose(out[part], closed_form(q[part], k[part], v[part]), atol=1e-5)
+
+
+def test_a_query_sees_keys_of_its_segment_in_its_own_slot_and_before():
+    slots = np.array([3, 4])
+    mask = causal_mask(slots, np.arange(6), np.array([[1, 2]]), np.array([[1, 1, 2, 1, 2, 2]]))
+    expected = [[True, True, False, True, False, False], [False, False, True, False, True, False]]
+    np.testing.assert_array_equal(mask, np.array(expected)[None, None])
+
+
+documents_of_rows = st.lists(st.lists(st.integers(1, 9), max_size=5), min_size=1, max_size=4)
+
+
+@given(rows=documents_of_rows)
+@settings(max_examples=15, deadline=None)
+def test_offsets_and_lengths_name_every_segment(rows):
+    length = 48
+    segments = np.zeros((len(rows), length), np.int32)
+    for row, lengths in enumerate(rows):
+        numbers = np.repeat(np.arange(len(lengths)) + 1, lengths)
+        segments[row, : len(numbers)] = numbers
+    offsets, found = segment_offsets(jnp.asarray(segments))
+    assert offsets.shape == (len(rows), MAX_SEGMENTS + 1)
+    assert found.shape == (len(rows), MAX_SEGMENTS)
+    assert offsets.dtype == found.dtype == jnp.int32
+    for row, lengths in enumerate(rows):
+        used, starts = len(lengths), np.cumsum([0, *lengths])[:-1]
+        np.testing.assert_array_equal(found[row, :used], lengths)
+        np.testing.assert_array_equal(offsets[row, :used], starts)
+        assert np.all(np.asarray(found[row, used:]) == -1)
+        assert np.all(np.asarray(offsets[row, used:]) == -1)
+
+
+def test_the_binding_of_cudnn_sees_one_offset_for_each_segment_of_all_rows():
+    """What reaches the kernel: it takes the segments of all rows as one list."""
+    from jax._src.cudnn.fused_attention_stablehlo import _fix_seqlen_offsets
+
+    segments = jnp.array([[1, 1, 1, 2, 2, 0, 0, 0], [0] * 8, [1, 2, 2, 2, 2, 3, 3, 3]])
+    offsets, lengths = segment_offsets(segments)
+    q = jnp.zeros((3, 8, 4, 16))
+    k = jnp.zeros((3, 8, 2, 16))
+    q_lengths, _, q_offsets, kv_offsets = _fix_seqlen_offsets(
+        lengths, lengths, offsets, offsets, q, k
+    )
+    starts = np.array([0, 3, 16, 17, 21])
+    np.testing.assert_array_equal(q_lengths.reshape(-1)[:5], [3, 2, 1, 4, 3])
+    np.testing.assert_array_equal(q_offsets.reshape(-1)[:6], [*starts * 64, 24 * 64])
+    np.testing.assert_array_equal(kv_offsets.reshape(-1)[:5], starts * 32)
+
+
+CHOICE = {
+    "platform": "cpu",
+    "head_dim": 128,
+    "length": 1024,
+    "compute_dtype": jnp.bfloat16,
+    "max_segments": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "backend", "reason"),
+    [
+        ({}, "xla", "fastest that fits on cpu"),
+        ({"platform": "gpu"}, "cudnn", "fastest that fits on gpu"),
+        ({"platform": "tpu"}, "splash", "fastest that fits on tpu"),
+        ({"platform": "gpu", "compute_dtype": jnp.float32}, "xla", "cudnn .* compute is float32"),
+        ({"platform": "gpu", "head_dim": 36}, "xla", "cudnn .* head size 36"),
+        ({"platform": "gpu", "max_segments": 65}, "xla", "cudnn .* a row holds 65 .* takes 64"),
+        ({"platform": "tpu", "length": 1000}, "xla", "splash .* 1000 is not a multiple of 128"),
+        ({"platform": "tpu", "length": 640}, "xla", "splash .* 640 is over 512 and not"),
+        ({"platform": "tpu", "head_dim": 80}, "xla", "splash .* head size 80"),
+    ],
+)
+def test_auto_takes_the_fastest_possible_back_end_and_says_why(changes, backend, reason):
+    choice = choose_backend("auto", **CHOICE | changes)
+    assert choice.backend == backend
+    assert re.search(reason, choice.reason)
+
+
+def test_a_named_back_end_that_is_not_possible_is_refused_with_every_reason():
+    impossible = CHOICE | {"compute_dtype": jnp.float32, "max_segments": 100}
+    with pytest.raises(ConfigError) as error:
+        choose_backend("cudnn", **impossible)
+    assert len(error.value.problems) == 3
+    for part in ("device is a cpu", "compute is float32", "holds 100 documents"):
+        assert part in str(error.value)
+    assert choose_backend("xla", **impossible).backend == "xla"
+
+
+# A packed row, and one with padding at its end; T is what the kernels take at least.
+SLOTS = np.arange(256)
+SEGMENTS = np.stack([1 + (SLOTS >= 100), np.where(SLOTS < 200, 1 + (SLOTS >= 37), 0)])
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs the TPU kernel on the CPU, as Pallas interprets it."""
+    kernel = functools.partial(splash_attention.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha", kernel)
+
+
+def output_and_gradients(q, k, v, backend):
+    real = SEGMENTS[:, :, None, None] > 0
+
+    def total(q, k, v):
+        out = jnp.where(real, attend(q, k, v, SEGMENTS, backend=backend), 0.0)
+        return jnp.sum(jnp.sin(out)), out
+
+    return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+
+
+def test_splash_equals_xla_on_packed_rows(interpreted):
+    q, k, v = random_qkv((2, 256), head_dim=64)
+    found = output_and_gradients(q, k, v, "splash")
+    assert relative_error(found, output_and_gradients(q, k, v, "xla")) < 1e-5
+
+
+@pytest.mark.parametrize(("heads", "tensor"), [((4, 2), 2), ((4, 1), 2), ((4, 2), 4)])
+def test_sharded_splash_equals_xla(interpreted, heads, tensor):
+    config = RunConfig(strategy="fsdp_tp")
+    config.mesh.tensor = tensor
+    placement = program.make_placement(config, jax.devices()[: 2 * tensor])
+    q, k, v = random_qkv((2, 256), heads=heads, head_dim=64)
+    with placement.activate():
+        found = output_and_gradients(q, k, v, "splash")
+    assert relative_error(found, output_and_gradients(q, k, v, "xla")) < 1e-5
+
+
+def test_a_back_end_that_ignores_segments_is_caught_at_the_start(interpreted, monkeypatch):
+    decoder = architecture_from_hf(CASES["gqa"] | {"head_dim": 64}).config
+    check_backend("splash", decoder)
+
+    def blind(q, k, v, segments):
+        return attention.BACKENDS["xla"](q, k, v, jnp.ones_like(segments))
+
+    monkeypatch.setitem(attention.BACKENDS, "splash", blind)
+    with pytest.raises(ConfigError, match="attention=splash gives wrong results for packed rows"):
+        check_backend("splash", decoder)
+
+
+def has_libtpu() -> bool:
+    return bool(os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu"))
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu, or TPU_LIBRARY_PATH that names it")
+@pytest.mark.filterwarnings("ignore")  # libtpu warns that this machine has no TPU
+@pytest.mark.parametrize(
+    ("strategy", "head_dim", "length", "kv_heads"),
+    [("fsdp", 64, 512, 2), ("fsdp", 128, 1024, 2), ("fsdp_tp", 64, 512, 2), ("fsdp_tp", 128, 512, 1)],
+)
+def test_the_training_step_compiles_for_a_tpu_with_splash_in_both_passes(
+    strategy, head_dim, length, kv_heads
+):
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    config = RunConfig(strategy=strategy)
+    config.data.max_length, config.train.batch_size = length, 4
+    config.mesh.tensor = 2 if strategy == "fsdp_tp" else 0
+    architecture = architecture_from_hf(
+        CASES["gqa"] | {"hidden_size": 256, "head_dim": head_dim, "num_key_value_heads": kv_heads}
+    )
+    placement = program.make_placement(config, topology.devices)
+    evaluator = program.build_evaluator(config, architecture, max_segments=8, placement=placement)
+    assert evaluator.attention.backend == "splash"
+    built = program.build(config, evaluator, steps=10)
+    text = built.train_step.lower(built.state, built.batch).compile().as_text()
+    assert "tpu_custom_call" in text
+    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        assert kernel in text

@@ -1,0 +1,86 @@
+"""A loaded model as a notebook uses it."""
+
+import numpy as np
+import pytest
+
+import jaxft
+from jaxft.errors import CheckpointError, ConfigError, ModelError
+from jaxft.model import find_source
+from tests.tiny_run import write_base
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return jaxft.load(write_base(tmp_path_factory.mktemp("model") / "base"))
+
+
+def test_logits_are_float32_for_every_position(model):
+    logits = model(np.zeros((2, 5), np.int64))
+    assert logits.shape == (2, 5, model.architecture.config.vocab)
+    assert logits.dtype == np.float32
+
+
+def test_tokens_out_of_range_or_shape_are_refused(model):
+    vocab = model.architecture.config.vocab
+    with pytest.raises(ValueError, match=f"the vocabulary has {vocab}"):
+        model(np.full((1, 3), vocab))
+    with pytest.raises(ValueError, match="expected integers"):
+        model(np.zeros(3, np.int32))
+    with pytest.raises(ValueError, match="expected integers"):
+        model(np.zeros((1, 3)))
+
+
+def test_a_prompt_gives_a_text_and_a_batch_gives_a_list(model):
+    chat = [{"role": "user", "content": "say abc"}]
+    one = model.generate("say abc", max_new_tokens=4)
+    assert isinstance(one, str)
+    assert model.generate(["say abc", "a"], max_new_tokens=4)[0] == one
+    answers = model.generate([chat, chat], max_new_tokens=4)
+    assert answers == [model.generate(chat, max_new_tokens=4)] * 2
+    assert model.generate([], max_new_tokens=4) == []
+
+
+def test_chats_go_through_the_template_and_texts_do_not(model):
+    ids = model.prompt_ids([{"role": "user", "content": "ab"}])
+    assert model.tokenizer.decode(ids) == "<user>ab<end><assistant>"
+    assert model.tokenizer.decode(model.prompt_ids("ab")) == "ab"
+
+
+def test_a_prompt_that_cannot_be_answered_is_refused(model):
+    limit = model.architecture.config.max_length
+    with pytest.raises(ConfigError, match=f"context has {limit}"):
+        model.generate("a", max_new_tokens=limit)
+    with pytest.raises(ValueError, match="no tokens"):
+        model.generate("", max_new_tokens=1)
+
+
+def test_dtypes_are_what_is_asked_for(model):
+    half = jaxft.load(model.source.folder, dtypes="bfloat16")
+    assert {array.dtype.name for array in half.params.values()} == {"bfloat16"}
+    mixed = jaxft.load(model.source.folder, dtypes="mixed")
+    assert {array.dtype.name for array in mixed.params.values()} == {"float32"}
+    tokens = np.arange(8)[None]
+    exact = np.asarray(model(tokens))
+    for other in (half, mixed):
+        # bfloat16 keeps 8 bits; a few layers add up to some hundredths.
+        assert np.max(np.abs(other(tokens) - exact)) < 0.05 * np.max(np.abs(exact))
+
+
+def test_a_source_that_is_not_there_is_explained(tmp_path):
+    with pytest.raises(ModelError, match="no folder"):
+        jaxft.load(tmp_path / "nothing")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        find_source(tmp_path / "run")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(model):
+    from jaxft.model import check_vocabulary
+
+    class Larger:
+        def get_vocab(self):
+            return {"x": model.architecture.config.vocab}
+
+    check_vocabulary(model.tokenizer, model.architecture)
+    with pytest.raises(ModelError, match=r"model\.tokenizer"):
+        check_vocabulary(Larger(), model.architecture)

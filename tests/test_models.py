@@ -1,0 +1,277 @@
+"""The model against PyTorch's, its config, its numerics and the way it is compiled."""
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxft
+from jaxft.data.batch import Batch
+from jaxft.errors import ModelError
+from jaxft.models.config import Numerics, make_numerics
+from jaxft.models.families import architecture_from_hf
+from jaxft.models.module import init_params, merge
+from jaxft.objectives import sft
+from tests.oracle.cases import CASES, load_case
+from tests.tiny import load_tiny, make_documents, pack, relative_error
+
+ONE_STEP = [name for name in CASES if name != "trajectory"]
+
+
+def summed_loss(tiny, batch: Batch, chunk: int = 0):
+    """Returns a function of parameters that gives the summed loss, and the logits beside it."""
+
+    def total(params):
+        model = tiny.merge(params)
+        logits = model(batch.tokens, batch.positions, batch.segments)
+        return sft.loss(model, batch, chunk=chunk).total, logits
+
+    return total
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_logits_loss_and_gradients_equal_the_reference_implementation(name):
+    case = load_case(name)
+    tiny = load_tiny(name)
+    batch = Batch(*(case.arrays[field] for field in Batch._fields))
+    step = jax.jit(jax.value_and_grad(summed_loss(tiny, batch), has_aux=True))
+    (total, logits), gradients = step(tiny.params)
+    real = (case.segments > 0)[..., None]
+    np.testing.assert_allclose(np.where(real, logits, 0), case.logits, atol=1e-4)
+    np.testing.assert_allclose(total, case.loss_sum, rtol=1e-4)
+    weight = case.weights.sum()
+    np.testing.assert_allclose(total / weight, case.loss_mean, rtol=1e-4)
+    theirs = tiny.to_theirs(gradients)
+    norms = [np.linalg.norm(theirs[tensor]) / weight for tensor in case.tensors]
+    np.testing.assert_allclose(norms, case.grad_norms, rtol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(norms), case.grad_norm, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def stories(shared):
+    return jaxft.load(shared / "models" / "stories260K")
+
+
+def test_a_pre_trained_model_gives_the_golden_logits(shared, stories):
+    golden = np.load(shared / "models" / "stories260K" / "golden" / "logits_golden.npz")
+    assert stories.parameters == 260_032
+    logits = stories(golden["input_ids"][None])[0]
+    np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
+
+
+def test_a_pre_trained_model_continues_with_the_golden_text(shared, stories):
+    golden = (shared / "models" / "stories260K" / "golden" / "greedy_200_runc.txt").read_text()
+    assert stories.generate("", max_new_tokens=200).strip() == golden.strip()
+
+
+def problems_of(config) -> list[str]:
+    with pytest.raises(ModelError) as error:
+        architecture_from_hf(config)
+    return error.value.problems
+
+
+def test_every_problem_of_a_config_is_named_at_once():
+    config = CASES["gqa"] | {
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "soft_cap": 30.0,
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
+    }
+    del config["rms_norm_eps"], config["vocab_size"]
+    problems = "\n".join(problems_of(config))
+    for part in (
+        "no 'vocab_size'",
+        "no 'rms_norm_eps'",
+        "hidden_act is 'gelu'; only 'silu'",
+        "attention_bias is True; only False",
+        "'soft_cap' (30.0) is not understood",
+        "rope scaling 'yarn' with ['factor'] is not supported",
+        "llama3 with factor, low_freq_factor",
+    ):
+        assert part in problems
+    assert len(problems.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple .* 3"),
+        ({"head_dim": 7}, "head size 7 is odd"),
+        ({"head_dim": None, "hidden_size": 30}, "hidden_size 30 is not a multiple .* 4"),
+        ({"rope_interleaved": True}, "rope_interleaved is True; only False"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}},
+            "rope scaling 'llama3' with \\['factor'\\] is not supported",
+        ),
+        ({"model_type": "lama"}, "'lama' is not supported; .* Did you mean 'llama'"),
+    ],
+)
+def test_a_config_that_cannot_be_computed_is_refused(changes, message):
+    (problem,) = problems_of(CASES["gqa"] | changes)
+    assert re.search(message, problem)
+
+
+def test_absent_fields_of_a_config_mean_what_transformers_means():
+    config = dict(CASES["gqa"])
+    for name in ("head_dim", "num_key_value_heads", "rope_parameters", "tie_word_embeddings"):
+        del config[name]
+    decoder = architecture_from_hf(config).config
+    assert (decoder.head_dim, decoder.kv_heads, decoder.tied) == (8, 4, False)
+    assert (decoder.rope_theta, decoder.rope_scaling) == (10000.0, None)
+
+
+PUBLISHED = {
+    "HuggingFaceTB--SmolLM2-135M": 134_515_008,
+    "meta-llama--Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama--Llama-3.2-3B": 3_212_749_824,
+    "meta-llama--Meta-Llama-3.1-8B": 8_030_261_248,
+    "meta-llama--Meta-Llama-3.1-70B": 70_553_706_496,
+    "meta-llama--Meta-Llama-3.1-405B": 405_853_388_800,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_size_and_allocate_nothing(shared, name):
+    config = json.loads((shared / "configs" / name / "config.json").read_text())
+    before = len(jax.live_arrays())
+    abstract = architecture_from_hf(config).abstract(make_numerics("mixed"))
+    assert len(jax.live_arrays()) == before
+    assert all(isinstance(spec, jax.ShapeDtypeStruct) for spec in abstract.params.values())
+    assert sum(spec.size for spec in abstract.params.values()) == PUBLISHED[name]
+
+
+def test_other_families_are_refused_with_the_list_of_supported_ones(shared):
+    refused = 0
+    for folder in sorted((shared / "configs").iterdir()):
+        config = json.loads((folder / "config.json").read_text())
+        if config["model_type"] == "llama":
+            assert folder.name in PUBLISHED
+            continue
+        (problem,) = problems_of(config)
+        assert repr(config["model_type"]) in problem
+        assert "supported are llama." in problem
+        refused += 1
+    assert refused
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    documents = make_documents([9, 14, 20, 5, 3, 24], CASES["gqa"]["vocab_size"])
+    return pack([documents[:2], documents[2:5], documents[5:]], 28)
+
+
+@functools.cache
+def step_of(numerics: Numerics, layers: int = 2):
+    """Returns a tiny model and its jitted loss and gradients, to be called with a batch."""
+    tiny = load_tiny("gqa", numerics, num_hidden_layers=layers)
+
+    def step(params, batch):
+        return jax.value_and_grad(summed_loss(tiny, batch), has_aux=True)(params)
+
+    return tiny, jax.jit(step)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_does_not_change_the_result(batch, remat):
+    tiny, plain = step_of(Numerics())
+    _, checkpointed = step_of(Numerics(remat=remat))
+    found, expected = checkpointed(tiny.params, batch), plain(tiny.params, batch)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_each_rematerialisation_policy_keeps_less_for_the_backward_pass(batch):
+    kept = {}
+    for remat in ("none", "dots", "full"):
+        tiny, _ = step_of(Numerics(remat=remat))
+
+        def total(params, tiny=tiny):
+            return sft.loss(tiny.merge(params), batch, chunk=0).total
+
+        _, backward = jax.eval_shape(functools.partial(jax.vjp, total), tiny.params)
+        kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
+    assert kept["full"] < 0.8 * kept["dots"] < 0.8 * 0.8 * kept["none"]
+
+
+# A bfloat16 number is off by up to 2^-9 of itself, and what a weight's gradient is made of has been
+# rounded some hundred times: 2^-9 * sqrt(100) is 2 per cent, more where differences are taken, as
+# in the softmax. The loss is a mean over dozens of tokens whose errors are independent.
+@pytest.mark.parametrize("dtypes", ["mixed", "bfloat16"])
+def test_bfloat16_compute_gives_nearly_the_loss_of_float32(batch, dtypes):
+    tiny, plain = step_of(Numerics())
+    (exact, _), exact_gradients = plain(tiny.params, batch)
+    low, step = step_of(make_numerics(dtypes))
+    (total, logits), gradients = step(low.params, batch)
+    assert abs(float(total) / float(exact) - 1) < 0.002
+    assert logits.dtype == jnp.float32
+    for path, gradient in gradients.items():
+        assert gradient.dtype == low.params[path].dtype
+        difference = np.linalg.norm(np.float32(gradient) - exact_gradients[path])
+        assert difference < 0.05 * np.linalg.norm(exact_gradients[path]), path
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "param", "compute"),
+    [
+        ("float32", jnp.float32, jnp.float32),
+        ("mixed", jnp.float32, jnp.bfloat16),
+        ("bfloat16", jnp.bfloat16, jnp.bfloat16),
+    ],
+)
+def test_a_dtype_policy_means_what_it_says(batch, dtypes, param, compute):
+    numerics = make_numerics(dtypes)
+    abstract = architecture_from_hf(CASES["gqa"]).abstract(numerics)
+    assert {spec.dtype for spec in abstract.params.values()} == {jnp.dtype(param)}
+
+    def outputs(params):
+        model = merge(abstract.graphdef, params)
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
+        return hidden, model.logits(hidden), model.init_cache(2, 8).k
+
+    hidden, logits, cache = jax.eval_shape(outputs, abstract.params)
+    assert (hidden.dtype, logits.dtype, cache.dtype) == (compute, jnp.float32, compute)
+
+
+def equations(jaxpr):
+    """Yields every equation of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_layers_are_scanned_so_that_programs_do_not_grow_with_them(batch):
+    sizes = []
+    for layers in (2, 7):
+        abstract = load_tiny("gqa", num_hidden_layers=layers).abstract
+        jaxpr = jax.make_jaxpr(
+            lambda params, graphdef: merge(graphdef, params)(batch.tokens), static_argnums=1
+        )(abstract.params, abstract.graphdef)
+        found = list(equations(jaxpr.jaxpr))
+        (scan,) = [e for e in found if e.primitive.name == "scan"]
+        assert scan.params["length"] == layers
+        sizes.append(len(found))
+    assert sizes[0] == sizes[1] > 50
+
+
+def test_random_parameters_have_the_configured_scale_and_depend_on_the_seed():
+    architecture = architecture_from_hf(CASES["gqa"] | {"initializer_range": 0.5})
+    init = jax.jit(
+        functools.partial(init_params, architecture.build(Numerics())), static_argnums=0
+    )
+    params, other = init(0), init(1)
+    for path, value in params.items():
+        if path.endswith("scale"):
+            assert np.all(value == 1), path
+            continue
+        assert abs(float(jnp.std(value)) - 0.5) < 0.05, path
+        assert not np.allclose(value, other[path]), path
+        if path.startswith("layers."):
+            assert not np.allclose(value[0], value[1]), path

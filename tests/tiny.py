@@ -1,0 +1,104 @@
+"""Tiny models with the weights of the oracle, and batches of documents, that several tests share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.data.batch import Batch
+from jaxft.hf.rules import expand
+from jaxft.models.config import Numerics
+from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.models.module import AbstractModel, Params, merge
+from tests.oracle.cases import CASES, tensors_of
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model of the oracle with its weights."""
+
+    architecture: Architecture
+    abstract: AbstractModel
+    params: Params
+
+    def merge(self, params: Params | None = None) -> Any:
+        """Returns the module, with its own weights or others."""
+        return merge(self.abstract.graphdef, self.params if params is None else params)
+
+    def to_theirs(self, params: Params) -> dict[str, np.ndarray]:
+        """Returns `{Hugging Face name: array}` of parameters or gradients."""
+        shapes = {path: value.shape for path, value in params.items()}
+        arrays = {path: np.asarray(value) for path, value in params.items()}
+        return {
+            t.name: t.rule.to_theirs(
+                arrays[t.rule.ours] if t.layer is None else arrays[t.rule.ours][t.layer]
+            )
+            for t in expand(self.architecture.rules, shapes)
+        }
+
+
+def load_tiny(case: str, numerics: Numerics | None = None, **changes: Any) -> Tiny:
+    """Returns a case's model; `changes` replace fields of its config.json."""
+    config = CASES[case] | changes
+    architecture = architecture_from_hf(config)
+    abstract = architecture.abstract(numerics or Numerics())
+    theirs = tensors_of(config)
+    layers: dict[str, list[np.ndarray]] = {}
+    shapes = {path: spec.shape for path, spec in abstract.params.items()}
+    for t in expand(architecture.rules, shapes):
+        layers.setdefault(t.rule.ours, []).append(t.rule.to_ours(theirs[t.name], t.shape))
+    params = {
+        path: jnp.asarray(np.reshape(np.stack(layers[path]), spec.shape), spec.dtype)
+        for path, spec in abstract.params.items()
+    }
+    return Tiny(architecture, abstract, params)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text: what follows each token, and whether that carries loss."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+
+def make_documents(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[Document]:
+    """Returns random documents of these lengths, with some targets of weight 0."""
+    random = np.random.RandomState(seed)
+    documents = []
+    for length in lengths:
+        text = random.randint(vocab, size=length + 1).astype(np.int32)
+        weights = (random.rand(length) < 0.7).astype(np.float32)
+        documents.append(Document(text[:-1], text[1:], weights))
+    return documents
+
+
+def pack(rows: Sequence[Sequence[Document]], length: int) -> Batch:
+    """Returns rows `[B, T]` that hold these documents one after the other, then padding."""
+    shape = (len(rows), length)
+    batch = Batch(*(np.zeros(shape, dtype) for dtype in (int, int, float, int, int)))
+    batch = Batch(*(x.astype(np.float32 if x.dtype.kind == "f" else np.int32) for x in batch))
+    for row, documents in enumerate(rows):
+        start = 0
+        for number, document in enumerate(documents, 1):
+            part = (row, slice(start, start + len(document.tokens)))
+            batch.tokens[part], batch.targets[part] = document.tokens, document.targets
+            batch.weights[part] = document.weights
+            batch.positions[part] = np.arange(len(document.tokens))
+            batch.segments[part] = number
+            start += len(document.tokens)
+    return batch
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """Largest difference of two trees, relative to the largest value of each leaf."""
+    errors = [
+        float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
+        / max(float(np.max(np.abs(np.asarray(b, np.float64)))), 1e-30)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    ]
+    return max(errors)
