@@ -20,7 +20,7 @@ from jaxft.checkpoint import Checkpoints, Progress
 from jaxft.config import RunConfig, TrainConfig, to_dict
 from jaxft.data import BatchIterator, TokenRows, chat
 from jaxft.devices import peak_flops
-from jaxft.errors import CheckpointError, TrainingError
+from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.evaluation import SamplePrompt, evaluate_rows, read_sample_prompts
 from jaxft.hf.load import read_config
 from jaxft.hf.tokenizer import save_tokenizer
@@ -113,6 +113,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     require_wandb(config.train.wandb)
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)
+    _refuse_workdir_of_model(config)
     with progress.phase("Model and tokenizer"):
         source = find_source(
             config.model.path,
@@ -230,6 +231,15 @@ def _loop(
     # While signals still only ask: the run is not over before its last checkpoint is on disk.
     run.checkpoints.wait()
     return state, reason
+
+
+def _refuse_workdir_of_model(config: RunConfig) -> None:
+    workdir, model = (Path(p).expanduser().resolve() for p in (config.train.workdir, config.model.path))
+    if workdir in (model, *model.parents) and model.exists():
+        raise ConfigError(
+            f"train.workdir and model.path are the same folder, {workdir}, which the run would "
+            "overwrite. Name another train.workdir."
+        )
 
 
 def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, TokenRows]]:

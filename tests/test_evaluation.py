@@ -155,9 +155,9 @@ def test_answers_are_compared_with_the_last_turn(run, folder, monkeypatch):
 
 def test_generated_answers_are_those_of_each_prompt_alone(run):
     config, result = run
-    answers = evaluated(
-        config, result.checkpoint, eval__answers="exact", eval__max_new_tokens=6
-    )["validation"].answers
+    answers = evaluated(config, result.checkpoint, eval__answers="exact", eval__max_new_tokens=6)[
+        "validation"
+    ].answers
     model = jaxft.load(result.checkpoint)
     for prompt, output in zip(answers.prompts, answers.outputs, strict=True):
         assert output == model.generate([{"role": "user", "content": prompt}], max_new_tokens=6)

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.config import from_dict
 from jaxft.data.batch import Batch
 from jaxft.hf.rules import expand
 from jaxft.models.config import Numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
+from jaxft.program import Program, build, build_evaluator, make_placement, put
+from jaxft.state import TrainState, init_state
 from tests.oracle.cases import CASES, tensors_of
 
 
@@ -92,6 +95,48 @@ def pack(rows: Sequence[Sequence[Document]], length: int) -> Batch:
             batch.segments[part] = number
             start += len(document.tokens)
     return batch
+
+
+def random_rows(rows: int, length: int, vocab: int, *, seed: int = 0) -> Batch:
+    """Returns packed rows of random documents, some rows with padding."""
+    random = np.random.RandomState(seed)
+    packed = []
+    for row in range(rows):
+        lengths = random.randint(1, length // 2, size=3)
+        fitting = lengths[np.cumsum(lengths) <= length]
+        packed.append(make_documents(fitting, vocab, seed=1000 * seed + row))
+    return pack(packed, length)
+
+
+def make_program(tiny: Tiny, devices: int = 1, **changes: Any) -> Program:
+    """Returns the program of a run in float32; `changes` are dotted keys with '__' for the dot."""
+    values = {
+        "model.dtypes": "float32",
+        "model.remat": "none",
+        "strategy": "ddp",
+        "data.max_length": 24,
+        "optim.learning_rate": 1e-3,
+        "optim.schedule": "constant",
+        "train.batch_size": 8,
+    } | {key.replace("__", "."): value for key, value in changes.items()}
+    config = from_dict(values)
+    placement = make_placement(config, jax.devices()[:devices])
+    evaluator = build_evaluator(config, tiny.architecture, max_segments=8, placement=placement)
+    return build(config, evaluator, steps=20)
+
+
+def start(program: Program, params: Params, freeze: str = "") -> TrainState:
+    """Returns the first state, on the program's devices; `params` are copied."""
+    state = init_state(jax.tree.map(jnp.copy, params), program.optimizer, freeze)
+    return jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), state, program.state)
+
+
+def feed(program: Program, rows: Batch) -> Batch:
+    """Returns rows `[B, T]` as the micro-batches of a step, on the program's devices."""
+    count = program.batch.tokens.shape[0]
+    return put(
+        Batch(*(x.reshape(count, -1, x.shape[-1]) for x in rows)), program.batch.tokens.sharding
+    )
 
 
 def relative_error(found: Any, expected: Any) -> float:

@@ -2,8 +2,13 @@
 
 import json
 import random
+import warnings
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jaxft.config import RunConfig
@@ -72,6 +77,7 @@ def tiny_config(folder: Path, workdir: str = "run", **changes: object) -> RunCon
     config.mesh.data = 1
     config.model.path = str(folder / "base")
     config.model.dtypes = "float32"
+    config.model.remat = "none"
     config.data.train = str(folder / "train.jsonl")
     config.data.max_length = 48
     config.data.cache = str(folder / "cache")
@@ -88,3 +94,35 @@ def tiny_config(folder: Path, workdir: str = "run", **changes: object) -> RunCon
         node, _, leaf = name.rpartition("__")
         setattr(getattr(config, node) if node else config, leaf, value)
     return config
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a JSON-lines file; every line must hold one."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the records of a run without what depends on the clock and the machine."""
+    kept = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens")
+    return [{name: r[name] for name in kept} for r in read_records(workdir / "metrics.jsonl")]
+
+
+def read_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
+    """Returns all arrays of a checkpoint, parameters and moments, read by Orbax alone."""
+    arrays = {}
+    for item in ("params", "optimizer"):
+        with ocp.StandardCheckpointer() as reader, warnings.catch_warnings():
+            # It restores what it finds, which Orbax advises against for other meshes.
+            warnings.simplefilter("ignore")
+            tree = reader.restore(checkpoint / item)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return arrays
+
+
+def assert_same_arrays(one: Path, other: Path) -> None:
+    """Compares two checkpoints bit for bit."""
+    a, b = read_arrays(one), read_arrays(other)
+    assert a.keys() == b.keys()
+    different = [name for name in a if a[name].tobytes() != b[name].tobytes()]
+    assert not different, different

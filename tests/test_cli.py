@@ -1,0 +1,165 @@
+"""The command line: usage errors without tracebacks, and each command once for real."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxft import cli
+from tests.tiny_run import tiny_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_config(folder)
+    return folder
+
+
+def flags(folder, **changes):
+    keys = {
+        "model.path": folder / "base",
+        "model.dtypes": "float32",
+        "strategy": "ddp",
+        "data.train": folder / "train.jsonl",
+        "data.validation": folder / "held_out.jsonl",
+        "data.max_length": 48,
+        "data.cache": folder / "cache",
+        "train.workdir": folder / "run",
+        "train.steps": 3,
+        "train.batch_size": 8,
+        "train.compilation_cache": folder / "xla",
+        "eval.samples": 0,
+    } | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"--config.{name}={value}" for name, value in keys.items()]
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    assert cli.main(["train", *flags(folder)]) == 0
+    return folder / "run"
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for command in ("train", "eval", "generate", "export", "data", "doctor"):
+        assert f"\n    {command} " in text
+    assert cli.main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--overwite"], "Did you mean '--overwrite'?"),
+        (["train", "--config=none.py"], "no config file 'none.py'"),
+        (["export", "--output=x"], "--checkpoint"),
+        (["train", "--config.optim.learning_rat=1"], "Did you mean 'learning_rate'?"),
+        (["train"], "model.path is empty"),
+        (["generate", "--model=m", "--config.optim.beta1=1"], "Unknown argument"),
+        (["generate", "--model=m", "--top_k=many"], "invalid int value"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_one_line(capsys, arguments, words):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+def test_a_model_that_is_not_there_exits_with_1(folder, capsys):
+    assert cli.main(["train", *flags(folder, model__path=folder / "nothing")]) == 1
+    error = capsys.readouterr().err
+    assert "There is no folder" in error and "Traceback" not in error
+
+
+def test_printing_the_config_shows_every_key_and_trains_nothing(capsys):
+    assert cli.main(["train", "--print_config", "--config.optim.learning_rate=2e-5"]) == 0
+    text = capsys.readouterr().out
+    assert "* optim.learning_rate = 2e-05\n      Peak learning rate." in text
+    assert "  data.packing = 'documents'" in text
+
+
+def test_a_flag_and_its_value_may_be_two_words(capsys):
+    assert cli.main(["train", "--print_config", "--config.train.steps", "7"]) == 0
+    assert "* train.steps = 7" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads_is_no_error():
+    command = f"{sys.executable} -m jaxft.cli train --print_config | head -1"
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("  model.path") and not result.stderr
+
+
+def test_training_writes_a_workdir_and_refuses_it_afterwards(trained, folder, capsys):
+    written = {path.name for path in trained.iterdir()}
+    assert {
+        "checkpoints",
+        "config.json",
+        "environment.json",
+        "eval.jsonl",
+        "events",
+        "metrics.jsonl",
+        "model",
+        "report.html",
+    } <= written
+    assert cli.main(["train", *flags(folder)]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main(["train", *flags(folder), "--resume", "--overwrite"]) == 2
+
+
+def test_evaluation_prints_a_table_and_writes_json(trained, folder, capsys, tmp_path):
+    output = tmp_path / "results.json"
+    arguments = ["eval", *flags(folder), f"--checkpoint={trained}", f"--output={output}"]
+    assert cli.main(arguments) == 0
+    loss = json.loads(output.read_text())["results"]["validation"]["loss"]
+    assert f"{loss:.4f}" in "".join(capsys.readouterr())
+
+
+def test_comparison_shows_both_models(trained, folder, capsys):
+    assert cli.main(["eval", *flags(folder), "--compare", str(folder / "base"), str(trained)]) == 0
+    text = "".join(capsys.readouterr())
+    assert f"A: {folder / 'base'}" in text and "B - A" in text
+
+
+def test_export_and_generate_answer_from_the_new_folder(trained, folder, capsys, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["export", f"--checkpoint={trained}", f"--output={output}", "--verify"]
+    assert cli.main(arguments) == 0
+    assert "Largest difference of logits after loading it again: 0" in capsys.readouterr().out
+    arguments = ["generate", f"--model={output}", "--prompt=say abc", "--max_new_tokens=4"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("say abc\n")
+
+
+def test_prompts_are_read_from_standard_input(trained):
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "jaxft.cli",
+            "generate",
+            f"--model={trained}",
+            "--raw",
+            "--max_new_tokens=8",
+        ],
+        input="abc\n\nde\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert [line[:2] for line in result.stdout.splitlines()] == ["ab", "de"]
+    assert not result.stderr
+
+
+def test_data_are_shown_before_training(folder, capsys):
+    assert cli.main(["data", *flags(folder)]) == 0
+    text = "".join(capsys.readouterr())
+    assert "What was detected" in text and "format messages" in text

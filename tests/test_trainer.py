@@ -1,0 +1,487 @@
+"""The training loop: exact resume, what it saves and evaluates and when, how it stops."""
+
+import copy
+import json
+import math
+import shutil
+import time
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jaxft
+from jaxft import trainer
+from jaxft.config import to_dict
+from jaxft.errors import CheckpointError, ConfigError, TrainingError
+from jaxft.intervals import Estimate
+from jaxft.trainer import train
+from tests.tiny_run import (
+    assert_same_arrays,
+    read_arrays,
+    read_metrics,
+    read_records,
+    tiny_config,
+    write_chats,
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Model and data that the runs of this file share, with their compiled programs."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def config(home, tmp_path):
+    """Makes configs whose workdir is the test's own."""
+
+    def make(name="run", **changes):
+        config = tiny_config(home, **changes)
+        config.train.workdir = str(tmp_path / name)
+        return config
+
+    return make
+
+
+def crash(monkeypatch, config, *, step, resume=False):
+    """Runs `config` until `step` is dispatched, which fails as a lost device would."""
+    calls = []
+
+    def put(batch, sharding):
+        # Evaluation has its own; the loop calls this one once a step.
+        calls.append(None)
+        if len(calls) == step:
+            raise RuntimeError("device lost")
+        return original(batch, sharding)
+
+    original = trainer.put
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "put", put)
+        with pytest.raises(RuntimeError, match="device lost"):
+            train(config, resume=resume)
+
+
+def held_out(home):
+    return str(home / "held_out.jsonl")
+
+
+@pytest.mark.parametrize("evaluates", [False, True], ids=["plain", "evaluating"])
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
+    home, config, monkeypatch, evaluates
+):
+    # 19 rows, 4 a step: an epoch ends within a step; periods of 3 steps end between saves of 4.
+    changes = {"train__accumulation": 2, "train__log_every": 3, "train__save_every": 4}
+    tiny_config(home)
+    if evaluates:
+        changes |= {"data__validation": held_out(home), "train__eval_every": 3}
+    whole, parts = config("whole", **changes), config("parts", **changes)
+    train(whole)
+    crash(monkeypatch, parts, step=7)
+    saved = 6 if evaluates else 4
+    result = train(parts, resume=True)
+    assert result.step == 8
+    assert_same_arrays(result.workdir / "checkpoints/8", result.workdir.with_name("whole") / "checkpoints/8")
+    assert read_metrics(result.workdir) == read_metrics(result.workdir.with_name("whole"))
+    assert [r["step"] for r in read_metrics(result.workdir)] == [3, 6, 8]
+    if evaluates:
+        one, other = (
+            read_records(result.workdir.with_name(name) / "eval.jsonl") for name in ("whole", "parts")
+        )
+        assert one == other
+        assert [r["step"] for r in one] == [0, 3, 6, 8]
+    assert saved
+
+
+def test_the_run_resumed_begins_at_the_last_save_within_a_period(home, config, monkeypatch):
+    parts = config(train__log_every=3, train__save_every=4)
+    crash(monkeypatch, parts, step=6)
+    steps = []
+    original = trainer.MetricsWriter.write
+    monkeypatch.setattr(
+        trainer.MetricsWriter,
+        "write",
+        lambda self, record: steps.append(record["step"]) or original(self, record),
+    )
+    train(parts, resume=True)
+    assert steps == [6, 8]
+    seconds = [r["seconds"] for r in read_records(parts_workdir(parts) / "metrics.jsonl")]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def parts_workdir(config):
+    return trainer.Workdir.read(config.train.workdir).path
+
+
+def test_a_crash_before_the_first_save_leaves_nothing_twice(home, config, monkeypatch):
+    run = config(data__validation=held_out(home), eval__samples=1)
+    crash(monkeypatch, run, step=3)
+    result = train(run, resume=True)
+    assert [r["step"] for r in read_records(result.workdir / "eval.jsonl")] == [0, 5, 8]
+    assert [r["step"] for r in read_records(result.workdir / "samples.jsonl")] == [0, 8]
+    assert [r["step"] for r in read_metrics(result.workdir)] == [*range(1, 9)]
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(home, config):
+    run = config(data__validation=held_out(home), eval__samples=1)
+    result = train(run)
+    names = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+    before = [(result.workdir / name).read_text() for name in names]
+    assert train(run, resume=True) == result
+    assert [(result.workdir / name).read_text() for name in names] == before
+
+
+def test_a_run_is_resumed_on_another_mesh(home, config, monkeypatch):
+    one = config(train__save_every=4, train__batch_size=8)
+    crash(monkeypatch, one, step=5)
+    step_4 = read_arrays(parts_workdir(one) / "checkpoints/4")
+    restored = []
+    original = trainer.Checkpoints.restore
+
+    def restore(self, abstract, step):
+        state, counts = original(self, abstract, step)
+        restored.append(jax.tree.map(lambda a: (np.asarray(a), a.sharding.num_devices), state))
+        return state, counts
+
+    monkeypatch.setattr(trainer.Checkpoints, "restore", restore)
+    many = copy.deepcopy(one)
+    many.strategy, many.mesh.data, many.mesh.fsdp = "fsdp", 0, 8
+    result = train(many, resume=True)
+    params = {f"params['{path}']": value for path, value in restored[0].params.items()}
+    for name, (array, devices) in params.items():
+        assert devices == 8
+        np.testing.assert_array_equal(array, step_4[name])
+    whole = train(config("whole", train__batch_size=8))
+    losses = [[r["loss"] for r in read_metrics(w.workdir)] for w in (result, whole)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_resume_refuses_other_data(home, config, monkeypatch, tmp_path):
+    run = config(train__save_every=2)
+    run.data.train = str(tmp_path / "mine.jsonl")
+    write_chats(tmp_path / "mine.jsonl", 30)
+    crash(monkeypatch, run, step=3)
+    write_chats(tmp_path / "mine.jsonl", 30, seed=5)
+    with pytest.raises(CheckpointError, match="The data has changed since"):
+        train(run, resume=True)
+
+
+def test_resume_reports_a_changed_key_and_refuses_one_that_breaks_the_run(
+    home, config, monkeypatch, capfd
+):
+    run = config(train__save_every=2)
+    crash(monkeypatch, run, step=3)
+    run.optim.learning_rate = 5e-4
+    train(run, resume=True)
+    assert "optim.learning_rate was 0.001 and is now 0.0005." in capfd.readouterr().err
+    run.train.batch_size = 2
+    with pytest.raises(CheckpointError, match=r"train.batch_size was 4 and is now 2"):
+        train(run, resume=True)
+
+
+def test_train_leaves_the_config_as_it_was_and_says_how_the_run_ended(home, config):
+    run = config(data__validation=held_out(home))
+    before = to_dict(run)
+    result = train(run)
+    assert to_dict(run) == before
+    assert result.reason == "end"
+    assert result.checkpoint == result.workdir / "checkpoints/8"
+    evaluations = [r["loss"] for r in read_records(result.workdir / "eval.jsonl")]
+    assert result.best_loss == min(evaluations) < evaluations[0]
+
+
+def test_metrics_count_every_token_once(home, config):
+    result = train(config(train__steps=0, train__epochs=2, train__log_every=4))
+    last = read_records(result.workdir / "metrics.jsonl")[-1]
+    # Two epochs of all documents, as the preparation of the data counts them.
+    rows, _ = trainer._read_data(config(), jaxft.load(home / "base").tokenizer)
+    assert result.step == math.ceil(2 * len(rows) / 4)
+    assert last["tokens"] == 2 * rows.statistics.tokens
+    assert last["trained_tokens"] == 2 * rows.statistics.trained_tokens
+
+
+# ---- evaluation and stopping ----
+
+
+def feed_losses(monkeypatch, losses):
+    """Lets the evaluations of a run find these losses, the first before training."""
+    rest = iter(losses)
+
+    class Sums:
+        perplexity = token_accuracy = 0.0
+
+        def __init__(self, value):
+            self.loss = Estimate(value, value, value, 1)
+
+        def record(self):
+            return {"loss": self.loss.value}
+
+    monkeypatch.setattr(trainer, "evaluate_rows", lambda *a, **k: Sums(next(rest)))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("losses", "minimum_change", "stopped"),
+    [
+        ([5, 4, 3, 2, 1, 0.5, 0.4, 0.3, 0.2], 0.0, 8),
+        ([5, 4, 4, 4], 0.0, 3),
+        ([5, 4.5, 4.3, 4.1, 3.8], 0.6, 4),  # only the fall from 5 to 4.3 is large enough
+        ([5, NAN, NAN], 0.0, 2),
+        ([NAN, 5, 6, 7], 0.0, 3),
+        ([5, 6, 4, 5, 5], 0.0, 4),
+    ],
+)
+def test_training_stops_when_the_validation_loss_does_not_fall(
+    home, config, monkeypatch, losses, minimum_change, stopped
+):
+    run = config(
+        data__validation=held_out(home),
+        train__eval_every=1,
+        eval__patience=2,
+        eval__minimum_change=minimum_change,
+    )
+    feed_losses(monkeypatch, losses)
+    result = train(run)
+    assert (result.step, result.reason) == (stopped, "end" if stopped == 8 else "patience")
+    seen = [loss for loss in losses[: stopped + 1] if loss == loss]
+    assert result.best_loss == min(seen)
+    assert [r["step"] for r in read_metrics(result.workdir)] == [*range(1, stopped + 1)]
+    assert (result.workdir / "checkpoints" / str(stopped)).is_dir()
+
+
+def test_patience_outlives_a_resume(home, config, monkeypatch):
+    run = config(
+        data__validation=held_out(home),
+        train__eval_every=1,
+        train__save_every=1,
+        train__log_every=5,
+        eval__patience=3,
+    )
+    feed_losses(monkeypatch, [5, 6, 6])
+    crash(monkeypatch, run, step=3)
+    feed_losses(monkeypatch, [6])
+    result = train(run, resume=True)
+    assert (result.step, result.reason) == (3, "patience")
+    assert [r["step"] for r in read_metrics(result.workdir)] == [3]
+    feed_losses(monkeypatch, [])
+    assert train(run, resume=True).step == 3
+    run.eval.patience = 5
+    feed_losses(monkeypatch, [6, 6])
+    assert train(run, resume=True).step == 5
+
+
+def test_the_best_checkpoint_is_kept_and_found(home, config, monkeypatch):
+    run = config(
+        data__validation=held_out(home),
+        train__eval_every=1,
+        train__save_every=1,
+        train__keep_last=2,
+    )
+    feed_losses(monkeypatch, [5, 4, 2, NAN, 3, 3, 3, NAN, NAN])
+    result = train(run)
+    folder = result.workdir / "checkpoints"
+    assert sorted(int(p.name) for p in folder.iterdir()) == [2, 7, 8]
+    assert jaxft.load(result.workdir).source.step == 2
+    assert jaxft.load(result.workdir, step="latest").source.step == 8
+    with pytest.raises(CheckpointError, match=r"no checkpoint '3'; it has 2, 7, 8"):
+        jaxft.load(result.workdir, step="3")
+
+
+def test_an_improvement_between_saves_is_saved(home, config, monkeypatch):
+    run = config(data__validation=held_out(home), train__eval_every=3, train__keep_last=1)
+    feed_losses(monkeypatch, [5, 4, 6, 7])
+    result = train(run)
+    assert sorted(int(p.name) for p in (result.workdir / "checkpoints").iterdir()) == [3, 8]
+
+
+def test_evaluation_is_due_every_n_steps_or_at_the_end_of_each_epoch(home, config):
+    every = train(config("every", data__validation=held_out(home), train__eval_every=3))
+    assert [r["step"] for r in read_records(every.workdir / "eval.jsonl")] == [0, 3, 6, 8]
+    # 19 rows, 4 a step: rows 19, 38 and 57 are read by steps 5, 10 and 15.
+    epochs = train(
+        config("epochs", data__validation=held_out(home), train__steps=0, train__epochs=3)
+    )
+    assert [r["step"] for r in read_records(epochs.workdir / "eval.jsonl")] == [0, 5, 10, 15]
+
+
+# ---- what is not finite ----
+
+
+def poison(home, tmp_path):
+    """Writes a copy of the model with one weight that overflows the loss."""
+    folder = tmp_path / "poisoned"
+    shutil.copytree(home / "base", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = np.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_loss_that_is_not_finite_names_step_rows_and_lines(home, config, tmp_path):
+    run = config(train__log_every=3, train__save_every=2)
+    run.model.path = poison(home, tmp_path)
+    with pytest.raises(TrainingError) as error:
+        train(run)
+    text = str(error.value)
+    assert text.startswith("Step 1: the loss is nan")
+    assert "No checkpoint was saved yet; start again with --overwrite" in text
+    iterator = trainer.data.batches(
+        trainer._read_data(run, jaxft.load(home / "base").tokenizer)[0], batch_size=4, steps=1
+    )
+    for number in iterator.row_numbers(0):
+        assert f"row {number} ({home / 'train.jsonl'}:" in text
+    iterator.close()
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("save_every", [1, 3, 0])
+def test_weights_that_are_not_finite_are_never_saved(home, config, save_every):
+    # So large a step that the first update is finite and the loss after it is not.
+    run = config(train__save_every=save_every, train__log_every=4)
+    run.optim.learning_rate, run.optim.warmup_steps = 1e37, 0
+    with pytest.raises(TrainingError, match=r"Step \d: ") as error:
+        train(run)
+    folder = parts_workdir(run) / "checkpoints"
+    saved = sorted(int(p.name) for p in folder.iterdir())
+    for step in saved:
+        assert all(np.isfinite(a).all() for a in read_arrays(folder / str(step)).values())
+    if saved:
+        assert f"last good checkpoint is step {saved[-1]}" in str(error.value)
+
+
+def test_weights_that_the_loss_does_not_show_are_not_saved(home, config):
+    # Without epsilon the embeddings of unused tokens become 0 / 0, and no loss ever reads them.
+    run = config(train__save_every=1)
+    run.optim.epsilon = 0.0
+    with pytest.raises(TrainingError, match="Step 1: the updated weights are not finite"):
+        train(run)
+    assert not list((parts_workdir(run) / "checkpoints").iterdir())
+
+
+# ---- how it runs ----
+
+
+def test_the_step_is_compiled_once(home, config):
+    run = config(data__validation=held_out(home), train__steps=0, train__epochs=2.3)
+    compiled = []
+
+    def listen(event, duration, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(details.get("fun_name", ""))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train(run)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    # The training step and the evaluation step.
+    assert compiled.count("jit(step)") == 2, compiled
+
+
+def test_the_loop_dispatches_a_period_before_it_reads_the_one_before(home, config, monkeypatch):
+    run = config(train__log_every=2)
+    events = []
+    build, record = trainer.build, trainer.MetricsWriter.write
+
+    def spy_build(*args, **kwargs):
+        program = build(*args, **kwargs)
+        compiled = program.train_step.lower(program.state, program.batch).compile()
+
+        def step(state, batch):
+            events.append("step")
+            return compiled(state, batch)
+
+        class Lowered:
+            def lower(self, *_):
+                return self
+
+            def compile(self):
+                return step
+
+        return trainer.dataclasses.replace(program, train_step=Lowered())
+
+    monkeypatch.setattr(trainer, "build", spy_build)
+    monkeypatch.setattr(
+        trainer.MetricsWriter,
+        "write",
+        lambda self, r: events.append(r["step"]) or record(self, r),
+    )
+    read = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: events.append("read") or read(x))
+    train(run)
+    s = "step"
+    # At the last save what is left is read: no step of the run may be in flight.
+    assert events[:13] == [s, s, s, s, "read", 2, s, s, "read", 4, s, s, "read"]
+    assert events[-3:-1] == ["read", 8] or events.count("read") <= 6
+
+
+def test_evaluation_and_saves_do_not_count_as_training_time(home, config, monkeypatch):
+    plain = train(config("plain"))
+    original = trainer.evaluate_rows
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "evaluate_rows", slow)
+    slowed = train(
+        config("slowed", data__validation=held_out(home), train__eval_every=1, train__log_every=3)
+    )
+    seconds = [read_records(r.workdir / "metrics.jsonl")[-1]["seconds"] for r in (plain, slowed)]
+    assert seconds[1] < seconds[0] + 0.5 < 8 * 0.5
+
+
+# ---- the workdir stands alone ----
+
+
+def test_a_workdir_needs_nothing_outside_itself(home, config, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(home / "base", base)
+    run = config("first", train__save_every=4)
+    run.model.path = str(base)
+    first = train(run)
+    shutil.rmtree(base)
+    model = jaxft.load(first.workdir)
+    assert model.source.step == 8
+    tokens = np.array([[7, 8, 9, 10]])
+    logits = np.asarray(model(tokens))
+    at_4 = jaxft.load(first.workdir / "checkpoints/4")
+    assert at_4.source.step == 4
+    assert not np.array_equal(logits, at_4(tokens))
+    assert model.tokenizer.chat_template == model.template.text
+    assert isinstance(model.generate([{"role": "user", "content": "say abc"}], max_new_tokens=3), str)
+    again = config("second")
+    again.model.path = str(first.workdir)
+    again.optim.learning_rate = 0.0
+    second = train(again)
+    np.testing.assert_array_equal(np.asarray(jaxft.load(second.workdir)(tokens)), logits)
+
+
+def test_a_workdir_that_is_the_models_own_folder_is_refused(home, config, tmp_path):
+    run = config()
+    first = train(run)
+    run.model.path = run.train.workdir
+    with pytest.raises(ConfigError, match=r"train\.workdir and model\.path are the same folder"):
+        train(run, overwrite=True)
+    assert first.checkpoint.is_dir()
+    base = tmp_path / "base"
+    shutil.copytree(home / "base", base)
+    run.model.path = run.train.workdir = str(base)
+    with pytest.raises(ConfigError, match=r"train\.workdir and model\.path are the same folder"):
+        train(run)
+    assert json.loads((base / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_run_prints_no_warnings(home, config, capfd):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = train(config(data__validation=held_out(home), train__save_every=2))
+        jaxft.load(result.workdir)
+    assert not caught
+    err = capfd.readouterr().err
+    assert "WARNING" not in err
+    assert "Warning" not in err
