@@ -14,7 +14,6 @@ import json
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +116,7 @@ def measure(task: Task, shared: Path, *, packing: str, steps: int = STEPS) -> di
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(task, shared, Path(folder), packing=packing, steps=steps)
         before = jaxft.evaluate(config)["validation"].rows
-        started = time.monotonic()
         result = jaxft.train(config)
-        seconds = time.monotonic() - started
         after = jaxft.evaluate(config, result.checkpoint)["validation"].rows
     average = loss_of_full_blocks if packing == "stream" else lambda rows: rows.loss.value
     return {
@@ -129,7 +126,6 @@ def measure(task: Task, shared: Path, *, packing: str, steps: int = STEPS) -> di
         "before": round(average(before), 4),
         "after": round(average(after), 4),
         "evaluated_tokens": int(after.weight.sum()),
-        "train_seconds": round(seconds, 1),
     }
 
 

@@ -51,21 +51,13 @@ class Checkpoints:
     """The checkpoints of one run, below `folder`; a folder that is not complete does not count."""
 
     def __init__(self, folder: Path, *, keep_last: int = 1, read_only: bool = False):
-        policy = AnyPreservationPolicy(
-            [
-                LatestN(keep_last),
-                BestN(
-                    get_metric_fn=lambda metrics: metrics["loss"],
-                    # Orbax keeps the last of its order: lowest loss last.
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
+        # Orbax keeps the last of an order: the lowest loss, of equal ones the newest.
+        best = BestN(get_metric_fn=_rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         # Orbax's own read_only refuses to save, which nobody asks of it here, and warns.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
+            preservation_policy=AnyPreservationPolicy([LatestN(keep_last), best]),
+            best_fn=_rank,  # without it Orbax writes no metrics
+            best_mode="min",
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             # Renamed before they are deleted: a folder with a step's name is always complete.
@@ -87,8 +79,8 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss, if one was evaluated."""
         losses = {step: self.loss(step) for step in self.steps()}
-        known = {step: loss for step, loss in losses.items() if loss is not None}
-        return min(known, key=known.__getitem__) if known else None
+        known = [(loss, -step) for step, loss in losses.items() if loss is not None]
+        return -min(known)[1] if known else None
 
     def loss(self, step: int) -> float | None:
         """Validation loss that was measured at this checkpoint, if any."""
@@ -123,7 +115,7 @@ class Checkpoints:
                     progress=ocp.args.JsonSave(progress_to_json(progress)),
                     config=ocp.args.JsonSave(dict(config)),
                 ),
-                metrics=None if loss is None else {"loss": loss},
+                metrics={"loss": loss},
                 force=True,
             )
 
@@ -238,6 +230,12 @@ class Checkpoints:
                 f"checkpoints: {self._complete()}; name another with --step, or move the folder "
                 f"{step} away so that the one before it is used."
             ) from error
+
+
+def _rank(metrics: Mapping[str, float | None]) -> float:
+    """Returns what the best checkpoint has least of."""
+    loss = metrics["loss"]
+    return float("inf") if loss is None else loss
 
 
 def progress_to_json(progress: Progress) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def make_train_step(
             total=terms.total,
             weight=terms.weight,
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
-            grad_norm=optax.tree.norm(gradients),
+            grad_norm=optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients)),
             tokens=jnp.sum(real),
             # 1 + 3 + 5 + … over the positions of a document is its length squared.
             squared_lengths=jnp.sum((2.0 * batch.positions + 1.0) * real),

@@ -213,7 +213,12 @@ def has_libtpu() -> bool:
 @pytest.mark.filterwarnings("ignore")  # libtpu warns that this machine has no TPU
 @pytest.mark.parametrize(
     ("strategy", "head_dim", "length", "kv_heads"),
-    [("fsdp", 64, 512, 2), ("fsdp", 128, 1024, 2), ("fsdp_tp", 64, 512, 2), ("fsdp_tp", 128, 512, 1)],
+    [
+        ("fsdp", 64, 512, 2),
+        ("fsdp", 128, 1024, 2),
+        ("fsdp_tp", 64, 512, 2),
+        ("fsdp_tp", 128, 512, 1),
+    ],
 )
 def test_the_training_step_compiles_for_a_tpu_with_splash_in_both_passes(
     strategy, head_dim, length, kv_heads

@@ -263,9 +263,7 @@ def test_layers_are_scanned_so_that_programs_do_not_grow_with_them(batch):
 
 def test_random_parameters_have_the_configured_scale_and_depend_on_the_seed():
     architecture = architecture_from_hf(CASES["gqa"] | {"initializer_range": 0.5})
-    init = jax.jit(
-        functools.partial(init_params, architecture.build(Numerics())), static_argnums=0
-    )
+    init = jax.jit(functools.partial(init_params, architecture.build(Numerics())), static_argnums=0)
     params, other = init(0), init(1)
     for path, value in params.items():
         if path.endswith("scale"):

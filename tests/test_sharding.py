@@ -100,6 +100,7 @@ def test_optimizer_state_follows_its_parameter_and_counters_are_replicated():
         ("fsdp", {"tensor": 1}, {"data": 1, "fsdp": 8}),
         ("fsdp_tp", {"tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}),
         ("fsdp_tp", {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("fsdp", {"data": 2, "fsdp": 2}, {"data": 2, "fsdp": 2}),
         ("fsdp_tp", {"tensor": -1}, {"data": 1, "fsdp": 1, "tensor": 8}),
     ],
 )
@@ -110,9 +111,18 @@ def test_a_mesh_takes_the_sizes_asked_for_and_fills_the_rest(strategy, sizes, ex
 @pytest.mark.parametrize(
     ("strategy", "sizes", "message"),
     [
-        ("fsdp", {"data": 3}, "data=3 x fsdp=-1 does not fit 8 devices: .*multiply to 8 .*1, 2, 4"),
-        ("fsdp", {"data": 2, "fsdp": 2}, "data=2 x fsdp=2 does not fit 8 devices"),
-        ("ddp", {"tensor": 2}, "mesh.tensor is 2, but strategy 'ddp' has no axis 'tensor'; .* data"),
+        (
+            "fsdp",
+            {"data": 3},
+            "data=3 x fsdp=-1 does not fit 8 devices: .*multiply to 8, .*1, 2, 4, 8",
+        ),
+        ("fsdp", {"data": 4, "fsdp": 4}, "data=4 x fsdp=4 does not fit 8 devices"),
+        ("fsdp", {"data": 16}, "data=16 x fsdp=-1 does not fit 8 devices"),
+        (
+            "ddp",
+            {"tensor": 2},
+            "mesh.tensor is 2, but strategy 'ddp' has no axis 'tensor'; .* data",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(strategy, sizes, message):

@@ -47,9 +47,7 @@ def losses(metrics) -> np.ndarray:
 
 def test_ten_steps_follow_the_reference_implementation():
     case, tiny = load_case("trajectory"), load_tiny("trajectory")
-    program = make_program(
-        tiny, data__max_length=16, train__batch_size=4, optim__weight_decay=0.1
-    )
+    program = make_program(tiny, data__max_length=16, train__batch_size=4, optim__weight_decay=0.1)
     batches = [Batch(*(case.arrays[f][i] for f in Batch._fields)) for i in range(10)]
     state, metrics = run(program, tiny.params, batches)
     np.testing.assert_allclose(losses(metrics), case.losses, rtol=1e-5)
@@ -173,7 +171,7 @@ def test_the_step_is_traced_once_and_donates_its_state(tiny):
         before = jax.tree.leaves(state)
         state, metrics = step(state, feed(program, random_rows(8, LENGTH, VOCAB, seed=seed)))
         assert all(leaf.is_deleted() for leaf in before)
-        assert metrics.learning_rate == np.float32(1e-3 / (seed + 1))
+        np.testing.assert_allclose(metrics.learning_rate, 1e-3 / (seed + 1), rtol=1e-6)
         after_first = after_first or len(traces)
     assert len(traces) == after_first
     assert step._cache_size() == 1
@@ -218,8 +216,8 @@ def test_chunks_keep_the_logits_of_all_positions_from_existing():
         compiled = jax.jit(jax.grad(total)).lower(tiny.params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(0) > logits
-    assert temporary_bytes(32) < logits / 2
+    assert temporary_bytes(0) > 2 * logits
+    assert temporary_bytes(32) < logits
 
 
 def test_frozen_parameters_stay_bit_equal_and_have_no_moments(tiny):
@@ -251,6 +249,8 @@ def test_bfloat16_parameters_and_moments_stay_in_their_type(accumulation):
 
 
 def test_a_micro_batch_that_cannot_be_split_is_refused_with_a_size_that_can(tiny):
-    message = "batch_size 8 in 2 micro-batches gives 4 rows, .* over 8 devices. Use a multiple of 16"
+    message = (
+        "batch_size 8 in 2 micro-batches gives 4 rows, .* over 8 devices. Use a multiple of 16"
+    )
     with pytest.raises(ConfigError, match=message):
         make_program(tiny, 8, train__accumulation=2)

@@ -1,0 +1,27 @@
+"""Fine-tuning real weights on real data gives the losses that PyTorch measured."""
+
+import pytest
+
+import jaxft
+from benchmarks import quality
+
+NAMES = ["tinyshakespeare", "rasbt-instruct", "banking77"]
+
+
+def task_of(shared, name: str) -> quality.Task:
+    return next(task for task in quality.tasks(shared) if task.name == name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_pre_trained_loss_is_the_reference_implementations(shared, tmp_path, name):
+    task = task_of(shared, name)
+    config = quality.make_config(task, shared, tmp_path, packing="stream")
+    before = quality.loss_of_full_blocks(jaxft.evaluate(config)["validation"].rows)
+    assert abs(before - task.before) < quality.BEFORE_TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_fine_tuned_loss_is_the_reference_implementations(shared):
+    task = task_of(shared, "banking77")
+    record = quality.measure(task, shared, packing="stream")
+    assert not quality.check(record, task)
