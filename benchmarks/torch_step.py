@@ -4,6 +4,7 @@ It runs under any Python with torch and transformers and imports nothing of jaxf
 the workload as JSON; it prints one JSON line.
 """
 
+# pyright: reportMissingImports=false, reportCallIssue=false
 import json
 import platform
 import resource

@@ -13,6 +13,7 @@ line gives the ratio of the medians. On an accelerator, --packed lays several do
 
 import argparse
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for system in ("jaxft", "torch") if options.torch_python else ("jaxft",):
             record = _run(system, options)
+            record["processor"] = _processor()
             runs[system].append(record["tokens_per_second"])
             _print(record, options.output)
     if options.torch_python:
@@ -74,6 +76,8 @@ def main() -> None:
         ratio = {
             "measurement": "ratio",
             "shape": options.shape,
+            "rows": options.rows,
+            "length": options.length,
             "dtypes": options.dtypes,
             "rounds": options.rounds,
             "jaxft_tokens_per_second": medians["jaxft"],
@@ -121,6 +125,16 @@ def _run(system: str, options: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, *sys.argv, "--worker"]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def _processor() -> str:
+    """Returns the name of the processor, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    extra = " with AMX" if "amx_tile" in flags else ""
+    return f"{len(names)} x {names[0]}{extra}" if names else platform.processor()
 
 
 def _print(record: dict[str, Any], output: Path | None) -> None:

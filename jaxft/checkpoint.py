@@ -1,10 +1,14 @@
 """Checkpoints of a run: asynchronous, atomic, the newest and the best kept, written by Orbax."""
 
 import contextlib
+import logging
+import math
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -18,8 +22,41 @@ from orbax.checkpoint.checkpoint_managers import (  # pyright: ignore[reportMiss
 from jaxft.errors import CheckpointError
 from jaxft.state import TrainState
 
-
+# Where a checkpoint is moved before it is deleted.
 _REMOVED = "removed"
+
+
+def _passes_through_orbax(trace: TracebackType | None) -> bool:
+    while trace is not None:
+        if "orbax" in trace.tb_frame.f_code.co_filename:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _quieten_orbax() -> None:
+    """Drops tracebacks that Orbax's threads print where a read or write fails: it raises as well.
+
+    One failure makes a dozen of them, of all that was under way, some long after it.
+    """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        error = record.exc_info
+        return not (error and ("orbax" in record.pathname or _passes_through_orbax(error[2])))
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_news)
+    print_unraisable = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        late = str(unraisable.exc_value) == "Event loop is closed"
+        if not (late or _passes_through_orbax(unraisable.exc_traceback)):
+            print_unraisable(unraisable)
+
+    sys.unraisablehook = hook
+
+
+_quieten_orbax()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +101,17 @@ class Checkpoints:
             todelete_subdir=None if read_only else _REMOVED,
         )
         self.folder = folder.absolute()
+        self._read_only = read_only
         if not read_only:
             self._delete_removed()
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=options,
-            item_names=("params", "optimizer", "progress", "config"),
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=options,
+                item_names=("params", "optimizer", "progress", "config"),
+            )
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be used: {error}.") from error
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -105,7 +146,7 @@ class Checkpoints:
         if step in self.steps():
             return
         self.wait()
-        self._check_space(state)
+        self.check_space(state, count=1)
         with self._explained(step):
             self._manager.save(
                 step,
@@ -123,7 +164,8 @@ class Checkpoints:
         """Blocks until what was started is on disk."""
         with self._explained(None):
             self._manager.wait_until_finished()
-        self._delete_removed()
+        if not self._read_only:
+            self._delete_removed()
 
     def close(self) -> None:
         """Waits, then releases threads."""
@@ -148,15 +190,12 @@ class Checkpoints:
           abstract: Shapes, dtypes and the shardings to restore into.
           step: One of `steps()`.
         """
-        with self._readable(step):
-            items = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(abstract.params),
-                    optimizer=ocp.args.StandardRestore(abstract.opt_state),
-                    progress=ocp.args.JsonRestore(),
-                ),
-            )
+        items = self._read(
+            step,
+            params=ocp.args.StandardRestore(abstract.params),
+            optimizer=ocp.args.StandardRestore(abstract.opt_state),
+            progress=ocp.args.JsonRestore(),
+        )
         params = items["params"]
         state = TrainState(
             step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
@@ -170,37 +209,32 @@ class Checkpoints:
         self, abstract: Mapping[str, jax.ShapeDtypeStruct], step: int
     ) -> dict[str, jax.Array]:
         """Returns the parameters alone, into the shardings and dtypes of `abstract`."""
-        with self._readable(step):
-            items = self._manager.restore(
-                step, args=ocp.args.Composite(params=ocp.args.StandardRestore(dict(abstract)))
-            )
-        return items["params"]
+        return self._read(step, params=ocp.args.StandardRestore(dict(abstract)))["params"]
 
     def restore_config(self, step: int) -> dict[str, Any]:
         """Returns the run's config, `{dotted path: value}`."""
-        with self._readable(step):
-            items = self._manager.restore(
-                step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-            )
-        return items["config"]
+        return self._read(step, config=ocp.args.JsonRestore())["config"]
 
     def _delete_removed(self) -> None:
         shutil.rmtree(self.folder / _REMOVED, ignore_errors=True)
 
-    def _check_space(self, state: TrainState) -> None:
+    def check_space(self, state: TrainState, *, count: int) -> None:
+        """Raises CheckpointError if the disk has no room for `count` checkpoints in all.
+
+        Args:
+          state: Real or abstract; its size is what counts.
+          count: Those that are there are counted in.
+        """
         arrays = jax.tree.leaves((state.params, state.opt_state))
-        need = sum(
-            shard.data.nbytes
-            for array in arrays
-            for shard in array.addressable_shards
-            if shard.replica_id == 0
-        )
+        size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+        need = max(count - len(self.steps()), 1) * size
         free = shutil.disk_usage(self.folder).free
         if free < need:
             raise CheckpointError(
-                f"A checkpoint takes {need / 1e9:.2f} GB, but {self.folder} has "
-                f"{free / 1e9:.2f} GB free. Older checkpoints are intact; free some space, lower "
-                "train.keep_last, or choose another train.workdir, and start again with --resume."
+                f"A checkpoint takes {size / 1e9:.3g} GB and {need / 1e9:.3g} GB are needed, but "
+                f"{self.folder} has {free / 1e9:.3g} GB free. Older checkpoints are intact; free "
+                "some space, lower train.keep_last, or choose another train.workdir, and start "
+                "again with --resume."
             )
 
     @contextlib.contextmanager
@@ -208,28 +242,40 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # Storage back ends raise OSError, ValueError or RuntimeError for a full disk.
             name = "the last checkpoint" if step is None else f"checkpoint {step}"
+            self._delete_torn()
             raise CheckpointError(
-                f"Writing {name} in {self.folder} failed: {error}. Complete checkpoints: "
+                f"Writing {name} in {self.folder} failed: {_reason(error)}. Complete checkpoints: "
                 f"{self._complete()}; they are intact. Free some space or repair access, then "
                 "start again with --resume."
             ) from error
+
+    def _delete_torn(self) -> None:
+        # A half-written checkpoint may hold the space that the next start needs.
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _complete(self) -> str:
         found = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
         return ", ".join(map(str, found)) or "none"
 
-    @contextlib.contextmanager
-    def _readable(self, step: int) -> Iterator[None]:
+    def _read(self, step: int, **items: Any) -> Any:
         try:
-            yield
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             raise CheckpointError(
-                f"Checkpoint {step} in {self.folder} cannot be read: {error}. Complete "
-                f"checkpoints: {self._complete()}; name another with --step, or move the folder "
-                f"{step} away so that the one before it is used."
+                f"Checkpoint {step} in {self.folder} cannot be read: {_reason(error)}. There are "
+                f"{self._complete()}: name another with --step, or move the folder {step} away so "
+                "that the one before it is used."
             ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what first went wrong, in a line; storage back ends raise OSErrors of many types."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error)
+    return "the disk is full" if "No space left" in text else text.partition("\n")[0]
 
 
 def _rank(metrics: Mapping[str, float | None]) -> float:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jaxft
 from jaxft.errors import ConfigError, JaxftError, nearest
 
 _EPILOG = """
@@ -28,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("jaxft: stopped.", file=sys.stderr)
-        return 130
+        print("jaxft: stopped.", file=sys.stderr, flush=True)
+        # A thread that is writing a checkpoint must not hold up who wants out now: what is
+        # incomplete is ignored later.
+        os._exit(130)
 
 
 def _run(arguments: list[str]) -> int:
@@ -50,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxft", description=__import__("jaxft").__doc__, allow_abbrev=False)
+    parser = _Parser(prog="jaxft", description=jaxft.__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, run: Callable, text: str, *, config: bool) -> argparse.ArgumentParser:
@@ -121,25 +124,27 @@ def _overrides(
         elif "=" in word:
             found.append(word)
         else:
-            found.append(f"{word}={next(words, 'true')}")
+            value = next(words, "")
+            if not value or value.startswith("--"):
+                raise ConfigError(f"{word} has no value; write {word}=….")
+            found.append(f"{word}={value}")
     if unknown:
         known = [name for action in options.parser._actions for name in action.option_strings]
         raise ConfigError([f"Unknown argument {w!r}.{nearest(w, known)}" for w in unknown])
     return found
 
 
-def _config(options: argparse.Namespace, *, training: bool = False):
+def _config(options: argparse.Namespace, **checks: bool):
     from jaxft.flags import read_config
 
-    return read_config(options.config, options.overrides, training=training)
+    return read_config(options.config, options.overrides, **checks)
 
 
 def _train(options: argparse.Namespace) -> int:
     if options.print_config:
         from jaxft.config import describe
-        from jaxft.flags import read_config
 
-        print(describe(read_config(options.config, options.overrides, validate=False)))
+        print(describe(_config(options, validate=False)))
         return 0
     config = _config(options, training=True)
     from jaxft.trainer import train
@@ -149,24 +154,23 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    config = _config(options)
+    config = _config(options, validate=False)  # --checkpoint may stand in for model.path
     from jaxft import evaluation, tables
 
     if options.compare:
         a, b = (evaluation.evaluate(config, path, step=options.step) for path in options.compare)
-        tables.print_comparison(evaluation.compare(a, b), *options.compare)
-        results = {"a": a, "b": b}
+        results, differences = {"a": a, "b": b}, evaluation.compare(a, b)
+        tables.print_comparison(differences, *options.compare)
     else:
         results = {"results": evaluation.evaluate(config, options.checkpoint, step=options.step)}
+        differences = None
         tables.print_evaluation(results["results"])
     if options.output:
-        tables.write_json(options.output, results)
+        tables.write_json(options.output, results, differences)
     return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
-    import jaxft
-
     model = jaxft.load(options.model, step=options.step, dtypes=options.dtypes)
     texts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     chat = model.tokenizer.chat_template is not None and not options.raw
@@ -202,17 +206,23 @@ def _export(options: argparse.Namespace) -> int:
 def _data(options: argparse.Namespace) -> int:
     config = _config(options)
     from jaxft.data.inspect import inspect
+    from jaxft.evaluation import named_sources
     from jaxft.model import find_source, load_model_tokenizer
-    from jaxft.progress import console, log
+    from jaxft.progress import log
+    from jaxft.tables import output
 
     source = find_source(config.model.path, revision=config.model.revision, weights=False)
     tokenizer = load_model_tokenizer(source, config.model.tokenizer)
-    console.print(inspect(config, tokenizer, on_log=log))
-    return 0
+    held_out = config.data.validation or config.eval.datasets or config.eval.retention
+    sources = named_sources(config) if held_out else {}
+    report = inspect(config, tokenizer, sources=sources, on_log=log)
+    output.print(report)
+    return 1 if any(item.refusal for item in report.sets) else 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    config = _config(options) if options.config or options.overrides else None
+    named = options.config or options.overrides
+    config = _config(options, validate=False) if named else None
     from jaxft.doctor import print_checks, run_doctor
 
     return print_checks(run_doctor(config))

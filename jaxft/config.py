@@ -5,6 +5,7 @@ so, because flags cannot carry `None`.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -150,9 +151,9 @@ class OptimConfig:
         0.0, "Last learning rate as a share of the peak.", minimum=0, maximum=1
     )
     weight_decay: float = key(0.01, "AdamW decay; never on norms and biases.", minimum=0)
-    beta1: float = key(0.9, "Decay of the first moment.", minimum=0, maximum=1)
-    beta2: float = key(0.95, "Decay of the second moment.", minimum=0, maximum=1)
-    epsilon: float = key(1e-8, "Added to the root of the second moment.", minimum=0)
+    beta1: float = key(0.9, "Decay of the first moment.", minimum=0, maximum=0.999999)
+    beta2: float = key(0.95, "Decay of the second moment.", minimum=0, maximum=0.999999)
+    epsilon: float = key(1e-8, "Added to the root of the second moment.", minimum=1e-30)
     clip_norm: float = key(1.0, "Largest global gradient norm; 0: no clipping.", minimum=0)
     freeze: str = key(
         "", "Regular expression searched in parameter paths; what matches is not trained."
@@ -282,6 +283,9 @@ class Item:
         """Yields what is wrong with the value."""
         if not self.is_typed:
             yield f"{self.path} is {self.value!r}; expected {self.expected}."
+            return
+        if self.type is float and not math.isfinite(self.value):
+            yield f"{self.path} is {self.value}; expected a finite number."
             return
         if self.choices and self.value not in self.choices:
             yield (

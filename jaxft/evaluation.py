@@ -1,6 +1,7 @@
 """Evaluation of a model, a checkpoint or an export, on named held-out data, on any mesh."""
 
 import copy
+import functools
 import itertools
 import math
 import re
@@ -13,17 +14,20 @@ import jax
 import numpy as np
 
 from jaxft import data, progress
-from jaxft.config import RunConfig
+from jaxft.checkpoint import Checkpoints
+from jaxft.config import RunConfig, to_dict
 from jaxft.data import TokenRows, chat
 from jaxft.errors import ConfigError, DataError
 from jaxft.hf.load import read_config
 from jaxft.intervals import Estimate, paired_difference, proportion, ratio
 from jaxft.model import (
     Model,
+    Source,
     check_vocabulary,
     find_source,
     load_model_tokenizer,
     load_weights,
+    use_template,
 )
 from jaxft.models.attention import check_backend
 from jaxft.models.families import architecture_from_hf
@@ -50,32 +54,34 @@ class RowSums:
     weight: np.ndarray
     correct: np.ndarray
 
-    @property
+    @functools.cached_property
     def loss(self) -> Estimate:
         """Nats per trained token; the interval is over rows."""
         return ratio(self.total, self.weight)
 
-    @property
-    def perplexity(self) -> float:
-        """Exponential of the loss."""
-        return math.exp(min(self.total.sum() / self.weight.sum(), 700.0))
+    @functools.cached_property
+    def perplexity(self) -> Estimate:
+        """Exponential of the loss and of its interval."""
+        loss = self.loss
+        value, low, high = (math.exp(min(x, 700.0)) for x in (loss.value, loss.low, loss.high))
+        return Estimate(value, low, high, loss.count)
 
-    @property
-    def token_accuracy(self) -> float:
-        """Share of trained tokens that were the model's first choice."""
-        return float(self.correct.sum() / self.weight.sum())
+    @functools.cached_property
+    def token_accuracy(self) -> Estimate:
+        """Share of trained tokens that were the model's first choice; the interval is over rows."""
+        return ratio(self.correct, self.weight)
 
     def record(self) -> dict[str, Any]:
         """Returns what eval.jsonl holds of it."""
-        loss = self.loss
-        return {
-            "loss": loss.value,
-            "loss_low": loss.low,
-            "loss_high": loss.high,
-            "perplexity": self.perplexity,
-            "token_accuracy": self.token_accuracy,
-            "weight": float(self.weight.sum()),
-        }
+        record: dict[str, Any] = {"weight": float(self.weight.sum())}
+        for name in ("loss", "perplexity", "token_accuracy"):
+            estimate: Estimate = getattr(self, name)
+            record |= {
+                name: estimate.value,
+                f"{name}_low": estimate.low,
+                f"{name}_high": estimate.high,
+            }
+        return record
 
 
 @dataclass(frozen=True)
@@ -187,10 +193,15 @@ def evaluate(
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)
     with progress.phase("Model and tokenizer"):
-        source = find_source(config.model.path, revision=config.model.revision, step=step)
+        revision = "" if checkpoint else config.model.revision
+        source = find_source(config.model.path, revision=revision, step=step)
         architecture = architecture_from_hf(read_config(source.folder))
-        tokenizer = load_model_tokenizer(source, "" if checkpoint else config.model.tokenizer)
+        # A run keeps the tokenizer it was trained with.
+        other = config.model.tokenizer if source.checkpoints is None else ""
+        tokenizer = load_model_tokenizer(source, other)
         check_vocabulary(tokenizer, architecture)
+        use_template(tokenizer, config.data)
+        _say_differences(config, source)
     with progress.phase("Data"):
         rows = {
             name: data.prepare(
@@ -218,6 +229,23 @@ def evaluate(
         name: _evaluate_one(config, evaluator, model, name, rows[name], sources[name])
         for name in sources
     }
+
+
+def _say_differences(config: RunConfig, source: Source) -> None:
+    """Logs where a checkpoint was trained on data read in another way than it is evaluated on."""
+    if source.checkpoints is None:
+        return
+    checkpoints = Checkpoints(source.checkpoints, read_only=True)
+    trained = checkpoints.restore_config(source.step)
+    checkpoints.close()
+    here = to_dict(config)
+    for key in ("format", "columns", "template", "thinking", "train_on", "text_split"):
+        name = f"data.{key}"
+        if trained.get(name, here[name]) != here[name]:
+            progress.log(
+                f"{name} is {here[name]!r} here; the run was trained with {trained[name]!r}.",
+                style="yellow",
+            )
 
 
 def named_sources(config: RunConfig) -> dict[str, str]:
@@ -272,7 +300,16 @@ def answer(config: RunConfig, model: Model, source: str) -> Answers:
     rows = list(_prompts(config, model.tokenizer, source, maximum=config.eval.answer_rows))
     if not rows:
         raise DataError(f"{source} has no row that ends with an assistant turn to compare with.")
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    room = model.architecture.config.max_length - config.eval.max_new_tokens
+    order = sorted(
+        (i for i, row in enumerate(rows) if len(row.ids) <= room), key=lambda i: len(rows[i].ids)
+    )
+    if len(order) < len(rows):
+        progress.log(
+            f"{len(rows) - len(order)} of {len(rows)} prompts leave no room for "
+            f"{config.eval.max_new_tokens} new tokens in the model's context; they count as wrong.",
+            style="yellow",
+        )
     outputs = [""] * len(rows)
     for start in range(0, len(order), _ANSWER_BATCH):
         part = order[start : start + _ANSWER_BATCH]
@@ -286,7 +323,11 @@ def answer(config: RunConfig, model: Model, source: str) -> Answers:
     by_label = config.eval.answers == "label"
     normalise = _label if by_label else str.strip
     references = [row.reference for row in rows]
-    right = [normalise(o) == normalise(r) for o, r in zip(outputs, references, strict=True)]
+    answered = set(order)
+    right = [
+        i in answered and normalise(output) == normalise(reference)
+        for i, (output, reference) in enumerate(zip(outputs, references, strict=True))
+    ]
     return Answers(
         metric="label_accuracy" if by_label else "exact_match",
         prompts=[row.text for row in rows],
@@ -306,14 +347,25 @@ class SamplePrompt:
     reference: str
 
 
-def read_sample_prompts(config: RunConfig, tokenizer: Any, rows: TokenRows) -> list[SamplePrompt]:
+def read_sample_prompts(
+    config: RunConfig, tokenizer: Any, rows: TokenRows, *, context: int
+) -> list[SamplePrompt]:
     """Returns the first prompts of the validation data, or of the training data without any.
 
     Of plain text it is the first half of a document's first tokens that is to be continued.
+
+    Args:
+      config: Names the data, and how many samples there are.
+      tokenizer: The tokenizer of the model.
+      rows: That data, as rows.
+      context: Tokens that the model can hold; prompts that leave no room are passed over.
     """
-    source, count = config.data.validation or config.data.train, config.eval.samples
+    count, room = config.eval.samples, context - config.eval.max_new_tokens
     if rows.is_chat and count:
-        return list(_prompts(config, tokenizer, source, maximum=count))
+        training = not config.data.validation
+        source = config.data.train if training else config.data.validation
+        found = _prompts(config, tokenizer, source, maximum=0, training=training)
+        return list(itertools.islice((p for p in found if len(p.ids) <= room), count))
     prompts = []
     for number in range(min(count, len(rows))):
         ids = rows[number].tokens[rows[number].segments == 1][: 2 * _TEXT_PROMPT].tolist()
@@ -324,11 +376,11 @@ def read_sample_prompts(config: RunConfig, tokenizer: Any, rows: TokenRows) -> l
 
 
 def _prompts(
-    config: RunConfig, tokenizer: Any, source: str, *, maximum: int
+    config: RunConfig, tokenizer: Any, source: str, *, maximum: int, training: bool = False
 ) -> Iterator[SamplePrompt]:
     """Yields the first rows that end with an answer; `maximum` 0 yields all."""
     template = chat.resolve_template(tokenizer, config.data)
-    found = data.conversations(source, config.data, on_log=lambda text: None)
+    found = data.conversations(source, config.data, training=training, on_log=lambda text: None)
     answered = (row for row in found if row.messages[-1]["role"] == "assistant")
     for row in itertools.islice(answered, maximum or None):
         *asked, expected = row.messages

@@ -145,16 +145,13 @@ def _generate(
         ones = jnp.ones((rows, 1), jnp.int32)
         hidden, cache = model.extend(last[:, None], position[:, None], ones, cache)
         token = choose(model.logits(hidden)[:, 0], step)
-        # A finished row goes on repeating its stop token, which ends it when the text is cut.
-        token = jnp.where(done, last, token)
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], step, 1)
         return step + 1, token, done | jnp.isin(token, stop_ids), position + 1, cache, new
 
     done = jnp.isin(first, stop_ids)
     start = (jnp.int32(1), first, done, positions[:, -1] + 1, cache, new)
-    step, last, _, _, _, new = jax.lax.while_loop(running, decode, start)
-    # Slots behind the last step hold what ended each row.
-    return jnp.where(jnp.arange(max_new_tokens)[None] < step, new, last[:, None])
+    # What follows a row's stop token is cut off: it went on beside rows that had not ended.
+    return jax.lax.while_loop(running, decode, start)[-1]
 
 
 def _filter(

@@ -59,7 +59,8 @@ def _resample(values: np.ndarray) -> np.ndarray:
 
 
 def _estimate(value: float, resampled: np.ndarray, count: int) -> Estimate:
-    # A resample without any trained token has no ratio.
+    # A resample without any trained token has no ratio, and one row says nothing of its spread.
     finite = resampled[np.isfinite(resampled)]
-    low, high = np.quantile(finite, (0.025, 0.975)) if len(finite) else (np.nan, np.nan)
+    known = count > 1 and len(finite) > 0
+    low, high = np.quantile(finite, (0.025, 0.975)) if known else (np.nan, np.nan)
     return Estimate(float(value), float(low), float(high), count)

@@ -5,14 +5,18 @@ import importlib
 import importlib.util
 import json
 import math
+import struct
+import time
+from pathlib import Path
 from typing import Any, NamedTuple, SupportsFloat
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from jaxft.devices import device_memory, host_memory
 from jaxft.errors import ConfigError
-from jaxft.workdir import Workdir, append_jsonl, read_jsonl, rewrite_jsonl
+from jaxft.workdir import Workdir, append_bytes, append_jsonl, read_jsonl, rewrite_jsonl
 
 
 class TrainingFlops(NamedTuple):
@@ -144,11 +148,7 @@ class MetricsWriter:
         for path in (workdir.metrics, workdir.evaluations, workdir.samples):
             if path.exists():
                 rewrite_jsonl(path, [r for r in read_jsonl(path) if _step(r) <= start_step])
-        self._board = SummaryWriter(
-            str(workdir.events),
-            purge_step=start_step + 1 if start_step else None,
-            flush_secs=10,
-        )
+        self._events = _EventFile(workdir.events, purge_step=start_step + 1)
         self._wandb = _start_wandb(workdir, wandb_project) if wandb_project else None
 
     def __enter__(self) -> "MetricsWriter":
@@ -172,17 +172,40 @@ class MetricsWriter:
         append_jsonl(self._workdir.samples, record)
 
     def close(self) -> None:
-        """Flushes and closes; the writer cannot be used after it."""
-        self._board.close()
+        """Ends the part of the run at wandb; the writer cannot be used after it."""
         if self._wandb is not None:
             self._wandb.finish()
 
     def _publish(self, group: str, record: dict[str, Any]) -> None:
         scalars = {f"{group}/{name}": value for name, value in _scalars(record)}
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, record["step"])
+        self._events.write(scalars, step=record["step"])
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
+
+
+class _EventFile:
+    """A TensorBoard event file. Unlike tensorboardX's writer it has no thread that could fail."""
+
+    def __init__(self, folder: Path, *, purge_step: int):
+        folder.mkdir(exist_ok=True)
+        # The time tells the parts of a resumed run apart; TensorBoard asks for "tfevents".
+        self._path = folder / f"events.out.tfevents.{time.time():.6f}"
+        self._append(file_version="brain.Event:2")
+        if purge_step:
+            log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # pyright: ignore
+            self._append(step=purge_step, session_log=log)
+
+    def write(self, scalars: dict[str, float], *, step: int) -> None:
+        summary = summary_pb2.Summary()  # pyright: ignore
+        for name, value in scalars.items():
+            summary.value.add(tag=name, simple_value=value)
+        self._append(step=step, summary=summary)
+
+    def _append(self, **fields: Any) -> None:
+        data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()  # pyright: ignore
+        length = struct.pack("<Q", len(data))
+        checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        append_bytes(self._path, length + checks[0] + data + checks[1])
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -1,7 +1,8 @@
 """A loaded model: logits and text, from a Hugging Face folder, a repository id or a checkpoint."""
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def find_source(
     path = Path(path_or_repo_id).expanduser()
     if path.name.isdecimal() and path.parent.name == "checkpoints":
         path, step = path.parent.parent, path.name
-    if not (path / "checkpoints").is_dir():
+    if not ((path / "checkpoints").is_dir() and (path / "model").is_dir()):
         return Source(resolve(str(path_or_repo_id), revision=revision, weights=weights))
     folder = path / "checkpoints"
     checkpoints = Checkpoints(folder, read_only=True)
@@ -117,7 +118,7 @@ class Model:
         """Number of parameters; a tied table counts once."""
         return sum(array.size for array in self.params.values())
 
-    @property
+    @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: of the chat template, the tokenizer and both config files."""
         file = self.source.folder / "generation_config.json"
@@ -126,7 +127,7 @@ class Model:
         turn_ends = self.template.stops.values() if self.tokenizer.chat_template else ()
         return tuple(sorted({*known, *turn_ends}))
 
-    @property
+    @functools.cached_property
     def template(self) -> chat.Template:
         """The tokenizer's chat template, or the built-in default."""
         return chat.resolve_template(self.tokenizer, DataConfig())
@@ -185,7 +186,7 @@ class Model:
         """As `generate`, for prompts that are token ids already."""
         empty = [i for i, ids in enumerate(prompts) if not ids]
         if empty:
-            raise ValueError(f"prompt {empty[0]} has no tokens; write at least one character.")
+            raise ConfigError(f"prompt {empty[0]} has no tokens; write at least one character.")
         limit = self.architecture.config.max_length
         longest = max(map(len, prompts)) + max_new_tokens
         if longest > limit:
@@ -204,10 +205,6 @@ class Model:
         )
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
 
-    def with_params(self, params: Params) -> "Model":
-        """Returns the same model with other weights."""
-        return replace(self, params=params)
-
 
 @jax.jit(static_argnums=0)
 def _forward(graphdef: Any, params: Params, tokens: Any) -> Float[Array, "B T V"]:
@@ -221,6 +218,7 @@ def load(
     step: str = "best",
     dtypes: str = "float32",
     placement: Placement | None = None,
+    device: Any = None,
 ) -> Model:
     """Loads a model for inference, evaluation or export.
 
@@ -230,6 +228,7 @@ def load(
       step: Which checkpoint of a workdir: `best`, `latest` or a number.
       dtypes: `float32`, `mixed` or `bfloat16` (half the memory of float32).
       placement: Shards the weights; one device holds them if absent.
+      device: That one device; the first one by default.
 
     Raises:
       ModelError: If it cannot be found, is not supported or does not fit its config.json.
@@ -238,7 +237,11 @@ def load(
     source = find_source(path_or_repo_id, revision=revision, step=step)
     architecture = architecture_from_hf(read_config(source.folder))
     abstract = architecture.abstract(make_numerics(dtypes))
-    shardings = placement.shardings(abstract.params, abstract.axes) if placement else None
+    if placement is not None:
+        shardings = placement.shardings(abstract.params, abstract.axes)
+    else:
+        single = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+        shardings = dict.fromkeys(abstract.params, single)
     params = load_weights(source, architecture, abstract, shardings)
     return Model(architecture, abstract, params, load_tokenizer(source.folder), source)
 
@@ -247,14 +250,11 @@ def load_weights(
     source: Source,
     architecture: Architecture,
     abstract: AbstractModel,
-    shardings: Mapping[str, jax.sharding.Sharding] | None,
+    shardings: Mapping[str, jax.sharding.Sharding],
 ) -> Params:
     """Reads weights from safetensors or from a checkpoint, each device its own part."""
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
-        path: jax.ShapeDtypeStruct(
-            spec.shape, spec.dtype, sharding=shardings[path] if shardings else default
-        )
+        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[path])
         for path, spec in abstract.params.items()
     }
     if source.checkpoints is None:
@@ -282,6 +282,12 @@ def tensor_dtypes_of(source: Source) -> dict[str, str]:
 def load_model_tokenizer(source: Source, other: str = "") -> Any:
     """Loads the tokenizer of a model, or `other`, a folder or repository id, in its place."""
     return load_tokenizer(resolve(other, weights=False) if other else source.folder)
+
+
+def use_template(tokenizer: Any, config: DataConfig) -> None:
+    """Puts the template that `data.template` names in the place of the tokenizer's own."""
+    if config.template:
+        tokenizer.chat_template = chat.resolve_template(tokenizer, config).text
 
 
 def check_vocabulary(tokenizer: Any, architecture: Architecture) -> None:

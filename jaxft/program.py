@@ -104,13 +104,15 @@ def build_evaluator(
       ConfigError: If the strategy cannot place the model, or attention cannot be had.
     """
     numerics = make_numerics(config.model.dtypes)
+    device = placement.mesh.devices.flat[0]
     attention = choose_backend(
         config.model.attention,
-        platform=placement.mesh.devices.flat[0].platform,
+        platform=device.platform,
         head_dim=architecture.config.head_dim,
         length=config.data.max_length,
         compute_dtype=numerics.compute_dtype,
         max_segments=max_segments,
+        compute_capability=str(getattr(device, "compute_capability", "")),
     )
     numerics = make_numerics(
         config.model.dtypes, remat=config.model.remat, attention=attention.backend
@@ -148,6 +150,15 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
             f"{rows} rows, which cannot be split over {placement.batch_shards} devices. Use a "
             f"multiple of {placement.batch_shards * train.accumulation}."
         )
+    if not steps:
+        raise ConfigError(
+            f"train.epochs {train.epochs} of this data is less than one step of "
+            f"{train.batch_size} rows; set train.steps, more epochs or a smaller batch."
+        )
+    if config.optim.warmup_steps > steps:
+        raise ConfigError(
+            f"optim.warmup_steps {config.optim.warmup_steps} exceeds the run's {steps} steps."
+        )
     schedule = make_schedule(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
     state = abstract_state(
@@ -179,6 +190,7 @@ def put(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs on disk between runs; `off` keeps none."""
     if folder == "off":
+        jax.config.update("jax_compilation_cache_dir", None)
         return
     path = Path(folder or "~/.cache/jaxft/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(path))

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from jaxft.evaluation import Comparison, Evaluation
 from jaxft.intervals import Estimate
-from jaxft.progress import console
 from jaxft.workdir import write_text
+
+# Results go to stdout; progress goes to stderr.
+output = Console()
 
 
 def print_evaluation(results: Mapping[str, Evaluation]) -> None:
@@ -23,17 +26,17 @@ def print_evaluation(results: Mapping[str, Evaluation]) -> None:
     for name, evaluation in results.items():
         rows = evaluation.rows
         cells = [name, f"{rows.weight.sum():,.0f}", _number(rows.loss)]
-        cells += [f"{rows.perplexity:.4g}", f"{rows.token_accuracy:.2%}"]
+        cells += [_number(rows.perplexity, "{:.4g}"), _share(rows.token_accuracy)]
         if answered:
             cells.append(_share(evaluation.answers.accuracy) if evaluation.answers else "–")
         table.add_row(*cells)
-    console.print(table)
-    console.print("[dim]In brackets: 95 % intervals, over rows or answers.[/dim]")
+    output.print(table)
+    output.print("[dim]In brackets: 95 % intervals, over rows or answers.[/dim]")
 
 
 def print_comparison(results: Mapping[str, Comparison], name_a: str, name_b: str) -> None:
     """Prints both models with the paired difference; retention says what was lost elsewhere."""
-    console.print(f"A: {name_a}\nB: {name_b}", markup=False, highlight=False)
+    output.print(f"A: {name_a}\nB: {name_b}", markup=False, highlight=False)
     table = _table(["data", "measure", "A", "B", "B - A"])
     for name, comparison in results.items():
         a, b = comparison.a, comparison.b
@@ -43,9 +46,9 @@ def print_comparison(results: Mapping[str, Comparison], name_a: str, name_b: str
             metric = a.answers.metric.replace("_", " ")
             shares = _share(a.answers.accuracy), _share(b.answers.accuracy)
             table.add_row("", metric, *shares, _signed(comparison.answers, percent=True))
-    console.print(table)
+    output.print(table)
     if "retention" in results and len(results) > 1:
-        console.print(_gain_and_loss(results))
+        output.print(_gain_and_loss(results))
 
 
 def _gain_and_loss(results: Mapping[str, Comparison]) -> str:
@@ -57,12 +60,24 @@ def _gain_and_loss(results: Mapping[str, Comparison]) -> str:
     )
 
 
-def write_json(file: str, results: Mapping[str, Mapping[str, Evaluation]]) -> None:
-    """Writes all figures, and the generated answers, to a file."""
-    content = {
+def write_json(
+    file: str,
+    results: Mapping[str, Mapping[str, Evaluation]],
+    differences: Mapping[str, Comparison] | None = None,
+) -> None:
+    """Writes all figures, the generated answers, and the paired differences, to a file."""
+    content: dict[str, Any] = {
         model: {name: _jsonable(evaluation) for name, evaluation in evaluations.items()}
         for model, evaluations in results.items()
     }
+    if differences:
+        content["b - a"] = {
+            name: {
+                "loss": dataclasses.asdict(comparison.loss),
+                "answers": comparison.answers and dataclasses.asdict(comparison.answers),
+            }
+            for name, comparison in differences.items()
+        }
     write_text(Path(file), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -90,8 +105,9 @@ def _table(columns: list[str]) -> Table:
     return table
 
 
-def _number(estimate: Estimate) -> str:
-    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+def _number(estimate: Estimate, form: str = "{:.4f}") -> str:
+    value, low, high = (form.format(x) for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
 
 
 def _share(estimate: Estimate) -> str:

@@ -1,12 +1,13 @@
 """A training run from config to report: read it top to bottom."""
 
+import collections
 import contextlib
 import copy
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ from jaxft.model import (
     load_model_tokenizer,
     load_weights,
     tensor_dtypes_of,
+    use_template,
 )
 from jaxft.models.attention import check_backend
-from jaxft.models.families import architecture_from_hf
+from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.module import init_params
 from jaxft.periods import Period, Periods, Sums
 from jaxft.program import (
@@ -48,10 +50,15 @@ from jaxft.program import (
     use_compilation_cache,
 )
 from jaxft.report import write_report
+from jaxft.sharding.rules import Placement
 from jaxft.signals import StopRequest, stop_on_signals
 from jaxft.state import TrainState, init_state
 from jaxft.train_step import StepMetrics
 from jaxft.workdir import Workdir, read_jsonl, write_text
+
+# Steps that the host may be ahead of the device: enough to keep it busy, few enough that a signal
+# is answered soon and that batches do not pile up in its memory.
+_STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +117,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     """
     config = copy.deepcopy(config)
     config.validate(training=True)
+    _refuse_several_hosts()
     require_wandb(config.train.wandb)
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)
@@ -118,17 +126,17 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         source = find_source(
             config.model.path,
             revision=config.model.revision,
-            step="latest",
             weights=not config.model.random_init,
         )
         architecture = architecture_from_hf(read_config(source.folder))
         tokenizer = load_model_tokenizer(source, config.model.tokenizer)
         check_vocabulary(tokenizer, architecture)
-    workdir = Workdir.open(config.train.workdir, config, resume=resume, overwrite=overwrite)
+        use_template(tokenizer, config.data)
+    workdir = Workdir.check(config.train.workdir, config, resume=resume, overwrite=overwrite)
     for change in workdir.changes:
         progress.log(f"Changed since the run was started: {change}", style="yellow")
-    checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.train.keep_last)
-    start = checkpoints.steps()[-1] if checkpoints.steps() else 0
+    start = _newest_step(workdir)
+    _check_before_reading_data(config, architecture, placement)
     with progress.phase("Data"):
         rows, held_out = _read_data(config, tokenizer)
         iterator = data.batches(
@@ -151,11 +159,17 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     )
     program = build(config, evaluator, steps=iterator.steps)
     _announce(config, evaluator, iterator.steps)
+    _warn(config, architecture, (rows, *held_out.values()))
     check_backend(evaluator.attention.backend, architecture.config)
+    if not start:
+        workdir.begin(config)
+    checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.train.keep_last)
+    checkpoints.check_space(program.state, count=config.train.keep_last + 2)
     with progress.phase("Weights") as phase:
         if start:
             state, counts = checkpoints.restore(program.state, start)
             _check_same_data(counts, iterator, workdir)
+            workdir.begin(config)
             phase.detail(f"checkpoint of step {start}")
         else:
             state, counts = _init_state(config, program, source), Progress(data={})
@@ -168,7 +182,12 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         program=program,
         tokenizer=tokenizer,
         workdir=workdir,
-        sample_prompts=read_sample_prompts(config, tokenizer, held_out.get("validation", rows)),
+        sample_prompts=read_sample_prompts(
+            config,
+            tokenizer,
+            held_out.get("validation", rows),
+            context=architecture.config.max_length,
+        ),
         rows=rows,
         held_out=held_out,
         # Without a checkpoint the run begins anew: records of step 0 are not kept either.
@@ -203,10 +222,14 @@ def _loop(
         return state, "patience"
     reason = "end"
     periods = Periods(Sums(**run.counts.period), check=functools.partial(_require_finite, run))
+    in_flight: collections.deque[StepMetrics] = collections.deque()
     with run.bar:
         for done, batch in zip(range(start + 1, steps + 1), run.iterator, strict=False):
             state, metrics = step(state, put(batch, sharding))
             periods.add(done, metrics)
+            in_flight.append(metrics)
+            if len(in_flight) > _STEPS_AHEAD:
+                jax.block_until_ready(in_flight.popleft())
             run.bar.update(done)
             last = done == steps
             if last or done % config.log_every == 0:
@@ -233,8 +256,59 @@ def _loop(
     return state, reason
 
 
+def _newest_step(workdir: Workdir) -> int:
+    """Returns the step that the run goes on from; 0 if it starts."""
+    if not (workdir.resumed and workdir.checkpoints.is_dir()):
+        return 0
+    checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    return steps[-1] if steps else 0
+
+
+def _check_before_reading_data(
+    config: RunConfig, architecture: Architecture, placement: Placement
+) -> None:
+    """Raises what is wrong with model, mesh and batch, before data takes its time."""
+    steps = config.train.steps or max(config.optim.warmup_steps, 1)
+    build(
+        config,
+        build_evaluator(config, architecture, max_segments=1, placement=placement),
+        steps=steps,
+    )
+
+
+def _warn(config: RunConfig, architecture: Architecture, sets: Iterable[TokenRows]) -> None:
+    """Logs what is allowed and is seldom meant."""
+    context = architecture.config.max_length
+    longest = max(min(r.statistics.packed.longest, r.max_length) for r in sets)
+    longest = config.data.max_length if config.data.packing == "stream" else longest
+    if longest > context:
+        progress.log(
+            f"Documents have up to {longest} tokens and the model's context is {context}: it is "
+            "trained on positions that it has never seen. Set data.max_length.",
+            style="yellow",
+        )
+    if config.model.dtypes == "bfloat16":
+        progress.log(
+            "Parameters are bfloat16, which has 8 bits: updates under 1/256 of a weight are lost. "
+            "Small learning rates need model.dtypes=mixed.",
+            style="yellow",
+        )
+
+
+def _refuse_several_hosts() -> None:
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"This is one of {jax.process_count()} processes; training runs on the devices of one "
+            "host. Start it in a single process."
+        )
+
+
 def _refuse_workdir_of_model(config: RunConfig) -> None:
-    workdir, model = (Path(p).expanduser().resolve() for p in (config.train.workdir, config.model.path))
+    workdir, model = (
+        Path(p).expanduser().resolve() for p in (config.train.workdir, config.model.path)
+    )
     if workdir in (model, *model.parents) and model.exists():
         raise ConfigError(
             f"train.workdir and model.path are the same folder, {workdir}, which the run would "
@@ -296,13 +370,19 @@ def _keep_model_files(
 ) -> None:
     """Puts config.json, tokenizer and template beside the checkpoints, so that they stand alone."""
     folder = workdir.model
-    folder.mkdir(exist_ok=True)
-    for name in ("config.json", "generation_config.json"):
-        if (source.folder / name).is_file():
-            (folder / name).write_bytes((source.folder / name).read_bytes())
     template = chat.resolve_template(tokenizer, config.data).text if is_chat else None
-    save_tokenizer(tokenizer, folder, chat_template=template)
     dtypes = {} if config.model.random_init else tensor_dtypes_of(source)
+    try:
+        folder.mkdir(exist_ok=True)
+        for name in ("config.json", "generation_config.json"):
+            if (source.folder / name).is_file():
+                (folder / name).write_bytes((source.folder / name).read_bytes())
+        save_tokenizer(tokenizer, folder, chat_template=template)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise TrainingError(
+            f"{folder} cannot be written: {error}. Free some disk space or mend the folder's "
+            "permissions, then start again."
+        ) from error
     write_text(folder / "tensor_dtypes.json", json.dumps(dtypes, indent=1))
 
 
@@ -328,7 +408,7 @@ def _evaluate(run: _Run, state: TrainState) -> float | None:
         run.writer.write_eval(record)
         progress.log(
             f"step {record['step']}: {name} loss {result.loss.value:.4f}, "
-            f"perplexity {result.perplexity:.3f}, accuracy {result.token_accuracy:.4f}"
+            f"perplexity {record['perplexity']:.3f}, accuracy {record['token_accuracy']:.4f}"
         )
         if name == "validation":
             loss = result.loss.value

@@ -57,9 +57,7 @@ _PACKAGES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Workdir:
-    """A run's folder. `Workdir.open` makes one; `Workdir.read` looks at one that is there.
-
-    On several hosts with a shared disk only process 0 opens it.
+    """A run's folder. `Workdir.check` and `begin` make one; `read` looks at one that is there.
 
     Attributes:
       path: The folder.
@@ -117,10 +115,10 @@ class Workdir:
         return self.path / "checkpoints"
 
     @classmethod
-    def open(
+    def check(
         cls, path: str | Path, config: RunConfig, *, resume: bool, overwrite: bool
     ) -> "Workdir":
-        """Makes the folder ready for a run and writes its configuration and environment.
+        """Says whether a run may use the folder; changes nothing before `begin`.
 
         A folder in which a start failed before its first record counts as empty. Resuming where
         there is no run starts one, so that a restarted job needs no other command.
@@ -128,7 +126,7 @@ class Workdir:
         Raises:
           ConfigError: If the configuration is wrong, or both flags are set.
           CheckpointError: If the folder holds a run and neither flag is set, if a key that the
-            continuation depends on has changed, or if overwriting would delete foreign files.
+            continuation depends on has changed, or if files would be deleted that no run made.
         """
         if resume and overwrite:
             raise ConfigError(
@@ -139,14 +137,13 @@ class Workdir:
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder} is a file; train.workdir names a folder.")
         if not _holds_run(folder):
-            _remove_run(folder)
-            return cls._start(folder, config)
+            _refuse_files_of_others(folder)
+            return cls(path=folder)
         if resume:
             return cls._continue(folder, config)
         if overwrite:
             _refuse_foreign_files(folder)
-            _remove_run(folder)
-            return cls._start(folder, config)
+            return cls(path=folder)
         raise CheckpointError(
             f"{folder} holds another run. Continue it with --resume, delete it with --overwrite, "
             "or name another folder with train.workdir."
@@ -165,12 +162,6 @@ class Workdir:
         return cls(path=folder, resumed=True)
 
     @classmethod
-    def _start(cls, folder: Path, config: RunConfig) -> "Workdir":
-        workdir = cls(path=folder)
-        workdir._describe(config)
-        return workdir
-
-    @classmethod
     def _continue(cls, folder: Path, config: RunConfig) -> "Workdir":
         changes = _changes(folder / "config.json", config)
         fatal = [text for key, text in changes if _is_fixed(key)]
@@ -182,11 +173,16 @@ class Workdir:
                     *fatal,
                 ]
             )
-        workdir = cls(path=folder, resumed=True, changes=tuple(text for _, text in changes))
-        workdir._describe(config)
-        return workdir
+        return cls(path=folder, resumed=True, changes=tuple(text for _, text in changes))
 
-    def _describe(self, config: RunConfig) -> None:
+    def begin(self, config: RunConfig) -> None:
+        """Deletes an earlier run, unless it is resumed, and describes this one.
+
+        Raises:
+          CheckpointError: If the folder cannot be made.
+        """
+        if not self.resumed:
+            _remove_run(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -242,12 +238,20 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     Raises:
       TrainingError: If the disk is full or the file cannot be written.
     """
-    line = (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode()
+    append_bytes(path, (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode())
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Appends to a file in a single write; nothing is kept back.
+
+    Raises:
+      TrainingError: If the disk is full or the file cannot be written.
+    """
     try:
         with path.open("ab", buffering=0) as file:
-            written = file.write(line)
-            if written < len(line):
-                file.write(line[written:])  # raises what stopped the first write
+            written = file.write(data)
+            if written < len(data):
+                file.write(data[written:])  # raises what stopped the first write
     except OSError as error:
         raise _write_error(path, error) from error
 
@@ -303,6 +307,21 @@ def _holds_run(folder: Path) -> bool:
         return True
     checkpoints = folder / "checkpoints"
     return checkpoints.is_dir() and any(checkpoints.iterdir())
+
+
+def _refuse_files_of_others(folder: Path) -> None:
+    """Raises CheckpointError if names that a run uses are taken by what no run made."""
+    taken = [name for name in (*_FILES, *_FOLDERS) if (folder / name).exists()]
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        ours = isinstance(config, dict) and set(config) <= set(to_dict(RunConfig()))
+    except (OSError, ValueError):
+        ours = False
+    if taken and not ours:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(taken)}, which no run of jaxft made and which a run would "
+            "replace. Name another folder with train.workdir."
+        )
 
 
 def _refuse_foreign_files(folder: Path) -> None:

@@ -114,12 +114,35 @@ def test_the_binding_of_cudnn_sees_one_offset_for_each_segment_of_all_rows():
     np.testing.assert_array_equal(kv_offsets.reshape(-1)[:5], starts * 32)
 
 
+def test_packed_rows_lower_to_the_kernel_of_cudnn_in_both_passes(monkeypatch):
+    """The lowering asks the GPU for its versions; here a Hopper with a recent cuDNN answers."""
+    from jax._src.cudnn import fused_attention_stablehlo as binding
+
+    monkeypatch.setattr(binding, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(binding, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(binding, "is_cuda_compute_capability_equal", lambda capability: False)
+    arrays = [
+        jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in random_qkv((2, 256), head_dim=64)
+    ]
+
+    def total(q, k, v):
+        return jnp.sum(attend(q, k, v, jnp.asarray(SEGMENTS), backend="cudnn").astype(jnp.float32))
+
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == 1
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+    assert text.count(f"\\22max_seg_per_batch\\22: {MAX_SEGMENTS}") == 2
+    assert text.count("PADDING_CAUSAL") == 2
+
+
 CHOICE = {
     "platform": "cpu",
     "head_dim": 128,
     "length": 1024,
     "compute_dtype": jnp.bfloat16,
     "max_segments": 8,
+    "compute_capability": "9.0",
 }
 
 
@@ -128,6 +151,7 @@ CHOICE = {
     [
         ({}, "xla", "fastest that fits on cpu"),
         ({"platform": "gpu"}, "cudnn", "fastest that fits on gpu"),
+        ({"platform": "gpu", "compute_capability": "8.0"}, "xla", "cudnn .*Hopper.* has 8.0"),
         ({"platform": "tpu"}, "splash", "fastest that fits on tpu"),
         ({"platform": "gpu", "compute_dtype": jnp.float32}, "xla", "cudnn .* compute is float32"),
         ({"platform": "gpu", "head_dim": 36}, "xla", "cudnn .* head size 36"),

@@ -63,6 +63,8 @@ def test_help_lists_the_commands(capsys):
         (["train"], "model.path is empty"),
         (["generate", "--model=m", "--config.optim.beta1=1"], "Unknown argument"),
         (["generate", "--model=m", "--top_k=many"], "invalid int value"),
+        (["train", "--config.train.workdir", "--config.train.steps=5"], "has no value"),
+        (["export", "--checkpoint=c", "--output=x", "--dtype=bf16"], "expected one of float32"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_one_line(capsys, arguments, words):

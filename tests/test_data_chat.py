@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from jaxft.config import DataConfig
 from jaxft.data.chat import (
+    DATE,
     Template,
     chat_examples,
     check_can_stop,
@@ -347,3 +348,44 @@ def test_text_gets_one_bos_and_an_end(load):
     assert marked.ids.tolist()[:2].count(tokenizer.bos_token_id) == 1
     [open_end] = text_examples(tokenizer, ["Once"], end=False)
     assert open_end.ids.tolist() == tokenizer("Once").input_ids
+
+
+LLAMA_HEADER = """
+  {%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- macro today() %}{{ strftime_now(format="%Y-%m-%d") }}{% endmacro %}
+"""
+
+
+def render_with(tokenizer, text):
+    template = Template(text, "file", {}, True)
+    assert template.is_dated == ("strftime_now" in text)
+    return render(tokenizer, [user("q")], template=template)
+
+
+def test_templates_are_given_the_same_day_every_day(load):
+    text = render_with(load("gpt2"), LLAMA_HEADER + "Today: {{ date_string }}, {{ today() }}")
+    assert text.endswith("Today: 26 Jul 2024, 2024-07-26")
+
+
+def test_a_fixed_date_changes_nothing_else(load):
+    """White space and line ends at the start of a template are what Jinja's options make them."""
+    for text in (
+        "\n a {{ 1 }}\n",
+        "  {% if true %}\n b{% endif %}",
+        "\n{%- if true %}c{% endif %}",
+    ):
+        used = "{% if false %}{{ strftime_now('%d') }}{% endif %}"
+        unused = used.replace("strftime_now('%d')", "1")
+        assert render_with(load("gpt2"), text + used) == render_with(load("gpt2"), text + unused)
+
+
+def test_dates_are_written_as_python_writes_them(load):
+    for directive in ["%A %d. %B %y, %H:%M:%S", "%-d/%-m/%Y", "%j %p %I %U", "%d%m", "%s", "100"]:
+        text = render_with(load("gpt2"), f"{{{{ strftime_now('{directive}') }}}}")
+        assert text == DATE.strftime(directive)

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.inspect import inspect
+from jaxft.data.preparation import prepare
+from jaxft.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def show(report, **options):
 def test_duplicates_and_overlap_are_counted(report):
     train, validation = report.sets
     assert (train.duplicates, validation.duplicates) == (1, 0)
-    assert report.overlap == 1
+    assert (train.overlap, validation.overlap) == (None, 1)
 
 
 def test_the_histogram_counts_every_document(report):
@@ -87,6 +89,65 @@ def test_trained_tokens_are_coloured(report):
     styled = console.export_text(styles=True)
     assert "\x1b[1;32manswer 0 <|im_end|>" in styled
     assert "\x1b[2mquestion 0<|im_end|>" in styled
+
+
+def test_trained_tokens_are_marked_where_there_is_no_colour(report):
+    for options in ({}, {"force_terminal": True, "color_system": "truecolor", "no_color": True}):
+        text = show(report, **options).export_text()
+        assert "⟦trained tokens⟧, masked" in text
+        assert "⟦<think>" in text
+        assert "answer 0 <|im_end|>⟧" in text
+    text = show(report, force_terminal=True, color_system="truecolor").export_text()
+    assert "⟦" not in text
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"prompt": f"q {i}", "completion": "word " * (10 * i + 1)} for i in range(10)]
+    for name in ("train", "other"):
+        text = "".join(json.dumps(item) + "\n" for item in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+        rows = rows[:2]
+    return DataConfig(
+        train=str(tmp_path / "train.jsonl"), cache=str(tmp_path / "cache"), max_length=32
+    )
+
+
+@pytest.mark.parametrize(("overlength", "length"), [("error", 32), ("drop", 4)])
+def test_documents_that_training_refuses_are_shown_with_the_refusal(
+    data, tokenizer, overlength, length
+):
+    data.overlength, data.max_length = overlength, length
+    report = inspect(RunConfig(data=data), tokenizer)
+    [train] = report.sets
+    assert train.counts.sum() == 10
+    with pytest.raises(DataError, match=r"data\.max_length") as error:
+        prepare(data.train, data, tokenizer, seed=0, training=True, on_log=lambda text: None)
+    assert train.refusal == str(error.value)
+    text = show(report).export_text()
+    assert "Refused as it is" in text
+    assert "Tokens in a document: train" in text
+    assert "overlength=split" not in text
+    styled = show(report, force_terminal=True, color_system="truecolor").export_text(styles=True)
+    assert "\x1b[1;31mtrain: " in styled
+
+
+def test_every_held_out_set_is_reported(data, tokenizer):
+    data.overlength = "truncate"
+    other = data.train.replace("train.jsonl", "other.jsonl")
+    sources = {"validation": other, "retention": other}
+    report = inspect(RunConfig(data=data), tokenizer, sources=sources)
+    assert [item.name for item in report.sets] == ["train", "validation", "retention"]
+    assert [item.overlap for item in report.sets] == [None, 2, 2]
+    assert "overlap: 2 of 2 retention documents" in show(report).export_text()
+    data.train = ""
+    report = inspect(RunConfig(data=data), tokenizer, sources={"retention": other})
+    assert [(item.name, item.overlap) for item in report.sets] == [("retention", None)]
+
+
+def test_a_report_on_nothing_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match=r"set data\.train, data\.validation"):
+        inspect(RunConfig(), tokenizer)
 
 
 def test_markup_in_the_data_is_shown_as_it_is(tmp_path, tokenizer):

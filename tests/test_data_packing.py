@@ -54,6 +54,34 @@ def test_a_piece_goes_where_the_least_space_is_left():
     assert list(best_fit([(0, 6), (6, 11), (11, 13)], 8)) == [[(0, 6), (11, 13)], [(6, 11)]]
 
 
+def test_rows_stand_where_their_longest_pieces_stood():
+    pieces = [(0, 2), (2, 7), (7, 9), (9, 15), (15, 23)]
+    assert [max(row, key=lambda piece: piece[1] - piece[0]) for row in best_fit(pieces, 8)] == [
+        (2, 7),
+        (9, 15),
+        (15, 23),
+    ]
+
+
+def test_the_first_rows_are_a_fair_sample_of_all():
+    """Without order by length: neither long documents lead nor rows of many short ones."""
+    lengths, counts = [], []
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        ends = np.cumsum(random.lognormal(4, 1, 1500).astype(int).clip(2, 512)).tolist()
+        pieces = list(itertools.pairwise([0, *ends]))
+        rows = list(best_fit(pieces, 512))
+        first = rows[: len(rows) // 5]
+
+        def mean_length(rows):
+            return np.mean([end - begin for row in rows for begin, end in row])
+
+        lengths.append(mean_length(first) / mean_length(rows))
+        counts.append(np.mean([len(row) for row in first]) / np.mean([len(row) for row in rows]))
+    for shares in (lengths, counts):
+        assert abs(np.mean(shares) - 1) < 0.15, shares
+
+
 masks_strategy = st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=30)
 
 
@@ -156,6 +184,18 @@ def test_one_document_a_row_without_packing(build):
 def test_rows_know_where_their_documents_came_from(build):
     rows = build(lengths_to_masks(7, 3, 5))
     assert sorted(rows.origins(0) + rows.origins(1)) == [f"rows.jsonl:{i}" for i in (1, 2, 3)]
+
+
+def test_the_digest_is_that_of_the_rows_alone(build):
+    masks = lengths_to_masks(7, 3, 5)
+    assert build(masks).digest == build(masks).digest
+    others = [
+        build(masks, packing="none"),
+        build(masks, max_length=16),
+        build(lengths_to_masks(7, 3, 4)),
+        build([[True, False, *mask[2:]] for mask in masks]),
+    ]
+    assert len({rows.digest for rows in (build(masks), *others)}) == 5
 
 
 def test_negative_row_numbers_are_rows_of_padding(build):

@@ -138,6 +138,56 @@ def test_the_log_reports_what_is_lost(tmp_path, config, tokenizer):
     assert "'drop' loses 2.7% of the trained tokens" in log
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_set_of_which_nothing_is_left_is_refused(tmp_path, config, tokenizer, training):
+    source = write_rows(tmp_path / "a.jsonl", PAIRS)
+    config.overlength, config.max_length = "drop", 4
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(DataError) as error:
+            run(source, config, tokenizer, training=training)
+        text = str(error.value)
+        assert text.startswith("train: " if training else "validation: ")
+        assert "none of 36 documents" in text
+        assert "36 are longer than data.max_length 4 and data.overlength=drop" in text
+        assert "Set data.max_length to 10" in text
+    config.overlength = "truncate"
+    with pytest.raises(DataError, match=r"36 have no token to train within data\.max_length"):
+        run(source, config, tokenizer, training=training)
+
+
+def test_texts_without_a_second_token_are_refused(tmp_path, config, tokenizer):
+    (tmp_path / "a.txt").write_text("a\n\nb\n")
+    config.packing = "none"
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"2 have no token to train\. Give rows with more text"):
+        run(str(tmp_path / "a.txt"), config, tokenizer)
+
+
+def test_the_log_says_which_list_of_a_json_object_is_read(tmp_path, config, tokenizer):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "x", "data": PAIRS}))
+    rows, log = run(str(path), config, tokenizer)
+    assert rows.statistics.documents == 36
+    assert "format prompt_completion, columns prompt, completion; rows are those of" in log
+    assert "list 'data'" in log
+
+
+def test_a_template_with_the_date_gives_the_same_rows_on_every_day(tmp_path, config, tokenizer):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{ strftime_now('%Y') }}{% for m in messages %}{{ ' ' + m.role + ' ' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} assistant{% endif %}"
+    )
+    config.template = str(template)
+    source = write_rows(tmp_path / "a.jsonl", PAIRS)
+    tokenizer = make_tokenizer([*WORDS, "2024"])
+    rows, log = run(source, config, tokenizer)
+    assert rows[0].tokens[0] == tokenizer.convert_tokens_to_ids("2024")
+    assert "it is always 26 Jul 2024" in log
+
+
 def test_what_was_prepared_is_found_again(tmp_path, config, tokenizer):
     source = write_rows(tmp_path / "a.jsonl", PAIRS)
     run(source, config, tokenizer)
@@ -289,6 +339,22 @@ def test_conversations_are_read_for_answers(tmp_path, config):
     (tmp_path / "b.txt").write_text("text")
     with pytest.raises(DataError, match="no answers to compare"):
         list(conversations(str(tmp_path / "b.txt"), config, on_log=log.append))
+
+
+@pytest.mark.parametrize(("training", "answer"), [(True, "a"), (False, "b")])
+def test_conversations_are_of_the_split_that_is_meant(
+    tmp_path, config, monkeypatch, training, answer
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for split, text in (("train", "a"), ("validation", "b")):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        write_rows(
+            tmp_path / "set" / split / "part.jsonl", [{"prompt": "what is", "completion": text}]
+        )
+    [found] = conversations(
+        str(tmp_path / "set"), config, training=training, on_log=lambda text: None
+    )
+    assert found.messages[-1]["content"] == answer
 
 
 def test_content_hashes_ignore_case_and_white_space():

@@ -51,6 +51,32 @@ def test_json_objects_of_rows_and_of_lists_are_read(tmp_path):
     assert [row.value for row in read(nested)] == [{"a": 1}, {"a": 2}]
 
 
+def test_the_one_list_of_objects_in_a_json_object_is_its_rows(tmp_path):
+    content = (
+        '{"version": "x", "info": {"n": [1]}, "data": [\n{"a": 1},\n{"a": 2}\n], "tags": ["b"]}'
+    )
+    path = write(tmp_path / "a.json", content)
+    assert read(path) == [Row({"a": 1}, 2), Row({"a": 2}, 3)]
+    [source] = find_sources(str(path))
+    assert "list 'data'" in source.remark()
+    [source] = find_sources(str(write(tmp_path / "b.json", '[{"a": [{"b": 1}]}]')))
+    assert source.remark() == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"train": [{"a": 1}], "test": [{"a": 2}]}', "several lists of objects: 'train', 'test'"),
+        ('{"prompt": "a", "completion": "b"}', "'prompt', 'completion' are neither a row nor"),
+        ('{"prompt": ["a"], "completion": ["b"]}', "'prompt', 'completion' are neither a row nor"),
+        ('{"version": 1, "7": {"a": 1}}', "'version' is neither a row nor"),
+    ],
+)
+def test_json_objects_without_clear_rows_are_refused(tmp_path, content, message):
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path / "a.json", content))
+
+
 def test_json_lines_named_json_are_read(tmp_path):
     assert len(read(write(tmp_path / "a.json", '{"a": 1}\n{"a": 2}\n'))) == 2
 
@@ -97,6 +123,8 @@ def test_text_is_split_into_documents(tmp_path, split, expected):
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl:2: not UTF-8: byte 0xe9 at column 8"),
         ("a.json", b'[\n{"a": 1},\n{"a" 2}\n]', r"a\.json:3: broken JSON"),
         ("a.json", b'[\n{"a": 1},\n', r"a\.json:3: broken JSON: the file ends too early"),
+        ("a.json", b'{\n"a": {"b": 1},\n"c": {"b" 2}\n}', r"a\.json:3: broken JSON"),
+        ("a.json", b'{"v": 1, "data": [\n{"b": 1},\n{"b" 2}\n]}', r"a\.json:3: broken JSON"),
         ("a.json", b'"text"', r"a\.json:1: expected a JSON array"),
         ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv:3: 1 fields; expected 2: a, b"),
         ("a.csv", b'a,b\n1,"2\n', r"a\.csv:2: broken CSV"),
@@ -125,6 +153,42 @@ def test_globs_folders_and_lists_are_resolved_in_order(tmp_path):
     found = find_sources(f"{tmp_path}/c.csv, {tmp_path}/*.jsonl")
     assert [source.name.rpartition("/")[2] for source in found] == ["c.csv", "a.jsonl", "b.jsonl"]
     assert [source.name.rpartition("/")[2] for source in find_sources(str(tmp_path))] == names
+
+
+def test_a_folder_gives_its_data_files_alone(tmp_path):
+    for name in ("README.md", "dataset_infos.json", "notes.txt", ".hidden.jsonl"):
+        write(tmp_path / name, "")
+    assert [source.name for source in find_sources(str(tmp_path))] == [str(tmp_path / "notes.txt")]
+    names = [str(write(tmp_path / f"train-{i}.jsonl", "")) for i in range(2)]
+    assert [source.name for source in find_sources(str(tmp_path))] == names
+
+
+def test_a_folder_of_several_parts_is_refused_with_what_to_write(hub_folder):
+    with pytest.raises(DataError) as error:
+        find_sources(f"{hub_folder},{hub_folder.parent}/none.jsonl")
+    parts, missing = error.value.problems
+    assert "test.jsonl, train.jsonl" in parts
+    assert f"'{hub_folder}[train]'" in parts
+    assert f"'{hub_folder}/test.jsonl'" in parts
+    assert "no file" in missing
+    write(hub_folder / "test.jsonl", '{"question": "q", "answer": "b"}\n').unlink()
+    (hub_folder / "data").mkdir()
+    write(hub_folder / "data/dev.csv", "question,answer\nq,a\n")
+    with pytest.raises(DataError, match=r"train\.jsonl, data/dev\.csv"):
+        find_sources(str(hub_folder))
+
+
+@pytest.mark.parametrize(("training", "answer"), [(True, "a"), (False, "b")])
+def test_data_below_a_folder_are_read_by_split(tmp_path, monkeypatch, training, answer):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    write(folder / "README.md", "# A card\n\nNot to be trained on.\n")
+    for split, text in (("train", "a"), ("validation", "b")):
+        table = pyarrow.Table.from_pylist([{"question": "q", "answer": text}])
+        parquet.write_table(table, folder / f"data/{split}-00000-of-00001.parquet")
+    [source] = find_sources(str(folder), training=training)
+    assert list(source.rows(Problems("test"))) == [Row({"question": "q", "answer": answer}, 1)]
 
 
 def test_missing_files_are_named_together_with_the_nearest(tmp_path):

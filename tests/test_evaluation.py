@@ -11,7 +11,7 @@ import pytest
 import jaxft
 from jaxft import evaluation
 from jaxft.errors import ConfigError
-from jaxft.evaluation import Answers, compare, evaluate, named_sources
+from jaxft.evaluation import Answers, compare, evaluate, named_sources, read_sample_prompts
 from jaxft.tables import print_comparison, print_evaluation, write_json
 from tests.tiny_run import tiny_config, write_chats
 
@@ -32,12 +32,12 @@ def run(folder):
     return config, jaxft.train(config)
 
 
-def evaluated(config, checkpoint="", **changes):
+def evaluated(config, checkpoint="", *, step="best", **changes):
     config = copy.deepcopy(config)
     for name, value in changes.items():
         node, _, leaf = name.rpartition("__")
         setattr(getattr(config, node) if node else config, leaf, value)
-    return evaluate(config, checkpoint)
+    return evaluate(config, checkpoint, step=step)
 
 
 def test_figures_do_not_depend_on_batch_size_packing_or_mesh(run):
@@ -64,14 +64,15 @@ def test_perplexity_and_interval_belong_to_the_loss(run):
     record = evaluated(config)["validation"].record()
     assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
     assert record["loss_low"] < record["loss"] < record["loss_high"]
-    assert 0 <= record["token_accuracy"] <= 1
+    assert record["perplexity_low"] == pytest.approx(math.exp(record["loss_low"]))
+    assert 0 <= record["token_accuracy_low"] <= record["token_accuracy"] <= 1
 
 
 def test_workdir_checkpoint_and_export_evaluate_alike(run, folder):
     config, result = run
     output = jaxft.export(result.checkpoint, folder / "out", on_log=lambda text: None)
     losses = {
-        str(path): evaluated(config, path)["validation"].rows.loss.value
+        str(path): evaluated(config, path, step="latest")["validation"].rows.loss.value
         for path in (result.checkpoint, output, result.workdir)
     }
     assert len(set(losses.values())) == 1
@@ -163,6 +164,33 @@ def test_generated_answers_are_those_of_each_prompt_alone(run):
         assert output == model.generate([{"role": "user", "content": prompt}], max_new_tokens=6)
 
 
+def test_prompts_that_leave_no_room_for_an_answer_count_as_wrong(run, folder):
+    config, result = run
+    context = jaxft.load(result.checkpoint).architecture.config.max_length
+    room = evaluated(config, result.checkpoint, eval__answers="exact", eval__max_new_tokens=6)
+    none = evaluated(config, result.checkpoint, eval__answers="exact", eval__max_new_tokens=context)
+    assert len(none["validation"].answers.right) == len(room["validation"].answers.right)
+    assert not none["validation"].answers.right.any()
+
+
+def test_samples_that_leave_no_room_are_passed_over(run):
+    config, result = run
+    config = copy.deepcopy(config)
+    config.eval.samples = 3
+    tokenizer = jaxft.load(result.checkpoint).tokenizer
+
+    class ChatRows:
+        is_chat = True
+
+    prompts = read_sample_prompts(config, tokenizer, ChatRows(), context=1000)
+    assert len(prompts) == 3
+    shortest = min(len(prompt.ids) for prompt in prompts)
+    context = shortest + config.eval.max_new_tokens
+    kept = read_sample_prompts(config, tokenizer, ChatRows(), context=context)
+    assert all(len(prompt.ids) <= shortest for prompt in kept)
+    assert not read_sample_prompts(config, tokenizer, ChatRows(), context=5)
+
+
 def test_a_comparison_pairs_rows(run):
     config, result = run
     a, b = evaluated(config), evaluated(config, result.checkpoint)
@@ -192,9 +220,10 @@ def test_tables_and_json_hold_the_figures(run, tmp_path, capsys):
     loss = a["validation"].rows.loss.value
     assert f"{loss:.4f}" in text and "exact match" in text
     assert "nats a token over A" in text
-    write_json(str(tmp_path / "out.json"), {"a": a, "b": b})
+    write_json(str(tmp_path / "out.json"), {"a": a, "b": b}, compare(a, b))
     stored = json.loads((tmp_path / "out.json").read_text())
     assert stored["a"]["validation"]["loss"] == loss
+    assert stored["b - a"]["validation"]["loss"]["value"] < 0
     assert stored["b"]["validation"]["answers"][0].keys() == {
         "prompt",
         "output",

@@ -13,8 +13,8 @@ from tests.tiny import load_tiny
 
 NEW = 12
 SHAPES = {
-    "gqa": [[3], [1, 2, 3, 4, 5], list(range(60)), [7, 7]],
-    "llama3_rope_tied_published": [list(range(1, 64)) + [5, 4, 3], [9, 8], [1] * 64],
+    "gqa": [[3], [1, 2, 3, 4, 5], [*range(60)], [7, 7]],
+    "llama3_rope_tied_published": [[*range(1, 64), 5, 4, 3], [9, 8], [1] * 64],
     "head_dim_6": [[50, 1], [2, 4, 6, 8, 10, 12], [0]],
 }
 

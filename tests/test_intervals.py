@@ -39,6 +39,11 @@ def test_pairing_removes_what_both_models_share():
     assert alone.high - alone.low > 10 * (difference.high - difference.low)
 
 
+def test_one_row_says_nothing_of_its_spread():
+    estimate = ratio(np.array([2.0]), np.array([1.0]))
+    assert estimate.value == 2.0 and np.isnan(estimate.low) and np.isnan(estimate.high)
+
+
 def test_estimates_do_not_change_between_calls():
     values = np.arange(50.0)
     assert ratio(values, values + 1) == ratio(values, values + 1)

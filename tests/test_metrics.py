@@ -19,7 +19,9 @@ from jaxft.workdir import Workdir, append_jsonl, read_jsonl
 def workdir(tmp_path):
     config = RunConfig()
     config.model.path = "org/model"
-    return Workdir.open(tmp_path / "run", config, resume=False, overwrite=False)
+    workdir = Workdir.check(tmp_path / "run", config, resume=False, overwrite=False)
+    workdir.begin(config)
+    return workdir
 
 
 def _scalars(folder):

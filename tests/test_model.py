@@ -50,7 +50,7 @@ def test_a_prompt_that_cannot_be_answered_is_refused(model):
     limit = model.architecture.config.max_length
     with pytest.raises(ConfigError, match=f"context has {limit}"):
         model.generate("a", max_new_tokens=limit)
-    with pytest.raises(ValueError, match="no tokens"):
+    with pytest.raises(ConfigError, match="no tokens"):
         model.generate("", max_new_tokens=1)
 
 
@@ -70,6 +70,7 @@ def test_a_source_that_is_not_there_is_explained(tmp_path):
     with pytest.raises(ModelError, match="no folder"):
         jaxft.load(tmp_path / "nothing")
     (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/model").mkdir()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         find_source(tmp_path / "run")
 

@@ -14,6 +14,7 @@ from jaxft.data.batch import Batch
 from jaxft.errors import ModelError
 from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.families import architecture_from_hf
+from jaxft.models.layers import RMSNorm, rope_frequencies, rotary_angles, rotate
 from jaxft.models.module import init_params, merge
 from jaxft.objectives import sft
 from tests.oracle.cases import CASES, load_case
@@ -196,9 +197,9 @@ def test_each_rematerialisation_policy_keeps_less_for_the_backward_pass(batch):
     assert kept["full"] < 0.8 * kept["dots"] < 0.8 * 0.8 * kept["none"]
 
 
-# A bfloat16 number is off by up to 2^-9 of itself, and what a weight's gradient is made of has been
-# rounded some hundred times: 2^-9 * sqrt(100) is 2 per cent, more where differences are taken, as
-# in the softmax. The loss is a mean over dozens of tokens whose errors are independent.
+# A bfloat16 number is typically off by 2^-9 of itself, and what a weight's gradient is made of has
+# been rounded some hundred times: 2^-9 * sqrt(100) is 2 per cent, more where differences are taken,
+# as in the softmax. The loss is a mean over dozens of tokens whose errors are independent.
 @pytest.mark.parametrize("dtypes", ["mixed", "bfloat16"])
 def test_bfloat16_compute_gives_nearly_the_loss_of_float32(batch, dtypes):
     tiny, plain = step_of(Numerics())
@@ -221,9 +222,10 @@ def test_bfloat16_compute_gives_nearly_the_loss_of_float32(batch, dtypes):
         ("bfloat16", jnp.bfloat16, jnp.bfloat16),
     ],
 )
-def test_a_dtype_policy_means_what_it_says(batch, dtypes, param, compute):
+@pytest.mark.parametrize("case", ["gqa", "mqa_tied"])
+def test_a_dtype_policy_means_what_it_says(batch, case, dtypes, param, compute):
     numerics = make_numerics(dtypes)
-    abstract = architecture_from_hf(CASES["gqa"]).abstract(numerics)
+    abstract = architecture_from_hf(CASES[case]).abstract(numerics)
     assert {spec.dtype for spec in abstract.params.values()} == {jnp.dtype(param)}
 
     def outputs(params):
@@ -233,6 +235,28 @@ def test_a_dtype_policy_means_what_it_says(batch, dtypes, param, compute):
 
     hidden, logits, cache = jax.eval_shape(outputs, abstract.params)
     assert (hidden.dtype, logits.dtype, cache.dtype) == (compute, jnp.float32, compute)
+
+
+def assert_rounded_once(found, exact):
+    """A bfloat16 number that was rounded once is off by at most 2^-8 of itself."""
+    assert found.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(found, np.float64) - exact)
+    assert np.all(error <= 1.001 * 2.0**-8 * np.abs(exact) + 1e-6)
+
+
+def test_norms_and_rotations_of_bfloat16_are_computed_in_float32():
+    x = jnp.asarray(np.random.RandomState(0).randn(2, 5, 3, 8), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    norm = RMSNorm(8, epsilon=1e-5, dtype=jnp.bfloat16)
+    assert_rounded_once(norm(x), exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5))
+    positions = np.array([[0, 1, 2, 3, 100]] * 2, np.int32)
+    cos, sin = rotary_angles(positions, rope_frequencies(8, 10000.0, None))
+    angles = positions[:, :, None, None] * 10000.0 ** (-np.arange(0, 8, 2) / 8)
+    first, second = exact[..., :4], exact[..., 4:]
+    turned = (first + 1j * second) * np.exp(1j * angles)
+    rotated = rotate(x, cos, sin)
+    assert_rounded_once(rotated[..., :4], turned.real)
+    assert_rounded_once(rotated[..., 4:], turned.imag)
 
 
 def equations(jaxpr):

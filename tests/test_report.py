@@ -53,7 +53,9 @@ def workdir(tmp_path):
     config.model.path = "/somewhere/deep/stories260K"
     config.data.train = "train.jsonl"
     config.optim.learning_rate = 0.125
-    return Workdir.open(tmp_path / "run <1>", config, resume=False, overwrite=False)
+    workdir = Workdir.check(tmp_path / "run <1>", config, resume=False, overwrite=False)
+    workdir.begin(config)
+    return workdir
 
 
 def _metrics(workdir, steps, **changes):

@@ -32,6 +32,12 @@ def tiny():
     return load_tiny("gqa", num_key_value_heads=1)
 
 
+@pytest.fixture(scope="module")
+def program_of(tiny):
+    """Returns `make_program`, whose steps are compiled once for all tests here."""
+    return functools.cache(functools.partial(make_program, tiny))
+
+
 def run(program, params, batches, freeze=""):
     """Returns the final state and the metrics of each step."""
     state, metrics = start(program, params, freeze), []
@@ -52,7 +58,7 @@ def test_ten_steps_follow_the_reference_implementation():
     state, metrics = run(program, tiny.params, batches)
     np.testing.assert_allclose(losses(metrics), case.losses, rtol=1e-5)
     np.testing.assert_allclose([m.grad_norm for m in metrics], case.grad_norms, rtol=1e-4)
-    logits = tiny.merge(jax.device_get(state.params))(batches[0].tokens)
+    logits = tiny.merge(state.params)(batches[0].tokens)
     np.testing.assert_allclose(logits, case.final_logits, atol=1e-4)
 
 
@@ -66,20 +72,20 @@ def ragged_rows() -> Batch:
     return rows._replace(weights=weights)
 
 
-def test_accumulation_does_not_change_the_result(tiny):
+def test_accumulation_does_not_change_the_result(tiny, program_of):
     batches = [ragged_rows(), random_rows(8, LENGTH, VOCAB, seed=1), ragged_rows()]
     results = {}
     for accumulation in (1, 2, 4):
-        program = make_program(tiny, train__accumulation=accumulation, objective__chunk=7)
+        program = program_of(train__accumulation=accumulation)
         state, metrics = run(program, tiny.params, batches)
         results[accumulation] = jax.device_get(state.params), metrics
     for accumulation in (2, 4):
         assert relative_error(results[accumulation], results[1]) < 1e-5
 
 
-def test_a_step_without_trained_tokens_changes_nothing_but_the_counter(tiny):
+def test_a_step_without_trained_tokens_changes_nothing_but_the_counter(tiny, program_of):
     rows = random_rows(8, LENGTH, VOCAB)
-    program = make_program(tiny, train__accumulation=2, objective__chunk=7)
+    program = program_of(train__accumulation=2)
     empty = rows._replace(weights=np.zeros_like(rows.weights))
     state, (metrics,) = run(program, tiny.params, [empty])
     assert (metrics.total, metrics.weight, metrics.grad_norm) == (0, 0, 0)
@@ -89,10 +95,10 @@ def test_a_step_without_trained_tokens_changes_nothing_but_the_counter(tiny):
         np.testing.assert_allclose(value, decay * tiny.params[path], rtol=1e-6)
 
 
-def test_metrics_count_tokens_and_squared_document_lengths(tiny):
+def test_metrics_count_tokens_and_squared_document_lengths(tiny, program_of):
     documents = make_documents([5, 9, 24, 3], VOCAB)
     rows = pack([documents[:2], documents[2:3], documents[3:], *[[]] * 5], LENGTH)
-    program = make_program(tiny, train__accumulation=2, objective__chunk=7)
+    program = program_of(train__accumulation=2)
     _, (metrics,) = run(program, tiny.params, [rows])
     assert metrics.tokens == 5 + 9 + 24 + 3
     assert metrics.squared_lengths == 5**2 + 9**2 + 24**2 + 3**2
@@ -119,8 +125,8 @@ STEPS = [random_rows(8, LENGTH, VOCAB, seed=seed) for seed in range(20)]
 
 
 @pytest.fixture(scope="module")
-def one_device(tiny):
-    state, metrics = run(make_program(tiny), tiny.params, STEPS)
+def one_device(tiny, program_of):
+    state, metrics = run(program_of(), tiny.params, STEPS)
     return jax.device_get(state.params), metrics
 
 
@@ -248,9 +254,9 @@ def test_bfloat16_parameters_and_moments_stay_in_their_type(accumulation):
     assert {leaf.dtype for leaf in jax.tree.leaves(metrics)} == {jnp.dtype(jnp.float32)}
 
 
-def test_a_micro_batch_that_cannot_be_split_is_refused_with_a_size_that_can(tiny):
+def test_a_micro_batch_that_cannot_be_split_is_refused_with_a_size_that_can(program_of):
     message = (
         "batch_size 8 in 2 micro-batches gives 4 rows, .* over 8 devices. Use a multiple of 16"
     )
     with pytest.raises(ConfigError, match=message):
-        make_program(tiny, 8, train__accumulation=2)
+        program_of(8, train__accumulation=2)

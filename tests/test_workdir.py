@@ -19,7 +19,9 @@ def config():
 
 
 def _open(path, config, *, resume=False, overwrite=False):
-    return Workdir.open(path, config, resume=resume, overwrite=overwrite)
+    workdir = Workdir.check(path, config, resume=resume, overwrite=overwrite)
+    workdir.begin(config)
+    return workdir
 
 
 def _run(path, config):
@@ -191,3 +193,32 @@ def test_environment_has_versions_and_devices_but_no_host_name():
     assert found["backend"] == "cpu"
     assert found["packages"].keys() >= {"jax", "flax", "orbax-checkpoint"}
     assert platform.node() not in json.dumps(found)
+
+
+def test_files_of_others_are_not_touched_by_a_start(tmp_path, config):
+    folder = tmp_path / "project"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/model.safetensors").write_text("weights")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"config\.json, model, which no run"):
+        Workdir.check(folder, config, resume=False, overwrite=False)
+    assert (folder / "model/model.safetensors").read_text() == "weights"
+
+
+def test_files_beside_a_run_do_not_hinder_it(tmp_path, config):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("{}")
+    _open(folder, config)
+    assert (folder / "train.jsonl").read_text() == "{}"
+
+
+def test_checking_changes_nothing_before_the_run_begins(tmp_path, config):
+    folder = _run(tmp_path / "run", config).path
+    before = sorted(path.name for path in folder.iterdir())
+    for flags in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
+        Workdir.check(folder, config, **flags)
+        assert sorted(path.name for path in folder.iterdir()) == before
+    workdir = Workdir.check(folder, config, resume=False, overwrite=True)
+    workdir.begin(config)
+    assert not workdir.metrics.exists() and not workdir.checkpoints.exists()

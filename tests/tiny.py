@@ -1,4 +1,4 @@
-"""Tiny models with the weights of the oracle, and batches of documents, that several tests share."""
+"""Tiny models with the oracle's weights, and batches of documents, that several tests share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
-"""A run small enough for a test: a two-layer Llama, its own tokenizer, a handful of conversations."""
+"""A run small enough for a test: a two-layer Llama, its tokenizer, a handful of conversations."""
 
 import json
 import random
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from jaxft.config import RunConfig
+from jaxft.config import RunConfig, to_dict
 from tests.oracle.cases import write_folder
 
 _TEMPLATE = """\
@@ -82,6 +83,7 @@ def tiny_config(folder: Path, workdir: str = "run", **changes: object) -> RunCon
     config.data.max_length = 48
     config.data.cache = str(folder / "cache")
     config.optim.learning_rate = 1e-3
+    config.optim.schedule = "constant"  # or the step would be compiled for each number of steps
     config.optim.warmup_steps = 2
     config.train.workdir = str(folder / workdir)
     config.train.steps = 8
@@ -126,3 +128,10 @@ def assert_same_arrays(one: Path, other: Path) -> None:
     assert a.keys() == b.keys()
     different = [name for name in a if a[name].tobytes() != b[name].tobytes()]
     assert not different, different
+
+
+def command(config: RunConfig, *options: str) -> list[str]:
+    """Returns the command line of `jaxft train` for a config."""
+    default = to_dict(RunConfig())
+    flags = [f"--config.{k}={v}" for k, v in to_dict(config).items() if v != default[k]]
+    return [sys.executable, "-m", "jaxft.cli", "train", *flags, *options]

@@ -5,6 +5,8 @@ tokens are trained is found by rendering the conversation turn by turn: what fol
 generation would see, up to the stop token, is the answer.
 """
 
+import datetime
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +21,13 @@ from jaxft.data.formats import THINKING_KEYS, Conversation, RowError
 from jaxft.errors import ConfigError, DataError
 
 BUILT_IN = "built-in default"
+DATE = datetime.datetime(2024, 7, 26)
+"""The day that it is for every chat template: the one that Llama 3 templates fall back to.
 
+Text with the date of the day would give other tokens tomorrow than today, from the same rows.
+"""
+
+_DIRECTIVES = "aAbBcdDeFgGhHIjklmMpPrRsSTuUVwWxXyYzZ"
 _MARK = "xqzmarkzqx"
 _THINKING = re.compile(r"(?:<think>)?(?P<reasoning>(?:(?!<think>).)*?)</think>\s*", re.DOTALL)
 _DEFAULT_TEMPLATE = (
@@ -49,6 +57,11 @@ class Template:
     origin: str
     stops: dict[str, int]
     arguments_as_text: bool
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether it writes the date of the day, in place of which it is given `DATE`."""
+        return "strftime_now" in self.text
 
     @property
     def built_in(self) -> bool:
@@ -172,14 +185,29 @@ def render(
     tools: list[Any] | None = None,
     generation_prompt: bool = False,
 ) -> str:
-    """Returns the text that the template makes of messages, special tokens included."""
+    """Returns the text that the template makes of messages, special tokens included.
+
+    The date in it is `DATE`, whatever the day.
+    """
     return tokenizer.apply_chat_template(
         [_for_template(message, template) for message in messages],
         tools=tools,
-        chat_template=template.text,
+        chat_template=_fixed_clock() + template.text if template.is_dated else template.text,
         add_generation_prompt=generation_prompt,
         tokenize=False,
     )
+
+
+@functools.cache
+def _fixed_clock() -> str:
+    """Returns a Jinja macro that stands in front of `strftime_now`, in a line of its own.
+
+    A macro, because functions given as arguments reach templates only in older transformers.
+    """
+    directives = [f"%{letter}" for letter in _DIRECTIVES]
+    directives += [f"%-{letter}" for letter in _DIRECTIVES]
+    known = "".join(f".replace({name!r}, {DATE.strftime(name)!r})" for name in directives)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{known} }}}}{{% endmacro %}}\n"
 
 
 def prompt_ids(

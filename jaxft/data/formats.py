@@ -1,5 +1,6 @@
 """Turns raw rows of the known formats into conversations or text documents."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -115,6 +116,8 @@ def read_items(
         origin = source.origin(row.line)
         if row_format is None:
             row_format = choose_format(row, config, origin)
+            description = row_format.description + source.remark()
+            row_format = dataclasses.replace(row_format, description=description)
             on_format(row_format)
         try:
             yield row.line, row_format.convert(row.value, origin)

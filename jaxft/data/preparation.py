@@ -10,6 +10,7 @@ from typing import Any
 from jaxft.config import DataConfig
 from jaxft.data import cache
 from jaxft.data.chat import (
+    DATE,
     Example,
     Template,
     chat_examples,
@@ -20,13 +21,13 @@ from jaxft.data.chat import (
 from jaxft.data.documents import Documents, DocumentStatistics, DocumentWriter
 from jaxft.data.formats import Conversation, Document, Format, RowError, read_items
 from jaxft.data.loader import shuffled
-from jaxft.data.packing import PackingStatistics, pack
+from jaxft.data.packing import PackingError, PackingStatistics, pack
 from jaxft.data.problems import Problems
 from jaxft.data.rows import Statistics, TokenRows, write_rows
 from jaxft.data.sources import Source, find_sources
 from jaxft.errors import DataError
 
-VERSION = 2
+VERSION = 3
 """Part of every cache key: raise it when the same input would give other tokens or rows."""
 
 _TOKENISED_TOGETHER = 256
@@ -61,7 +62,7 @@ def prepare(
 
     Raises:
       ConfigError: For options that cannot be understood.
-      DataError: For rows that cannot be trained on, the first 20 at once.
+      DataError: For rows that cannot be trained on, the first 20 at once, and if none are left.
     """
     name = name or ("train" if training else "validation")
 
@@ -78,11 +79,13 @@ def prepare(
         lambda target: _write_documents(target, sources, config, tokenizer, template, name, say),
     )
     documents = Documents(found)
-    for line in _describe_documents(documents.statistics, reused):
+    for line in _describe_documents(documents.statistics, template, reused):
         say(line)
     rows = _packed(documents, key, config, tokenizer, folder, seed if training else None, name)
     for line in describe_losses(rows.statistics, config):
         say(line)
+    if not len(rows):
+        raise PackingError(_no_rows_report(rows.statistics, config, name))
     return rows
 
 
@@ -316,11 +319,18 @@ def _check_statistics(
         )
 
 
-def _describe_documents(statistics: DocumentStatistics, reused: bool) -> Iterator[str]:
+def _describe_documents(
+    statistics: DocumentStatistics, template: Template, reused: bool
+) -> Iterator[str]:
     yield from statistics.formats
     if statistics.chat:
         stops = ", ".join(map(repr, statistics.stops))
         yield f"chat template: {statistics.template}; answers end with {stops}"
+        if template.is_dated:
+            yield (
+                f"the chat template writes the date of the day: here it is always {DATE:%d %b %Y}, "
+                "so that rows do not change from day to day"
+            )
     share = statistics.trained_tokens / max(statistics.tokens, 1)
     yield (
         f"{statistics.documents:,} documents, {statistics.tokens:,} tokens, "
@@ -354,3 +364,25 @@ def describe_losses(statistics: Statistics, config: DataConfig) -> Iterator[str]
         )
     if packed.dropped:
         yield f"{packed.dropped:,} documents are in no row: over the limit, or nothing to train"
+
+
+def _no_rows_report(statistics: Statistics, config: DataConfig, name: str) -> str:
+    packed = statistics.packed
+    dropped = packed.over_length if config.overlength == "drop" else 0
+    reasons, remedies = [], []
+    if dropped:
+        reasons.append(
+            f"{dropped:,} are longer than data.max_length {packed.max_length:,} and "
+            "data.overlength=drop leaves them out"
+        )
+    if untrained := statistics.documents - dropped:
+        cut = " within data.max_length" if packed.over_length > dropped else ""
+        reasons.append(f"{untrained:,} have no token to train{cut}")
+    if packed.over_length:
+        remedies.append(f"set data.max_length to {packed.longest} to keep all of them")
+    if untrained > packed.over_length - dropped:
+        remedies.append("give rows with more text, or check data.train_on")
+    return (
+        f"{name}: none of {statistics.documents:,} documents is left in a row: "
+        f"{', '.join(reasons)}. {' and '.join(remedies).capitalize()}."
+    )

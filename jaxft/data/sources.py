@@ -1,6 +1,7 @@
 """Reads raw rows of local files and hub data sets, each with the file and line it came from."""
 
 import csv
+import functools
 import glob
 import hashlib
 import json
@@ -17,8 +18,16 @@ from pyarrow import parquet
 from jaxft.data.problems import Problems
 from jaxft.errors import DataError, nearest
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md")
+_TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (*_TABLE_SUFFIXES, ".txt", ".text", ".md")
 _READ_CHARACTERS = 1 << 20
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""From words in file names to the splits that the hub's own library makes of them."""
 _HUB_ID = re.compile(
     r"(?P<name>[^\s:\[\]]+)(?::(?P<config>[\w.\-+]+))?(?:\[(?P<split>[^\[\]]+)\])?"
 )
@@ -54,6 +63,10 @@ class Source(ABC):
     @abstractmethod
     def rows(self, problems: Problems) -> Iterator[Row]:
         """Yields rows; what cannot be read goes to `problems` instead."""
+
+    def remark(self) -> str:
+        """Returns what a log should add on which part of the source the rows are; mostly ''."""
+        return ""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -126,24 +139,72 @@ class File(Source):
         """Whether a `.json` file holds one object a line, as many published ones do."""
         with self.path.open("rb") as file:
             try:
-                return isinstance(json.loads(file.readline()), dict) and bool(file.readline())
+                first = json.loads(file.readline())
             except ValueError:
                 return False
+            return isinstance(first, dict) and any(line.strip() for line in file)
 
     def _json_rows(self, problems: Problems) -> Iterator[Row]:
         text = _JsonText(line for _, line in self._lines(problems))
-        opening = text.peek()
-        if opening not in ("[", "{"):
-            problems.add(self.origin(1), "expected a JSON array of objects, or an object of them.")
-            return
-        text.skip(opening)
         try:
-            while text.peek() not in ("]", "}", ""):
-                yield from _flatten(*text.value(is_member=opening == "{"))
-            if not text.peek():
-                problems.add(self.origin(text.line), "broken JSON: the file ends too early.")
-        except json.JSONDecodeError as error:
-            problems.add(self.origin(text.line), f"broken JSON: {error.msg}.")
+            match text.peek():
+                case "[":
+                    yield from text.items()
+                case "{":
+                    yield from self._json_object_rows(text, problems)
+                case _:
+                    problems.add(
+                        self.origin(1), "expected a JSON array of objects, or an object of them."
+                    )
+        except _BrokenJson as error:
+            problems.add(self.origin(error.line), f"broken JSON: {error}.")
+
+    def _json_object_rows(self, text: "_JsonText", problems: Problems) -> Iterator[Row]:
+        """Yields the objects of the only list of objects, or else all members, if all are rows."""
+        lists, others = self._json_members
+        if len(lists) > 1:
+            problems.add(
+                self.origin(1),
+                f"one JSON object with several lists of objects: {_quoted(lists)}. Write each of "
+                "them to a file of its own.",
+            )
+        elif lists:
+            for name in text.names():
+                if name == lists[0]:
+                    yield from text.items()
+                else:
+                    text.value()
+        elif others:
+            problems.add(
+                self.origin(1),
+                f"one JSON object in which {_quoted(others)} {'is' if len(others) == 1 else 'are'} "
+                "neither a row nor a list of rows; expected a JSON array of objects, an object of "
+                "them, or an object with one list of them.",
+            )
+        else:
+            for _ in text.names():
+                yield text.value()
+
+    @functools.cached_property
+    def _json_members(self) -> tuple[list[str], list[str]]:
+        """Names of the members that are lists of objects, and of those that are no objects."""
+        lists: list[str] = []
+        others: list[str] = []
+        text = _JsonText(line for _, line in self._lines(Problems(self.name)))
+        for name in text.names() if text.peek() == "{" else ():
+            if text.peek() == "[":
+                kinds = [isinstance(row.value, dict) for row in text.items()]
+                (lists if kinds and all(kinds) else others).append(name)
+            elif not isinstance(text.value().value, dict):
+                others.append(name)
+        return lists, others
+
+    def remark(self) -> str:
+        """Returns which list of a JSON object is read."""
+        if self.path.suffix.lower() != ".json" or self._holds_json_lines():
+            return ""
+        lists, _ = self._json_members
+        return f"; rows are those of the list {lists[0]!r} in the file" if lists else ""
 
     def _csv_rows(self, problems: Problems) -> Iterator[Row]:
         lines = (line for _, line in self._lines(problems))
@@ -192,6 +253,14 @@ class File(Source):
         yield from _text_row(document, start)
 
 
+class _BrokenJson(ValueError):
+    """What is wrong with a line of JSON text."""
+
+    def __init__(self, problem: str, line: int):
+        super().__init__(problem)
+        self.line = line
+
+
 class _JsonText:
     """Parses one value after another out of JSON text that arrives in pieces."""
 
@@ -235,18 +304,36 @@ class _JsonText:
     def skip(self, character: str) -> None:
         """Steps over a character that `peek` returned, or raises."""
         if self.peek() != character:
-            raise json.JSONDecodeError(f"expected {character!r}", self._buffer, self._position)
+            raise _BrokenJson(f"expected {character!r}", self.line)
         self._advance(self._position + 1)
 
-    def value(self, *, is_member: bool) -> tuple[int, Any]:
-        """Returns the line and the next value; of a `"key": value` member, the value."""
+    def items(self) -> Iterator[Row]:
+        """Yields the items of the list that comes next."""
+        self.skip("[")
+        while self._before("]"):
+            yield self.value()
+
+    def names(self) -> Iterator[str]:
+        """Yields the names of the object that comes next; the caller takes each value."""
+        self.skip("{")
+        while self._before("}"):
+            name = self._decode()
+            self.skip(":")
+            yield name
+
+    def _before(self, closing: str) -> bool:
+        character = self.peek()
+        if not character:
+            raise _BrokenJson("the file ends too early", self.line)
+        if character == closing:
+            self.skip(closing)
+        return character != closing
+
+    def value(self) -> Row:
+        """Returns the value that comes next, with the line where it begins."""
         self.peek()
         line = self.line
-        if is_member:
-            self._decode()
-            self.skip(":")
-            self.peek()
-        return line, self._decode()
+        return Row(self._decode(), line)
 
     def _decode(self) -> Any:
         while True:
@@ -256,17 +343,11 @@ class _JsonText:
                 if self._read():
                     continue
                 self._advance(error.pos)
-                raise
+                raise _BrokenJson(error.msg, self.line) from error
             if end == len(self._buffer) and self._read():
                 continue
             self._advance(end)
             return value
-
-
-def _flatten(line: int, value: Any) -> Iterator[Row]:
-    """Yields the rows of `{"data": [...]}` too; they carry the line where the list begins."""
-    for item in value if isinstance(value, list) else [value]:
-        yield Row(item, line)
 
 
 def _text_row(lines: list[str], start: int) -> Iterator[Row]:
@@ -311,7 +392,11 @@ def find_sources(
     sources: list[Source] = []
     problems: list[str] = []
     for part in filter(None, (part.strip() for part in re.split(r",(?![^\[]*\])", text))):
-        found = _find_files(part, text_split)
+        try:
+            found = _find_files(part, text_split)
+        except DataError as error:
+            problems += error.problems
+            continue
         if found:
             sources += found
         elif (hub := _hub_source(part, streaming, training)) is not None:
@@ -330,11 +415,60 @@ def _find_files(part: str, text_split: str) -> list[Source]:
     if path.is_file():
         paths = [path]
     elif path.is_dir():
-        paths = sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
+        paths = _find_in_folder(path)
     else:
         paths = sorted(Path(item) for item in glob.glob(str(path), recursive=True))
     paths = [item for item in paths if item.is_file()]
     return [File(str(item), path=item, text_split=text_split) for item in paths]
+
+
+def _find_in_folder(folder: Path) -> list[Path]:
+    """Returns the data files of a folder, without those that only describe the data.
+
+    A folder whose data lie in folders below gives none: it is read in the layout of the hub.
+
+    Raises:
+      DataError: If the files are of several parts, such as training and test.
+    """
+    paths = [path for path in _visible_files(folder, "*") if path.suffix.lower() != ".md"]
+    tables = [path for path in paths if path.suffix.lower() in _TABLE_SUFFIXES]
+    below = [path for path in _visible_files(folder, "*/*") if path.suffix in _TABLE_SUFFIXES]
+    if below and not tables:
+        return []
+    paths = tables or paths
+    named = [path for path in below if _split_of(path.name) or _split_of(path.parent.name)]
+    splits = {path: split for path in paths if (split := _split_of(path.name))}
+    if named or len(set(splits.values())) > 1:
+        parts = [*paths, *named]
+        shown = ", ".join(str(path.relative_to(folder)) for path in parts[:8])
+        raise DataError(
+            f"Folder {str(folder)!r} has data of several parts: {shown}"
+            f"{', …' if len(parts) > 8 else ''}. Name the files that are meant, such as "
+            f"{str(parts[0])!r}, or the part, such as '{folder}[train]'."
+        )
+    return paths
+
+
+def _visible_files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.glob(pattern)
+        if path.suffix.lower() in SUFFIXES
+        and path.name not in _DESCRIPTIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def _split_of(name: str) -> str:
+    """Returns the part of a data set that the name of a file or folder tells of, or ''."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((_SPLITS[word] for word in words if word in _SPLITS), "")
+
+
+def _quoted(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return f"{shown} and {len(names) - 5:,} more" if len(names) > 5 else shown
 
 
 def _hub_source(part: str, streaming: bool, training: bool) -> Source | None:

@@ -85,7 +85,8 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Array) -> Array:
         scale=q.shape[-1] ** -0.5,
         mask_type=MaskType.PADDING_CAUSAL,
     )
-    return cast(Array, out)
+    # The kernel leaves positions outside every segment as they happen to be.
+    return jnp.where((segments > 0)[:, :, None, None], cast(Array, out), 0)
 
 
 # cuDNN takes a static bound on the documents in a row; `choose_backend` refuses data with more.
@@ -174,6 +175,7 @@ def choose_backend(
     length: int,
     compute_dtype,
     max_segments: int,
+    compute_capability: str = "",
 ) -> Choice:
     """Resolves `auto`, and refuses a back end that this run cannot use.
 
@@ -184,17 +186,22 @@ def choose_backend(
       length: Positions in a row.
       compute_dtype: Type of queries, keys and values.
       max_segments: Most documents in one row.
+      compute_capability: Of an NVIDIA GPU, such as `9.0`.
 
     Raises:
       ConfigError: Where a named back end cannot be used; all reasons at once.
     """
     if asked == "auto":
         preferred = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-        reasons = _obstacles(preferred, platform, head_dim, length, compute_dtype, max_segments)
+        reasons = _obstacles(
+            preferred, platform, head_dim, length, compute_dtype, max_segments, compute_capability
+        )
         if not reasons:
             return Choice(preferred, f"fastest that fits on {platform}")
         return Choice("xla", f"{preferred} is not possible: {'; '.join(reasons)}")
-    reasons = _obstacles(asked, platform, head_dim, length, compute_dtype, max_segments)
+    reasons = _obstacles(
+        asked, platform, head_dim, length, compute_dtype, max_segments, compute_capability
+    )
     if reasons:
         raise ConfigError(
             [f"model.attention={asked} cannot be used: {r}. Use auto or xla." for r in reasons]
@@ -209,12 +216,18 @@ def _obstacles(
     length: int,
     compute_dtype,
     max_segments: int,
+    compute_capability: str,
 ) -> list[str]:
     half = jnp.dtype(compute_dtype).itemsize == 2
     tests = {
         "xla": [],
         "cudnn": [
             (platform == "gpu", f"it runs on NVIDIA GPUs and the device is a {platform}"),
+            (
+                platform != "gpu" or float(compute_capability or 0) >= 9.0,
+                "packed rows need compute capability 9.0 (Hopper) and the device has "
+                f"{compute_capability or 'an unknown one'}",
+            ),
             (half, "it computes in bfloat16, and compute is float32 (model.dtypes)"),
             (head_dim % 8 == 0 and head_dim <= 256, f"head size {head_dim} is not 8, 16 … 256"),
             (

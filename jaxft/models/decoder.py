@@ -1,5 +1,6 @@
 """A decoder-only transformer: embedding, a scanned stack of one family's blocks, norm and head."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,11 +88,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits of any positions of `hidden`."""
-        if self.config.tied:
-            logits = self.embed.attend(hidden)
-        else:
-            w = self.head.w[...].astype(hidden.dtype)
-            logits = jnp.einsum("btd,dv->btv", hidden, w, preferred_element_type=jnp.float32)
+        with self._precision():
+            if self.config.tied:
+                logits = self.embed.attend(hidden)
+            else:
+                w = self.head.w[...].astype(hidden.dtype)
+                logits = jnp.einsum("btd,dv->btv", hidden, w, preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "seq", "act_vocab")
 
     def init_cache(self, rows: int, slots: int) -> KVCache:
@@ -141,8 +143,14 @@ class Decoder(nnx.Module):
             params, cache = scanned
             return merge(graphdef, params)(x, rope, attention, cache)
 
-        x, caches = jax.lax.scan(_remat(layer, self.numerics.remat), x, (stacked, caches))
+        with self._precision():
+            x, caches = jax.lax.scan(_remat(layer, self.numerics.remat), x, (stacked, caches))
         return self.norm(x), caches
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        """Asks for whole products of float32, which accelerators round to fewer bits by default."""
+        exact = self.numerics.compute_dtype == jnp.float32
+        return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 
 
 def _remat(layer: Callable, policy: str) -> Callable:

@@ -46,8 +46,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Looks tokens up, in `dtype`."""
-        # The table is cast before the gather, so that its gradient is scattered in `dtype`.
-        return self.w[...].astype(dtype)[tokens]
+        # Cast after the gather: the gradient of a frequent token, a sum of many, is then added up
+        # in the table's own type.
+        return self.w[...][tokens].astype(dtype)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits against the same table, for tied embeddings."""

@@ -53,8 +53,10 @@ def _resolve(
             ]
         )
     shape = {axis: sizes.get(axis, 0) for axis in strategy.mesh_axes}
-    if -1 not in shape.values() and shape[strategy.fill] == 0:
-        shape[strategy.fill] = -1
+    if -1 not in shape.values() and 0 in shape.values():
+        # The strategy's own axis takes what remains, or the first one that was left to it.
+        left = [axis for axis, size in shape.items() if size == 0]
+        shape[strategy.fill if strategy.fill in left else left[0]] = -1
     shape = {axis: size or 1 for axis, size in shape.items()}
     known = math.prod(size for size in shape.values() if size > 0)
     if -1 in shape.values() and count % known == 0:
