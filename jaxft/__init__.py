@@ -5,6 +5,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from jaxft.config import RunConfig as RunConfig
     from jaxft.errors import JaxftError as JaxftError
     from jaxft.evaluation import compare as compare
@@ -27,7 +28,18 @@ _HOMES = {
     "load": "jaxft.model",
     "train": "jaxft.trainer",
 }
-__all__ = sorted([*_HOMES, "__version__"])
+__all__ = [
+    "JaxftError",
+    "Model",
+    "RunConfig",
+    "TrainResult",
+    "__version__",
+    "compare",
+    "evaluate",
+    "export",
+    "load",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,12 +3,14 @@
 import gc
 import os
 import shutil
+import time
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -193,6 +195,29 @@ def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monke
             save(checkpoints, 2)
         assert checkpoints.steps() == [1]
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["1"]
+
+
+def test_space_is_measured_once_the_save_before_is_done(tmp_path, monkeypatch):
+    finalize, usage = ocp.CheckpointManager._finalize, shutil.disk_usage
+
+    def slow(*args):
+        time.sleep(0.3)
+        finalize(*args)
+
+    under_way = []
+    monkeypatch.setattr(ocp.CheckpointManager, "_finalize", slow)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        manager = checkpoints._manager
+
+        def measure(path):
+            under_way.append(manager.is_saving_in_progress())
+            return usage(path)
+
+        monkeypatch.setattr(shutil, "disk_usage", measure)
+        save(checkpoints, 1)
+        assert manager.is_saving_in_progress(), "saves do not wait for the disk"
+        save(checkpoints, 2)
+    assert under_way == [False, False]
 
 
 def test_a_write_that_fails_is_an_error_and_leaves_the_others(tmp_path, monkeypatch, capfd):

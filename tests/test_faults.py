@@ -159,7 +159,6 @@ def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save
     # Periods, saves, evaluations and epochs end at different steps.
     changes = {
         "train__steps": 30 + 8 * kills,
-        "train__accumulation": 2,
         "train__log_every": 3,
         "train__save_every": 2,
         "train__eval_every": 7,
