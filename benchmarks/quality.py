@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,9 @@ def _banking(file: Path) -> list[str]:
         ]
 
 
-def make_config(task: Task, shared: Path, folder: Path, *, packing: str, steps: int = STEPS):
+def make_config(
+    task: Task, shared: Path, folder: Path, *, packing: str, steps: int = STEPS, seed: int = 0
+) -> jaxft.RunConfig:
     """Returns the recipe as a config; writes the texts to JSONL files in `folder`."""
     config = jaxft.RunConfig()
     config.model.path = str(shared / "models/stories260K")
@@ -84,6 +87,7 @@ def make_config(task: Task, shared: Path, folder: Path, *, packing: str, steps: 
     config.optim.beta2 = 0.999
     config.optim.clip_norm = 1.0
     config.train.steps = steps
+    config.train.seed = seed
     config.train.batch_size = BATCH
     config.train.eval_every = steps
     config.train.save_every = 0
@@ -111,10 +115,12 @@ def loss_of_full_blocks(rows: RowSums) -> float:
     return float(np.mean(means))
 
 
-def measure(task: Task, shared: Path, *, packing: str, steps: int = STEPS) -> dict:
+def measure(
+    task: Task, shared: Path, *, packing: str, steps: int = STEPS, seed: int = 0
+) -> dict[str, Any]:
     """Evaluates, trains and evaluates again; returns one record."""
     with tempfile.TemporaryDirectory() as folder:
-        config = make_config(task, shared, Path(folder), packing=packing, steps=steps)
+        config = make_config(task, shared, Path(folder), packing=packing, steps=steps, seed=seed)
         before = jaxft.evaluate(config)["validation"].rows
         result = jaxft.train(config)
         after = jaxft.evaluate(config, result.checkpoint)["validation"].rows
@@ -123,6 +129,7 @@ def measure(task: Task, shared: Path, *, packing: str, steps: int = STEPS) -> di
         "data": task.name,
         "packing": packing,
         "steps": steps,
+        "seed": seed,
         "before": round(average(before), 4),
         "after": round(average(after), 4),
         "evaluated_tokens": int(after.weight.sum()),
@@ -144,12 +151,17 @@ def main() -> int:
     """Runs every data set in both packings."""
     parser = argparse.ArgumentParser(description="Holds fine-tuning of real data against PyTorch.")
     parser.add_argument("shared", type=Path, help="folder with models/stories260K and data/")
+    parser.add_argument("--data", default="", help="this data set only")
+    parser.add_argument("--packing", default="", help="stream or documents only")
+    parser.add_argument("--seed", type=int, default=0, help="order in which blocks are drawn")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     options = parser.parse_args()
     problems = []
     for task in tasks(options.shared):
         for packing in ("stream", "documents"):
-            record = measure(task, options.shared, packing=packing)
+            if options.data not in ("", task.name) or options.packing not in ("", packing):
+                continue
+            record = measure(task, options.shared, packing=packing, seed=options.seed)
             if packing == "stream":
                 problems += check(record, task)
             line = json.dumps(record | {"environment": environment()})
