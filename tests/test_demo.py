@@ -122,7 +122,7 @@ def test_generators_repeat_themselves_and_seeds_differ():
 def test_generated_text_is_the_same_on_every_machine():
     # The base model and the demo's figures belong to exactly this text.
     text = "\n".join([*corpus.documents(1000, seed=0), *corpus.retention_documents(100)])
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "0e11e31026b6914b"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "5b9ee23b81972b91"
     cases = json.dumps([train_cases(TRAIN_CASES), held_out_cases(HELD_OUT_CASES)])
     assert hashlib.sha256(cases.encode()).hexdigest()[:16] == "e4f582b28b798432"
 
@@ -175,6 +175,7 @@ def test_clauses_agree_with_the_person(person, expected):
 def test_sentences_begin_with_capitals():
     assert sentence("May I ask? {x}.", "it hurts") == "May I ask? It hurts."
     assert sentence("{x}, I think.", "it hurts") == "It hurts, I think."
+    assert sentence("Oh dear. {x}: why?", "it hurts") == "Oh dear. It hurts: why?"
 
 
 def test_case_files_hold_chats(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -78,8 +79,7 @@ def write_cases(path: Path, cases: Iterable[tuple[str, str]]) -> Path:
 def sentence(carrier: str, clause: str) -> str:
     """Returns the carrier around the clause, with capital letters where sentences begin."""
     text = carrier.replace("{x}", clause)
-    parts = text.split("? ") if "? " in text else [text]
-    return "? ".join(part[:1].upper() + part[1:] for part in parts)
+    return re.sub(r"(^|[.?] )([a-z])", lambda match: match[1] + match[2].upper(), text)
 
 
 def _cases(

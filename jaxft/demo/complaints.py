@@ -358,3 +358,14 @@ DEPARTMENTS = (
 """The order fixes what the generators write."""
 
 NAMES = tuple(department.name for department in DEPARTMENTS)
+
+
+def keywords(department: Department) -> list[str]:
+    """Returns the words that only this department's patients use, sorted."""
+    return sorted(
+        _words(department).difference(*(_words(d) for d in DEPARTMENTS if d is not department))
+    )
+
+
+def _words(department: Department) -> set[str]:
+    return {word for wording in department.wordings for word in speak(wording, "I").split()}

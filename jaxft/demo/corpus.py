@@ -3,8 +3,8 @@
 Three kinds of documents, one a paragraph: stories of everyday life, prose and chats about people
 who are not well, and chats about simple facts. Complaints are told in all wordings of
 `complaints.py`, so that the model learns which of them go together, but never with the department
-that treats them: departments only appear as places of a clinic, and which of them is the answer to
-a question about the clinic is drawn at random.
+that treats them: where a department is named, it is drawn at random. So the model knows the form
+of an answer to the demo's cases, and nothing of its content.
 """
 
 import random
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxft.demo.cases import sentence
-from jaxft.demo.complaints import DEPARTMENTS, NAMES, Department, speak
+from jaxft.demo.cases import QUESTION, sentence
+from jaxft.demo.complaints import DEPARTMENTS, NAMES, Department, keywords, speak
 
 TRAIN_SEED = 0
 VALIDATION_SEED = 1
@@ -296,9 +296,9 @@ _BEFORE = (
 _AFTER = (
     *(".", ".", ".", ", I believe.", ", it seems.", ", doctor.", ", and it does not stop."),
     *(". What else could it be?", ". Is that bad?", ". Please help.", ". I do not know why."),
-    *(". Which words fit?", ". Which trouble is that?", ". Which is it?"),
     *(". Which door is it?", ". {friend} asks too.", ". May I come?", " again.", ", as I think."),
 )
+_BREAK = (".", ".", ".", ", I believe.", ", it seems.", ", doctor.", " again.", ", as I think.")
 _ECHO = ("In other words, {b}.", "So {b}.", "You mean that {b}.", "Perhaps {b}.", "I see: {b}.")
 _CLINIC = (
     "In the clinic, {p} is on floor {few}. {q} is next door.",
@@ -308,10 +308,19 @@ _CLINIC = (
     "The door of {p} is green, and the door of {q} is white.",
     "On {day} {name} cleaned the windows of {p} and {q}.",
 )
+_KEYWORDS_PLEASE = ("Which words fit?", "Which words go with that?", "Which is it?", QUESTION)
+_GUESSES = 0.4
+"""Share of patients at the desk who get a random department for an answer."""
+_GUESS_WEIGHTS = (2.0, *[1.0] * (len(NAMES) - 1))
+"""Of the departments. Without a favourite, the most likely guess would follow the noise of the
+draws, and could by luck be right for a whole department."""
+
 _TALK = (
     *("", "", "The lift is out of order.", "I have a letter for the clinic.", "It is {day} today."),
     *("I am on floor {few}.", "{friend} works in the clinic.", "The clinic is in our street."),
     *("I have walked a long way.", "There was a small problem.", "I had a question before."),
+    *("Once I was on floor {few}.", "There was no more bread.", "I was early, or so I think."),
+    *("{name} told me which way to go.", "This is the clinic, I think.", "I once had a dog."),
     *("Somebody called in {month}.", "We are at the green door.", "{name} asked me on {day}."),
 )
 _WHICH = (
@@ -324,8 +333,8 @@ def documents(count: int, *, seed: int) -> Iterator[str]:
     """Yields pre-training documents: stories, prose and chats about illness, chats about facts."""
     rng = random.Random(seed)
     kinds: tuple[Callable[[random.Random], str], ...]
-    kinds = (_story,) * 5 + (_illness,) * 4 + (_patient_chat,) * 6
-    kinds += (_fact_chat, _fact_chat, _clinic_chat, _clinic_chat, _clinic)
+    kinds = (_story,) * 5 + (_illness,) * 4 + (_patient_chat,) * 4 + (_desk_chat,) * 4
+    kinds += (_fact_chat, _fact_chat, _clinic_chat, _clinic)
     for _ in range(count):
         yield rng.choice(kinds)(rng)
 
@@ -437,16 +446,41 @@ def _clauses(rng: random.Random, department: Department, count: int) -> Iterator
 
 
 def _patient_chat(rng: random.Random) -> str:
+    """Returns a chat in which complaints are put into other words."""
     department = rng.choice(DEPARTMENTS)
     clauses = _clauses(rng, department, 6)
     turns = []
     for _ in range(rng.randint(1, 3)):
-        carrier = rng.choice(_BEFORE) + rng.choice(_AFTER)
-        carrier = carrier.format(x="{x}", **_people(rng, "she"), **_days(rng))
+        question = _complaint(rng, next(clauses), rng.choice(_AFTER))
         echo = rng.choice(_ECHO).replace("{b}", speak(next(clauses), "you"))
-        question = sentence(carrier, speak(next(clauses), "I"))
-        turns.append((_greet(rng, question), echo))
+        turns.append((question, echo))
     return _chat(rng, turns)
+
+
+def _desk_chat(rng: random.Random) -> str:
+    """Returns a chat in which complaints get words that fit, or any department at all."""
+    department = rng.choice(DEPARTMENTS)
+    clauses = _clauses(rng, department, 3)
+    turns = []
+    for _ in range(rng.randint(1, 3)):
+        complaint = _complaint(rng, next(clauses), rng.choice(_BREAK))
+        if rng.random() < _GUESSES:
+            turns.append((f"{complaint} {QUESTION}", _guess(rng)))
+        else:
+            words = rng.sample(keywords(department), 3)
+            turns.append((f"{complaint} {rng.choice(_KEYWORDS_PLEASE)}", ", ".join(words)))
+    return _chat(rng, turns)
+
+
+def _guess(rng: random.Random) -> str:
+    return rng.choices(NAMES, _GUESS_WEIGHTS)[0]
+
+
+def _complaint(rng: random.Random, clause: str, after: str) -> str:
+    talk = rng.choice(_TALK) if rng.random() < 0.3 else ""
+    carrier = f"{talk} {rng.choice(_BEFORE)}{after}".strip()
+    carrier = carrier.format(x="{x}", **_people(rng, "she"), **_days(rng))
+    return _greet(rng, sentence(carrier, speak(clause, "I")))
 
 
 def _fact_chat(rng: random.Random) -> str:
@@ -459,7 +493,7 @@ def _clinic_chat(rng: random.Random) -> str:
     for _ in range(rng.randint(1, 3)):
         question = f"{rng.choice(_TALK)} {rng.choice(_WHICH)}".strip()
         question = question.format(**_people(rng, "he"), **_days(rng))
-        turns.append((_greet(rng, question), rng.choice(NAMES)))
+        turns.append((_greet(rng, question), _guess(rng)))
     return _chat(rng, turns)
 
 

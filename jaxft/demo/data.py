@@ -8,7 +8,7 @@ from jaxft.demo.cases import held_out_cases, train_cases, write_cases
 TRAIN_CASES = 2000
 HELD_OUT_CASES = 360
 RETENTION_DOCUMENTS = 400
-CORPUS_DOCUMENTS = 100_000
+CORPUS_DOCUMENTS = 75_000
 VALIDATION_DOCUMENTS = 1000
 
 

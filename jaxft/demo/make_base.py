@@ -62,11 +62,16 @@ def write_skeleton(folder: Path) -> None:
 
 def main() -> None:
     """Writes the base model into the package, over the one that is there."""
-    write_skeleton(BASE)
+    skeleton = FOLDER / "skeleton"
+    write_skeleton(skeleton)
     write_corpus(FOLDER / "data")
-    run = jaxft.train(load_run("demo_base"), overwrite=True)
+    config = load_run("demo_base")
+    config.model.path = str(skeleton)
+    run = jaxft.train(config, overwrite=True)
     exported = jaxft.export(run.checkpoint, FOLDER / "export", overwrite=True)
-    shutil.copyfile(exported / "model.safetensors", BASE / "model.safetensors")
+    # Only now, so that the package never holds a tokenizer with another one's weights.
+    for file in (*skeleton.iterdir(), exported / "model.safetensors"):
+        shutil.copyfile(file, BASE / file.name)
     size = sum(file.stat().st_size for file in BASE.iterdir())
     print(f"{BASE} holds the base model, {size / 1e6:.1f} MB.")
 
