@@ -65,9 +65,9 @@ def results_table(before: Mapping[str, Evaluation], after: Mapping[str, Evaluati
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     for name, data, show in (
-        ("held-out cases: label accuracy", "validation", _accuracy),
-        ("held-out cases: loss", "validation", _loss),
-        ("retention, other text: loss", "retention", _loss),
+        ("held-out label accuracy", "validation", _accuracy),
+        ("held-out loss", "validation", _loss),
+        ("retention: loss elsewhere", "retention", _loss),
     ):
         table.add_row(name, show(before[data]), show(after[data]))
     table.caption = (
