@@ -152,7 +152,7 @@ def test_departments_that_chats_name_say_nothing_about_the_complaint():
                 answers[answer] += 1
                 right[answer] += owner[clause] == answer
     total = answers.total()
-    assert total > 3000
+    assert total > 2500
     # Each answer is right as often as any other department would be: within 4 standard deviations.
     share = 1 / len(NAMES)
     for name, count in answers.items():
