@@ -215,8 +215,8 @@ class EvalConfig:
     )
     answers: str = key(
         "none",
-        "Generated answers: 'exact' compares with the reference text, 'label' takes the answer "
-        "as one of the labels found in the data.",
+        "Answers that `jaxft eval` generates: 'exact' compares with the reference text, 'label' "
+        "takes the answer as one of the labels found in the data.",
         choices=("none", "exact", "label"),
     )
     answer_rows: int = key(200, "Rows that answers are generated for; 0: all.", minimum=0)

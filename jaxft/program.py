@@ -29,6 +29,9 @@ from jaxft.sharding.rules import Placement, load_strategy
 from jaxft.state import TrainState, abstract_state
 from jaxft.train_step import make_train_step
 
+# By `objective.name`: modules with `loss` and `row_terms`.
+OBJECTIVES = {"sft": sft}
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -118,7 +121,9 @@ def build_evaluator(
         config.model.dtypes, remat=config.model.remat, attention=attention.backend
     )
     abstract = architecture.abstract(numerics)
-    row_terms = functools.partial(sft.row_terms, chunk=config.objective.chunk)
+    row_terms = functools.partial(
+        OBJECTIVES[config.objective.name].row_terms, chunk=config.objective.chunk
+    )
     return Evaluator(
         architecture=architecture,
         abstract=abstract,
@@ -173,7 +178,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     )
     step = make_train_step(
         abstract.graphdef,
-        functools.partial(sft.loss, chunk=config.objective.chunk),
+        functools.partial(OBJECTIVES[config.objective.name].loss, chunk=config.objective.chunk),
         optimizer,
         schedule=schedule,
         placement=placement,

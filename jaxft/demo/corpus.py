@@ -2,8 +2,8 @@
 
 Three kinds of documents, one a paragraph: stories of everyday life, prose and chats about people
 who are not well, and chats about simple facts. Complaints are told in all wordings of
-`complaints.py`, so that the model learns which of them go together, but never with the department
-that treats them: where a department is named, it is drawn at random. So the model knows the form
+`complaints.py`, so that the model learns which of them go together, but not who treats them: where
+a chat answers a complaint with a department, that is drawn at random. So the model knows the form
 of an answer to the demo's cases, and nothing of its content.
 """
 
