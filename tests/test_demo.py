@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import jaxft
 from jaxft.demo import BASE, corpus
 from jaxft.demo.__main__ import MAX_NEW_TOKENS, QUESTIONS, results_table
 from jaxft.demo.cases import (
@@ -313,3 +317,23 @@ def test_results_show_what_was_measured():
     expected = ["8.3% [5.9%, 11.6%]", "97.2% [95.0%, 98.5%]", "4.000", "2.000", "0.500", "0.250"]
     for figure in expected:
         assert figure in text
+
+
+@pytest.mark.slow
+def test_the_demo_learns_the_task_and_keeps_what_the_model_knew(tmp_path, monkeypatch):
+    root = Path(__file__).parents[1]
+    (tmp_path / "configs").symlink_to(root / "configs")
+    command = [sys.executable, "-m", "jaxft.demo"]
+    environment = os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    assert all(label in result.stdout for label in ("Orthopaedics", "Cardiology", "Dermatology"))
+    monkeypatch.chdir(tmp_path)
+    config = load_run("demo")
+    before, after = (jaxft.evaluate(config, path) for path in ("", tmp_path / "runs/demo/model"))
+    accuracy = [results["validation"].answers.accuracy for results in (before, after)]
+    assert accuracy[0].low < 1 / len(NAMES) < accuracy[0].high
+    assert accuracy[1].value >= 0.95
+    retention = [results["retention"].rows.loss.value for results in (before, after)]
+    assert retention[1] < retention[0] + 0.05
