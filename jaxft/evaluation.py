@@ -1,6 +1,7 @@
 """Evaluation of a model, a checkpoint or an export, on named held-out data, on any mesh."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -18,19 +19,15 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_dict
 from jaxft.data import TokenRows, chat
 from jaxft.errors import ConfigError, DataError
-from jaxft.hf.load import read_config
 from jaxft.intervals import Estimate, paired_difference, proportion, ratio
 from jaxft.model import (
     Model,
     Source,
-    check_vocabulary,
     find_source,
-    load_model_tokenizer,
     load_weights,
-    use_template,
+    read_description,
 )
 from jaxft.models.attention import check_backend
-from jaxft.models.families import architecture_from_hf
 from jaxft.models.module import Params
 from jaxft.program import (
     Evaluator,
@@ -126,13 +123,7 @@ class Evaluation:
         """Returns a JSON-able summary."""
         record = self.rows.record()
         if self.answers is not None:
-            a = self.answers.accuracy
-            record[self.answers.metric] = {
-                "value": a.value,
-                "low": a.low,
-                "high": a.high,
-                "count": a.count,
-            }
+            record[self.answers.metric] = dataclasses.asdict(self.answers.accuracy)
             if self.answers.labels:
                 record["labels"] = self.answers.labels
         return record
@@ -195,12 +186,9 @@ def evaluate(
     with progress.phase("Model and tokenizer"):
         revision = "" if checkpoint else config.model.revision
         source = find_source(config.model.path, revision=revision, step=step)
-        architecture = architecture_from_hf(read_config(source.folder))
         # A run keeps the tokenizer it was trained with.
         other = config.model.tokenizer if source.checkpoints is None else ""
-        tokenizer = load_model_tokenizer(source, other)
-        check_vocabulary(tokenizer, architecture)
-        use_template(tokenizer, config.data)
+        architecture, tokenizer = read_description(source, config.data, other_tokenizer=other)
         _say_differences(config, source)
     with progress.phase("Data"):
         rows = {

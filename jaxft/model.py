@@ -284,10 +284,25 @@ def load_model_tokenizer(source: Source, other: str = "") -> Any:
     return load_tokenizer(resolve(other, weights=False) if other else source.folder)
 
 
-def use_template(tokenizer: Any, config: DataConfig) -> None:
-    """Puts the template that `data.template` names in the place of the tokenizer's own."""
+def read_description(
+    source: Source, config: DataConfig, *, other_tokenizer: str = ""
+) -> tuple[Architecture, Any]:
+    """Returns the shape of a model and its tokenizer, which then has the template of the run.
+
+    Args:
+      source: Its folder holds config.json and, unless another is named, the tokenizer.
+      config: `template` replaces the tokenizer's own chat template.
+      other_tokenizer: Folder or repository id.
+
+    Raises:
+      ModelError: If either cannot be read, or they do not belong together.
+    """
+    architecture = architecture_from_hf(read_config(source.folder))
+    tokenizer = load_model_tokenizer(source, other_tokenizer)
+    check_vocabulary(tokenizer, architecture)
     if config.template:
         tokenizer.chat_template = chat.resolve_template(tokenizer, config).text
+    return architecture, tokenizer
 
 
 def check_vocabulary(tokenizer: Any, architecture: Architecture) -> None:

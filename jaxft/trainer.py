@@ -23,21 +23,18 @@ from jaxft.data import BatchIterator, TokenRows, chat
 from jaxft.devices import peak_flops
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.evaluation import SamplePrompt, evaluate_rows, read_sample_prompts
-from jaxft.hf.load import read_config
 from jaxft.hf.tokenizer import save_tokenizer
 from jaxft.metrics import Interval, MetricsWriter, require_wandb, train_record, training_flops
 from jaxft.model import (
     Model,
     Source,
-    check_vocabulary,
     find_source,
-    load_model_tokenizer,
     load_weights,
+    read_description,
     tensor_dtypes_of,
-    use_template,
 )
 from jaxft.models.attention import check_backend
-from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.models.families import Architecture
 from jaxft.models.module import init_params
 from jaxft.periods import Period, Periods, Sums
 from jaxft.program import (
@@ -128,10 +125,9 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
             revision=config.model.revision,
             weights=not config.model.random_init,
         )
-        architecture = architecture_from_hf(read_config(source.folder))
-        tokenizer = load_model_tokenizer(source, config.model.tokenizer)
-        check_vocabulary(tokenizer, architecture)
-        use_template(tokenizer, config.data)
+        architecture, tokenizer = read_description(
+            source, config.data, other_tokenizer=config.model.tokenizer
+        )
     workdir = Workdir.check(config.train.workdir, config, resume=resume, overwrite=overwrite)
     for change in workdir.changes:
         progress.log(f"Changed since the run was started: {change}", style="yellow")
