@@ -2,6 +2,8 @@
 .PHONY: help demo test test-all check clean
 
 PYTHON = .venv/bin/python
+# Each worker takes some GB of memory and compiles on several cores.
+PYTEST = $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 help:
 	@echo 'make demo      fine-tune the embedded model on the embedded data, from start to end'
@@ -14,10 +16,10 @@ demo: .venv/.installed
 	@$(PYTHON) -m jaxft.demo
 
 test: .venv/.installed
-	@$(PYTHON) -m pytest
+	@$(PYTEST)
 
 test-all: .venv/.installed
-	@$(PYTHON) -m pytest -m 'not tpu_aot'
+	@$(PYTEST) -m 'not tpu_aot'
 
 check: .venv/.installed
 	@$(PYTHON) -m ruff check

@@ -212,7 +212,7 @@ def _data(options: argparse.Namespace) -> int:
     from jaxft.tables import output
 
     source = find_source(config.model.path, revision=config.model.revision, weights=False)
-    tokenizer = load_model_tokenizer(source, config.model.tokenizer)
+    tokenizer = load_model_tokenizer(source, config.model)
     held_out = config.data.validation or config.eval.datasets or config.eval.retention
     sources = named_sources(config) if held_out else {}
     report = inspect(config, tokenizer, sources=sources, on_log=log)

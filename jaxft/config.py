@@ -36,6 +36,11 @@ class ModelConfig:
     path: str = key("", "Hugging Face folder, or repository id such as 'org/name'.")
     revision: str = key("", "Branch, tag or commit of a repository id; empty: its default branch.")
     tokenizer: str = key("", "Folder or repository id of another tokenizer; empty: model.path.")
+    add_tokens: str = key(
+        "",
+        "Special tokens that the tokenizer gets, comma-separated, such as '<|call|>,<|result|>'; "
+        "the embedding grows if it has no rows to spare.",
+    )
     random_init: bool = key(
         False, "Start from random weights: model.path then needs only config.json and a tokenizer."
     )
@@ -55,6 +60,17 @@ class ModelConfig:
         "of matrix products with weights, 'full' the layer's input alone.",
         choices=("none", "dots", "full"),
     )
+    expert_capacity: float = key(
+        0.0,
+        "In a mixture of experts: tokens of a row that an expert takes, as a multiple of its even "
+        "share; what exceeds is dropped, and counted. 0: no token is ever dropped.",
+        minimum=0,
+    )
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens of `add_tokens`."""
+        return [part.strip() for part in self.add_tokens.split(",")] if self.add_tokens else []
 
 
 @dataclass(kw_only=True, slots=True)
@@ -129,6 +145,12 @@ class ObjectiveConfig:
     chunk: int = key(
         256,
         "Positions of each row whose float32 logits exist at once; 0: all of them.",
+        minimum=0,
+    )
+    balance: float = key(
+        0.0,
+        "Weight of the load-balancing loss of a mixture of experts; 0 leaves it out. Models name "
+        "the one they were trained with in config.json (router_aux_loss_coef).",
         minimum=0,
     )
 
@@ -363,6 +385,9 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     model, data, optim, train = config.model, config.data, config.optim, config.train
     if not model.path:
         yield "model.path is empty; name a Hugging Face folder or a repository id."
+    added = model.added_tokens
+    if not all(added) or len(set(added)) < len(added):
+        yield f"model.add_tokens {model.add_tokens!r} has an empty or a repeated token."
     if train.batch_size % train.accumulation:
         yield (
             f"train.batch_size {train.batch_size} is not divisible by train.accumulation "

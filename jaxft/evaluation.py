@@ -186,9 +186,7 @@ def evaluate(
     with progress.phase("Model and tokenizer"):
         revision = "" if checkpoint else config.model.revision
         source = find_source(config.model.path, revision=revision, step=step)
-        # A run keeps the tokenizer it was trained with.
-        other = config.model.tokenizer if source.checkpoints is None else ""
-        architecture, tokenizer = read_description(source, config.data, other_tokenizer=other)
+        architecture, tokenizer = read_description(source, config)
         _say_differences(config, source)
     with progress.phase("Data"):
         rows = {

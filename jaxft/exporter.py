@@ -9,10 +9,9 @@ import jax
 import numpy as np
 
 from jaxft.errors import ConfigError, ModelError, nearest
-from jaxft.hf.load import read_config
 from jaxft.hf.save import atomic_folder, save_params
 from jaxft.hf.tokenizer import save_tokenizer
-from jaxft.model import Model, load, tensor_dtypes_of
+from jaxft.model import Model, hf_config, load, tensor_dtypes_of
 
 # Types that `dtype` may name.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -58,7 +57,7 @@ def export(
     dtypes = dtype or tensor_dtypes_of(model.source) or "float32"
     with atomic_folder(output, overwrite=overwrite) as folder:
         save_params(folder, model.architecture.rules, model.params, dtypes=dtypes)
-        config = read_config(model.source.folder)
+        config = hf_config(model.source, model.architecture)
         if dtype:
             config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -54,6 +54,7 @@ def generate_tokens(
     max_new_tokens: int,
     stop_ids: Collection[int],
     sampling: Sampling | None = None,
+    has_token: np.ndarray | None = None,
 ) -> list[list[int]]:
     """Continues each prompt until a stop token or `max_new_tokens`.
 
@@ -64,6 +65,8 @@ def generate_tokens(
       max_new_tokens: Longest continuation.
       stop_ids: Tokens that end a row; not part of the result.
       sampling: Greedy if absent.
+      has_token: bool `[V]`; ids where it is False, such as rows that pad the embedding, are never
+        chosen. All are allowed if absent.
 
     Returns:
       The new ids of each row.
@@ -92,6 +95,7 @@ def generate_tokens(
         np.float32(sampling.temperature),
         np.int32(sampling.top_k),
         np.float32(sampling.top_p),
+        has_token,
         max_new_tokens=max_new_tokens,
         greedy=sampling.temperature == 0,
     )
@@ -115,6 +119,7 @@ def _generate(
     temperature: Float[Array, ""],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
+    has_token: Bool[Array, " V"] | None,
     *,
     max_new_tokens: int,
     greedy: bool,
@@ -124,6 +129,8 @@ def _generate(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
 
     def choose(logits: Float[Array, "B V"], step: Array) -> Int[Array, " B"]:
+        if has_token is not None:
+            logits = jnp.where(has_token[None], logits, -jnp.inf)
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         kept = _filter(logits / temperature, top_k, top_p)
@@ -131,7 +138,8 @@ def _generate(
         return jax.vmap(jax.random.categorical)(step_keys, kept).astype(jnp.int32)
 
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    cache = model.init_cache(rows, width + max_new_tokens)
+    limits = jnp.sum(segments, axis=1, dtype=jnp.int32) + max_new_tokens
+    cache = model.init_cache(limits, width + max_new_tokens)
     hidden, cache = model.extend(tokens, positions, segments, cache)
     first = choose(model.logits(hidden[:, -1:])[:, 0], jnp.int32(0))
     new = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(first)

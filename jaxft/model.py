@@ -11,18 +11,20 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from jaxft import progress
 from jaxft.checkpoint import Checkpoints
-from jaxft.config import DataConfig
+from jaxft.config import DataConfig, ModelConfig, RunConfig
 from jaxft.data import chat
-from jaxft.errors import CheckpointError, ConfigError, ModelError
+from jaxft.errors import CheckpointError, ConfigError
 from jaxft.generate import Sampling, generate_tokens
 from jaxft.hf.hub import resolve
 from jaxft.hf.load import load_params, read_config, read_json, tensor_dtypes
-from jaxft.hf.tokenizer import load_tokenizer, stop_ids
+from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer, stop_ids
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
 from jaxft.sharding.rules import Placement
+from jaxft.vocabulary import grow, tokens_beyond, with_rows_for, with_vocab_size
 
 type Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -128,6 +130,13 @@ class Model:
         return tuple(sorted({*known, *turn_ends}))
 
     @functools.cached_property
+    def has_token(self) -> np.ndarray:
+        """Which ids the tokenizer knows, bool `[V]`: an embedding often has rows beyond them."""
+        known = np.zeros(self.architecture.config.vocab, bool)
+        known[list(self.tokenizer.get_vocab().values())] = True
+        return known
+
+    @functools.cached_property
     def template(self) -> chat.Template:
         """The tokenizer's chat template, or the built-in default."""
         return chat.resolve_template(self.tokenizer, DataConfig())
@@ -202,6 +211,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_ids,
             sampling=sampling,
+            has_token=self.has_token,
         )
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
 
@@ -235,7 +245,8 @@ def load(
       CheckpointError: If a checkpoint cannot be read.
     """
     source = find_source(path_or_repo_id, revision=revision, step=step)
-    architecture = architecture_from_hf(read_config(source.folder))
+    tokenizer = load_tokenizer(source.folder)
+    architecture = _describe(source, tokenizer)
     abstract = architecture.abstract(make_numerics(dtypes))
     if placement is not None:
         shardings = placement.shardings(abstract.params, abstract.axes)
@@ -243,7 +254,7 @@ def load(
         single = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
         shardings = dict.fromkeys(abstract.params, single)
     params = load_weights(source, architecture, abstract, shardings)
-    return Model(architecture, abstract, params, load_tokenizer(source.folder), source)
+    return Model(architecture, abstract, params, tokenizer, source)
 
 
 def load_weights(
@@ -252,19 +263,24 @@ def load_weights(
     abstract: AbstractModel,
     shardings: Mapping[str, jax.sharding.Sharding],
 ) -> Params:
-    """Reads weights from safetensors or from a checkpoint, each device its own part."""
+    """Reads weights from safetensors or from a checkpoint, each device its own part.
+
+    Tables that are smaller in the files than the architecture says grow by mean rows.
+    """
     target = {
         path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[path])
         for path, spec in abstract.params.items()
     }
     if source.checkpoints is None:
-        return load_params(
+        stored = architecture_from_hf(read_config(source.folder)).config.vocab
+        params = load_params(
             source.folder,
             architecture.rules,
-            target,
+            with_vocab_size(target, abstract.axes, stored),
             ignore=architecture.ignored,
             copies=architecture.copies,
         )
+        return grow(params, target, abstract.axes)
     checkpoints = Checkpoints(source.checkpoints, read_only=True)
     try:
         return checkpoints.restore_params(target, source.step)
@@ -279,38 +295,54 @@ def tensor_dtypes_of(source: Source) -> dict[str, str]:
     return read_json(source.folder / "tensor_dtypes.json")
 
 
-def load_model_tokenizer(source: Source, other: str = "") -> Any:
-    """Loads the tokenizer of a model, or `other`, a folder or repository id, in its place."""
-    return load_tokenizer(resolve(other, weights=False) if other else source.folder)
+def load_model_tokenizer(source: Source, config: ModelConfig) -> Any:
+    """Loads the tokenizer of a model as a run changes it; a checkpoint has its own already.
+
+    Args:
+      source: Its folder holds the tokenizer.
+      config: `tokenizer` takes its place, and `add_tokens` are added.
+    """
+    if source.checkpoints is not None:
+        return load_tokenizer(source.folder)
+    other = config.tokenizer
+    tokenizer = load_tokenizer(resolve(other, weights=False) if other else source.folder)
+    if config.added_tokens:
+        count = add_special_tokens(tokenizer, config.added_tokens)
+        progress.log(f"Special tokens added to the tokenizer: {count}.")
+    return tokenizer
 
 
-def read_description(
-    source: Source, config: DataConfig, *, other_tokenizer: str = ""
-) -> tuple[Architecture, Any]:
+def read_description(source: Source, config: RunConfig) -> tuple[Architecture, Any]:
     """Returns the shape of a model and its tokenizer, which then has the template of the run.
 
     Args:
       source: Its folder holds config.json and, unless another is named, the tokenizer.
-      config: `template` replaces the tokenizer's own chat template.
-      other_tokenizer: Folder or repository id.
+      config: `model.tokenizer` replaces the tokenizer, `data.template` its chat template.
 
     Raises:
       ModelError: If either cannot be read, or they do not belong together.
     """
-    architecture = architecture_from_hf(read_config(source.folder))
-    tokenizer = load_model_tokenizer(source, other_tokenizer)
-    check_vocabulary(tokenizer, architecture)
-    if config.template:
-        tokenizer.chat_template = chat.resolve_template(tokenizer, config).text
+    tokenizer = load_model_tokenizer(source, config.model)
+    architecture = _describe(source, tokenizer, random_init=config.model.random_init)
+    if config.data.template:
+        tokenizer.chat_template = chat.resolve_template(tokenizer, config.data).text
     return architecture, tokenizer
 
 
-def check_vocabulary(tokenizer: Any, architecture: Architecture) -> None:
-    """Raises ModelError if the tokenizer gives ids that the model has no row for."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= architecture.config.vocab:
-        raise ModelError(
-            f"The tokenizer has ids up to {largest}, but the model's embedding has "
-            f"{architecture.config.vocab} rows. Name the tokenizer that belongs to the model "
-            "(model.tokenizer)."
+def _describe(source: Source, tokenizer: Any, *, random_init: bool = False) -> Architecture:
+    """Returns the shape of a model with a row for each token; says so if it has to grow."""
+    stored = architecture_from_hf(read_config(source.folder))
+    architecture = with_rows_for(stored, tokenizer)
+    if architecture is not stored:
+        rows = stored.config.vocab
+        progress.log(
+            f"Added tokens without a row in the embedding: {len(tokens_beyond(tokenizer, rows))}. "
+            f"It grows from {rows} to {architecture.config.vocab} rows"
+            + ("." if random_init else ", each new one the mean of the old ones.")
         )
+    return architecture
+
+
+def hf_config(source: Source, architecture: Architecture) -> dict[str, Any]:
+    """Returns the content of config.json for an architecture that may have grown since."""
+    return read_config(source.folder) | {"vocab_size": architecture.config.vocab}

@@ -7,8 +7,8 @@ import optax
 
 from jaxft.config import OptimConfig
 
-# Scales of norms and biases: decay would pull them to zero without a regularising effect.
-_NOT_DECAYED = re.compile(r"\.(scale|b)$")
+# Scales of norms, biases, sinks: decay would pull them to zero without a regularising effect.
+_NOT_DECAYED = re.compile(r"\.(scale|b|sinks)$")
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

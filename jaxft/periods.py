@@ -43,12 +43,21 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """A period that is over: its last step, its sums and what that step reported."""
+    """A period that is over: its last step, its sums and what that step reported.
+
+    Attributes:
+      step: The last.
+      sums: Of all steps.
+      learning_rate: Of the last step.
+      grad_norm: Of the last step.
+      experts: How evenly the last step used experts, by the names of metrics.jsonl.
+    """
 
     step: int
     sums: Sums
     learning_rate: float
     grad_norm: float
+    experts: dict[str, float]
 
 
 class Periods:
@@ -106,7 +115,8 @@ class Periods:
         self._before, self._partial, self._since = Sums(), 0.0, done
         self._closed, self._done = [], None
         step, last = steps[-1]
-        return Period(step, sums, float(last.learning_rate), float(last.grad_norm))
+        experts = _expert_record(last)
+        return Period(step, sums, float(last.learning_rate), float(last.grad_norm), experts)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[Sums]:
@@ -131,3 +141,14 @@ class Periods:
     def _wait(self, metrics: StepMetrics) -> float:
         jax.block_until_ready(metrics)
         return self._clock()
+
+
+def _expert_record(metrics: StepMetrics) -> dict[str, float]:
+    if metrics.experts is None:
+        return {}
+    return {
+        "balance_loss": float(metrics.experts.auxiliary) / max(float(metrics.weight), 1.0),
+        "expert_busiest": float(metrics.experts.busiest),
+        "expert_unused": float(metrics.experts.unused),
+        "expert_dropped": float(metrics.experts.dropped),
+    }

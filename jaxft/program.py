@@ -60,6 +60,23 @@ class Evaluator:
         """Number of parameters; a tied table counts once."""
         return sum(math.prod(spec.shape) for spec in self.abstract.params.values())
 
+    @property
+    def multiplied_parameters(self) -> int:
+        """Number of parameters that a token is multiplied with.
+
+        Tables that are looked up in are left out, but a tied one counts as the head; of experts the
+        chosen ones count.
+        """
+        config, counted = self.architecture.config, 0
+        for path, spec in self.abstract.params.items():
+            size = math.prod(spec.shape)
+            if path == "positions.w" or (path == "embed.w" and not config.tied):
+                continue
+            if config.experts is not None and "experts" in self.abstract.axes[path]:
+                size = size * config.experts.chosen // config.experts.count
+            counted += size
+        return counted
+
 
 @dataclass(frozen=True)
 class Program:
@@ -106,19 +123,23 @@ def build_evaluator(
     Raises:
       ConfigError: If the strategy cannot place the model, or attention cannot be had.
     """
+    _check_length(config, architecture)
     numerics = make_numerics(config.model.dtypes)
     device = placement.mesh.devices.flat[0]
     attention = choose_backend(
         config.model.attention,
+        architecture.config,
         platform=device.platform,
-        head_dim=architecture.config.head_dim,
         length=config.data.max_length,
         compute_dtype=numerics.compute_dtype,
         max_segments=max_segments,
         compute_capability=str(getattr(device, "compute_capability", "")),
     )
     numerics = make_numerics(
-        config.model.dtypes, remat=config.model.remat, attention=attention.backend
+        config.model.dtypes,
+        remat=config.model.remat,
+        attention=attention.backend,
+        expert_capacity=config.model.expert_capacity,
     )
     abstract = architecture.abstract(numerics)
     row_terms = functools.partial(
@@ -133,6 +154,15 @@ def build_evaluator(
         attention=attention,
         eval_step=make_eval_step(abstract.graphdef, row_terms, placement=placement),
     )
+
+
+def _check_length(config: RunConfig, architecture: Architecture) -> None:
+    context = architecture.config.max_length
+    if architecture.config.learned_positions and config.data.max_length > context:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but the model has a table of {context} "
+            f"positions and knows none beyond. Set data.max_length to {context} or less."
+        )
 
 
 def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
@@ -178,7 +208,11 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     )
     step = make_train_step(
         abstract.graphdef,
-        functools.partial(OBJECTIVES[config.objective.name].loss, chunk=config.objective.chunk),
+        functools.partial(
+            OBJECTIVES[config.objective.name].loss,
+            chunk=config.objective.chunk,
+            balance=config.objective.balance,
+        ),
         optimizer,
         schedule=schedule,
         placement=placement,

@@ -16,6 +16,22 @@ from jaxft.state import TrainState
 Loss = Callable[[Any, Batch], LossTerms]
 
 
+class ExpertMetrics(NamedTuple):
+    """Float32 scalars of one step of a mixture of experts.
+
+    Attributes:
+      auxiliary: Summed load-balancing loss, with its weight, times trained tokens.
+      busiest: Tokens of the busiest expert of any layer over the mean of that layer; 1 is even.
+      unused: Share of all layers' experts that no token went to.
+      dropped: Share of choices that found their expert full.
+    """
+
+    auxiliary: Any
+    busiest: Any
+    unused: Any
+    dropped: Any
+
+
 class StepMetrics(NamedTuple):
     """Float32 scalars of one step, left on the device.
 
@@ -26,6 +42,7 @@ class StepMetrics(NamedTuple):
       grad_norm: Global norm of the normalised gradient, before clipping.
       tokens: Tokens that are not padding.
       squared_lengths: Sum of squared document lengths, which attention's work grows with.
+      experts: How evenly experts are used; None in a model without.
     """
 
     total: Any
@@ -34,6 +51,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Any
     tokens: Any
     squared_lengths: Any
+    experts: ExpertMetrics | None = None
 
 
 def make_train_step(
@@ -75,6 +93,7 @@ def make_train_step(
             tokens=jnp.sum(real),
             # 1 + 3 + 5 + … over the positions of a document is its length squared.
             squared_lengths=jnp.sum((2.0 * batch.positions + 1.0) * real),
+            experts=_expert_metrics(terms),
         )
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
@@ -95,7 +114,7 @@ def _accumulate(
     def gradients_of(micro: Batch) -> tuple[Params, LossTerms]:
         def total(trainable: Params) -> tuple[jax.Array, LossTerms]:
             terms = loss(merge(graphdef, {**trainable, **state.frozen}), micro)
-            return terms.total, terms
+            return terms.total + terms.auxiliary, terms
 
         (_, terms), gradients = jax.value_and_grad(total, has_aux=True)(state.trainable)
         return gradients, terms
@@ -108,7 +127,22 @@ def _accumulate(
         added = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), sums[0], gradients)
         return (added, sums[1] + terms), None
 
-    zero = jnp.zeros((), jnp.float32)
-    zeros = {path: jnp.zeros(p.shape, jnp.float32) for path, p in state.trainable.items()}
-    sums, _ = jax.lax.scan(body, (zeros, LossTerms(zero, zero, zero)), batch)
+    first = jax.tree.map(lambda x: x[0], batch)
+    zeros = jax.tree.map(
+        lambda spec: jnp.zeros(spec.shape, jnp.float32), jax.eval_shape(gradients_of, first)
+    )
+    sums, _ = jax.lax.scan(body, zeros, batch)
     return sums
+
+
+def _expert_metrics(terms: LossTerms) -> ExpertMetrics | None:
+    if terms.routing is None:
+        return None
+    counts = terms.routing.counts
+    asked = jnp.sum(counts, axis=-1, keepdims=True)
+    return ExpertMetrics(
+        auxiliary=terms.auxiliary,
+        busiest=jnp.max(counts / jnp.maximum(asked, 1.0)) * counts.shape[-1],
+        unused=jnp.mean((counts == 0).astype(jnp.float32)),
+        dropped=jnp.sum(terms.routing.dropped) / jnp.maximum(jnp.sum(asked), 1.0),
+    )

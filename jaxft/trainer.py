@@ -23,12 +23,14 @@ from jaxft.data import BatchIterator, TokenRows, chat
 from jaxft.devices import peak_flops
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.evaluation import SamplePrompt, evaluate_rows, read_sample_prompts
+from jaxft.hf.load import read_config
 from jaxft.hf.tokenizer import save_tokenizer
 from jaxft.metrics import Interval, MetricsWriter, require_wandb, train_record, training_flops
 from jaxft.model import (
     Model,
     Source,
     find_source,
+    hf_config,
     load_weights,
     read_description,
     tensor_dtypes_of,
@@ -125,9 +127,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
             revision=config.model.revision,
             weights=not config.model.random_init,
         )
-        architecture, tokenizer = read_description(
-            source, config.data, other_tokenizer=config.model.tokenizer
-        )
+        architecture, tokenizer = read_description(source, config)
     workdir = Workdir.check(config.train.workdir, config, resume=resume, overwrite=overwrite)
     for change in workdir.changes:
         progress.log(f"Changed since the run was started: {change}", style="yellow")
@@ -170,7 +170,9 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         else:
             state, counts = _init_state(config, program, source), Progress(data={})
             phase.detail("random" if config.model.random_init else config.model.path)
-            _keep_model_files(workdir, config, source, tokenizer, is_chat=rows.is_chat)
+            _keep_model_files(
+                workdir, config, source, architecture, tokenizer, is_chat=rows.is_chat
+            )
     with progress.phase("Compiling the training step"):
         step = program.train_step.lower(program.state, program.batch).compile()
     run = _Run(
@@ -362,7 +364,13 @@ def _check_same_data(counts: Progress, iterator: BatchIterator, workdir: Workdir
 
 
 def _keep_model_files(
-    workdir: Workdir, config: RunConfig, source: Source, tokenizer: Any, *, is_chat: bool
+    workdir: Workdir,
+    config: RunConfig,
+    source: Source,
+    architecture: Architecture,
+    tokenizer: Any,
+    *,
+    is_chat: bool,
 ) -> None:
     """Puts config.json, tokenizer and template beside the checkpoints, so that they stand alone."""
     folder = workdir.model
@@ -373,6 +381,9 @@ def _keep_model_files(
         for name in ("config.json", "generation_config.json"):
             if (source.folder / name).is_file():
                 (folder / name).write_bytes((source.folder / name).read_bytes())
+        described = hf_config(source, architecture)
+        if described != read_config(source.folder):
+            (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         save_tokenizer(tokenizer, folder, chat_template=template)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise TrainingError(
@@ -477,6 +488,7 @@ def _record(run: _Run, period: Period | None) -> None:
         seconds=run.counts.seconds,
         peak_flops=_peak_flops(run.program.evaluator),
     )
+    record |= period.experts
     run.writer.write(record)
     run.bar.write(record)
 
@@ -508,9 +520,8 @@ def _not_finite(run: _Run, step: int, what: str) -> str:
 def _flops(run: _Run, tokens: int, squared_lengths: float) -> Any:
     evaluator = run.program.evaluator
     config = evaluator.architecture.config
-    embedding = 0 if config.tied else config.vocab * config.embed
     return training_flops(
-        evaluator.parameters - embedding,
+        evaluator.multiplied_parameters,
         layers=config.layers,
         heads=config.heads,
         head_dim=config.head_dim,

@@ -1,5 +1,6 @@
 """Attention: closed forms, packed documents, and the kernels that a CPU machine can still prove."""
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -25,6 +26,7 @@ from jaxft.models.attention import (
     choose_backend,
     segment_offsets,
 )
+from jaxft.models.config import LayerKind, Scores
 from jaxft.models.families import architecture_from_hf
 from tests.oracle.cases import CASES
 from tests.tiny import relative_error
@@ -36,31 +38,52 @@ def random_qkv(shape=(2, 24), heads=(4, 2), head_dim=8, seed=0):
     return tuple(random.randn(*shape, n, head_dim).astype(np.float32) for n in sizes)
 
 
-def closed_form(q, k, v):
+PLAIN = Scores(scale=8**-0.5)
+
+
+def closed_form(q, k, v, scores=PLAIN, sinks=None):
     """Causal attention of one document `[T, N, H]`, a head and a query at a time."""
     out = np.zeros_like(q)
-    length, heads, head_dim = q.shape
+    length, heads, _ = q.shape
     for head in range(heads):
         of_keys = head // (heads // k.shape[1])
         for t in range(length):
-            scores = k[: t + 1, of_keys] @ q[t, head] / np.sqrt(head_dim)
-            weights = np.exp(scores - scores.max())
-            out[t, head] = weights / weights.sum() @ v[: t + 1, of_keys]
+            seen = slice(max(0, t + 1 - scores.window) if scores.window else 0, t + 1)
+            products = k[seen, of_keys] @ q[t, head] * scores.scale
+            if scores.cap:
+                products = scores.cap * np.tanh(products / scores.cap)
+            weights = np.exp(products)
+            total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
+            out[t, head] = weights / total @ v[seen, of_keys]
     return out
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 def test_grouped_heads_read_their_key_head(heads):
     q, k, v = random_qkv(heads=heads)
-    out = attend(q, k, v, np.ones((2, 24), np.int32), backend="xla")
+    out = attend(q, k, v, np.ones((2, 24), np.int32), backend="xla", scores=PLAIN)
     for row in range(2):
         np.testing.assert_allclose(out[row], closed_form(q[row], k[row], v[row]), atol=1e-5)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(
+    "scores", [Scores(0.2), Scores(0.5, cap=0.8), Scores(0.5, window=5), Scores(0.7, 1.3, 1)]
+)
+def test_scale_bound_window_and_sinks_follow_their_formula(scores, with_sinks):
+    q, k, v = random_qkv(seed=1)
+    sinks = np.array([-1.0, 0.0, 0.5, 2.0], np.float32) if with_sinks else None
+    segments = np.array([[1] * 24, [1] * 11 + [2] * 13], np.int32)
+    out = attend(q, k, v, segments, backend="xla", scores=scores, sinks=sinks)
+    for part in [(0, slice(None)), (1, slice(0, 11)), (1, slice(11, 24))]:
+        expected = closed_form(q[part], k[part], v[part], scores, sinks)
+        np.testing.assert_allclose(out[part], expected, atol=1e-5)
 
 
 def test_packed_documents_do_not_see_each_other():
     q, k, v = random_qkv()
     segments = np.array([[1] * 7 + [2] * 9 + [3] * 8, [1] * 15 + [2] * 4 + [0] * 5], np.int32)
-    out = attend(q, k, v, segments, backend="xla")
+    out = attend(q, k, v, segments, backend="xla", scores=PLAIN)
     for row in range(2):
         for segment in range(1, segments[row].max() + 1):
             part = (row, segments[row] == segment)
@@ -126,7 +149,8 @@ def test_packed_rows_lower_to_the_kernel_of_cudnn_in_both_passes(monkeypatch):
     ]
 
     def total(q, k, v):
-        return jnp.sum(attend(q, k, v, jnp.asarray(SEGMENTS), backend="cudnn").astype(jnp.float32))
+        out = attend(q, k, v, jnp.asarray(SEGMENTS), backend="cudnn", scores=Scores(0.125))
+        return jnp.sum(out.astype(jnp.float32))
 
     traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*arrays)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -136,9 +160,10 @@ def test_packed_rows_lower_to_the_kernel_of_cudnn_in_both_passes(monkeypatch):
     assert text.count("PADDING_CAUSAL") == 2
 
 
+DECODER = architecture_from_hf(CASES["gqa"] | {"head_dim": 128}).config
+WINDOW = (LayerKind(window=512), LayerKind())
 CHOICE = {
     "platform": "cpu",
-    "head_dim": 128,
     "length": 1024,
     "compute_dtype": jnp.bfloat16,
     "max_segments": 8,
@@ -154,15 +179,22 @@ CHOICE = {
         ({"platform": "gpu", "compute_capability": "8.0"}, "xla", "cudnn .*Hopper.* has 8.0"),
         ({"platform": "tpu"}, "splash", "fastest that fits on tpu"),
         ({"platform": "gpu", "compute_dtype": jnp.float32}, "xla", "cudnn .* compute is float32"),
-        ({"platform": "gpu", "head_dim": 36}, "xla", "cudnn .* head size 36"),
+        ({"platform": "gpu", "config.head_dim": 36}, "xla", "cudnn .* head size 36"),
+        ({"platform": "gpu", "config.attention_cap": 50.0}, "xla", "cudnn .* bounds its scores"),
+        ({"platform": "gpu", "config.sinks": True}, "xla", "cudnn .* attention sinks"),
+        ({"platform": "gpu", "config.kinds": WINDOW}, "xla", "cudnn .* 1024 exceed .* \\[512\\]"),
+        ({"platform": "gpu", "config.kinds": WINDOW, "length": 512}, "cudnn", "fastest"),
+        ({"platform": "tpu", "config.kinds": WINDOW, "config.sinks": True}, "splash", "fastest"),
         ({"platform": "gpu", "max_segments": 65}, "xla", "cudnn .* a row holds 65 .* takes 64"),
         ({"platform": "tpu", "length": 1000}, "xla", "splash .* 1000 is not a multiple of 128"),
         ({"platform": "tpu", "length": 640}, "xla", "splash .* 640 is over 512 and not"),
-        ({"platform": "tpu", "head_dim": 80}, "xla", "splash .* head size 80"),
+        ({"platform": "tpu", "config.head_dim": 80}, "xla", "splash .* head size 80"),
     ],
 )
 def test_auto_takes_the_fastest_possible_back_end_and_says_why(changes, backend, reason):
-    choice = choose_backend("auto", **CHOICE | changes)
+    fields = {name[7:]: value for name, value in changes.items() if name.startswith("config.")}
+    others = {name: value for name, value in changes.items() if not name.startswith("config.")}
+    choice = choose_backend("auto", dataclasses.replace(DECODER, **fields), **CHOICE | others)
     assert choice.backend == backend
     assert re.search(reason, choice.reason)
 
@@ -170,11 +202,11 @@ def test_auto_takes_the_fastest_possible_back_end_and_says_why(changes, backend,
 def test_a_named_back_end_that_is_not_possible_is_refused_with_every_reason():
     impossible = CHOICE | {"compute_dtype": jnp.float32, "max_segments": 100}
     with pytest.raises(ConfigError) as error:
-        choose_backend("cudnn", **impossible)
+        choose_backend("cudnn", DECODER, **impossible)
     assert len(error.value.problems) == 3
     for part in ("device is a cpu", "compute is float32", "holds 100 documents"):
         assert part in str(error.value)
-    assert choose_backend("xla", **impossible).backend == "xla"
+    assert choose_backend("xla", DECODER, **impossible).backend == "xla"
 
 
 # A packed row, and one with padding at its end; T is what the kernels take at least.
@@ -189,39 +221,65 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(splash_attention, "make_splash_mha", kernel)
 
 
-def output_and_gradients(q, k, v, backend):
+def output_and_gradients(q, k, v, backend, scores=None, sinks=None):
     real = SEGMENTS[:, :, None, None] > 0
+    scores = scores or Scores(q.shape[-1] ** -0.5)
 
-    def total(q, k, v):
-        out = jnp.where(real, attend(q, k, v, SEGMENTS, backend=backend), 0.0)
+    def total(q, k, v, sinks):
+        out = attend(q, k, v, SEGMENTS, backend=backend, scores=scores, sinks=sinks)
+        out = jnp.where(real, out, 0.0)
         return jnp.sum(jnp.sin(out)), out
 
-    return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
 
 
-def test_splash_equals_xla_on_packed_rows(interpreted):
+SINKS = np.array([-1.0, 0.0, 0.5, 2.0], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("scores", "sinks"),
+    [(None, None), (Scores(0.3, cap=2.0, window=50), None), (Scores(0.1, window=17), SINKS)],
+)
+def test_splash_equals_xla_on_packed_rows(interpreted, scores, sinks):
     q, k, v = random_qkv((2, 256), head_dim=64)
-    found = output_and_gradients(q, k, v, "splash")
-    assert relative_error(found, output_and_gradients(q, k, v, "xla")) < 1e-5
+    found = output_and_gradients(q, k, v, "splash", scores, sinks)
+    assert relative_error(found, output_and_gradients(q, k, v, "xla", scores, sinks)) < 1e-5
 
 
-@pytest.mark.parametrize(("heads", "tensor"), [((4, 2), 2), ((4, 1), 2), ((4, 2), 4)])
-def test_sharded_splash_equals_xla(interpreted, heads, tensor):
+@pytest.mark.parametrize(
+    ("heads", "tensor", "sinks"), [((4, 2), 2, None), ((4, 1), 2, SINKS), ((4, 2), 4, None)]
+)
+def test_sharded_splash_equals_xla(interpreted, heads, tensor, sinks):
     config = RunConfig(strategy="fsdp_tp")
     config.mesh.tensor = tensor
     placement = program.make_placement(config, jax.devices()[: 2 * tensor])
     q, k, v = random_qkv((2, 256), heads=heads, head_dim=64)
     with placement.activate():
-        found = output_and_gradients(q, k, v, "splash")
-    assert relative_error(found, output_and_gradients(q, k, v, "xla")) < 1e-5
+        found = output_and_gradients(q, k, v, "splash", sinks=sinks)
+    assert relative_error(found, output_and_gradients(q, k, v, "xla", sinks=sinks)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["gemma2_gqa", "gpt_oss_gqa"])
+def test_every_kind_of_layer_is_compared_at_the_start(interpreted, monkeypatch, case):
+    decoder = architecture_from_hf(CASES[case]).config
+    decoder = dataclasses.replace(decoder, head_dim=64)
+    check_backend("splash", decoder)
+
+    def without_window(q, k, v, segments, scores, sinks):
+        scores = dataclasses.replace(scores, window=0)
+        return attention.BACKENDS["xla"](q, k, v, segments, scores, sinks)
+
+    monkeypatch.setitem(attention.BACKENDS, "splash", without_window)
+    with pytest.raises(ConfigError, match="attention=splash gives wrong results"):
+        check_backend("splash", decoder)
 
 
 def test_a_back_end_that_ignores_segments_is_caught_at_the_start(interpreted, monkeypatch):
     decoder = architecture_from_hf(CASES["gqa"] | {"head_dim": 64}).config
     check_backend("splash", decoder)
 
-    def blind(q, k, v, segments):
-        return attention.BACKENDS["xla"](q, k, v, jnp.ones_like(segments))
+    def blind(q, k, v, segments, scores, sinks):
+        return attention.BACKENDS["xla"](q, k, v, jnp.ones_like(segments), scores, sinks)
 
     monkeypatch.setitem(attention.BACKENDS, "splash", blind)
     with pytest.raises(ConfigError, match="attention=splash gives wrong results for packed rows"):

@@ -63,6 +63,8 @@ def test_all_problems_are_reported_at_once():
         (lambda c: setattr(c.optim, "freeze", "("), "not a regular expression"),
         (lambda c: setattr(c.mesh, "tensor", -2), "expected a device count, 0 or -1"),
         (lambda c: setattr(c.train, "epochs", 0), "both 0"),
+        (lambda c: setattr(c.model, "add_tokens", "<a>,,<b>"), "an empty or a repeated token"),
+        (lambda c: setattr(c.model, "add_tokens", "<a>, <a>"), "an empty or a repeated token"),
     ],
 )
 def test_a_wrong_value_or_combination_is_named(change, words):

@@ -49,6 +49,16 @@ def test_a_fine_tuned_model_gives_the_same_logits_and_text_in_transformers(oracl
     check(oracle, jaxft.load(result.checkpoint), folder, tmp_path)
 
 
+def test_a_model_with_added_tokens_gives_the_same_logits_and_text_in_transformers(oracle, tmp_path):
+    tokens = ",".join(f"<new{i}>" for i in range(30))
+    config = tiny_config(tmp_path, train__steps=4, model__add_tokens=tokens)
+    result = jaxft.train(config)
+    model = jaxft.load(result.checkpoint)
+    assert model.architecture.config.vocab == 128
+    folder = jaxft.export(result.checkpoint, tmp_path / "out")
+    check(oracle, model, folder, tmp_path)
+
+
 def test_a_real_model_gives_the_same_logits_and_text_in_transformers(oracle, shared, tmp_path):
     source = shared / "models/stories260K"
     folder = jaxft.export(source, tmp_path / "out")

@@ -1,6 +1,7 @@
 """Reading safetensors: values against the safetensors library, and every way a folder is broken."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from jaxft.errors import ModelError
-from jaxft.hf import load
+from jaxft.hf import load, read
 from jaxft.hf.load import load_params, read_config, tensor_dtypes
 from jaxft.hf.rules import Rule
-from tests.oracle.cases import CASES, tensors_of, write_folder
+from tests.oracle.cases import CASES, MXFP4, tensors_of, write_folder
 
 BLOCK = "model.layers.{layer}."
 RULES = (
@@ -133,12 +136,12 @@ def assert_values(params: dict[str, jax.Array], tensors: dict[str, np.ndarray]) 
 def test_a_single_file_gives_the_values_in_our_layout(folder):
     params = load_params(folder, RULES, ABSTRACT)
     assert params.keys() == ABSTRACT.keys()
-    assert_values(params, tensors_of(CASES[CASE]))
+    assert_values(params, tensors_of(CASE))
 
 
 def test_shards_give_the_same_as_a_single_file(folder):
     split_into_shards(folder)
-    assert_values(load_params(folder, RULES, ABSTRACT), tensors_of(CASES[CASE]))
+    assert_values(load_params(folder, RULES, ABSTRACT), tensors_of(CASE))
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -167,7 +170,7 @@ def test_every_device_holds_its_own_slice(folder):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
     abstract = abstract_params(CASES[CASE], spec=SPECS, mesh=mesh)
     params = load_params(folder, RULES, abstract)
-    assert_values(params, tensors_of(CASES[CASE]))
+    assert_values(params, tensors_of(CASE))
     whole = load_params(folder, RULES, ABSTRACT)
     for path, param in params.items():
         assert param.sharding == abstract[path].sharding
@@ -176,19 +179,25 @@ def test_every_device_holds_its_own_slice(folder):
             np.testing.assert_array_equal(shard.data, np.asarray(whole[path])[shard.index])
 
 
+def count_bytes(monkeypatch) -> list[int]:
+    """Returns a list that grows by the size of each read from a file."""
+    counts = []
+    plain = read.Reader.read
+
+    def counted(self, file, start, target):
+        counts.append(len(target))
+        plain(self, file, start, target)
+
+    monkeypatch.setattr(read.Reader, "read", counted)
+    return counts
+
+
 def test_a_slice_is_read_once_however_many_devices_hold_it(folder, monkeypatch):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
     abstract = abstract_params(CASES[CASE], spec=SPECS, mesh=mesh)
-    reads = []
-    read = load._read
-
-    def counted(spec, sources, index):
-        reads.append(read(spec, sources, index))
-        return reads[-1]
-
-    monkeypatch.setattr(load, "_read", counted)
+    counts = count_bytes(monkeypatch)
     params = load_params(folder, RULES, abstract)
-    assert sum(values.nbytes for values in reads) == sum(param.nbytes for param in params.values())
+    assert sum(counts) == sum(param.nbytes for param in params.values())
 
 
 def test_copies_on_devices_do_not_share_memory_that_a_donation_overwrites(folder):
@@ -200,13 +209,15 @@ def test_copies_on_devices_do_not_share_memory_that_a_donation_overwrites(folder
         np.testing.assert_array_equal(shard.data, before + 1)
 
 
-def test_a_stored_tensor_is_never_held_as_a_whole(tmp_path):
-    stored = np.ones((512, 256), np.float64)
+def test_a_stored_tensor_is_never_held_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "_BLOCK", 2**15)
+    monkeypatch.setattr(load, "_STAGED", 2**15)
+    stored = np.ones((1024, 512), np.float64)
     save_file({"layers.0.weight": stored}, tmp_path / "model.safetensors")
     mesh = Mesh(np.array(jax.devices()), ("fsdp",))
     sharding = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
-    abstract = {"w": jax.ShapeDtypeStruct((1, 256, 512), jnp.bfloat16, sharding=sharding)}
-    rules = [Rule("w", "layers.{layer}.weight", "f d -> d f")]
+    abstract = {"w": jax.ShapeDtypeStruct((1, 1024, 512), jnp.bfloat16, sharding=sharding)}
+    rules = [Rule("w", "layers.{layer}.weight", "f d -> f d")]
     load_params(tmp_path, rules, abstract)  # what is kept after a first call is not counted
     tracemalloc.start()
     params = load_params(tmp_path, rules, abstract)
@@ -214,6 +225,216 @@ def test_a_stored_tensor_is_never_held_as_a_whole(tmp_path):
     tracemalloc.stop()
     # The slices of the result may be the memory that they were read into.
     assert peak < params["w"].nbytes + stored.nbytes // 8
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Cuts everything so small that tiny tensors go through all paths."""
+    monkeypatch.setattr(read, "_BLOCK", 64)
+    monkeypatch.setattr(read, "_STRAIGHT", 96)
+    monkeypatch.setattr(read, "_PAGE", 16)
+    monkeypatch.setattr(load, "_STAGED", 400)
+
+
+SHARED_RULES = (
+    Rule("kept", "layers.{layer}.kept", "(n h) d -> n h d"),
+    Rule("turned", "layers.{layer}.turned", "d f -> f d"),
+    Rule("first", "layers.{layer}.joined", "(+ f) d -> f d"),
+    Rule("second", "layers.{layer}.joined", "(+ f) d -> f d"),
+    Rule("even", "layers.{layer}.woven", "e d (f +) -> e f d"),
+    Rule("odd", "layers.{layer}.woven", "e d (f +) -> e f d"),
+    Rule("expert", "layers.{layer}.experts.{expert}", "f d -> f d"),
+    Rule("plain", "plain", "d -> d"),
+)
+
+
+@pytest.fixture
+def woven(tmp_path: Path) -> dict[str, np.ndarray]:
+    """A folder of every kind of rule in `tmp_path`; returns what the parameters must be."""
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return random.standard_normal(shape).astype(np.float32)
+
+    ours = {
+        "kept": draw(2, 4, 3, 8),
+        "turned": draw(2, 5, 8),
+        "first": draw(2, 4, 8),
+        "second": draw(2, 2, 8),
+        "even": draw(2, 4, 6, 8),
+        "odd": draw(2, 4, 6, 8),
+        "expert": draw(2, 4, 5, 8),
+        "plain": draw(16),
+    }
+    tensors = {"plain": ours["plain"]}
+    for layer in range(2):
+        name = f"layers.{layer}."
+        tensors[name + "kept"] = ours["kept"][layer].reshape(12, 8)
+        tensors[name + "turned"] = ours["turned"][layer].T.copy()
+        pieces = [ours[path][layer] for path in ("first", "second")]
+        tensors[name + "joined"] = np.concatenate(pieces)
+        pair = np.stack([ours["even"][layer], ours["odd"][layer]], axis=2)  # e f 2 d
+        tensors[name + "woven"] = pair.reshape(4, 12, 8).transpose(0, 2, 1).copy()
+        for expert in range(4):
+            tensors[f"{name}experts.{expert}"] = ours["expert"][layer, expert].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    return ours
+
+
+def specs_of(ours, dtype=jnp.float32, mesh=None, axes=None) -> dict[str, jax.ShapeDtypeStruct]:
+    def sharding(value):
+        return mesh and NamedSharding(mesh, axes(value.ndim))
+
+    return {
+        path: jax.ShapeDtypeStruct(value.shape, dtype, sharding=sharding(value))
+        for path, value in ours.items()
+    }
+
+
+AXES = {
+    "last": lambda ndim: PartitionSpec(*[None] * (ndim - 1), "fsdp"),
+    "first and last": lambda ndim: (
+        PartitionSpec("layers", *[None] * (ndim - 2), "fsdp") if ndim > 1 else PartitionSpec("fsdp")
+    ),
+    "none": lambda ndim: PartitionSpec(),
+}
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize(
+    ("in_host_memory", "dtype"),
+    [(True, jnp.float32), (True, jnp.bfloat16), (False, jnp.bfloat16)],
+    ids=["host", "host, cast", "accelerator"],
+)
+def test_every_layout_is_read_in_small_pieces(
+    tmp_path, woven, small, monkeypatch, in_host_memory, axes, dtype
+):
+    monkeypatch.setattr(load, "_have_host_memory", lambda _: in_host_memory)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("layers", "fsdp"))
+    abstract = specs_of(woven, dtype, mesh, AXES[axes])
+    params = load_params(tmp_path, SHARED_RULES, abstract)
+    for path, value in woven.items():
+        assert params[path].sharding == abstract[path].sharding
+        np.testing.assert_array_equal(params[path], value.astype(dtype), err_msg=path)
+
+
+@given(data=st.data())
+def test_any_slice_is_what_numpy_selects(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "slices"
+    ours = {"kept": np.arange(4 * 6 * 5, dtype=np.float32).reshape(4, 6, 5)}
+    if not folder.is_dir():
+        folder.mkdir()
+        tensors = {f"layers.{i}.kept": layer for i, layer in enumerate(ours["kept"])}
+        save_file(tensors, folder / "model.safetensors")
+    index = []
+    for size in ours["kept"].shape:
+        start = data.draw(st.integers(0, size - 1))
+        index.append(slice(start, data.draw(st.integers(start + 1, size))))
+    rules = [Rule("kept", "layers.{layer}.kept", "f d -> f d")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "_BLOCK", data.draw(st.integers(4, 64)))
+        patch.setattr(read, "_PAGE", data.draw(st.integers(1, 32)))
+        found = load.read_slices(folder, rules, specs_of(ours), {"kept": [tuple(index)]})
+    np.testing.assert_array_equal(found["kept"][0], ours["kept"][tuple(index)])
+
+
+def test_only_the_bytes_of_a_host_are_read_by_seeking(tmp_path, monkeypatch):
+    stored = np.arange(64 * 8192, dtype=np.float32).reshape(64, 8192)
+    save_file({"w": stored}, tmp_path / "model.safetensors")
+    # Host 1 of 4 with two devices: side by side, and read in one run of each row.
+    indices = [(slice(None), slice(start, start + 1024)) for start in (2048, 3072)]
+    counts = count_bytes(monkeypatch)
+    specs = {"w": jax.ShapeDtypeStruct(stored.shape, jnp.float32)}
+    found = load.read_slices(tmp_path, [Rule("w", "w", "f d -> f d")], specs, {"w": indices})
+    for values, index in zip(found["w"], indices, strict=True):
+        np.testing.assert_array_equal(values, stored[index])
+    assert counts == [2048 * 4] * 64
+
+
+def test_parameters_on_a_cpu_are_the_memory_that_was_read_into(tmp_path, woven, monkeypatch):
+    made = []
+    plain = load._empty
+
+    def noted(shape, dtype):
+        made.append(plain(shape, dtype))
+        return made[-1]
+
+    monkeypatch.setattr(load, "_empty", noted)
+    params = load_params(tmp_path, SHARED_RULES, specs_of(woven))
+    addresses = {array.ctypes.data for array in made}
+    assert {param.unsafe_buffer_pointer() for param in params.values()} == addresses
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, woven, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    plain = load._find
+
+    def shrinking(*args):
+        sources = plain(*args)
+        os.truncate(file, file.stat().st_size - 8)
+        return sources
+
+    monkeypatch.setattr(load, "_find", shrinking)
+    with pytest.raises(ModelError, match="became shorter"):
+        load_params(tmp_path, SHARED_RULES, specs_of(woven))
+
+
+MXFP4_RULES = (
+    Rule("gate", "layers.{layer}.gate_up", "e d (f +) -> e f d"),
+    Rule("up", "layers.{layer}.gate_up", "e d (f +) -> e f d"),
+)
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> np.ndarray:
+    """A folder of one layer in MXFP4 with the oracle's bytes; returns what they stand for."""
+    with np.load(MXFP4) as stored:
+        arrays = dict(stored)
+    pair = {f"layers.0.gate_up_{name}": arrays[name] for name in ("blocks", "scales")}
+    save_file(pair, tmp_path / "model.safetensors")
+    return arrays["values"]
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_mxfp4_is_unpacked_as_transformers_does(tmp_path, packed, small, axes, dtype):
+    experts, columns, rows = packed.shape
+    shape = (1, experts, rows // 2, columns)
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 8), ("layers", "fsdp"))
+    sharding = NamedSharding(mesh, AXES[axes](4))
+    spec = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    params = load_params(tmp_path, MXFP4_RULES, {"gate": spec, "up": spec})
+    for first, path in enumerate(("gate", "up")):
+        expected = packed[:, :, first::2].transpose(0, 2, 1)[None]
+        np.testing.assert_array_equal(params[path].astype(np.float32), expected)
+
+
+def test_tensors_in_mxfp4_count_as_the_ones_they_stand_for(tmp_path, packed):
+    assert tensor_dtypes(tmp_path) == {"layers.0.gate_up": "bfloat16"}
+
+
+def test_scales_that_do_not_fit_their_blocks_are_an_error(tmp_path, packed):
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["layers.0.gate_up_scales"] = tensors["layers.0.gate_up_scales"][:, :-1].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    spec = jax.ShapeDtypeStruct((1, 2, 3, 96), jnp.float32)
+    with pytest.raises(ModelError, match=r"layers\.0\.gate_up has blocks .* do not fit"):
+        load_params(tmp_path, MXFP4_RULES, {"gate": spec, "up": spec})
+
+
+def test_names_may_leave_out_a_prefix(tmp_path):
+    tensors = {"wte.weight": np.ones((4, 2), np.float32), "h.0.bias": np.zeros(3, np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    rules = [
+        Rule("embed", "body.wte.weight", "v d -> v d"),
+        Rule("bias", "body.h.{layer}.bias", "d -> d"),
+    ]
+    shapes = {"embed": np.empty((4, 2)), "bias": np.empty((1, 3))}
+    params = load_params(tmp_path, rules, specs_of(shapes), prefix="body.")
+    np.testing.assert_array_equal(params["embed"], tensors["wte.weight"])
+    with pytest.raises(ModelError) as error:
+        load_params(tmp_path, rules, specs_of(shapes))
+    assert "Missing: body.wte.weight." in error.value.problems
 
 
 def test_names_that_do_not_fit_are_listed_at_once_and_by_ranges_of_layers(folder):
@@ -241,8 +462,10 @@ def test_names_that_do_not_fit_are_listed_at_once_and_by_ranges_of_layers(folder
 
 def test_nothing_is_allocated_when_something_does_not_fit(folder, monkeypatch):
     rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
-    monkeypatch.setattr(load, "_read", lambda *_: pytest.fail("read before the checks were done"))
+    monkeypatch.setattr(load, "_empty", lambda *_: pytest.fail("made before the checks were done"))
+    counts = count_bytes(monkeypatch)
     assert problems_of(folder)[1:] == ["Missing: lm_head.weight."]
+    assert not counts
 
 
 def test_ignored_names_may_be_there(folder):
@@ -358,6 +581,12 @@ def test_config_is_read(folder):
     assert read_config(folder) == CASES[CASE]
 
 
+def test_weights_in_mxfp4_are_not_refused(tmp_path):
+    config = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path) == config
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -365,6 +594,7 @@ def test_config_is_read(folder):
         ("{", "cannot be read"),
         ("[]", "holds a JSON list"),
         ('{"quantization_config": {"quant_method": "fp8"}}', "quantised by 'fp8'"),
+        ('{"quantization_config": {"bits": 4}}', "quantised by 'unknown'"),
         ("version https://git-lfs.github.com/spec/v1", "git lfs pull"),
     ],
 )

@@ -1,21 +1,39 @@
 """Real tokenizers survive a round trip; broken ones are explained."""
 
+import base64
 import functools
 import logging
+import random
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerBase
 
+from jaxft.config import DataConfig
+from jaxft.data import chat
 from jaxft.errors import ModelError
-from jaxft.hf.tokenizer import load_tokenizer, save_tokenizer, stop_ids
+from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer, save_tokenizer, stop_ids
 
-NAMES = ["models/stories260K", "tokenizers/gpt2", "tokenizers/qwen3-hf", "tokenizers/deepseek-r1"]
-CHATS = NAMES[2:]
-TEXTS = ["Hello  world 12", "\n\n- wörld,\t日本語 🙂", "<|im_start|>user\nhi<|im_end|></s>", ""]
+CHATS = ["tokenizers/qwen3-hf", "tokenizers/deepseek-r1"]
+NAMES = [
+    "models/stories260K",
+    *CHATS,
+    "tokenizers/gpt2",
+    "tokenizers/bert-base-uncased",
+    "tokenizers/mistral-v3",
+]
+TEXTS = [
+    "Hello  world 12",
+    "\n\n- wörld,\t日本語 🙂",
+    "<|im_start|>user\nhi<|im_end|></s>",
+    "<s>User: hi</s>\n\nAssistant: [INST] x [/INST] y",
+    " x\r\n\u200d\u0301ﬁ  ",
+    "[CLS] a [MASK]<new>b",
+    "",
+]
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "2 + 2?"},
@@ -31,20 +49,44 @@ def tokenizer(request, shared) -> PreTrainedTokenizerBase:
     return _cached(shared / request.param)
 
 
+def assert_same(again: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        assert again(text)["input_ids"] == ids
+        assert again.decode(ids) == tokenizer.decode(ids)
+    assert again.chat_template == tokenizer.chat_template
+    assert len(again) == len(tokenizer)
+    for name in ("bos", "eos", "pad", "unk"):
+        assert getattr(again, f"{name}_token_id") == getattr(tokenizer, f"{name}_token_id")
+    template = chat.resolve_template(tokenizer, DataConfig())
+    assert chat.resolve_template(again, DataConfig()) == template
+    ids = chat.prompt_ids(tokenizer, MESSAGES, template=template)
+    assert chat.prompt_ids(again, MESSAGES, template=template) == ids
+
+
 @pytest.mark.parametrize("tokenizer", NAMES, indirect=True)
 def test_a_saved_tokenizer_gives_the_same_ids_and_template(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path, None)
-    again = load_tokenizer(tmp_path)
-    for text in TEXTS:
-        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert again.decode(tokenizer(TEXTS[1])["input_ids"]) == tokenizer.decode(
-        tokenizer(TEXTS[1])["input_ids"]
-    )
-    assert again.chat_template == tokenizer.chat_template
-    assert len(again) == len(tokenizer)
-    assert again.eos_token_id == tokenizer.eos_token_id
-    if tokenizer.chat_template:
-        assert again.apply_chat_template(MESSAGES) == tokenizer.apply_chat_template(MESSAGES)
+    assert_same(load_tokenizer(tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "mistral-v3"])
+def test_added_tokens_survive_a_run_and_its_export(name, shared, tmp_path):
+    tokenizer = load_tokenizer(shared / "tokenizers" / name)
+    size = len(tokenizer)
+    known = tokenizer.convert_ids_to_tokens(tokenizer.all_special_ids[0])
+    assert add_special_tokens(tokenizer, ["<new>", known, "<other>"]) == 2
+    assert add_special_tokens(tokenizer, ["<new>"]) == 0
+    assert tokenizer.convert_tokens_to_ids(["<new>", "<other>"]) == [size, size + 1]
+    ids = tokenizer("a<new>b").input_ids
+    assert size in ids
+    assert "new" not in tokenizer.decode(ids, skip_special_tokens=True)
+    for folder in (tmp_path / "run", tmp_path / "export"):
+        folder.mkdir()
+        save_tokenizer(tokenizer, folder, None)
+        again = load_tokenizer(folder)
+        assert_same(again, tokenizer)
+        tokenizer = again
 
 
 @pytest.mark.parametrize("tokenizer", [NAMES[0]], indirect=True)
@@ -79,13 +121,28 @@ def test_a_broken_tokenizer_is_explained(tmp_path, content):
         load_tokenizer(tmp_path)
 
 
-def test_sentencepiece_alone_is_read_or_its_package_is_named(shared):
+def test_sentencepiece_alone_gives_the_ids_of_sentencepiece(shared):
     folder = shared / "tokenizers" / "mistral-v3"
-    if find_spec("sentencepiece"):
-        assert load_tokenizer(folder)("Hello")["input_ids"] == [1, 23325]
-    else:
-        with pytest.raises(ModelError, match="pip install sentencepiece"):
-            load_tokenizer(folder)
+    tokenizer = _cached(folder)
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    generator = random.Random(0)
+    parts = ["Hello", "world", " ", "  ", "    ", "\n", "\n\n\n", "\t", "é", "日本語", "🙂", "12"]
+    parts += ["def f(x):", "the ", "'s", "http://", "ﬁ", "\u0301"]
+    for _ in range(500):
+        text = "x" + "".join(generator.choices(parts, k=generator.randint(1, 12)))
+        assert tokenizer(text)["input_ids"] == [1, *pieces.encode(text)], text
+
+
+def test_tiktoken_alone_is_read(tmp_path):
+    words = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello"]
+    lines = [f"{base64.b64encode(word).decode()} {i}\n" for i, word in enumerate(words)]
+    (tmp_path / "tokenizer.model").write_text("".join(lines))
+    settings = '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}'
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = [259, 32, *"é".encode()]
+    assert tokenizer("hello é")["input_ids"] == ids
+    assert tokenizer.decode(ids) == "hello é"
 
 
 def test_code_in_the_folder_is_not_run(tmp_path, shared):

@@ -1,10 +1,14 @@
 """A loaded model as a notebook uses it."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
 import jaxft
 from jaxft.errors import CheckpointError, ConfigError, ModelError
+from jaxft.generate import Sampling
 from jaxft.model import find_source
 from tests.tiny_run import write_base
 
@@ -75,13 +79,18 @@ def test_a_source_that_is_not_there_is_explained(tmp_path):
         find_source(tmp_path / "run")
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(model):
-    from jaxft.model import check_vocabulary
-
-    class Larger:
-        def get_vocab(self):
-            return {"x": model.architecture.config.vocab}
-
-    check_vocabulary(model.tokenizer, model.architecture)
-    with pytest.raises(ModelError, match=r"model\.tokenizer"):
-        check_vocabulary(Larger(), model.architecture)
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)])
+def test_ids_without_a_token_are_never_generated(model, sampling):
+    known = len(model.tokenizer)
+    rows = model.architecture.config.vocab
+    assert model.has_token.tolist() == [i < known for i in range(rows)]
+    # Of two opposite rows one has the largest logit by far, whatever the hidden state.
+    head = np.array(model.params["head.w"])
+    head[rows - 2] = 1e3 * head[rows - 1]
+    head[rows - 1] = -head[rows - 2]
+    params = model.params | {"head.w": jax.numpy.array(head)}
+    padded = dataclasses.replace(model, params=params)
+    assert np.all(np.argmax(padded(np.arange(known)[None]), axis=-1) >= rows - 2)
+    prompts = [[7, 8, 9], [10]]
+    texts = padded.generate_from_ids(prompts, max_new_tokens=5, sampling=sampling)
+    assert texts == model.generate_from_ids(prompts, max_new_tokens=5, sampling=sampling)

@@ -23,7 +23,7 @@ LAYERS = {
     4: """__init__ trainer program evaluation generate exporter model planner
           doctor report tables demo""",
     3: """train_step eval_step objectives checkpoint data
-          metrics intervals periods progress charts workdir signals""",
+          metrics intervals periods progress charts vocabulary workdir signals""",
     2: "models lora quantization hf optim state",
     1: "sharding distributed tree config errors devices",
 }

@@ -89,7 +89,7 @@ def test_optimizer_state_follows_its_parameter_and_counters_are_replicated():
         assert leaf.sharding == state.trainable[name].sharding == evaluator.shardings[name]
         moments += 1
     assert moments == 2 * len(state.trainable)
-    assert state.trainable["layers.mlp.up.w"].sharding.spec == P(None, "fsdp", "tensor")
+    assert state.trainable["layers.mlp.up.w"].sharding.spec == P(None, "tensor", "fsdp")
 
 
 @pytest.mark.parametrize(

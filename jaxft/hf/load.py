@@ -1,52 +1,46 @@
-"""Reads a Hugging Face folder: its config, and the slices of its safetensors that devices need."""
+"""Reads a Hugging Face folder: its config, and its tensors into sharded arrays."""
 
+import functools
+import itertools
 import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import ModelError
 from jaxft.hf.hub import conversion_hint
-from jaxft.hf.rules import Rule, Tensor, expand
+from jaxft.hf.read import DTYPES, Entry, Mxfp4, Reader, Stored, Task
+from jaxft.hf.rules import Part, Rule, Tensor, expand
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+# The most of a parameter that is kept on the host on its way to an accelerator.
+_STAGED = 128 * 2**20
+# Arrays that start at such an address become JAX's own on a CPU, without a copy.
+_ALIGNMENT = 64
 
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where one tensor lies: bytes `start` to `end` of a file; `dtype` is safetensors' word."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
+# A slice with start and stop for each axis.
+type Box = tuple[slice, ...]
+# Where the tensors of a parameter are stored, by index along its leading axes.
+type Sources = dict[tuple[int, ...], tuple[Part, Stored]]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Returns the content of config.json.
 
     Raises:
-      ModelError: If it is missing or broken, or says that the weights are quantised.
+      ModelError: If it is missing or broken, or says that the weights are quantised; those in
+        MXFP4 pass, because `load_params` unpacks them.
     """
     config = read_json(folder / "config.json")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
+    method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
+    if config.get("quantization_config") and method != "mxfp4":
         raise ModelError(
             f"{folder} holds weights quantised by {method!r} (quantization_config in config.json), "
             "which cannot be trained. Use the repository of the original weights."
@@ -76,17 +70,18 @@ def read_json(file: Path) -> dict[str, Any]:
 def tensor_dtypes(folder: Path) -> dict[str, str]:
     """Returns `{tensor name: dtype}` as stored, such as 'bfloat16', from the headers alone.
 
-    A type that jaxft does not read keeps safetensors' own word, such as 'F8_E4M3'.
+    A type that jaxft does not read keeps safetensors' own word, such as 'F8_E4M3'; the pair of
+    tensors that MXFP4 makes of one counts as that one, in bfloat16.
 
     Raises:
       ModelError: If a file is missing, truncated or broken.
     """
-    entries, problems = _scan(folder)
+    stored, problems = stored_tensors(folder)
     if problems:
         raise ModelError(problems)
     return {
         name: DTYPES[entry.dtype].name if entry.dtype in DTYPES else entry.dtype
-        for name, entry in entries.items()
+        for name, entry in stored.items()
         if entry is not None
     }
 
@@ -98,79 +93,303 @@ def load_params(
     *,
     ignore: tuple[str, ...] = (),
     copies: Mapping[str, str] | None = None,
+    prefix: str = "",
 ) -> dict[str, jax.Array]:
     """Reads the parameters of a model into their shardings.
 
-    Everything is checked from the headers before the first parameter is allocated. Then only the
-    slices that this host's devices need are read, each once; host memory holds one such slice of
-    one parameter at a time.
+    Everything is checked from the headers before the first parameter is allocated. Then only what
+    this host's devices need is read, once, however many of them need it. On CPUs the memory that
+    is read into is the arrays' own. For accelerators the host holds three pieces of a parameter of
+    at most 128 MiB each, and 8 MiB for each of four reading threads.
 
     Args:
       folder: Holds model.safetensors, or its shards with model.safetensors.index.json.
       rules: The family's table; rules of parameters that are not in `abstract` are passed over.
       abstract: `{dotted path: shape, dtype to cast to, and sharding}`; a sharding of None is the
-        default device.
+        first device.
       ignore: Regular expressions searched in their names: tensors that may be there, unused.
       copies: `{name: other name}` of tensors that may be there if they equal the other one, such
         as the head of a model with tied embeddings.
+      prefix: Start of their names that files may leave out, such as `transformer.`.
 
     Raises:
       ModelError: With every missing, unexpected or wrongly shaped tensor and every broken file.
     """
-    tensors = list(expand(rules, {path: spec.shape for path, spec in abstract.items()}))
-    entries, problems = _scan(folder)
-    problems += _mismatches(entries, tensors, ignore, copies or {})
+    shapes = {path: spec.shape for path, spec in abstract.items()}
+    sources = _find(folder, rules, shapes, ignore, copies or {}, prefix)
+    with Reader() as reader:
+        return {
+            path: _load(reader, spec, sources[path]) for path, spec in _with_shardings(abstract)
+        }
+
+
+def read_slices(
+    folder: Path,
+    rules: Iterable[Rule],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    indices: Mapping[str, Sequence[tuple[slice, ...]]],
+    *,
+    ignore: tuple[str, ...] = (),
+    copies: Mapping[str, str] | None = None,
+    prefix: str = "",
+) -> dict[str, list[np.ndarray]]:
+    """Reads slices of parameters into the host's memory, as `load_params` does for its devices.
+
+    Args:
+      folder: As for `load_params`, like the other arguments.
+      rules: The family's table.
+      abstract: `{dotted path: shape and dtype}` of whole parameters.
+      indices: Which slices of each parameter; they are equal or disjoint.
+      ignore: Tensors that may be there, unused.
+      copies: Tensors that may be there twice.
+      prefix: Start of names that files may leave out.
+    """
+    shapes = {path: spec.shape for path, spec in abstract.items()}
+    sources = _find(folder, rules, shapes, ignore, copies or {}, prefix)
+    with Reader() as reader:
+        return {
+            path: _read_boxes(
+                reader,
+                [_box(index, abstract[path].shape) for index in wanted],
+                abstract[path].dtype,
+                sources[path],
+            )
+            for path, wanted in indices.items()
+        }
+
+
+def _find(
+    folder: Path,
+    rules: Iterable[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    ignore: tuple[str, ...],
+    copies: Mapping[str, str],
+    prefix: str,
+) -> dict[str, Sources]:
+    """Returns where each parameter is stored, or raises ModelError with all that does not fit."""
+    tensors = list(expand(rules, shapes))
+    stored, problems = stored_tensors(folder)
+    stored = named_as(stored, [*(tensor.name for tensor in tensors), *copies], prefix)
+    problems += mismatches(stored, tensors, ignore, copies)
+    if not problems:
+        problems = _differing(stored, copies)
     if problems:
         raise ModelError([f"{folder} does not fit this model:", *problems])
-    sources: dict[str, list[tuple[Tensor, Entry]]] = {path: [] for path in abstract}
+    sources: dict[str, Sources] = {path: {} for path in shapes}
     for tensor in tensors:
-        entry = entries[tensor.name]
+        entry = stored[tensor.name]
         assert entry is not None  # unreadable files are among the problems above
-        sources[tensor.rule.ours].append((tensor, entry))
-    return {path: _load_param(spec, sources[path]) for path, spec in abstract.items()}
+        for part in tensor.parts:
+            sources[part.rule.ours][part.index] = (part, entry)
+    return sources
 
 
-def _load_param(spec: jax.ShapeDtypeStruct, sources: list[tuple[Tensor, Entry]]) -> jax.Array:
-    if spec.sharding is None:
-        return jax.device_put(_read(spec, sources, (slice(None),) * len(spec.shape)))
-    devices_of = defaultdict(list)
+def _with_shardings(
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for path, spec in abstract.items():
+        sharding = first if spec.sharding is None else spec.sharding
+        yield path, jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+
+def _load(reader: Reader, spec: jax.ShapeDtypeStruct, sources: Sources) -> jax.Array:
+    devices_of: dict[Box, list[Any]] = {}
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
-        devices_of[index].append(device)
-    arrays = []
-    for index, devices in devices_of.items():
-        values = _read(spec, sources, index)
-        # Waiting for each slice to arrive keeps the host from holding the next one beside it.
-        arrays += jax.block_until_ready([jax.device_put(values, device) for device in devices])
+        devices_of.setdefault(_box(index or (), spec.shape), []).append(device)
+    boxes = list(devices_of)
+    owners = list(devices_of.values())
+    if _have_host_memory(spec.sharding.addressable_devices):
+        # Nobody writes into these again: JAX takes them over without a copy.
+        values = _read_boxes(reader, boxes, spec.dtype, sources)
+        arrays = [
+            jax.device_put(value, device)
+            for value, devices in zip(values, owners, strict=True)
+            for device in devices
+        ]
+    else:
+        arrays = _stage(reader, boxes, owners, spec.dtype, sources)
     return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, arrays)
 
 
-def _read(
-    spec: jax.ShapeDtypeStruct,
-    sources: list[tuple[Tensor, Entry]],
-    index: tuple[slice, ...],
-) -> np.ndarray:
-    """Returns our parameter at `index`, cast; the file maps are gone when it returns."""
-    ranges = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
-    values = np.empty([len(part) for part in ranges], spec.dtype)
-    if sources[0][0].layer is None:
-        values[...] = _view(*sources[0])[index]
-        return values
-    for place, layer in enumerate(ranges[0]):
-        values[place] = _view(*sources[layer])[index[1:]]
+def _have_host_memory(devices: Iterable[Any]) -> bool:
+    return all(device.platform == "cpu" for device in devices)
+
+
+def _read_boxes(
+    reader: Reader, boxes: Sequence[Box], dtype: Any, sources: Sources
+) -> list[np.ndarray]:
+    """Returns each box of a parameter in memory of its own."""
+    values = [_empty(_shape(box), np.dtype(dtype)) for box in boxes]
+    straight: list[Iterator[Task]] = []
+    for piece, takers in _pieces(boxes, np.dtype(dtype).itemsize):
+        if len(takers) == 1:
+            [(number, here, _)] = takers
+            straight.append(_tasks(sources, piece, values[number][here]))
+            continue
+        staged = np.empty(_shape(piece), dtype)
+        reader.run(_tasks(sources, piece, staged))
+        for number, here, there in takers:
+            values[number][here] = staged[there]
+    reader.run(itertools.chain.from_iterable(straight))
     return values
 
 
-def _view(tensor: Tensor, entry: Entry) -> np.ndarray:
-    return tensor.rule.to_ours(_map(entry), tensor.shape)
+def _stage(
+    reader: Reader,
+    boxes: Sequence[Box],
+    devices_of: Sequence[Sequence[Any]],
+    dtype: Any,
+    sources: Sources,
+) -> list[jax.Array]:
+    """Returns an array for each device of each box, made from pieces that pass through the host.
+
+    The next piece is read while the last one is on its way.
+    """
+    arrays: list[list[jax.Array]] = [[] for _ in boxes]
+    for piece, takers in _pieces(boxes, np.dtype(dtype).itemsize):
+        staged = np.empty(_shape(piece), dtype)
+        reader.run(_tasks(sources, piece, staged))
+        jax.block_until_ready(arrays)
+        for number, here, there in takers:
+            values = np.ascontiguousarray(staged[there])
+            shape = _shape(boxes[number])
+            if values.shape == shape:
+                arrays[number] = [jax.device_put(values, d) for d in devices_of[number]]
+                continue
+            if not arrays[number]:
+                arrays[number] = [jnp.zeros(shape, dtype, device=d) for d in devices_of[number]]
+            start = tuple(np.int32(part.start) for part in here)
+            arrays[number] = [
+                _update(array, jax.device_put(values, device), start)
+                for array, device in zip(arrays[number], devices_of[number], strict=True)
+            ]
+    return [array for copies in arrays for array in copies]
 
 
-def _map(entry: Entry) -> np.ndarray:
-    """Returns a tensor of theirs backed by its file: bytes are read where it is indexed."""
-    return np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
+@functools.partial(jax.jit, donate_argnums=0)
+def _update(array: jax.Array, values: jax.Array, start: tuple[Any, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(array, values, start)
+
+
+def _tasks(sources: Sources, box: Box, out: np.ndarray) -> Iterator[Task]:
+    """Yields what reads a box of a parameter into `out`, cast."""
+    leading = len(next(iter(sources)))
+    numbers = [range(part.start, part.stop) for part in box[:leading]]
+    for place in itertools.product(*map(enumerate, numbers)):
+        part, stored = sources[tuple(number for _, number in place)]
+        target = out[(*(position for position, _ in place), ...)]
+        yield from stored.tasks(part, box[leading:], target)
+
+
+def _pieces(
+    boxes: Sequence[Box], itemsize: int
+) -> Iterator[tuple[Box, list[tuple[int, Box, Box]]]]:
+    """Yields pieces of at most `_STAGED` bytes that cover the boxes, and who takes what of each.
+
+    Boxes that are side by side share their pieces, so that what lies together is read together. A
+    taker is the number of a box, the part of that box, and the part of the piece that fills it.
+    """
+    for whole in _unite(boxes):
+        for piece in _cut(whole, _STAGED // itemsize):
+            takers = []
+            for number, box in enumerate(boxes):
+                common = [
+                    range(max(a.start, b.start), min(a.stop, b.stop))
+                    for a, b in zip(box, piece, strict=True)
+                ]
+                if all(common) or not box:
+                    takers.append((number, _relative(common, box), _relative(common, piece)))
+            yield piece, takers
+
+
+def _unite(boxes: Iterable[Box]) -> list[Box]:
+    """Returns boxes that cover the same, where neighbours along an axis have become one."""
+    united = list(dict.fromkeys(boxes))
+    for axis in range(len(united[0])):
+        rows: dict[Box, list[slice]] = {}
+        for box in sorted(united, key=lambda box: box[axis].start):
+            parts = rows.setdefault((*box[:axis], *box[axis + 1 :]), [])
+            if parts and parts[-1].stop == box[axis].start:
+                parts[-1] = slice(parts[-1].start, box[axis].stop)
+            else:
+                parts.append(box[axis])
+        united = [
+            (*rest[:axis], part, *rest[axis:]) for rest, parts in rows.items() for part in parts
+        ]
+    return united
+
+
+def _cut(box: Box, limit: int) -> Iterator[Box]:
+    """Yields parts of a box of at most `limit` elements, near equal, cut along its first axes."""
+    if math.prod(_shape(box)) <= limit or not box:
+        yield box
+        return
+    first, rest = box[0], box[1:]
+    rows = max(1, limit // math.prod(_shape(rest)))
+    count = -(-(first.stop - first.start) // rows)
+    edges = np.linspace(first.start, first.stop, count + 1).astype(int).tolist()
+    for start, stop in itertools.pairwise(edges):
+        inner = _cut(rest, limit) if stop - start == 1 else [rest]
+        yield from ((slice(start, stop), *part) for part in inner)
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    return tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
+
+
+def _shape(box: Box) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in box)
+
+
+def _relative(ranges: list[range], box: Box) -> Box:
+    return tuple(
+        slice(r.start - part.start, r.stop - part.start)
+        for r, part in zip(ranges, box, strict=True)
+    )
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns memory that a JAX array on a CPU can be without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def stored_tensors(folder: Path) -> tuple[dict[str, Stored | None], list[str]]:
+    """Returns every tensor of a folder, None where its file cannot be read, and the problems.
+
+    Raises:
+      ModelError: If there are no weights in safetensors, with the conversion for pickled ones.
+    """
+    entries, problems = _scan(folder)
+    return paired(entries), problems
+
+
+def paired(entries: Mapping[str, Entry | None]) -> dict[str, Stored | None]:
+    """Puts one tensor in the place of the two that MXFP4 makes of it."""
+    stored: dict[str, Stored | None] = dict(entries)
+    for name in entries:
+        base = name.removesuffix("_blocks")
+        blocks, scales = entries[name], entries.get(f"{base}_scales")
+        if base != name and blocks is not None and scales is not None:
+            del stored[name], stored[f"{base}_scales"]
+            stored[base] = Mxfp4(blocks, scales)
+    return stored
+
+
+def named_as(
+    stored: Mapping[str, Stored | None], expected: Iterable[str], prefix: str
+) -> dict[str, Stored | None]:
+    """Returns tensors under the names that are expected where files leave out their prefix."""
+    known = set(expected)
+    return {
+        prefix + name if prefix + name in known else name: entry for name, entry in stored.items()
+    }
 
 
 def _scan(folder: Path) -> tuple[dict[str, Entry | None], list[str]]:
-    """Returns every tensor of a folder, None where its file cannot be read, and the problems."""
     if (folder / SINGLE).is_file():
         return _scan_file(folder / SINGLE)
     if not (folder / INDEX).is_file():
@@ -224,60 +443,62 @@ def _scan_file(file: Path) -> tuple[dict[str, Entry | None], list[str]]:
     return entries, []
 
 
-def _mismatches(
-    entries: Mapping[str, Entry | None],
+def mismatches(
+    stored: Mapping[str, Stored | None],
     tensors: list[Tensor],
     ignore: tuple[str, ...],
     copies: Mapping[str, str],
 ) -> list[str]:
-    """Returns what keeps these tensors from being loaded, judged by headers and copies."""
-    if not entries:
+    """Returns what keeps these tensors from being loaded, judged by names, shapes and types."""
+    if not stored:
         return []
     expected = {tensor.name: tensor for tensor in tensors}
-    missing = [name for name in expected if name not in entries]
-    unexpected = [
-        name
-        for name in entries
-        if name not in expected
-        and name not in copies
-        and not any(re.search(pattern, name) for pattern in ignore)
-    ]
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in expected]
+    unexpected = [name for name in unexpected if not is_known(name, ignore, copies)]
     problems = [f"Missing: {group}." for group in _group(missing)]
     problems += [f"Unexpected: {group}." for group in _group(unexpected)]
     reasons: dict[str, list[str]] = {}
     for name, tensor in expected.items():
-        if reason := _unfit(entries.get(name), tensor):
+        if reason := unfit(stored.get(name), tensor):
             reasons.setdefault(reason, []).append(name)
     problems += [f"{group} {why}" for why, names in reasons.items() for group in _group(names)]
-    if not problems:
-        problems += [
-            f"{name} differs from {original}, but config.json says that they are one tensor; set "
-            "'tie_word_embeddings' to false in config.json to use both."
-            for name, original in copies.items()
-            if name in entries and not _equal(entries[name], entries.get(original))
-        ]
     return problems
 
 
-def _unfit(entry: Entry | None, tensor: Tensor) -> str:
-    if entry is None:
+def is_known(name: str, ignore: tuple[str, ...], copies: Mapping[str, str]) -> bool:
+    """Whether a tensor that no rule names may be in a file."""
+    return name in copies or any(re.search(pattern, name) for pattern in ignore)
+
+
+def unfit(stored: Stored | None, tensor: Tensor) -> str:
+    """Returns why a stored tensor cannot be what a rule asks for, or an empty text."""
+    if stored is None:
         return ""
-    expected = tensor.rule.shape_theirs(tensor.shape)
-    if entry.dtype not in DTYPES:
-        return f"is stored as {entry.dtype}; expected one of {', '.join(DTYPES)}."
-    if entry.shape != expected:
-        return f"has shape {list(entry.shape)}; config.json asks for {list(expected)}."
-    if entry.end - entry.start != math.prod(expected) * DTYPES[entry.dtype].itemsize:
-        return f"takes {entry.end - entry.start} bytes, which is not its shape's size."
+    if problem := stored.problem():
+        return problem
+    if stored.shape != tensor.shape:
+        return f"has shape {list(stored.shape)}; config.json asks for {list(tensor.shape)}."
     return ""
 
 
-def _equal(copy: Entry | None, original: Entry | None) -> bool:
+def _differing(stored: Mapping[str, Stored | None], copies: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name} differs from {original}, but config.json says that they are one tensor; set "
+        "'tie_word_embeddings' to false in config.json to use both."
+        for name, original in copies.items()
+        if name in stored and not _equal(stored[name], stored.get(original))
+    ]
+
+
+def _equal(copy: Stored | None, original: Stored | None) -> bool:
     """Compares values a part at a time, so that neither tensor is ever held as a whole."""
-    if copy is None or original is None or copy.shape != original.shape:
+    if not isinstance(copy, Entry) or not isinstance(original, Entry):
+        return False
+    if copy.shape != original.shape:
         return False
     rows = max(1, 2**22 // math.prod(copy.shape[1:]))
-    left, right = _map(copy), _map(original)
+    left, right = copy.map(), original.map()
     return all(
         np.array_equal(left[row : row + rows], right[row : row + rows])
         for row in range(0, copy.shape[0], rows)

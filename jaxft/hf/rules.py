@@ -2,24 +2,31 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+# Placeholders of a tensor's name, in the order of our leading axes.
+_LEADING = ("{layer}", "{expert}")
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Correspondence of one of our parameters with a tensor (or one tensor per layer).
+    """Correspondence of one of our parameters with a tensor, or with one per layer or expert.
 
-    The methods speak of one tensor: shapes and arrays are without our leading axis of layers.
+    The methods speak of one such tensor, or of this rule's part of it: shapes and arrays are
+    without our leading axes.
 
     Attributes:
       ours: Dotted path of the parameter, such as `layers.attn.q.w`.
-      theirs: Tensor name; `{layer}` stands for the index along our leading axis of layers.
-      layout: Their axes, an arrow, our axes: `(n h) d -> d n h`. Letters are those of
+      theirs: Tensor name. `{layer}` and `{expert}` stand for indices along our leading axes, which
+        have this order; `{expert}` is never without `{layer}`.
+      layout: Their axes, an arrow, our axes: `(n h) d -> n h d`. Letters are those of
         `sharding/axes.py`; a group in brackets is one axis of theirs, first letter outermost.
-        The leading axis of layers is not written.
+        Leading axes are not written. Rules that name the same tensor are its parts, in the order of
+        the table, and all mark with `+` how these lie along an axis of theirs: `(+ f)` one after
+        another, `(f +)` in turns.
     """
 
     ours: str
@@ -27,72 +34,152 @@ class Rule:
     layout: str
     _groups: tuple[str, ...] = field(init=False, repr=False, compare=False)
     _letters: str = field(init=False, repr=False, compare=False)
+    _split: tuple[int, str] | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        if not re.fullmatch(r"[^{}]*(\{layer\}[^{}]*(\{expert\}[^{}]*)?)?", self.theirs):
+            raise ValueError(
+                f"tensor name {self.theirs!r} of {self.ours}: expected no braces, {{layer}} once, "
+                "or {layer} and then {expert}."
+            )
         theirs, _, ours = self.layout.replace(" ", "").partition("->")
-        groups = tuple(
-            group or letter for group, letter in re.findall(r"\(([a-z]+)\)|([a-z])", theirs)
+        well_formed = re.fullmatch(
+            r"([a-z]|\((\+?[a-z]+|[a-z]+\+)\))+->[a-z]+", f"{theirs}->{ours}"
         )
-        well_formed = re.fullmatch(r"(?:\([a-z]+\)|[a-z])+->[a-z]+", f"{theirs}->{ours}")
+        marked = [group or letter for group, letter in re.findall(r"\((.+?)\)|(.)", theirs)]
+        groups = tuple(group.strip("+") for group in marked)
         if (
             not well_formed
             or sorted("".join(groups)) != sorted(set(ours))
             or len(set(ours)) < len(ours)
+            or theirs.count("+") > 1
         ):
             raise ValueError(
                 f"layout {self.layout!r} of {self.ours}: expected the same letters, once each, on "
-                "both sides of '->', with groups in brackets on the left only."
+                "both sides of '->', with groups in brackets on the left only, and at most one '+' "
+                "at the start or end of a group."
             )
+        splits = [
+            (axis, "+ first" if group[0] == "+" else "+ last")
+            for axis, group in enumerate(marked)
+            if "+" in group
+        ]
         object.__setattr__(self, "_groups", groups)
         object.__setattr__(self, "_letters", ours)
+        object.__setattr__(self, "_split", splits[0] if splits else None)
 
     @property
-    def stacked(self) -> bool:
-        """Whether our parameter has a leading axis of layers, each of them a tensor of theirs."""
-        return "{layer}" in self.theirs
+    def leading(self) -> int:
+        """Number of our leading axes along which each index is a tensor of theirs."""
+        return sum(name in self.theirs for name in _LEADING)
+
+    @property
+    def split(self) -> tuple[int, str] | None:
+        """Axis of theirs that other rules share, and `+ first` or `+ last`; None for no `+`."""
+        return self._split
+
+    def name(self, index: tuple[int, ...]) -> str:
+        """Returns the name of the tensor at an index along our leading axes."""
+        name = self.theirs
+        for placeholder, number in zip(_LEADING, index, strict=False):
+            name = name.replace(placeholder, str(number))
+        return name
 
     def shape_theirs(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of their tensor, given the shape of ours."""
+        """Returns the shape of their tensor, or of this rule's part, given the shape of ours."""
         sizes = dict(zip(self._letters, shape, strict=True))
         return tuple(math.prod(sizes[letter] for letter in group) for group in self._groups)
 
     def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns their contiguous tensor seen in our layout.
-
-        It is a view: indexing it touches only the bytes of `tensor` that the index selects, which
-        is what makes reading a slice from a memory map cheap.
+        """Returns their tensor, or this rule's part of one, seen in our layout: always a view.
 
         Args:
-          tensor: Their tensor.
+          tensor: Theirs.
           shape: The shape of ours: it holds the sizes of the letters in a group.
         """
         sizes = dict(zip(self._letters, shape, strict=True))
         written = "".join(self._groups)
-        split = tensor.reshape([sizes[letter] for letter in written])
+        split = tensor.reshape([sizes[letter] for letter in written], copy=False)
         return split.transpose([written.index(letter) for letter in self._letters])
+
+    def in_their_order(self, array: np.ndarray) -> np.ndarray:
+        """Returns a view of our array with its axes in the order of theirs, groups still apart."""
+        return array.transpose([self._letters.index(letter) for letter in "".join(self._groups)])
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """Returns our array in their layout, contiguous: the inverse of `to_ours`."""
-        written = "".join(self._groups)
-        moved = array.transpose([self._letters.index(letter) for letter in written])
+        moved = self.in_their_order(array)
         return np.ascontiguousarray(moved).reshape(self.shape_theirs(array.shape))
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One of our parameters, or one index of its leading axes, and where theirs holds it.
+
+    Attributes:
+      rule: The rule it follows.
+      index: Along our leading axes: `()`, `(layer,)` or `(layer, expert)`.
+      shape: The shape of ours without the leading axes.
+      where: What it takes of their tensor.
+    """
+
+    rule: Rule
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    where: tuple[slice, ...]
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns this part of their whole tensor in our layout.
+
+        It is a view: indexing it touches only the bytes of `tensor` that the index selects, which
+        is what makes reading a slice from a file cheap.
+        """
+        return self.rule.to_ours(tensor[self.where], self.shape)
+
+    def locate(self, index: tuple[slice, ...], whole: tuple[int, ...]) -> tuple[range, ...]:
+        """Returns what `index` of ours takes of their tensor, along each axis of theirs.
+
+        Args:
+          index: Within this part, without our leading axes.
+          whole: The shape of their tensor.
+
+        Raises:
+          ValueError: If an axis of theirs is a group of several letters.
+        """
+        taken = dict(zip(self.rule._letters, index, strict=True))
+        if not set(self.rule._groups) <= taken.keys():
+            raise ValueError(f"layout {self.rule.layout!r} of {self.rule.ours} has groups.")
+        return tuple(
+            range(size)[place][taken[letter]]
+            for letter, size, place in zip(self.rule._groups, whole, self.where, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of theirs and where it lies in our parameters.
+    """One tensor of theirs and what of our parameters it holds.
 
     Attributes:
       name: Their name.
-      rule: The rule it follows.
-      layer: Index along the leading axis of our parameter; None where there is no such axis.
-      shape: The shape of ours, without the axis of layers.
+      shape: Their shape.
+      parts: One, unless several rules name it.
     """
 
     name: str
-    rule: Rule
-    layer: int | None
     shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    def to_theirs(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns our arrays, one for each part, as their contiguous tensor."""
+        pieces = [
+            part.rule.to_theirs(array) for part, array in zip(self.parts, arrays, strict=True)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        joined = np.empty(self.shape, pieces[0].dtype)
+        for part, piece in zip(self.parts, pieces, strict=True):
+            joined[part.where] = piece
+        return joined
 
 
 def expand(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
@@ -101,17 +188,78 @@ def expand(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> Iter
     Rules for parameters that are absent, such as the head of a tied model, are passed over.
 
     Raises:
-      ValueError: If a parameter has no rule.
+      ValueError: If a parameter has no rule or two, or rules that name one tensor do not share it.
     """
-    table = {rule.ours: rule for rule in rules}
+    table: dict[str, Rule] = {}
+    sharing: dict[str, list[Rule]] = {}
+    for rule in rules:
+        if rule.ours in table:
+            raise ValueError(f"Two rules speak of {rule.ours}.")
+        table[rule.ours] = rule
+        sharing.setdefault(rule.theirs, []).append(rule)
     if missing := sorted(shapes.keys() - table.keys()):
         raise ValueError(f"No rule says which tensors these parameters are: {', '.join(missing)}.")
-    for path, rule in table.items():
-        if path not in shapes:
+    for theirs, parts in sharing.items():
+        present = [rule for rule in parts if rule.ours in shapes]
+        if not present:
             continue
-        shape = shapes[path]
-        if not rule.stacked:
-            yield Tensor(rule.theirs, rule, None, shape)
-            continue
-        for layer in range(shape[0]):
-            yield Tensor(rule.theirs.replace("{layer}", str(layer)), rule, layer, shape[1:])
+        if len(present) < len(parts):
+            absent = ", ".join(rule.ours for rule in parts if rule.ours not in shapes)
+            raise ValueError(f"Parts of {theirs} that the model does not have: {absent}.")
+        yield from _expand(parts, [shapes[rule.ours] for rule in parts])
+
+
+def _expand(rules: list[Rule], shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
+    """Yields the tensors of rules that name the same one."""
+    leading = rules[0].leading
+    ours = [shape[leading:] for shape in shapes]
+    theirs = [rule.shape_theirs(shape) for rule, shape in zip(rules, ours, strict=True)]
+    _check_parts(rules, theirs, {shape[:leading] for shape in shapes})
+    whole, places = _join(rules[0].split, theirs)
+    for index in np.ndindex(shapes[0][:leading]):
+        parts = [
+            Part(rule, index, shape, place)
+            for rule, shape, place in zip(rules, ours, places, strict=True)
+        ]
+        yield Tensor(rules[0].name(index), whole, tuple(parts))
+
+
+def _check_parts(
+    rules: list[Rule], shapes: list[tuple[int, ...]], leading: set[tuple[int, ...]]
+) -> None:
+    name, split = rules[0].theirs, rules[0].split
+    named_by = ", ".join(rule.ours for rule in rules)
+    if {rule.split for rule in rules} != {split} or (split is None) != (len(rules) == 1):
+        raise ValueError(
+            f"{name} is named by {named_by}: rules that share a tensor, and only these, mark the "
+            "same axis of theirs with '+', all at the start of its group or all at its end."
+        )
+    if len(leading) > 1:
+        raise ValueError(f"{name} is named by {named_by}, whose leading axes differ: {leading}.")
+    if split is None:
+        return
+    axis, place = split
+    rest = {shape[:axis] + shape[axis + 1 :] for shape in shapes}
+    sizes = {shape[axis] for shape in shapes}
+    if len({len(shape) for shape in shapes}) > 1 or len(rest) > 1:
+        raise ValueError(f"{name}: its parts {named_by} differ in other axes: {shapes}.")
+    if place == "+ last" and len(sizes) > 1:
+        raise ValueError(f"{name}: its parts {named_by} lie in turns but differ in size: {shapes}.")
+
+
+def _join(
+    split: tuple[int, str] | None, shapes: list[tuple[int, ...]]
+) -> tuple[tuple[int, ...], list[tuple[slice, ...]]]:
+    """Returns the shape of a tensor made of parts, and the place of each."""
+    whole = list(shapes[0])
+    if split is None:
+        return shapes[0], [(slice(None),) * len(whole)]
+    axis, place = split
+    whole[axis] = sum(shape[axis] for shape in shapes)
+    if place == "+ last":
+        along = [slice(number, None, len(shapes)) for number in range(len(shapes))]
+    else:
+        ends = np.cumsum([shape[axis] for shape in shapes]).tolist()
+        along = [slice(end - shape[axis], end) for end, shape in zip(ends, shapes, strict=True)]
+    before, after = (slice(None),) * axis, (slice(None),) * (len(whole) - axis - 1)
+    return tuple(whole), [(*before, part, *after) for part in along]

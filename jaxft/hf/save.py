@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from jaxft.errors import ModelError
-from jaxft.hf.load import DTYPES, INDEX, SINGLE
+from jaxft.hf.load import INDEX, SINGLE
+from jaxft.hf.read import DTYPES
 from jaxft.hf.rules import Rule, Tensor, expand
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -97,7 +98,7 @@ def _split(tensors: list[Tensor], stored: Mapping[str, np.dtype], limit: int) ->
     """Returns the shards, in order of layers so that a reader of one layer opens few of them."""
     shards: list[list[Tensor]] = [[]]
     room = limit
-    for tensor in sorted(tensors, key=lambda tensor: -1 if tensor.layer is None else tensor.layer):
+    for tensor in sorted(tensors, key=lambda tensor: tensor.parts[0].index):
         size = _size(tensor, stored)
         if size > room and shards[-1]:
             shards.append([])
@@ -121,7 +122,7 @@ def _write(
         end = start + _size(tensor, stored)
         header[tensor.name] = {
             "dtype": _WORDS[stored[tensor.name]],
-            "shape": tensor.rule.shape_theirs(tensor.shape),
+            "shape": tensor.shape,
             "data_offsets": [start, end],
         }
         start = end
@@ -130,23 +131,25 @@ def _write(
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            ours = _fetch(params[tensor.rule.ours], tensor.layer)
-            theirs = tensor.rule.to_theirs(ours).astype(stored[tensor.name], copy=False)
+            ours = [_fetch(params[part.rule.ours], part.index) for part in tensor.parts]
+            theirs = tensor.to_theirs(ours).astype(stored[tensor.name], copy=False)
             stream.write(theirs.reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _fetch(array: jax.Array, layer: int | None) -> np.ndarray:
-    """Returns a parameter, or one of its layers, put together from the devices that hold it."""
-    if layer is None:
+def _fetch(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """Returns a parameter, or what `index` selects, put together from the devices that hold it."""
+    if not index:
         return np.asarray(array)
-    values = np.empty(array.shape[1:], array.dtype)
+    values = np.empty(array.shape[len(index) :], array.dtype)
     # Indexing the whole array would ask the compiler to reshard it.
     for shard in array.addressable_shards:
-        layers = range(*shard.index[0].indices(array.shape[0]))
-        if shard.replica_id == 0 and layer in layers:
-            values[shard.index[1:]] = shard.data[layer - layers.start]
+        held = [range(*s.indices(n)) for s, n in zip(shard.index, array.shape, strict=True)]
+        inside = all(number in part for number, part in zip(index, held, strict=False))
+        if shard.replica_id == 0 and inside:
+            place = tuple(number - part.start for number, part in zip(index, held, strict=False))
+            values[shard.index[len(index) :]] = shard.data[place]
     return values
 
 

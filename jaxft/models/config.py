@@ -1,48 +1,84 @@
 """What a decoder is made of, and how it is computed."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+
+from jaxft.models.rope import Rope
 
 
 @dataclass(frozen=True, slots=True)
-class LinearScaling:
-    """Position interpolation (Chen et al., arXiv:2306.15595): frequencies over `factor`."""
+class LayerKind:
+    """In what layers of one stack may differ while their parameters have the same shapes.
 
-    factor: float
-
-    def __call__(self, frequencies: Array) -> Array:
-        """Returns the changed frequencies."""
-        return frequencies / self.factor
-
-
-@dataclass(frozen=True, slots=True)
-class Llama3Scaling:
-    """Llama 3.1's change of rotary frequencies, as its model card and reference code define it.
-
-    Frequencies with wavelengths over `original_length / low_factor` are divided by `factor`, those
-    under `original_length / high_factor` are kept, and between them it is interpolated.
+    Attributes:
+      window: Positions that a query sees back, its own included; 0 for all.
+      rope: How positions turn queries and keys; None where they do not.
     """
 
-    factor: float
-    low_factor: float
-    high_factor: float
-    original_length: int
+    window: int = 0
+    rope: Rope | None = None
 
-    def __call__(self, frequencies: Array) -> Array:
-        """Returns the changed frequencies."""
-        turns = self.original_length * frequencies / (2 * math.pi)
-        keep = (turns - self.low_factor) / (self.high_factor - self.low_factor)
-        keep = jnp.clip(keep, 0.0, 1.0)
-        return frequencies * keep + frequencies / self.factor * (1 - keep)
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How attention makes weights of queries and keys.
+
+    Attributes:
+      scale: Multiplies the products.
+      cap: Bounds them smoothly: `cap * tanh(score / cap)`; 0 for no bound.
+      window: Positions that a query sees back, its own included; 0 for all.
+    """
+
+    scale: float
+    cap: float = 0.0
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """A mixture of experts in place of the feed-forward part.
+
+    Attributes:
+      count: E, experts of a layer.
+      chosen: Experts that a token goes through.
+      normalised: Whether the weights of the chosen experts are scaled to a sum of 1.
+    """
+
+    count: int
+    chosen: int
+    normalised: bool
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Shape of a decoder-only transformer."""
+    """Shape of a decoder-only transformer.
+
+    Attributes:
+      vocab: V, rows of the embedding.
+      embed: D, width of the residual stream.
+      layers: L.
+      heads: N, of queries.
+      kv_heads: K, of keys and values.
+      head_dim: H.
+      mlp: F, hidden width of the feed-forward part, or of one expert.
+      norm_epsilon: Added to the mean square (or variance) in norms.
+      tied: Whether the head is the embedding.
+      max_length: Positions that the model was made for.
+      init_scale: Standard deviation of random weights.
+      kinds: The different kinds of layer.
+      pattern: For each layer, the index of its kind.
+      norm: `rms`, `rms_offset` (the weight is added to 1) or `layer` (with a mean and a bias).
+      attention_scale: Multiplies attention scores; 0 for 1 / sqrt(H).
+      attention_cap: Soft bound of attention scores; 0 for none.
+      logit_cap: Soft bound of logits; 0 for none.
+      embed_scale: Multiplies token vectors.
+      learned_positions: Whether a table of `max_length` vectors is added to token vectors.
+      sinks: Whether each head has a learnt score that takes weight from every key.
+      experts: None for a dense feed-forward part.
+      mlp_limit: Bound of what enters the activation; 0 for none.
+    """
 
     vocab: int
     embed: int
@@ -52,11 +88,25 @@ class DecoderConfig:
     head_dim: int
     mlp: int
     norm_epsilon: float
-    rope_theta: float
-    rope_scaling: LinearScaling | Llama3Scaling | None
     tied: bool
     max_length: int
     init_scale: float
+    kinds: tuple[LayerKind, ...]
+    pattern: tuple[int, ...]
+    norm: str = "rms"
+    attention_scale: float = 0.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    embed_scale: float = 1.0
+    learned_positions: bool = False
+    sinks: bool = False
+    experts: ExpertsConfig | None = None
+    mlp_limit: float = 0.0
+
+    def scores(self, kind: LayerKind) -> Scores:
+        """Returns how a layer of this kind scores keys."""
+        scale = self.attention_scale or self.head_dim**-0.5
+        return Scores(scale=scale, cap=self.attention_cap, window=kind.window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +116,23 @@ class Numerics:
     Attributes:
       param_dtype: Type in which parameters and optimizer state are kept.
       compute_dtype: Type of activations and of weights in matrix products. Norms, softmax, rotary
-        angles and the loss are float32 in every case.
+        angles, the router and the loss are float32 in every case.
       remat: `none`, `dots` or `full`; see `config.ModelConfig.remat`.
       attention: Name of a back end in `models/attention.py`.
+      expert_capacity: See `config.ModelConfig.expert_capacity`; 0 drops no token.
     """
 
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "xla"
+    expert_capacity: float = 0.0
 
 
-def make_numerics(dtypes: str, *, remat: str = "none", attention: str = "xla") -> Numerics:
+def make_numerics(
+    dtypes: str, *, remat: str = "none", attention: str = "xla", expert_capacity: float = 0.0
+) -> Numerics:
     """Reads a dtype policy: `mixed`, `float32` or `bfloat16`."""
     param = jnp.bfloat16 if dtypes == "bfloat16" else jnp.float32
     compute = jnp.float32 if dtypes == "float32" else jnp.bfloat16
-    return Numerics(param_dtype=param, compute_dtype=compute, remat=remat, attention=attention)
+    return Numerics(param, compute, remat, attention, expert_capacity)

@@ -1,7 +1,7 @@
 """A decoder-only transformer: embedding, a scanned stack of one family's blocks, norm and head."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +10,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxft.models.attention import attend, causal_mask, masked_attention
-from jaxft.models.config import DecoderConfig, Numerics
-from jaxft.models.layers import Embedding, Linear, RMSNorm, rope_frequencies, rotary_angles
+from jaxft.models.config import DecoderConfig, LayerKind, Numerics
+from jaxft.models.layers import (
+    AttentionFn,
+    Embedding,
+    LayerInputs,
+    Linear,
+    Routing,
+    make_norm,
+)
 from jaxft.models.module import merge, split, stack
+from jaxft.models.rope import document_lengths, rotary_tables
 from jaxft.sharding.rules import constrain
-
-# Maps q, k, v and a layer's cache to the attention output and the cache with k and v added.
-AttentionFn = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 
 class KVCache(NamedTuple):
@@ -26,12 +31,14 @@ class KVCache(NamedTuple):
       k: `[L, B, S, K, H]` in the compute dtype; S slots are allocated, `used` are filled.
       v: As `k`.
       segments: int32 `[B, S]`; 0 in slots that hold padding or nothing.
+      limits: int32 `[B]`, the length that each row's document may reach.
       used: int32 scalar, the next free slot, the same in every row.
     """
 
     k: Any
     v: Any
     segments: Any
+    limits: Any
     used: Any
 
 
@@ -47,19 +54,20 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config, self.numerics = config, numerics
-        dtype, scale = numerics.param_dtype, config.init_scale
-        self.embed = Embedding(config.vocab, config.embed, dtype=dtype, scale=scale, rngs=rngs)
+        kwargs = {"dtype": numerics.param_dtype, "scale": config.init_scale, "rngs": rngs}
+        self.embed = Embedding(config.vocab, config.embed, **kwargs)
+        self.positions = (
+            Embedding(config.max_length, config.embed, axis="positions", **kwargs)
+            if config.learned_positions
+            else None
+        )
         self.layers = stack(lambda r: block(config, numerics, r), config.layers, rngs)
-        self.norm = RMSNorm(config.embed, epsilon=config.norm_epsilon, dtype=dtype)
-        if not config.tied:
-            self.head = Linear(
-                (config.embed,),
-                (config.vocab,),
-                axes=("embed", "vocab"),
-                dtype=dtype,
-                scale=scale,
-                rngs=rngs,
-            )
+        self.norm = make_norm(config, numerics, config.embed)
+        self.head = (
+            None
+            if config.tied
+            else Linear((config.vocab,), (config.embed,), axes=("vocab", "embed"), **kwargs)
+        )
 
     def __call__(
         self,
@@ -68,40 +76,70 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits; without positions and segments a row is one document."""
-        return self.logits(self.hidden(tokens, positions, segments))
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if segments is None:
+            segments = jnp.ones_like(tokens)
+        return self.logits(self.hidden(tokens, positions, segments)[0])
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        segments: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Returns the normalised residual stream that `logits` reads, in the compute dtype."""
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        document = jnp.ones_like(tokens) if segments is None else segments
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """Returns the normalised residual stream that `logits` reads, in the compute dtype.
 
-        def attention(q: Array, k: Array, v: Array, cache: None):
-            return attend(q, k, v, document, backend=self.numerics.attention), cache
+        Returns:
+          It, and what the routers of all layers did, `[L, …]`, or None without experts.
+        """
+        c = self.config
 
-        return self._run(tokens, positions, attention, None)[0]
+        def of_kind(kind: LayerKind) -> Callable[..., Array]:
+            return lambda q, k, v, sinks: attend(
+                q,
+                k,
+                v,
+                segments,
+                backend=self.numerics.attention,
+                scores=c.scores(kind),
+                sinks=sinks,
+            )
+
+        by_kind = [of_kind(kind) for kind in c.kinds]
+
+        def attention_of(kind: Array) -> AttentionFn:
+            def attention(q: Array, k: Array, v: Array, cache: None, sinks: Array | None):
+                if len(by_kind) == 1:
+                    return by_kind[0](q, k, v, sinks), cache
+                return jax.lax.switch(kind, by_kind, q, k, v, sinks), cache
+
+            return attention
+
+        lengths = document_lengths(positions, segments)
+        x, _, routing = self._run(tokens, positions, lengths, segments, attention_of, None)
+        return x, routing
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits of any positions of `hidden`."""
+        w = (self.embed if self.head is None else self.head).w[...].astype(hidden.dtype)
         with self._precision():
-            if self.config.tied:
-                logits = self.embed.attend(hidden)
-            else:
-                w = self.head.w[...].astype(hidden.dtype)
-                logits = jnp.einsum("btd,dv->btv", hidden, w, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("btd,vd->btv", hidden, w, preferred_element_type=jnp.float32)
+        if cap := self.config.logit_cap:
+            logits = cap * jnp.tanh(logits / cap)
         return constrain(logits, "batch", "seq", "act_vocab")
 
-    def init_cache(self, rows: int, slots: int) -> KVCache:
-        """Allocates an empty cache for `rows` rows of up to `slots` tokens."""
-        c = self.config
+    def init_cache(self, limits: Int[Array, " B"], slots: int) -> KVCache:
+        """Allocates an empty cache.
+
+        Args:
+          limits: The length that each row's document may reach.
+          slots: Tokens for which there is room in a row, padding included.
+        """
+        c, rows = self.config, limits.shape[0]
         shape = (c.layers, rows, slots, c.kv_heads, c.head_dim)
         empty = jnp.zeros(shape, self.numerics.compute_dtype)
-        return KVCache(empty, empty, jnp.zeros((rows, slots), jnp.int32), jnp.int32(0))
+        return KVCache(empty, empty, jnp.zeros((rows, slots), jnp.int32), limits, jnp.int32(0))
 
     def extend(
         self,
@@ -114,43 +152,77 @@ class Decoder(nnx.Module):
 
         Reads a prompt (T tokens into an empty cache) and decodes (T = 1) alike.
         """
-        length, slots = tokens.shape[1], cache.segments.shape[1]
+        c, length, slots = self.config, tokens.shape[1], cache.segments.shape[1]
         known = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.used, 1)
         query_slots = cache.used + jnp.arange(length)
-        mask = causal_mask(query_slots, jnp.arange(slots), segments, known)
+        masks = [
+            causal_mask(query_slots, jnp.arange(slots), segments, known, window=kind.window)
+            for kind in c.kinds
+        ]
+        scores = c.scores(c.kinds[0])  # only the windows differ, and these are in the masks
 
-        def attention(q: Array, k: Array, v: Array, layer: tuple[Array, Array]):
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.used, 1)
-                for old, new in zip(layer, (k, v), strict=True)
-            )
-            return masked_attention(q, k, v, mask), (k, v)
+        def attention_of(kind: Array) -> AttentionFn:
+            mask = _pick(masks, kind)
 
-        hidden, (k, v) = self._run(tokens, positions, attention, (cache.k, cache.v))
-        return hidden, KVCache(k, v, known, cache.used + length)
+            def attention(q: Array, k: Array, v: Array, layer: Any, sinks: Array | None):
+                k, v = (
+                    jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.used, 1)
+                    for old, new in zip(layer, (k, v), strict=True)
+                )
+                return masked_attention(q, k, v, mask, scores=scores, sinks=sinks), (k, v)
+
+            return attention
+
+        lengths = jnp.broadcast_to(cache.limits[:, None], tokens.shape)
+        hidden, (k, v), _ = self._run(
+            tokens, positions, lengths, segments, attention_of, (cache.k, cache.v)
+        )
+        return hidden, KVCache(k, v, known, cache.limits, cache.used + length)
 
     def _run(
-        self, tokens: Array, positions: Array, attention: AttentionFn, caches: Any
-    ) -> tuple[Array, Any]:
+        self,
+        tokens: Array,
+        positions: Array,
+        lengths: Array,
+        segments: Array,
+        attention_of: Callable[[Array], AttentionFn],
+        caches: Any,
+    ) -> tuple[Array, Any, Routing | None]:
         c = self.config
         x = self.embed(tokens, self.numerics.compute_dtype)
+        if c.embed_scale != 1:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if self.positions is not None:
+            x = x + self.positions(positions, x.dtype)
         x = constrain(x, "batch", "seq", "act_embed")
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        rope = rotary_angles(positions, frequencies)
+        ropes = [
+            None if kind.rope is None else rotary_tables(kind.rope, positions, lengths)
+            for kind in c.kinds
+        ]
         graphdef, stacked = split(self.layers)
 
-        def layer(x: Array, scanned: tuple[dict, Any]) -> tuple[Array, Any]:
-            params, cache = scanned
-            return merge(graphdef, params)(x, rope, attention, cache)
+        def layer(x: Array, scanned: tuple[dict, Any, Array]) -> tuple[Array, Any]:
+            params, cache, kind = scanned
+            inputs = LayerInputs(_pick(ropes, kind), attention_of(kind), segments > 0)
+            x, cache, routing = merge(graphdef, params)(x, inputs, cache)
+            return x, (cache, routing)
 
+        scanned = (stacked, caches, jnp.asarray(c.pattern, jnp.int32))
         with self._precision():
-            x, caches = jax.lax.scan(_remat(layer, self.numerics.remat), x, (stacked, caches))
-        return self.norm(x), caches
+            x, (caches, routing) = jax.lax.scan(_remat(layer, self.numerics.remat), x, scanned)
+        return self.norm(x), caches, routing
 
     def _precision(self) -> contextlib.AbstractContextManager:
         """Asks for whole products of float32, which accelerators round to fewer bits by default."""
         exact = self.numerics.compute_dtype == jnp.float32
         return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
+
+
+def _pick(options: Sequence[Any], index: Array) -> Any:
+    """Returns the option of an index that is known only when the program runs."""
+    if len(options) == 1:
+        return options[0]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays)[index], *options)
 
 
 def _remat(layer: Callable, policy: str) -> Callable:

@@ -13,7 +13,20 @@ from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.decoder import Decoder
 from jaxft.models.module import AbstractModel, abstract_model
 
-FAMILIES = {"llama": "jaxft.models.llama"}
+# model_type in config.json: module.
+FAMILIES = {
+    "gemma2": "jaxft.models.gemma2",
+    "gemma3_text": "jaxft.models.gemma3",
+    "gpt2": "jaxft.models.gpt2",
+    "gpt_oss": "jaxft.models.gpt_oss",
+    "llama": "jaxft.models.llama",
+    "mistral": "jaxft.models.mistral",
+    "mixtral": "jaxft.models.mixtral",
+    "phi3": "jaxft.models.phi3",
+    "qwen2": "jaxft.models.qwen2",
+    "qwen3": "jaxft.models.qwen3",
+    "qwen3_moe": "jaxft.models.qwen3_moe",
+}
 
 
 @dataclass(frozen=True)

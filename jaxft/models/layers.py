@@ -1,112 +1,306 @@
-"""The parts that decoder families share: projections, embedding, norms, rotary positions."""
+"""The parts that decoder families are composed of: projections, norms, attention, feed-forward."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.module import Param
+from jaxft.models.rope import rotate
 from jaxft.sharding.rules import constrain
+
+# Maps q, k, v, a layer's cache and its sinks to the output and the cache with k and v added.
+AttentionFn = Callable[[Array, Array, Array, Any, Array | None], tuple[Array, Any]]
+
+
+class LayerInputs(NamedTuple):
+    """What a layer reads beside the residual stream.
+
+    Attributes:
+      rope: Cosine and sine for the layer's kind, `[B, T, 1, half]`, or None.
+      attention: Attention of the layer's kind.
+      real: False on padding, `[B, T]`.
+    """
+
+    rope: tuple[Array, Array] | None
+    attention: AttentionFn
+    real: Bool[Array, "B T"]
+
+
+class Routing(NamedTuple):
+    """Sums over the real tokens of a batch of what a router did, float32; `[L, …]` over a model.
+
+    Attributes:
+      counts: `[E]`, tokens that were sent to each expert.
+      probabilities: `[E]`, the router's softmax.
+      tokens: Scalar.
+      dropped: Scalar, places in full experts that were asked for in vain.
+    """
+
+    counts: Any
+    probabilities: Any
+    tokens: Any
+    dropped: Any
 
 
 class Linear(nnx.Module):
-    """A bias-free projection between groups of named dimensions, such as D to (N, H).
+    """A projection between groups of named dimensions, such as D to (N, H).
 
-    Kept in the layout in which it is used, so that heads and head size are axes of their own.
+    The weight is `[*outputs, *inputs]`, the order of Hugging Face files: importing copies it as it
+    stands, and heads and head size are axes of their own.
     """
 
     def __init__(
         self,
-        inputs: tuple[int, ...],
         outputs: tuple[int, ...],
+        inputs: tuple[int, ...],
         *,
         axes: tuple[str, ...],
         dtype,
         scale: float,
         rngs: nnx.Rngs,
+        bias: bool = False,
     ):
         self.inputs = len(inputs)
-        value = jax.random.normal(rngs.params(), (*inputs, *outputs), jnp.float32) * scale
+        value = jax.random.normal(rngs.params(), (*outputs, *inputs), jnp.float32) * scale
         self.w = Param(value.astype(dtype), axes=axes)
+        self.b = Param(jnp.zeros(outputs, dtype), axes=axes[: len(outputs)]) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        """Contracts the last dimensions of `x` with the first of the weight, in `x`'s dtype."""
+        """Contracts the last dimensions of `x` with the last of the weight, in `x`'s dtype."""
         w = self.w[...].astype(x.dtype)
-        return jnp.tensordot(x, w, axes=self.inputs)
+        n = self.inputs
+        contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(w.ndim - n, w.ndim))
+        out = jax.lax.dot_general(x, w, (contracted, ((), ())))
+        return out if self.b is None else out + _broadcast(self.b[...].astype(x.dtype), out.ndim)
 
 
 class Embedding(nnx.Module):
-    """Token vectors, `[V, D]`."""
+    """A vector for each token or position, `[rows, D]`."""
 
-    def __init__(self, vocab: int, embed: int, *, dtype, scale: float, rngs: nnx.Rngs):
-        value = jax.random.normal(rngs.params(), (vocab, embed), jnp.float32) * scale
-        self.w = Param(value.astype(dtype), axes=("vocab", "embed"))
+    def __init__(
+        self, rows: int, embed: int, *, dtype, scale: float, rngs: nnx.Rngs, axis: str = "vocab"
+    ):
+        value = jax.random.normal(rngs.params(), (rows, embed), jnp.float32) * scale
+        self.w = Param(value.astype(dtype), axes=(axis, "embed"))
 
     def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        """Looks tokens up, in `dtype`."""
+        """Looks rows up, in `dtype`."""
         # Cast after the gather: the gradient of a frequent token, a sum of many, is then added up
         # in the table's own type.
         return self.w[...][tokens].astype(dtype)
-
-    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 logits against the same table, for tied embeddings."""
-        w = self.w[...].astype(x.dtype)
-        return jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
 
+    def __init__(
+        self, *shape: int, epsilon: float, dtype, axes: tuple[str, ...] = ("norm",), offset=False
+    ):
+        self.epsilon, self.offset = epsilon, offset
+        start = jnp.zeros if offset else jnp.ones
+        self.scale = Param(start(shape, dtype), axes=axes)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises over the dimensions of the scale; the result has the type of `x`."""
+        x32 = x.astype(jnp.float32)
+        scale = self.scale[...]
+        axes = tuple(range(x.ndim - scale.ndim, x.ndim))
+        mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
+        scale = scale.astype(jnp.float32) + (1.0 if self.offset else 0.0)
+        return (normed * _broadcast(scale, x.ndim)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalisation by mean and variance in float32 (Ba et al., arXiv:1607.06450)."""
+
     def __init__(self, size: int, *, epsilon: float, dtype):
         self.epsilon = epsilon
         self.scale = Param(jnp.ones(size, dtype), axes=("norm",))
+        self.b = Param(jnp.zeros(size, dtype), axes=("norm",))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last dimension; the result has the type of `x`."""
         x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        # Rounded before the scale is applied, as in the reference implementation.
-        normed = (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        scale = self.scale[...].astype(x.dtype)
-        return normed * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+        scale, b = (_broadcast(p[...].astype(jnp.float32), x.ndim) for p in (self.scale, self.b))
+        return (normed * scale + b).astype(x.dtype)
 
 
-class SwiGLU(nnx.Module):
-    """Gated feed-forward part, `down(silu(gate(x)) * up(x))` (Shazeer, arXiv:2002.05202)."""
-
-    def __init__(self, embed: int, mlp: int, *, dtype, scale: float, rngs: nnx.Rngs):
-        inward, outward = ("embed", "mlp"), ("mlp", "embed")
-        kwargs = {"dtype": dtype, "scale": scale, "rngs": rngs}
-        self.gate = Linear((embed,), (mlp,), axes=inward, **kwargs)
-        self.up = Linear((embed,), (mlp,), axes=inward, **kwargs)
-        self.down = Linear((mlp,), (embed,), axes=outward, **kwargs)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns what is added to the residual stream."""
-        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
-        return self.down(constrain(hidden, "batch", "seq", "act_mlp"))
+def make_norm(config: DecoderConfig, numerics: Numerics, size: int) -> RMSNorm | LayerNorm:
+    """Returns a norm of the model's kind over the last dimension."""
+    kwargs = {"epsilon": config.norm_epsilon, "dtype": numerics.param_dtype}
+    if config.norm == "layer":
+        return LayerNorm(size, **kwargs)
+    return RMSNorm(size, offset=config.norm == "rms_offset", **kwargs)
 
 
-def rope_frequencies(
-    head_dim: int, theta: float, scaling: Callable[[Array], Array] | None
-) -> Float[Array, " half"]:
-    """Radians a position for each pair of dimensions (Su et al., arXiv:2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return frequencies if scaling is None else scaling(frequencies)
+class SelfAttention(nnx.Module):
+    """Grouped-query attention (Ainslie et al., arXiv:2305.13245).
+
+    Args:
+      config: Sizes.
+      numerics: Types.
+      rngs: Random keys.
+      bias: Whether q, k and v have one.
+      out_bias: Whether the output projection has one.
+      qk_norm: `head` for a norm over each head of queries and keys, `all` over all heads at once.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: str = "",
+    ):
+        d, n, k, h = config.embed, config.heads, config.kv_heads, config.head_dim
+        dtype = numerics.param_dtype
+        kwargs = {"dtype": dtype, "scale": config.init_scale, "rngs": rngs}
+        to_q, to_kv = (("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed"))
+        self.q = Linear((n, h), (d,), axes=to_q, bias=bias, **kwargs)
+        self.k = Linear((k, h), (d,), axes=to_kv, bias=bias, **kwargs)
+        self.v = Linear((k, h), (d,), axes=to_kv, bias=bias, **kwargs)
+        self.o = Linear((d,), (n, h), axes=("embed", "heads", "head_dim"), bias=out_bias, **kwargs)
+        self.q_norm, self.k_norm = (
+            _qk_norm(config, numerics, qk_norm, count, axis)
+            for count, axis in ((n, "heads"), (k, "kv_heads"))
+        )
+        self.sinks = Param(jnp.zeros(n, dtype), axes=("heads",)) if config.sinks else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], inputs: LayerInputs, cache
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Returns what is added to the residual stream, and the layer's cache."""
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if inputs.rope is not None:
+            q, k = rotate(q, *inputs.rope), rotate(k, *inputs.rope)
+        q = constrain(q, "batch", "seq", "act_heads", "act_head_dim")
+        k = constrain(k, "batch", "seq", "act_kv_heads", "act_head_dim")
+        v = constrain(v, "batch", "seq", "act_kv_heads", "act_head_dim")
+        sinks = None if self.sinks is None else self.sinks[...]
+        out, cache = inputs.attention(q, k, v, cache, sinks)
+        return self.o(out), cache
 
 
-def rotary_angles(
-    positions: Int[Array, "B T"], frequencies: Float[Array, " half"]
-) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
-    """Cosine and sine of each position's angles in float32, to meet `[B, T, heads, half]`."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+def _qk_norm(
+    config: DecoderConfig, numerics: Numerics, kind: str, heads: int, axis: str
+) -> RMSNorm | LayerNorm | None:
+    if kind == "head":
+        return make_norm(config, numerics, config.head_dim)
+    if kind == "all":
+        shape, axes = (heads, config.head_dim), (axis, "head_dim")
+        return RMSNorm(*shape, epsilon=config.norm_epsilon, dtype=numerics.param_dtype, axes=axes)
+    return None
 
 
-def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
-    """Rotates pairs (i, i + H/2): the half-split layout of Hugging Face weights."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+class GatedMLP(nnx.Module):
+    """`down(activation(gate(x)) * up(x))` (Shazeer, arXiv:2002.05202); SwiGLU by default."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+        *,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+    ):
+        self.activation = activation
+        d, f = config.embed, config.mlp
+        kwargs = {"dtype": numerics.param_dtype, "scale": config.init_scale, "rngs": rngs}
+        self.gate = Linear((f,), (d,), axes=("mlp", "embed"), **kwargs)
+        self.up = Linear((f,), (d,), axes=("mlp", "embed"), **kwargs)
+        self.down = Linear((d,), (f,), axes=("embed", "mlp"), **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Returns what is added to the residual stream; there is no routing."""
+        hidden = self.activation(self.gate(x)) * self.up(x)
+        return self.down(constrain(hidden, "batch", "seq", "act_mlp")), None
+
+
+class MLP(nnx.Module):
+    """`down(activation(up(x)))` with biases."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+        *,
+        activation: Callable[[Array], Array],
+    ):
+        self.activation = activation
+        d, f = config.embed, config.mlp
+        kwargs = {"dtype": numerics.param_dtype, "scale": config.init_scale, "rngs": rngs}
+        self.up = Linear((f,), (d,), axes=("mlp", "embed"), bias=True, **kwargs)
+        self.down = Linear((d,), (f,), axes=("embed", "mlp"), bias=True, **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Returns what is added to the residual stream; there is no routing."""
+        hidden = constrain(self.activation(self.up(x)), "batch", "seq", "act_mlp")
+        return self.down(hidden), None
+
+
+class ResidualBlock(nnx.Module):
+    """One layer: attention, then the feed-forward part, each added to the residual stream.
+
+    Args:
+      config: Sizes.
+      numerics: Types.
+      attn: Attention part.
+      mlp: Feed-forward part, dense or of experts.
+      pre: Whether each part reads its input through a norm.
+      post: Whether each part's output goes through a norm before it is added.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        numerics: Numerics,
+        *,
+        attn: nnx.Module,
+        mlp: nnx.Module,
+        pre: bool = True,
+        post: bool = False,
+    ):
+        def norm(wanted: bool) -> RMSNorm | LayerNorm | None:
+            return make_norm(config, numerics, config.embed) if wanted else None
+
+        self.attn_norm, self.attn_post_norm = norm(pre), norm(post)
+        self.mlp_norm, self.mlp_post_norm = norm(pre), norm(post)
+        self.attn, self.mlp = attn, mlp
+
+    def __call__(
+        self, x: Float[Array, "B T D"], inputs: LayerInputs, cache
+    ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
+        """Returns the residual stream after the layer, the layer's cache and its routing."""
+        out, cache = self.attn(_maybe(self.attn_norm, x), inputs, cache)
+        x = constrain(x + _maybe(self.attn_post_norm, out), "batch", "seq", "act_embed")
+        out, routing = self.mlp(_maybe(self.mlp_norm, x), inputs.real)
+        x = constrain(x + _maybe(self.mlp_post_norm, out), "batch", "seq", "act_embed")
+        return x, cache, routing
+
+
+def _maybe(norm: Any, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+def _broadcast(x: Array, ndim: int) -> Array:
+    """Adds leading dimensions."""
+    return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))

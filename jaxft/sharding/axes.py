@@ -6,7 +6,7 @@ Weights and activations have different names, so that a strategy can place them 
 from jaxft.errors import ConfigError, nearest
 
 # letter: B batch, T query length, S key length, D embed, N query heads, K key/value heads,
-# H head size, F mlp, V vocabulary, L layers.
+# H head size, F mlp, V vocabulary, L layers, E experts.
 WEIGHT_AXES = {
     "layers": "L, the stacked layers; `lax.scan` runs over it",
     "embed": "D, the residual stream's width",
@@ -14,7 +14,10 @@ WEIGHT_AXES = {
     "kv_heads": "K, key and value heads",
     "head_dim": "H, size of one head",
     "mlp": "F, hidden width of the feed-forward part",
-    "vocab": "V, rows of the embedding and columns of the head",
+    "vocab": "V, rows of the embedding and of the head",
+    "positions": "rows of a table of learnt positions",
+    "experts": "E, experts of a layer",
+    "router": "E, outputs of the router: small, so named apart from `experts`",
     "norm": "D, scale of a normalisation: small, so named apart from `embed`",
 }
 ACTIVATION_AXES = {
@@ -26,6 +29,8 @@ ACTIVATION_AXES = {
     "act_head_dim": "H of queries, keys and values",
     "act_mlp": "F of the hidden feed-forward activation",
     "act_vocab": "V of logits",
+    "act_experts": "E of tokens that lie in slots of their experts",
+    "act_slots": "slots of one expert",
 }
 AXES = {**WEIGHT_AXES, **ACTIVATION_AXES}
 

@@ -2,7 +2,7 @@
 
 Run from the project's root by a Python that has torch, transformers and safetensors:
 
-  python -m tests.oracle.generate           writes tests/oracle/llama_*.npz
+  python -m tests.oracle.generate           writes tests/oracle/*.npz and published_sizes.json
   python -m tests.oracle.generate --check   fails where they differ from what is stored
 """
 
@@ -10,31 +10,33 @@ import argparse
 import json
 import sys
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.oracle.cases import CASES, FOLDER, Case, load_case, tensor_shapes, tensors_of
+from tests.oracle import reference
+from tests.oracle.cases import (
+    CASES,
+    FAMILY_CASES,
+    FOLDER,
+    MXFP4,
+    PUBLISHED_SIZES,
+    Case,
+    load_case,
+    load_published_sizes,
+    stored_path,
+)
 
 STEPS = 10
 TOLERANCE = 1e-5
+# Configs of published models, which lie beside the project where it is developed.
+CONFIGS = FOLDER.parents[2] / "shared" / "configs"
+
+Arrays = dict[str, np.ndarray]
 
 
-def build_model(config: dict) -> LlamaForCausalLM:
-    """Returns the reference model in float32 with the weights that tensor names stand for."""
-    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager")).train()
-    parameters = dict(model.named_parameters())
-    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-    if shapes != tensor_shapes(config):
-        raise SystemExit(f"tensor_shapes() disagrees with transformers: {shapes}")
-    with torch.no_grad():
-        for name, value in tensors_of(config).items():
-            parameters[name].copy_(torch.from_numpy(value))
-    return model
-
-
-def plain_batch(name: str, vocab: int, rows: int, length: int) -> dict[str, np.ndarray]:
+def plain_batch(name: str, vocab: int, rows: int, length: int) -> Arrays:
     """Returns whole-row documents: progressions that can be learnt, and some unweighted targets."""
     random = np.random.RandomState(zlib.crc32(name.encode()))
     start = random.randint(vocab, size=(rows, 1))
@@ -51,10 +53,10 @@ def plain_batch(name: str, vocab: int, rows: int, length: int) -> dict[str, np.n
     }
 
 
-def packed_batch(vocab: int) -> dict[str, np.ndarray]:
+def packed_batch(name: str, vocab: int) -> Arrays:
     """Returns rows of two documents and padding, with positions that restart."""
     length = 20
-    batch = plain_batch("packed", vocab, 2, length)
+    batch = plain_batch(name, vocab, 2, length)
     for row, sizes in enumerate([(7, 9), (12, 8)]):
         ends = np.cumsum(sizes)
         batch["segments"][row] = (np.arange(length) >= ends[0]) + 1
@@ -68,120 +70,159 @@ def packed_batch(vocab: int) -> dict[str, np.ndarray]:
     return batch
 
 
-def run_model(model: LlamaForCausalLM, batch: dict[str, np.ndarray]) -> torch.Tensor:
-    """Returns logits `[B, T, V]`; the mask lets a token see its own document up to itself."""
-    segments = torch.from_numpy(batch["segments"])
-    length = segments.shape[1]
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    allowed = same & torch.ones(length, length, dtype=torch.bool).tril()
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    return model(
-        input_ids=torch.from_numpy(batch["tokens"]).long(),
-        position_ids=torch.from_numpy(batch["positions"]).long(),
-        attention_mask=mask,
-        use_cache=False,
-    ).logits
-
-
-def loss_sum(logits: torch.Tensor, batch: dict[str, np.ndarray]) -> torch.Tensor:
-    """Returns the weighted sum of cross entropies in nats."""
-    targets = torch.from_numpy(batch["targets"]).long()
-    nats = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
-    return (nats * torch.from_numpy(batch["weights"])).sum()
-
-
-def one_step(config: dict, batch: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns logits, losses and gradient norms of one batch, and the names of the tensors."""
-    model = build_model(config)
-    logits = run_model(model, batch)
-    total = loss_sum(logits, batch)
+def one_step(name: str, batch: Arrays) -> Case:
+    """Returns logits, losses and gradient norms of one batch."""
+    model, shapes = reference.build_model(CASES[name])
+    routers = reference.record_routers(model)
+    logits = reference.run_model(model, batch)
+    total = reference.loss_sum(logits, batch)
     mean = total / float(batch["weights"].sum())
     mean.backward()
-    norms = {name: float(value.grad.norm()) for name, value in model.named_parameters()}
-    real = torch.from_numpy(batch["segments"] > 0)[..., None]
-    return batch | {
-        "logits": torch.where(real, logits, 0.0).detach().numpy(),
+    norms = {key: float(np.linalg.norm(g)) for key, g in reference.gradients(model).items()}
+    if idle := [key for key, norm in norms.items() if norm < 1e-5]:
+        raise SystemExit(f"{name}: the loss does not depend on {idle}")
+    numbers = {
+        "logits": logits.detach().numpy(),
         "loss_sum": np.float32(total.item()),
         "loss_mean": np.float32(mean.item()),
         "grad_norm": np.float32(np.sqrt(sum(norm**2 for norm in norms.values()))),
-        "grad_norms": np.array(list(norms.values()), np.float32),
-    }, list(norms)
+        "grad_norms": np.array([norms[key] for key in shapes], np.float32),
+    }
+    if routers:
+        chosen = CASES[name]["num_experts_per_tok"]
+        numbers["aux_loss"] = reference.balance_loss(routers, chosen)
+    return Case(name, CASES[name], batch | numbers, shapes)
 
 
-def trajectory(config: dict) -> tuple[dict[str, np.ndarray], list[str]]:
+def trajectory(name: str) -> Case:
     """Returns losses and gradient norms of AdamW steps with decay on matrices and clipping at 1."""
-    model = build_model(config)
+    model, shapes = reference.build_model(CASES[name])
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
-    batches = [plain_batch(f"step {step}", config["vocab_size"], 4, 16) for step in range(STEPS)]
+    vocab = CASES[name]["vocab_size"]
+    batches = [plain_batch(f"step {step}", vocab, 4, 16) for step in range(STEPS)]
     losses, norms = [], []
     for batch in batches:
-        loss = loss_sum(run_model(model, batch), batch) / float(batch["weights"].sum())
+        logits = reference.run_model(model, batch)
+        loss = reference.loss_sum(logits, batch) / float(batch["weights"].sum())
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0).item())
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
     stacked = {field: np.stack([batch[field] for batch in batches]) for field in batches[0]}
-    return stacked | {
+    numbers = {
         "losses": np.array(losses, np.float32),
         "grad_norms": np.array(norms, np.float32),
-        "final_logits": run_model(model, batches[0]).detach().numpy(),
-    }, []
+        "final_logits": reference.run_model(model, batches[0]).detach().numpy(),
+    }
+    return Case(name, CASES[name], stacked | numbers, shapes)
 
 
 def compute(name: str) -> Case:
     """Returns a case as computed now."""
-    config = CASES[name]
+    vocab = CASES[name]["vocab_size"]
     if name == "trajectory":
-        arrays, tensors = trajectory(config)
-    elif name == "packed":
-        arrays, tensors = one_step(config, packed_batch(config["vocab_size"]))
-    else:
-        # Long enough that positions leave the first wavelengths of scaled rotations.
-        arrays, tensors = one_step(config, plain_batch(name, config["vocab_size"], 2, 40))
-    return Case(name, config, arrays, tensors)
+        return trajectory(name)
+    if name.endswith("packed"):
+        return one_step(name, packed_batch(name, vocab))
+    # Long enough that positions leave the first wavelengths of scaled rotations.
+    return one_step(name, plain_batch(name, vocab, 2, 40))
+
+
+def mxfp4() -> Arrays:
+    """Returns every code under scales from the smallest to the largest that keeps all finite."""
+    random = np.random.RandomState(0)
+    blocks = random.permutation(np.arange(2 * 6 * 3 * 16) % 256).astype(np.uint8)
+    blocks = blocks.reshape(2, 6, 3, 16)
+    scales = random.randint(118, 134, size=(2, 6, 3)).astype(np.uint8)
+    scales[0, :, 0] = [0, 1, 2, 127, 251, 252]
+    return {
+        "blocks": blocks,
+        "scales": scales,
+        "values": reference.dequantise_mxfp4(blocks, scales),
+    }
+
+
+def published_sizes() -> dict[str, int]:
+    """Returns the parameter count of every published model of a family that has cases."""
+    sizes = {}
+    for folder in sorted(CONFIGS.iterdir()):
+        config = json.loads((folder / "config.json").read_text())
+        if config["model_type"] in FAMILY_CASES:
+            sizes[folder.name] = reference.count_parameters(config)
+    return sizes
+
+
+def differences(name: str, before: Arrays, now: Arrays) -> list[str]:
+    """Returns what differs between two versions of some arrays, one line for each."""
+    if before.keys() != now.keys():
+        return [f"{name}: the names stored changed"]
+    problems = []
+    for field, value in now.items():
+        if before[field].shape != value.shape:
+            problems.append(f"{name}.{field}: shape {before[field].shape} became {value.shape}")
+            continue
+        error = np.abs(np.float64(before[field]) - value) / np.maximum(1, np.abs(value))
+        if not error.max() <= TOLERANCE:
+            problems.append(f"{name}.{field}: differs by {error.max():.2e}")
+    return problems
 
 
 def drift(stored: Case, computed: Case) -> list[str]:
-    """Returns what differs between two versions of a case, one line for each array."""
+    """Returns what differs between two versions of a case."""
     problems = []
     if stored.config != computed.config:
         problems.append(f"{stored.name}: the config changed")
-    if stored.tensors != computed.tensors or stored.arrays.keys() != computed.arrays.keys():
-        return [*problems, f"{stored.name}: the names stored changed"]
-    for field, now in computed.arrays.items():
-        before = stored.arrays[field]
-        if before.shape != now.shape:
-            problems.append(f"{stored.name}.{field}: shape {before.shape} became {now.shape}")
-        elif (error := (np.abs(before - now) / np.maximum(1, np.abs(now))).max()) > TOLERANCE:
-            problems.append(f"{stored.name}.{field}: differs by {error:.2e}")
+    if stored.shapes != computed.shapes:
+        problems.append(f"{stored.name}: names or shapes of tensors changed")
+    return problems + differences(stored.name, stored.arrays, computed.arrays)
+
+
+def check() -> list[str]:
+    """Returns what differs from what is stored."""
+    problems = []
+    for name in CASES:
+        problems += drift(load_case(name), compute(name))
+    with np.load(MXFP4) as stored:
+        problems += differences("mxfp4", dict(stored), mxfp4())
+    expected = {MXFP4.name, *(stored_path(name).name for name in CASES)}
+    problems += [
+        f"{path.name}: belongs to no case"
+        for path in FOLDER.glob("*.npz")
+        if path.name not in expected
+    ]
+    if CONFIGS.is_dir() and load_published_sizes() != published_sizes():
+        problems.append("published_sizes.json: differs")
     return problems
+
+
+def write() -> None:
+    """Writes everything."""
+    for name in CASES:
+        case = compute(name)
+        labels: dict[str, Any] = {
+            "config": json.dumps(case.config),
+            "shapes": json.dumps(case.shapes),
+        }
+        np.savez_compressed(stored_path(name), **labels, **case.arrays)
+    np.savez_compressed(MXFP4, **mxfp4())
+    if CONFIGS.is_dir():
+        PUBLISHED_SIZES.write_text(json.dumps(published_sizes(), indent=2) + "\n")
 
 
 def main() -> None:
     """Writes or checks every case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with what is stored")
-    check = parser.parse_args().check
     torch.set_num_threads(1)
-    problems = []
-    for name in CASES:
-        case = compute(name)
-        if check:
-            problems += drift(load_case(name), case)
-        else:
-            np.savez_compressed(
-                FOLDER / f"llama_{name}.npz",
-                config=json.dumps(case.config),
-                tensors=np.array(case.tensors, dtype=str),
-                **case.arrays,  # pyright: ignore[reportArgumentType]
-            )
-    if problems:
+    if not parser.parse_args().check:
+        write()
+    elif problems := check():
         sys.exit("\n".join(problems))
 
 

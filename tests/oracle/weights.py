@@ -1,17 +1,31 @@
-"""Weights of tiny test models: a function of the tensor's name and shape, and of nothing else."""
+"""Weights of tiny test models: a function of the tensor's name and shape and of the family."""
 
+import re
 import zlib
 
 import numpy as np
 
+# Tensors that lie inputs first, `[..., in, out]`: GPT-2's and the experts of gpt-oss.
+_INPUTS_FIRST = re.compile(r"\.c_(attn|proj|fc)\.weight$|\.experts\.(gate_up|down)_proj$")
 
-def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+
+def weight(name: str, shape: tuple[int, ...], family: str) -> np.ndarray:
     """Returns the float32 tensor that a Hugging Face name stands for in every tiny model.
 
-    Vectors are scales of norms, near 1; matrices `[out, in]` are scaled by 1 / sqrt(in).
+    Biases are a tenth of what they are added to, attention sinks of the size of scores; other
+    vectors are scales of norms, near 1 after Gemma's have been added to 1; matrices are scaled by
+    1 / sqrt(inputs).
     """
     # RandomState's stream is frozen, Generator's is not: the stored numbers outlive NumPy releases.
     random = np.random.RandomState(zlib.crc32(name.encode()))
     values = random.standard_normal(shape)
-    scaled = 1 + 0.1 * values if len(shape) == 1 else values / np.sqrt(shape[-1])
-    return scaled.astype(np.float32)
+    if name.endswith("bias"):
+        values = 0.1 * values
+    elif name.endswith("sinks"):
+        pass
+    elif len(shape) == 1:
+        values = 0.1 * values if family.startswith("gemma") else 1 + 0.1 * values
+    else:
+        inputs = shape[-2] if _INPUTS_FIRST.search(name) else shape[-1]
+        values = values / np.sqrt(inputs)
+    return values.astype(np.float32)

@@ -1,0 +1,533 @@
+"""Config files of the tiny models: each branch of a family's mathematics is in some case."""
+
+from typing import Any
+
+Config = dict[str, Any]
+
+
+def _without(config: Config, *names: str) -> Config:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+# What nearly every family's file holds. `pad_token_id` is null throughout: PyTorch would zero the
+# gradient of that row of the embedding.
+_SHARED = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "dtype": "float32",
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 64,
+}
+
+
+def _llama(**changes: Any) -> Config:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "dtype": "float32",
+        "eos_token_id": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 48,
+        "max_position_embeddings": 128,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": None,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "tie_word_embeddings": False,
+        "vocab_size": 64,
+    } | changes
+
+
+# A rotation of wavelength w is kept below original / high, divided by `factor` above original / low
+# and blended between. These sizes put frequencies of the 8 pairs into each of the three.
+_LLAMA3 = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 64,
+    "rope_type": "llama3",
+}
+# Files written by transformers 4 keep theta outside and call the rest `rope_scaling`.
+_LLAMA3_PUBLISHED = {"rope_theta": 10000.0, "rope_scaling": _LLAMA3}
+_LLAMA_GQA = _llama()
+
+_LLAMA_CASES = {
+    "gqa": _LLAMA_GQA,
+    "mha": _llama(num_key_value_heads=4),
+    "mqa_tied": _llama(num_key_value_heads=1, tie_word_embeddings=True),
+    "llama3_rope": _llama(
+        head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_parameters={"rope_theta": 10000.0} | _LLAMA3,
+    ),
+    "llama3_rope_tied_published": _without(
+        _llama(head_dim=16, num_attention_heads=2, tie_word_embeddings=True, **_LLAMA3_PUBLISHED),
+        "rope_parameters",
+    ),
+    "linear_rope": _llama(
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
+    ),
+    "head_dim_6": _llama(
+        head_dim=6, hidden_size=24, num_attention_heads=3, num_key_value_heads=1, vocab_size=51
+    ),
+    "head_dim_10_tied": _llama(
+        head_dim=10,
+        hidden_size=24,
+        intermediate_size=37,
+        num_attention_heads=6,
+        num_hidden_layers=3,
+        tie_word_embeddings=True,
+    ),
+    "large_eps_theta": _llama(
+        rms_norm_eps=0.1, rope_parameters={"rope_theta": 500.0, "rope_type": "default"}
+    ),
+    "packed": _LLAMA_GQA,
+    "trajectory": _llama(tie_word_embeddings=True, hidden_size=24),
+}
+
+
+def _mistral(**changes: Any) -> Config:
+    family = {
+        "architectures": ["MistralForCausalLM"],
+        "head_dim": 8,
+        "model_type": "mistral",
+        "sliding_window": 7,
+    }
+    return _SHARED | family | changes
+
+
+_MISTRAL_CASES = {
+    "mistral_window": _mistral(),
+    "mistral_nemo": _without(
+        _mistral(head_dim=12, num_key_value_heads=1, sliding_window=None, rope_theta=1000000.0),
+        "rope_parameters",
+    ),
+    "mistral_mha_tied": _without(
+        _mistral(num_key_value_heads=4, sliding_window=2, tie_word_embeddings=True), "head_dim"
+    ),
+    "mistral_packed": _mistral(sliding_window=4),
+}
+
+
+def _qwen2(**changes: Any) -> Config:
+    family = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "max_window_layers": 2,
+        "model_type": "qwen2",
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 6,
+        "use_sliding_window": False,
+    }
+    return _SHARED | family | changes
+
+
+_QWEN2_CASES = {
+    "qwen2_gqa": _without(_qwen2(rope_theta=1000000.0), "rope_parameters"),
+    "qwen2_mha_tied": _qwen2(num_key_value_heads=4, tie_word_embeddings=True),
+    "qwen2_window": _qwen2(num_hidden_layers=3, max_window_layers=1, use_sliding_window=True),
+    "qwen2_layer_types": _qwen2(
+        layer_types=["sliding_attention", "full_attention"], use_sliding_window=True
+    ),
+    "qwen2_packed": _qwen2(
+        max_window_layers=1, num_key_value_heads=1, sliding_window=4, use_sliding_window=True
+    ),
+}
+
+
+def _qwen3(**changes: Any) -> Config:
+    family = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 12,
+        "max_window_layers": 2,
+        "model_type": "qwen3",
+        "rms_norm_eps": 1e-6,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+    return _SHARED | family | changes
+
+
+_QWEN3_CASES = {
+    "qwen3_gqa_tied": _without(
+        _qwen3(rope_scaling=None, rope_theta=1000000, tie_word_embeddings=True), "rope_parameters"
+    ),
+    "qwen3_mha": _qwen3(num_key_value_heads=4),
+    "qwen3_window": _qwen3(
+        max_window_layers=1, num_hidden_layers=3, sliding_window=6, use_sliding_window=True
+    ),
+    "qwen3_packed": _qwen3(num_key_value_heads=1),
+}
+
+
+def _gemma2(**changes: Any) -> Config:
+    family = {
+        "architectures": ["Gemma2ForCausalLM"],
+        "attention_bias": False,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "head_dim": 8,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "model_type": "gemma2",
+        "num_hidden_layers": 3,
+        "query_pre_attn_scalar": 20,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 6,
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": None,
+    }
+    return _without(_SHARED | family, "hidden_act") | changes
+
+
+_GEMMA2_CASES = {
+    "gemma2_gqa": _gemma2(),
+    "gemma2_published": _without(
+        _gemma2(
+            attn_logit_softcapping=50.0,
+            cache_implementation="hybrid",
+            final_logit_softcapping=30.0,
+            head_dim=12,
+            hidden_act="gelu_pytorch_tanh",
+            query_pre_attn_scalar=8,
+            rope_theta=10000.0,
+            sliding_window_size=6,
+        ),
+        "layer_types",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "use_bidirectional_attention",
+    ),
+    "gemma2_mha_uncapped": _gemma2(
+        attn_logit_softcapping=None, final_logit_softcapping=None, num_key_value_heads=4
+    ),
+    "gemma2_packed": _gemma2(num_key_value_heads=1, sliding_window=4),
+}
+
+
+def _gemma3(**changes: Any) -> Config:
+    """Returns seven layers: one period of five windows and a full one, and the next one begun."""
+    family = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "head_dim": 8,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "query_pre_attn_scalar": 20,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1000.0, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 50.0, "rope_type": "default"},
+        },
+        "sliding_window": 6,
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": False,
+    }
+    return _without(_SHARED | family, "hidden_act") | changes
+
+
+# What files written by transformers 4 lack.
+_GEMMA3_NEW = ("layer_types", "rope_parameters", "use_bidirectional_attention")
+
+_GEMMA3_CASES = {
+    # transformers 5 writes this field, which repeats what layer_types say.
+    "gemma3_text_gqa": _gemma3(_sliding_window_pattern=6),
+    "gemma3_text_published": _without(
+        _gemma3(
+            cache_implementation="hybrid",
+            num_key_value_heads=1,
+            rope_local_base_freq=10000,
+            rope_scaling=None,
+            rope_theta=1000000,
+            sliding_window_pattern=6,
+        ),
+        *_GEMMA3_NEW,
+    ),
+    "gemma3_text_linear_published": _without(
+        _gemma3(
+            num_key_value_heads=4,
+            rope_local_base_freq=100.0,
+            rope_scaling={"factor": 8.0, "rope_type": "linear"},
+            rope_theta=1000.0,
+            sliding_window_pattern=3,
+        ),
+        *_GEMMA3_NEW,
+    ),
+    "gemma3_text_final_cap": _gemma3(
+        final_logit_softcapping=3.0,
+        rope_parameters={
+            "full_attention": {"factor": 4.0, "rope_theta": 1000.0, "rope_type": "linear"},
+            "sliding_attention": {"rope_theta": 50.0, "rope_type": "default"},
+        },
+    ),
+    "gemma3_text_packed": _gemma3(sliding_window=4),
+}
+
+
+def _phi3(**changes: Any) -> Config:
+    family = {
+        "architectures": ["Phi3ForCausalLM"],
+        "embd_pdrop": 0.0,
+        "model_type": "phi3",
+        "original_max_position_embeddings": 128,
+        "resid_pdrop": 0.0,
+        "rope_parameters": {
+            "partial_rotary_factor": 1.0,
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+        },
+        "sliding_window": None,
+    }
+    return _SHARED | family | changes
+
+
+def _longrope(original: int, **changes: Any) -> Config:
+    """Returns heads of 16 of which 12 rotate, in the form of files by transformers 4."""
+    config = _phi3(
+        attention_bias=False,
+        full_attn_mod=1,
+        interpolate_factor=1,
+        lm_head_bias=False,
+        mlp_bias=False,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        original_max_position_embeddings=original,
+        partial_rotary_factor=0.75,
+        rope_scaling={
+            "long_factor": [1.0, 1.3, 2.1, 4.5, 9.0, 17.0],
+            "short_factor": [1.0, 1.05, 1.1, 1.4, 2.0, 2.5],
+            "type": "longrope",
+        },
+        rope_theta=100.0,
+        sliding_window=262144,
+        tie_word_embeddings=True,
+        **changes,
+    )
+    return _without(config, "rope_parameters")
+
+
+_PHI3_CASES = {
+    "phi3_window_mha": _phi3(num_key_value_heads=4, sliding_window=7),
+    "phi3_partial_gqa": _phi3(
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_parameters={
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+        },
+    ),
+    # Rows of 40 tokens are below and above what the factors were first trained for.
+    "phi3_longrope_short": _longrope(64),
+    "phi3_longrope_long": _longrope(16),
+    # One document is longer, three are not.
+    "phi3_packed": _longrope(10),
+}
+
+
+def _gpt2(**changes: Any) -> Config:
+    return {
+        "activation_function": "gelu_new",
+        "add_cross_attention": False,
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.1,
+        "bos_token_id": 1,
+        "dtype": "float32",
+        "embd_pdrop": 0.1,
+        "eos_token_id": 2,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-5,
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_head": 4,
+        "n_inner": None,
+        "n_layer": 2,
+        "n_positions": 48,
+        "pad_token_id": None,
+        "reorder_and_upcast_attn": False,
+        "resid_pdrop": 0.1,
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": 64,
+    } | changes
+
+
+_GPT2_CASES = {
+    "gpt2_tied": _gpt2(),
+    "gpt2_inner": _without(
+        _gpt2(n_ctx=48, n_head=2, n_inner=40, n_layer=3, layer_norm_epsilon=0.1),
+        "tie_word_embeddings",
+    ),
+    "gpt2_untied": _gpt2(n_head=1, tie_word_embeddings=False),
+    "gpt2_packed": _gpt2(),
+}
+
+
+def _mixtral(**changes: Any) -> Config:
+    family = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_experts_per_tok": 2,
+        "num_local_experts": 4,
+        "output_router_logits": False,
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+        "router_aux_loss_coef": 0.02,
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
+    }
+    return _SHARED | family | changes
+
+
+_MIXTRAL_CASES = {
+    "mixtral_gqa_published": _without(
+        _mixtral(rope_theta=1000000.0), "rope_parameters", "router_jitter_noise"
+    ),
+    "mixtral_window_mha": _mixtral(num_key_value_heads=4, sliding_window=7),
+    "mixtral_tied": _mixtral(head_dim=12, num_key_value_heads=1, tie_word_embeddings=True),
+    "mixtral_packed": _mixtral(num_local_experts=5, num_experts_per_tok=3),
+}
+
+
+def _qwen3_moe(**changes: Any) -> Config:
+    family = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 12,
+        "max_window_layers": 2,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-6,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+    return _SHARED | family | changes
+
+
+_QWEN3_MOE_CASES = {
+    "qwen3_moe_gqa_published": _without(
+        _qwen3_moe(rope_scaling=None, rope_theta=1000000.0), "rope_parameters"
+    ),
+    # Files written by transformers 5 call the experts `num_local_experts`.
+    "qwen3_moe_unnormalised_mha": _without(
+        _qwen3_moe(norm_topk_prob=False, num_key_value_heads=4, num_local_experts=4), "num_experts"
+    ),
+    "qwen3_moe_tied": _qwen3_moe(num_key_value_heads=1, tie_word_embeddings=True),
+    "qwen3_moe_packed": _qwen3_moe(num_experts=5, num_experts_per_tok=3),
+}
+
+
+# Of the 8 pairs these sizes keep the fastest two rotations, divide the slowest by `factor` and
+# blend two or three between, where rounding the bounds (`truncate`) shows.
+_YARN = {
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 128,
+    "rope_type": "yarn",
+    "truncate": False,
+}
+
+
+def _gpt_oss(**changes: Any) -> Config:
+    family = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "head_dim": 16,
+        "intermediate_size": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "max_position_embeddings": 4096,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 2,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 4,
+        "output_router_logits": False,
+        "rope_parameters": {"rope_theta": 1000.0} | _YARN,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 6,
+        "swiglu_limit": 0.8,
+    }
+    return _SHARED | family | changes
+
+
+_GPT_OSS_CASES = {
+    "gpt_oss_gqa": _gpt_oss(),
+    "gpt_oss_published": _without(
+        _gpt_oss(
+            experts_per_token=2,
+            initial_context_length=128,
+            rope_scaling=_YARN,
+            rope_theta=1000,
+            swiglu_limit=7.0,
+        ),
+        "rope_parameters",
+    ),
+    "gpt_oss_truncate_mha": _gpt_oss(
+        num_key_value_heads=2, rope_parameters={"rope_theta": 1000.0} | _YARN | {"truncate": True}
+    ),
+    "gpt_oss_default_rope": _gpt_oss(
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        num_hidden_layers=3,
+        num_local_experts=5,
+        rope_parameters={"rope_theta": 150000.0, "rope_type": "default"},
+    ),
+    "gpt_oss_packed": _gpt_oss(sliding_window=4),
+}
+
+CONFIGS: dict[str, Config] = {
+    **_LLAMA_CASES,
+    **_MISTRAL_CASES,
+    **_QWEN2_CASES,
+    **_QWEN3_CASES,
+    **_GEMMA2_CASES,
+    **_GEMMA3_CASES,
+    **_PHI3_CASES,
+    **_GPT2_CASES,
+    **_MIXTRAL_CASES,
+    **_QWEN3_MOE_CASES,
+    **_GPT_OSS_CASES,
+}

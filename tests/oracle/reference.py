@@ -1,0 +1,126 @@
+"""Runs other people's models with torch and transformers; needs both."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from tests.oracle.weights import weight
+
+# Plain PyTorch for all, so that nothing depends on the machine.
+_PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
+# Below this difference of router logits, rounding could choose another expert.
+_MARGIN = 1e-4
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def build_model(config: dict[str, Any]) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """Returns the model in float32 with the weights that tensor names stand for, and the shapes.
+
+    Names and shapes are those of the files that transformers writes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **_PLAIN)
+        shapes = {name: value.shape for name, value in _as_files(empty).items()}
+        tensors = {
+            name: weight(name, shape, config["model_type"]) for name, shape in shapes.items()
+        }
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **_PLAIN
+        )
+    if any(loading.values()):
+        raise SystemExit(f"transformers does not read what it wrote: {loading}")
+    if model.get_input_embeddings().padding_idx is not None:
+        raise SystemExit("pad_token_id must be null: it would zero a gradient")
+    return model.eval(), shapes
+
+
+def _as_files(model: Any) -> dict[str, np.ndarray]:
+    """Returns the values of a model's parameters as its files name and lay them out."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return dict(sorted(load_file(Path(folder) / "model.safetensors").items()))
+
+
+def gradients(model: Any) -> dict[str, np.ndarray]:
+    """Returns the gradients as files would hold them, in place of the model's weights."""
+    total = 0.0
+    for name, value in model.named_parameters():
+        if value.grad is None:
+            raise SystemExit(f"{name} has no gradient")
+        total += float(value.grad.double().square().sum())
+        value.data = value.grad
+    found = _as_files(model)
+    named = sum(float(np.square(value, dtype=np.float64).sum()) for value in found.values())
+    if abs(named / total - 1) > 1e-6:
+        raise SystemExit(f"files hold {named / total} of the squared gradients")
+    return found
+
+
+def run_model(model: Any, batch: dict[str, np.ndarray]) -> torch.Tensor:
+    """Returns logits `[B, T, V]`, zero on padding.
+
+    Each document is run alone, under the mask and positions that transformers makes for it: what
+    packing must not change.
+    """
+    segments = batch["segments"]
+    logits = torch.zeros(*segments.shape, model.config.vocab_size)
+    for row, row_segments in enumerate(segments):
+        for number in range(1, row_segments.max() + 1):
+            place = torch.from_numpy(np.flatnonzero(row_segments == number))
+            tokens = torch.from_numpy(batch["tokens"])[row, place].long()
+            logits[row, place] = model(input_ids=tokens[None], use_cache=False).logits[0]
+    return logits
+
+
+def loss_sum(logits: torch.Tensor, batch: dict[str, np.ndarray]) -> torch.Tensor:
+    """Returns the weighted sum of cross entropies in nats."""
+    targets = torch.from_numpy(batch["targets"]).long()
+    nats = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+    return (nats * torch.from_numpy(batch["weights"])).sum()
+
+
+def record_routers(model: Any) -> list[torch.Tensor]:
+    """Returns a list to which a router adds its logits `[tokens, E]` whenever it runs."""
+    found: list[torch.Tensor] = []
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(lambda _, __, output: found.append(output[0].detach()))
+    return found
+
+
+def balance_loss(routers: list[torch.Tensor], chosen: int) -> np.ndarray:
+    """Returns the load-balancing loss over all that routers did, each sending to `chosen`."""
+    experts = routers[0].shape[1]
+    ranked = torch.cat(routers).sort(descending=True).values
+    if chosen < experts and (ranked[:, chosen - 1] - ranked[:, chosen]).min() < _MARGIN:
+        raise SystemExit("rounding could choose another expert; take another name for the case")
+    return load_balancing_loss_func(tuple(routers), experts, chosen).numpy()
+
+
+def count_parameters(config: dict[str, Any]) -> int:
+    """Returns the number of parameters of a config.json, shared ones once, without memory."""
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(plain))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return sum(value.numel() for value in model.parameters())
+
+
+def dequantise_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Returns bfloat16 values, as float32, in the layout that transformers gives parameters."""
+    values = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
+    return values.float().numpy()
