@@ -137,7 +137,7 @@ def test_decoding_with_a_cache_equals_whole_forward_passes(tmp_path, family):
 
 
 @pytest.mark.parametrize(
-    "case", ["gemma3_text_packed", "gpt2_packed", "phi3_packed", "qwen2_packed"]
+    "case", ["gemma3_text_packed", "gpt2_packed", "olmo2_packed", "phi3_packed", "qwen2_packed"]
 )
 def test_a_step_on_eight_devices_equals_one_on_one_device(case):
     """Of experts, `test_experts.py` shows it."""

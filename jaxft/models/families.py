@@ -22,6 +22,7 @@ FAMILIES = {
     "llama": "jaxft.models.llama",
     "mistral": "jaxft.models.mistral",
     "mixtral": "jaxft.models.mixtral",
+    "olmo2": "jaxft.models.olmo2",
     "phi3": "jaxft.models.phi3",
     "qwen2": "jaxft.models.qwen2",
     "qwen3": "jaxft.models.qwen3",

@@ -294,6 +294,27 @@ _GEMMA3_CASES = {
 }
 
 
+def _olmo2(**changes: Any) -> Config:
+    family = {
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": False,
+        "model_type": "olmo2",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+    }
+    return _SHARED | family | changes
+
+
+_OLMO2_CASES = {
+    "olmo2_gqa": _olmo2(),
+    "olmo2_mha_published": _without(
+        _olmo2(num_key_value_heads=4, rope_scaling=None, rope_theta=500000), "rope_parameters"
+    ),
+    "olmo2_tied": _olmo2(num_key_value_heads=1, tie_word_embeddings=True),
+    "olmo2_packed": _olmo2(),
+}
+
+
 def _phi3(**changes: Any) -> Config:
     family = {
         "architectures": ["Phi3ForCausalLM"],
@@ -525,6 +546,7 @@ CONFIGS: dict[str, Config] = {
     **_QWEN3_CASES,
     **_GEMMA2_CASES,
     **_GEMMA3_CASES,
+    **_OLMO2_CASES,
     **_PHI3_CASES,
     **_GPT2_CASES,
     **_MIXTRAL_CASES,

@@ -1,0 +1,41 @@
+"""OLMo-2: norms after attention and feed-forward part, and over all queries and all keys."""
+
+from typing import Any
+
+from flax import nnx
+
+from jaxft.hf.rules import Rule
+from jaxft.models.config import DecoderConfig, LayerKind, Numerics
+from jaxft.models.fields import Fields
+from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention
+from jaxft.models.naming import ATTENTION, BODY, GATED_MLP
+
+
+class Block(ResidualBlock):
+    """One layer."""
+
+    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+        attn = SelfAttention(config, numerics, rngs, qk_norm="all")
+        mlp = GatedMLP(config, numerics, rngs)
+        super().__init__(config, numerics, attn=attn, mlp=mlp, pre=False, post=True)
+
+
+def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
+    """Reads config.json; raises ModelError with all that is missing or not understood."""
+    fields = Fields(config)
+    fields.require(hidden_act="silu", attention_bias=False)
+    kind = LayerKind(rope=fields.rope(fields.head_dim()))
+    return fields.decoder([kind] * fields.need("num_hidden_layers"))
+
+
+_LAYER = "model.layers.{layer}."
+HF_RULES = (
+    *BODY,
+    *ATTENTION,
+    *GATED_MLP,
+    Rule("layers.attn.q_norm.scale", _LAYER + "self_attn.q_norm.weight", "(n h) -> n h"),
+    Rule("layers.attn.k_norm.scale", _LAYER + "self_attn.k_norm.weight", "(k h) -> k h"),
+    Rule("layers.attn_post_norm.scale", _LAYER + "post_attention_layernorm.weight", "d -> d"),
+    Rule("layers.mlp_post_norm.scale", _LAYER + "post_feedforward_layernorm.weight", "d -> d"),
+)
+HF_IGNORED = ()
