@@ -63,7 +63,7 @@ class ModelConfig:
     expert_capacity: float = key(
         0.0,
         "In a mixture of experts: tokens of a row that an expert takes, as a multiple of its even "
-        "share; what exceeds is dropped, and counted. 0: no token is ever dropped.",
+        "share; what exceeds is dropped, and counted. 0: none is. Evaluation never drops any.",
         minimum=0,
     )
 

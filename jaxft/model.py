@@ -108,7 +108,13 @@ class Model:
             raise ValueError(
                 f"tokens are {ids.dtype} of shape {ids.shape}; expected integers [B, T]."
             )
-        vocab = self.architecture.config.vocab
+        config = self.architecture.config
+        if config.learned_positions and ids.shape[-1] > config.max_length:
+            raise ConfigError(
+                f"A row has {ids.shape[-1]} tokens, but the model has a table of "
+                f"{config.max_length} positions and knows none beyond."
+            )
+        vocab = config.vocab
         if ids.size and not 0 <= ids.min() <= ids.max() < vocab:
             raise ValueError(
                 f"tokens range from {ids.min()} to {ids.max()}; the vocabulary has {vocab}."
@@ -279,6 +285,7 @@ def load_weights(
             with_vocab_size(target, abstract.axes, stored),
             ignore=architecture.ignored,
             copies=architecture.copies,
+            prefix=architecture.prefix,
         )
         return grow(params, target, abstract.axes)
     checkpoints = Checkpoints(source.checkpoints, read_only=True)
@@ -345,4 +352,6 @@ def _describe(source: Source, tokenizer: Any, *, random_init: bool = False) -> A
 
 def hf_config(source: Source, architecture: Architecture) -> dict[str, Any]:
     """Returns the content of config.json for an architecture that may have grown since."""
-    return read_config(source.folder) | {"vocab_size": architecture.config.vocab}
+    config = read_config(source.folder) | {"vocab_size": architecture.config.vocab}
+    # Weights that were quantised in the files are so no more.
+    return {name: value for name, value in config.items() if name != "quantization_config"}

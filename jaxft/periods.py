@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
-from jaxft.train_step import StepMetrics
+from jaxft.train_step import ExpertMetrics, StepMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Period:
       sums: Of all steps.
       learning_rate: Of the last step.
       grad_norm: Of the last step.
-      experts: How evenly the last step used experts, by the names of metrics.jsonl.
+      experts: How evenly the steps used experts, by the names of metrics.jsonl.
     """
 
     step: int
@@ -115,7 +116,7 @@ class Periods:
         self._before, self._partial, self._since = Sums(), 0.0, done
         self._closed, self._done = [], None
         step, last = steps[-1]
-        experts = _expert_record(last)
+        experts = _expert_record([metrics.experts for _, metrics in steps])
         return Period(step, sums, float(last.learning_rate), float(last.grad_norm), experts)
 
     @contextlib.contextmanager
@@ -143,12 +144,15 @@ class Periods:
         return self._clock()
 
 
-def _expert_record(metrics: StepMetrics) -> dict[str, float]:
-    if metrics.experts is None:
+def _expert_record(steps: Sequence[ExpertMetrics | None]) -> dict[str, float]:
+    """Returns the mean over steps, but of the busiest expert the maximum."""
+    used = [experts for experts in steps if experts is not None]
+    if not used:
         return {}
+    mean = ExpertMetrics(*(float(np.mean(column)) for column in zip(*used, strict=True)))
     return {
-        "balance_loss": float(metrics.experts.auxiliary) / max(float(metrics.weight), 1.0),
-        "expert_busiest": float(metrics.experts.busiest),
-        "expert_unused": float(metrics.experts.unused),
-        "expert_dropped": float(metrics.experts.dropped),
+        "expert_balance": mean.balance,
+        "expert_busiest": float(max(experts.busiest for experts in used)),
+        "expert_unused": mean.unused,
+        "expert_dropped": mean.dropped,
     }

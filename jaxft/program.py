@@ -4,6 +4,7 @@ Nothing here allocates parameters: the trainer materialises a program, and whoev
 know what it would cost compiles it.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -139,7 +140,6 @@ def build_evaluator(
         config.model.dtypes,
         remat=config.model.remat,
         attention=attention.backend,
-        expert_capacity=config.model.expert_capacity,
     )
     abstract = architecture.abstract(numerics)
     row_terms = functools.partial(
@@ -206,8 +206,11 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
             for dtype in Batch(np.int32, np.int32, np.float32, np.int32, np.int32)
         )
     )
+    pattern = evaluator.architecture.config.pattern
+    # Evaluation and samples drop no token; training may.
+    numerics = dataclasses.replace(evaluator.numerics, expert_capacity=config.model.expert_capacity)
     step = make_train_step(
-        abstract.graphdef,
+        evaluator.architecture.abstract(numerics).graphdef,
         functools.partial(
             OBJECTIVES[config.objective.name].loss,
             chunk=config.objective.chunk,
@@ -217,6 +220,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         schedule=schedule,
         placement=placement,
         abstract_state=state,
+        windows=[evaluator.architecture.config.kinds[k].window for k in pattern],
     )
     return Program(evaluator, optimizer, state, batch, step)
 

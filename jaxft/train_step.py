@@ -1,6 +1,6 @@
 """One optimizer step: gradients of summed loss over micro-batches, normalised once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.data.batch import Batch
+from jaxft.models.experts import balance_loss
 from jaxft.models.module import Params, merge
 from jaxft.objectives.terms import LossTerms
 from jaxft.sharding.rules import Placement
@@ -20,13 +21,13 @@ class ExpertMetrics(NamedTuple):
     """Float32 scalars of one step of a mixture of experts.
 
     Attributes:
-      auxiliary: Summed load-balancing loss, with its weight, times trained tokens.
+      balance: Load-balancing loss, without its weight; k (experts of a token) is even.
       busiest: Tokens of the busiest expert of any layer over the mean of that layer; 1 is even.
       unused: Share of all layers' experts that no token went to.
       dropped: Share of choices that found their expert full.
     """
 
-    auxiliary: Any
+    balance: Any
     busiest: Any
     unused: Any
     dropped: Any
@@ -41,7 +42,9 @@ class StepMetrics(NamedTuple):
       learning_rate: Used by this step.
       grad_norm: Global norm of the normalised gradient, before clipping.
       tokens: Tokens that are not padding.
-      squared_lengths: Sum of squared document lengths, which attention's work grows with.
+      squared_lengths: Sum of squared document lengths, which attention's work grows with: twice
+        the pairs of query and key that may see each other, less the tokens; the mean over layers,
+        whose windows may hide some.
       experts: How evenly experts are used; None in a model without.
     """
 
@@ -62,6 +65,7 @@ def make_train_step(
     schedule: optax.Schedule,
     placement: Placement,
     abstract_state: TrainState,
+    windows: Sequence[int],
 ) -> Any:
     """Returns `step(state, batch) -> (state, StepMetrics)`, jitted, with the state donated.
 
@@ -72,6 +76,7 @@ def make_train_step(
       schedule: Learning rate by step, reported with the metrics.
       placement: Active while the step is traced.
       abstract_state: Gives the shardings that the state keeps.
+      windows: Of each layer, 0 for none; only the count of attention's work depends on them.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -91,8 +96,7 @@ def make_train_step(
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             grad_norm=optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients)),
             tokens=jnp.sum(real),
-            # 1 + 3 + 5 + … over the positions of a document is its length squared.
-            squared_lengths=jnp.sum((2.0 * batch.positions + 1.0) * real),
+            squared_lengths=jnp.sum(_squared_lengths(batch.positions, windows) * real),
             experts=_expert_metrics(terms),
         )
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
@@ -135,13 +139,26 @@ def _accumulate(
     return sums
 
 
+def _squared_lengths(positions: jax.Array, windows: Sequence[int]) -> jax.Array:
+    """What each position adds to the squared length of its document, the mean over layers.
+
+    1 + 3 + 5 + … is a square, and a position under a window adds as much as the last that sees all.
+    """
+    added = 2.0 * positions + 1.0
+    total = jnp.zeros_like(added)
+    for window in set(windows):
+        seen = jnp.minimum(added, 2.0 * window - 1.0) if window else added
+        total += windows.count(window) * seen
+    return total / len(windows)
+
+
 def _expert_metrics(terms: LossTerms) -> ExpertMetrics | None:
     if terms.routing is None:
         return None
     counts = terms.routing.counts
     asked = jnp.sum(counts, axis=-1, keepdims=True)
     return ExpertMetrics(
-        auxiliary=terms.auxiliary,
+        balance=balance_loss(terms.routing),
         busiest=jnp.max(counts / jnp.maximum(asked, 1.0)) * counts.shape[-1],
         unused=jnp.mean((counts == 0).astype(jnp.float32)),
         dropped=jnp.sum(terms.routing.dropped) / jnp.maximum(jnp.sum(asked), 1.0),

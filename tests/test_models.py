@@ -60,7 +60,7 @@ def test_every_problem_of_a_config_is_named_at_once():
         "hidden_act": "gelu",
         "attention_bias": True,
         "soft_cap": 30.0,
-        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
     }
     del config["rms_norm_eps"], config["vocab_size"]
     problems = "\n".join(problems_of(config))
@@ -70,7 +70,7 @@ def test_every_problem_of_a_config_is_named_at_once():
         "hidden_act is 'gelu'; only 'silu'",
         "attention_bias is True; only False",
         "'soft_cap' (30.0) is not understood",
-        "rope scaling 'yarn' with ['factor'] is not supported",
+        "rope scaling 'dynamic' with ['factor'] is not supported",
         "llama3 with factor, high_freq_factor, low_freq_factor",
     ):
         assert part in problems
@@ -82,6 +82,18 @@ def test_every_problem_of_a_config_is_named_at_once():
     [
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple .* 3"),
         ({"head_dim": 7}, "head size 7 is odd"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; expected a positive whole"),
+        ({"vocab_size": "64"}, "vocab_size is '64'; expected a positive whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": "4", "rope_theta": 1e4}},
+            "rope scaling has {'factor': '4'}; expected positive numbers",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": None, "rope_theta": 1e4}},
+            "rope scaling has {'factor': None}; expected positive numbers",
+        ),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta is None; expected a number above"),
         ({"head_dim": None, "hidden_size": 30}, "hidden_size 30 is not a multiple .* 4"),
         ({"rope_interleaved": True}, "rope_interleaved is True; only False"),
         (

@@ -170,6 +170,7 @@ def test_the_step_is_traced_once_and_donates_its_state(tiny):
         schedule=lambda step: 1e-3 / (step + 1),
         placement=evaluator.placement,
         abstract_state=program.state,
+        windows=[0, 0],
     )
     state = start(program, tiny.params)
     after_first = None
@@ -260,3 +261,18 @@ def test_a_micro_batch_that_cannot_be_split_is_refused_with_a_size_that_can(prog
     )
     with pytest.raises(ConfigError, match=message):
         program_of(8, train__accumulation=2)
+
+
+def test_attention_work_is_counted_within_windows():
+    tiny = load_tiny("gemma2_gqa")
+    program = make_program(tiny)
+    rows = pack([[document] for document in make_documents([20] * 8, VOCAB)], LENGTH)
+    _, metrics = program.train_step(start(program, tiny.params), feed(program, rows))
+    config = tiny.architecture.config
+    expected = 0
+    for kind in config.pattern:
+        window = config.kinds[kind].window or 20
+        # Twice the keys that each query sees, less itself.
+        expected += 8 * sum(2 * min(place + 1, window) - 1 for place in range(20))
+    assert len({kind.window for kind in config.kinds}) == 2
+    np.testing.assert_allclose(metrics.squared_lengths, expected / config.layers, rtol=1e-6)

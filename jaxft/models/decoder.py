@@ -1,6 +1,7 @@
 """A decoder-only transformer: embedding, a scanned stack of one family's blocks, norm and head."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.models.attention import attend, causal_mask, masked_attention
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
+from jaxft.models.experts import PRODUCT
 from jaxft.models.layers import (
     AttentionFn,
     Embedding,
@@ -94,27 +96,10 @@ class Decoder(nnx.Module):
           It, and what the routers of all layers did, `[L, …]`, or None without experts.
         """
         c = self.config
-
-        def of_kind(kind: LayerKind) -> Callable[..., Array]:
-            return lambda q, k, v, sinks: attend(
-                q,
-                k,
-                v,
-                segments,
-                backend=self.numerics.attention,
-                scores=c.scores(kind),
-                sinks=sinks,
-            )
-
-        by_kind = [of_kind(kind) for kind in c.kinds]
+        of_kind = _attention_by_kind(c, segments, self.numerics.attention)
 
         def attention_of(kind: Array) -> AttentionFn:
-            def attention(q: Array, k: Array, v: Array, cache: None, sinks: Array | None):
-                if len(by_kind) == 1:
-                    return by_kind[0](q, k, v, sinks), cache
-                return jax.lax.switch(kind, by_kind, q, k, v, sinks), cache
-
-            return attention
+            return lambda q, k, v, cache, sinks: (of_kind(kind, q, k, v, sinks), cache)
 
         lengths = document_lengths(positions, segments)
         x, _, routing = self._run(tokens, positions, lengths, segments, attention_of, None)
@@ -218,6 +203,35 @@ class Decoder(nnx.Module):
         return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 
 
+def _attention_by_kind(
+    config: DecoderConfig, segments: Int[Array, "B T"], backend: str
+) -> Callable[..., Array]:
+    """Returns `(kind, q, k, v, sinks) -> output` of layers whose kind is known at run time."""
+    length = segments.shape[1]
+    windows = [kind.window if kind.window < length else 0 for kind in config.kinds]
+    distinct = sorted(set(windows))
+    index = jnp.asarray([distinct.index(window) for window in windows], jnp.int32)
+    plain = config.scores(LayerKind())
+    if backend == "xla":
+        # The masks alone differ: picking one costs less than a branch for each.
+        slots = jnp.arange(length)
+        masks = [causal_mask(slots, slots, segments, segments, window=w) for w in distinct]
+        return lambda kind, q, k, v, sinks: masked_attention(
+            q, k, v, _pick(masks, index[kind]), scores=plain, sinks=sinks
+        )
+
+    def branch(window: int) -> Callable[..., Array]:
+        scores = dataclasses.replace(plain, window=window)
+        return lambda q, k, v, sinks: attend(
+            q, k, v, segments, backend=backend, scores=scores, sinks=sinks
+        )
+
+    branches = [branch(window) for window in distinct]
+    if len(branches) == 1:
+        return lambda kind, *arrays: branches[0](*arrays)
+    return lambda kind, *arrays: jax.lax.switch(index[kind], branches, *arrays)
+
+
 def _pick(options: Sequence[Any], index: Array) -> Any:
     """Returns the option of an index that is known only when the program runs."""
     if len(options) == 1:
@@ -230,7 +244,10 @@ def _remat(layer: Callable, policy: str) -> Callable:
     if policy == "none":
         return layer
     saved = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(PRODUCT),
+        ),
         "full": jax.checkpoint_policies.nothing_saveable,
     }[policy]
     # Inside a scan nothing can merge the two passes, so the costly guard against it is not needed.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -14,6 +15,9 @@ from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.layers import Linear, Routing
 from jaxft.models.module import Param
 from jaxft.sharding.rules import active_placement, constrain
+
+# Name of products with experts' weights, for rematerialisation to keep them.
+PRODUCT = "expert_product"
 
 # Maps gate and up projections of the same shape to the hidden activation.
 Gating = Callable[[Array, Array], Array]
@@ -24,7 +28,7 @@ def swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
-class Choice(NamedTuple):
+class Routes(NamedTuple):
     """What a router decided for each token.
 
     Attributes:
@@ -70,9 +74,11 @@ class Experts(nnx.Module):
 
     Without a capacity no token is dropped: tokens are sorted by expert and one grouped product
     (`jax.lax.ragged_dot_general`) multiplies each group with its expert (Gale et al., MegaBlocks,
-    arXiv:2211.15841). With `numerics.expert_capacity` each expert takes a bounded number of each
-    row's tokens, in an array with an axis of experts that a mesh can split (Lepikhin et al.,
-    GShard, arXiv:2006.16668); what exceeds it passes by on the residual stream.
+    arXiv:2211.15841). XLA has such a product for TPU; where it has none, on CPU, every expert is
+    multiplied with every token and masked, so that work grows with E. With
+    `numerics.expert_capacity` each expert takes a bounded number of each row's tokens, in an array
+    with an axis of experts that a mesh can split (Lepikhin et al., GShard, arXiv:2006.16668); what
+    exceeds it passes by on the residual stream.
 
     Args:
       config: Sizes.
@@ -110,54 +116,54 @@ class Experts(nnx.Module):
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns what is added to the residual stream, and what the router did."""
-        choice = self._route(x)
+        # Few operations whose errors would change which experts are chosen: never in fewer bits.
+        with jax.default_matmul_precision("highest"):
+            routes = self._route(x)
         weights = ExpertWeights(
             *(layer.w[...].astype(x.dtype) for layer in (self.gate, self.up, self.down)),
             *(None if b is None else b[...].astype(x.dtype) for b in (self.gate.b, self.up.b)),
         )
-        kept = jnp.broadcast_to(real[..., None], choice.experts.shape)
+        kept = jnp.broadcast_to(real[..., None], routes.experts.shape)
         if self.capacity:
-            places = _places(choice.experts, real, self._slots(x.shape[1]), self.config.count)
-            kept = jnp.any(places, axis=(-1, -2))
-            out = self._in_slots(x, choice, weights, places)
+            capacity = self._slots(x.shape[1])
+            slots = _slots_of(routes.experts, real, capacity, self.config.count)
+            kept = slots < self.config.count * capacity
+            out = self._in_slots(x, slots, capacity, routes.weights * kept, weights)
         else:
-            out = self._grouped(x, choice, weights)
+            out = self._grouped(x, routes, weights)
         if self.down.b is not None:
-            mixed = self._mix(choice, kept if self.capacity else None)
+            chosen = jax.nn.one_hot(routes.experts, self.config.count, dtype=jnp.float32)
+            used = routes.weights * kept if self.capacity else routes.weights
+            mixed = jnp.einsum("btke,btk->bte", chosen, used)
             out += jnp.einsum("bte,ed->btd", mixed, self.down.b[...].astype(jnp.float32))
-        return out.astype(x.dtype), self._routing(choice, real, kept)
+        return out.astype(x.dtype), self._routing(routes, real, kept)
 
-    def _route(self, x: Array) -> Choice:
+    def _route(self, x: Array) -> Routes:
         logits = self.router(x.astype(jnp.float32))
         probabilities = jax.nn.softmax(logits, axis=-1)
         weights, experts = jax.lax.top_k(probabilities, self.config.chosen)
         if self.config.normalised:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return Choice(experts, weights, probabilities)
+        return Routes(experts, weights, probabilities)
 
-    def _mix(self, choice: Choice, kept: Array | None) -> Float[Array, "B T E"]:
-        """Weight of each expert for each token, 0 for those it does not go through."""
-        weights = choice.weights if kept is None else choice.weights * kept
-        chosen = jax.nn.one_hot(choice.experts, self.config.count, dtype=jnp.float32)
-        return jnp.einsum("btke,btk->bte", chosen, weights)
-
-    def _routing(self, choice: Choice, real: Array, kept: Array) -> Routing:
-        probabilities = jax.lax.stop_gradient(real[..., None].astype(jnp.float32))
-        chosen = jax.nn.one_hot(choice.experts, self.config.count, dtype=jnp.float32)
-        asked = real[..., None].astype(jnp.float32)
+    def _routing(self, routes: Routes, real: Array, kept: Array) -> Routing:
+        counted = real.astype(jnp.float32)
+        chosen = jax.nn.one_hot(routes.experts, self.config.count, dtype=jnp.float32)
+        dropped = counted[..., None] * (1.0 - kept.astype(jnp.float32))
         return Routing(
-            counts=jnp.einsum("btke,btk->e", chosen, jnp.broadcast_to(asked, kept.shape)),
-            probabilities=jnp.sum(choice.probabilities * probabilities, axis=(0, 1)),
-            tokens=jnp.sum(real.astype(jnp.float32)),
-            dropped=jnp.sum(asked * (1.0 - kept)),
+            counts=jnp.sum(chosen * counted[..., None, None], axis=(0, 1, 2)),
+            probabilities=jnp.sum(routes.probabilities * counted[..., None], axis=(0, 1)),
+            tokens=jnp.sum(counted),
+            dropped=jnp.sum(dropped),
         )
 
-    def _grouped(self, x: Array, choice: Choice, weights: ExpertWeights) -> Array:
+    def _grouped(self, x: Array, routes: Routes, weights: ExpertWeights) -> Array:
         """Every token through its experts, each device its own tokens; float32."""
         placement = active_placement()
         if placement is None:
-            return _grouped_mlp(x, choice.experts, choice.weights, weights, self.gating)
-        tokens = placement.spec(("batch", "seq", "act_embed"), x.shape, "tokens of experts")
+            return _grouped_mlp(x, routes.experts, routes.weights, weights, self.gating)
+        rows, length = placement.spec(("batch", "seq"), x.shape[:2], "tokens of experts")
+        tokens = P(rows, length, None)
         hidden = placement.spec(("act_mlp",), weights.gate.shape[1:2], "experts")[0]
         inward, outward = P(None, hidden, None), P(None, None, hidden)
         bias = None if weights.gate_bias is None else P(None, hidden)
@@ -178,7 +184,7 @@ class Experts(nnx.Module):
             ),
             out_specs=tokens,
             check_vma=False,
-        )(x, choice.experts, choice.weights, weights)
+        )(x, routes.experts, routes.weights, weights)
 
     def _slots(self, length: int) -> int:
         """Tokens of a row that an expert takes."""
@@ -186,22 +192,34 @@ class Experts(nnx.Module):
         return min(length, math.ceil(self.capacity * share))
 
     def _in_slots(
-        self, x: Array, choice: Choice, weights: ExpertWeights, places: Bool[Array, "B T k E C"]
-    ) -> Array:
+        self,
+        x: Float[Array, "B T D"],
+        slots: Int[Array, "B T k"],
+        capacity: int,
+        mix: Float[Array, "B T k"],
+        weights: ExpertWeights,
+    ) -> Float[Array, "B T D"]:
         """Tokens in a bounded number of slots of each expert; float32."""
-        dispatch = jnp.any(places, axis=2).astype(x.dtype)
-        combine = jnp.einsum("btkec,btk->btec", places.astype(jnp.float32), choice.weights)
-        slots = jnp.einsum("btec,btd->ebcd", dispatch, x)
-        slots = constrain(slots, "act_experts", "batch", "act_slots", "act_embed")
-        gate = jnp.einsum("ebcd,efd->ebcf", slots, weights.gate)
-        up = jnp.einsum("ebcd,efd->ebcf", slots, weights.up)
+        (rows, length, embed), places = x.shape, self.config.count * capacity
+        row = jnp.arange(rows)[:, None, None]
+        token = jnp.broadcast_to(jnp.arange(length)[None, :, None], slots.shape)
+        # An empty slot reads the zero after the last token; the slot after the last takes what is
+        # dropped.
+        source = jnp.full((rows, places + 1), length).at[row, slots].set(token)[:, :places]
+        taken = jnp.take_along_axis(_with_zero(x), source[..., None], axis=1)
+        taken = taken.reshape(rows, self.config.count, capacity, embed)
+        taken = constrain(taken, "batch", "act_experts", "act_slots", "act_embed")
+        gate = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.gate), PRODUCT)
+        up = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.up), PRODUCT)
         if weights.gate_bias is not None and weights.up_bias is not None:
-            gate += weights.gate_bias[:, None, None]
-            up += weights.up_bias[:, None, None]
-        hidden = constrain(self.gating(gate, up), "act_experts", "batch", "act_slots", "act_mlp")
-        out = jnp.einsum("ebcf,edf->ebcd", hidden, weights.down)
-        out = constrain(out, "act_experts", "batch", "act_slots", "act_embed")
-        return jnp.einsum("btec,ebcd->btd", combine, out.astype(jnp.float32))
+            gate += weights.gate_bias[None, :, None]
+            up += weights.up_bias[None, :, None]
+        hidden = constrain(self.gating(gate, up), "batch", "act_experts", "act_slots", "act_mlp")
+        out = checkpoint_name(jnp.einsum("becf,edf->becd", hidden, weights.down), PRODUCT)
+        out = constrain(out, "batch", "act_experts", "act_slots", "act_embed")
+        out = _with_zero(out.reshape(rows, places, embed))
+        back = jnp.take_along_axis(out, slots.reshape(rows, -1, 1), axis=1)
+        return _mixed(back.reshape(*slots.shape, embed), mix)
 
 
 def _grouped_mlp(
@@ -219,7 +237,7 @@ def _grouped_mlp(
     copies = x.reshape(rows * length, -1)[order // chosen]
 
     def product(x: Array, w: Array, b: Array | None) -> Array:
-        out = jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT)
+        out = checkpoint_name(jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT), PRODUCT)
         return out if b is None else out + b[of_copy[order]]
 
     gate = product(copies, weights.gate, weights.gate_bias)
@@ -227,7 +245,7 @@ def _grouped_mlp(
     out = product(gating(gate, up), weights.down, None)
     # Back to where the tokens were: the inverse of a permutation is its argsort.
     out = out[jnp.argsort(order)].reshape(rows, length, chosen, -1)
-    return jnp.einsum("btkd,btk->btd", out.astype(jnp.float32), mix)
+    return _mixed(out, mix)
 
 
 # [tokens, in] x [experts, out, in] -> [tokens, out], tokens in consecutive groups.
@@ -238,19 +256,32 @@ _BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-def _places(
-    experts: Int[Array, "B T k"], real: Bool[Array, "B T"], slots: int, count: int
-) -> Bool[Array, "B T k E C"]:
+def _slots_of(
+    experts: Int[Array, "B T k"], real: Bool[Array, "B T"], capacity: int, count: int
+) -> Int[Array, "B T k"]:
     """Gives each choice of a token a slot of its expert, first choices before second ones.
 
-    Padding takes no slot; a choice that finds its expert full is False everywhere.
+    Returns:
+      Slot c of expert e as `e * capacity + c`; `count * capacity` for padding and where the expert
+      is full.
     """
     rows, length, chosen = experts.shape
     asked = jax.nn.one_hot(experts, count, dtype=jnp.int32) * real[..., None, None]
     by_choice = asked.transpose(0, 2, 1, 3).reshape(rows, chosen * length, count)
-    before = jnp.cumsum(by_choice, axis=1) - by_choice
-    before = before.reshape(rows, chosen, length, count).transpose(0, 2, 1, 3)
-    return jax.nn.one_hot(before, slots, dtype=jnp.bool_) & (asked > 0)[..., None]
+    queue = jnp.cumsum(by_choice, axis=1) - by_choice
+    queue = queue.reshape(rows, chosen, length, count).transpose(0, 2, 1, 3)
+    place = jnp.sum(queue * asked, axis=-1)
+    fits = real[..., None] & (place < capacity)
+    return jnp.where(fits, experts * capacity + place, count * capacity)
+
+
+def _with_zero(x: Float[Array, "B T D"]) -> Float[Array, "B T1 D"]:
+    return jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
+
+
+def _mixed(out: Float[Array, "B T k D"], mix: Float[Array, "B T k"]) -> Float[Array, "B T D"]:
+    """Weighted sum of the outputs of a token's experts, in float32."""
+    return jnp.sum(out.astype(jnp.float32) * mix[..., None], axis=2)
 
 
 def balance_loss(routing: Routing) -> Float[Array, ""]:

@@ -40,6 +40,7 @@ class Architecture:
       rules: Names and layouts in Hugging Face files.
       ignored: Patterns of tensors that files may carry and that are not read.
       copies: Tensors that files may carry a second time, and the tensor each must equal.
+      prefix: Start of names that files may leave out.
     """
 
     config: DecoderConfig
@@ -47,6 +48,7 @@ class Architecture:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...]
     copies: dict[str, str]
+    prefix: str = ""
 
     def build(self, numerics: Numerics) -> Callable[[nnx.Rngs], Decoder]:
         """Returns the function that makes the module from random keys."""
@@ -76,4 +78,11 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     if decoder.tied:
         # The file may carry the shared table a second time, but then it must be the same.
         copies[rules.pop("head.w").theirs] = rules["embed.w"].theirs
-    return Architecture(decoder, family.Block, tuple(rules.values()), family.HF_IGNORED, copies)
+    return Architecture(
+        config=decoder,
+        block=family.Block,
+        rules=tuple(rules.values()),
+        ignored=family.HF_IGNORED,
+        copies=copies,
+        prefix=getattr(family, "HF_PREFIX", ""),
+    )

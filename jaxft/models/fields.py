@@ -12,10 +12,13 @@ from jaxft.models.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, S
 # them: fine-tuning runs without it.
 _HARMLESS = frozenset(
     """
-    _name_or_path architectures attention_dropout bos_token_id cache_implementation dtype
-    embd_pdrop eos_token_id is_llama_config model_type output_attentions output_hidden_states
-    pad_token_id pretraining_tp resid_pdrop return_dict tokenizer_class torch_dtype
-    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
+    _attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures
+    attention_dropout attn_pdrop bos_token_id cache_implementation dtype embd_pdrop eos_token_id
+    gradient_checkpointing id2label is_llama_config keys_to_ignore_at_inference label2id
+    max_sequence_length model_type num_labels output_attentions output_hidden_states output_past
+    output_router_logits pad_token_id predict_special_tokens pretraining_tp problem_type resid_pdrop
+    return_dict router_aux_loss_coef sep_token_id tokenizer_class torch_dtype transformers.js_config
+    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache use_return_dict
     """.split()
 )
 
@@ -48,6 +51,14 @@ class Fields:
             return 1
         return self._config[name]
 
+    def size(self, name: str, default: int | None = None) -> int:
+        """Returns a field that must be a positive whole number."""
+        value = self.need(name) if default is None else self.get(name, default)
+        if type(value) is not int or value < 1:
+            self.problem(f"config.json: {name} is {value!r}; expected a positive whole number.")
+            return 1
+        return value
+
     def get(self, name: str, default: Any = None) -> Any:
         """Returns a field, or a default where it is absent or null."""
         self._read.add(name)
@@ -56,9 +67,11 @@ class Fields:
 
     def experts(self, *, normalised: bool) -> ExpertsConfig:
         """Reads the number of experts, for which two names are in use, and of those chosen."""
-        self.unused("output_router_logits", "router_aux_loss_coef")
         name = "num_local_experts" if "num_local_experts" in self else "num_experts"
-        return ExpertsConfig(self.need(name), self.need("num_experts_per_tok"), normalised)
+        count, chosen = self.size(name), self.size("num_experts_per_tok")
+        if chosen > count:
+            self.problem(f"config.json: num_experts_per_tok {chosen} exceeds {name} {count}.")
+        return ExpertsConfig(count, chosen, normalised)
 
     def require(self, **expected: Any) -> None:
         """Notes each field that has another value than the only one understood."""
@@ -76,7 +89,7 @@ class Fields:
         """Raises ModelError with every problem, unread fields among them."""
         kind = self._config.get("model_type")
         for name, value in self._config.items():
-            if name not in self._read and name not in _HARMLESS:
+            if value is not None and name not in self._read and name not in _HARMLESS:
                 self.problem(
                     f"config.json: {name!r} ({value!r}) is not understood for model_type {kind!r} "
                     "and might change the maths."
@@ -86,9 +99,9 @@ class Fields:
 
     def head_dim(self) -> int:
         """Returns the size of a head, and notes numbers of heads that do not fit."""
-        embed, heads = self.need("hidden_size"), self.need("num_attention_heads")
-        kv_heads = self.get("num_key_value_heads", heads)
-        size = self.get("head_dim", embed // heads)
+        embed, heads = self.size("hidden_size"), self.size("num_attention_heads")
+        kv_heads = self.size("num_key_value_heads", heads)
+        size = self.size("head_dim", max(embed // heads, 1))
         if heads % kv_heads:
             self.problem(
                 f"config.json: num_attention_heads {heads} is not a multiple of "
@@ -110,9 +123,9 @@ class Fields:
           local: Whether the layer of an index has it, where there are no `layer_types`.
           in_use: Whether `sliding_window` counts at all.
         """
-        size = self.get("sliding_window", 0) if in_use else 0
+        size = self.size("sliding_window") if in_use and "sliding_window" in self else 0
         self.unused("sliding_window")
-        layers = self.need("num_hidden_layers")
+        layers = self.size("num_hidden_layers")
         types = self.get("layer_types")
         if types is None:
             return [size if local(layer) else 0 for layer in range(layers)]
@@ -127,11 +140,21 @@ class Fields:
             self.problem("config.json: layers with 'sliding_attention' need a sliding_window.")
         return [size if kind == "sliding_attention" else 0 for kind in types]
 
+    def uniform_windows(self, *, in_use: bool = True) -> list[int]:
+        """As `windows`, for families whose layers are all alike whatever `layer_types` says."""
+        windows = self.windows(lambda layer: True, in_use=in_use)
+        if len(set(windows)) > 1 or ("sliding_window" in self and in_use and 0 in windows):
+            self.problem(
+                "config.json: layer_types names layers without the sliding_window, which this "
+                "family's model in transformers does not heed. Remove layer_types."
+            )
+        return windows
+
     def rope(
         self,
         head_dim: int,
         *,
-        theta: float = 0.0,
+        theta: float = 10000.0,
         parameters: dict[str, Any] | None = None,
         partial: bool = False,
     ) -> Rope:
@@ -139,22 +162,30 @@ class Fields:
 
         Args:
           head_dim: Size of a head.
-          theta: Where `parameters` names none.
+          theta: Where config.json names none.
           parameters: Instead of config.json's own, where kinds of layer differ.
           partial: Whether `partial_rotary_factor` may leave dimensions unturned.
         """
         own = parameters
         if own is None:
             own = self.get("rope_parameters", self.get("rope_scaling", {}))
-            theta = self.get("rope_theta", 10000.0)
+            theta = self.get("rope_theta", theta)
         fields: dict[str, Any] = {**own}
         theta = fields.pop("rope_theta", theta)
+        if not isinstance(theta, int | float) or theta <= 1:
+            self.problem(f"config.json: rope_theta is {theta!r}; expected a number above 1.")
+            theta = 10000.0
         kind = fields.pop("rope_type", fields.get("type", "default"))
         fields.pop("type", None)
         dims = head_dim
         if partial:
             share = fields.pop("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
             dims = int(head_dim * share)
+            if dims % 2:
+                self.problem(
+                    f"config.json: partial_rotary_factor {share} turns {dims} of {head_dim} "
+                    "dimensions; expected an even number."
+                )
         return Rope(theta, dims, self._scaling(kind, fields, theta, dims))
 
     def _scaling(
@@ -172,11 +203,17 @@ class Fields:
                 f"supported are {supported}."
             )
             return None
+        numbers = {n: v for n, v in fields.items() if n not in _NO_NUMBERS and v is not None}
+        wrong = {n: v for n, v in numbers.items() if not isinstance(v, int | float) or v <= 0}
+        wrong |= {name: None for name in needed if fields[name] is None}
+        if wrong:
+            self.problem(f"config.json: rope scaling has {wrong}; expected positive numbers.")
+            return None
         if kind == "default":
             return None
         if kind == "linear":
             return LinearScaling(fields["factor"])
-        original = fields.get("original_max_position_embeddings", 0)
+        original = fields.get(_ORIGINAL) or self.size("max_position_embeddings", 2048)
         if kind == "llama3":
             return Llama3Scaling(
                 factor=fields["factor"],
@@ -206,10 +243,7 @@ class Fields:
                     "for each pair of dimensions that is turned."
                 )
         whole = self.need("max_position_embeddings")
-        original = self.get(
-            "original_max_position_embeddings",
-            fields.get("original_max_position_embeddings", whole),
-        )
+        original = self.get(_ORIGINAL, fields.get(_ORIGINAL) or whole)
         factor = fields.get("factor") or whole / original
         magnitude = fields.get("attention_factor")
         if magnitude is None:
@@ -227,19 +261,19 @@ class Fields:
         Raises:
           ModelError: For every problem of the whole file.
         """
-        heads = self.need("num_attention_heads")
+        heads = self.size("num_attention_heads")
         distinct = list(dict.fromkeys(kinds))
         shared = {
-            "vocab": self.need("vocab_size"),
-            "embed": self.need("hidden_size"),
-            "layers": self.need("num_hidden_layers"),
+            "vocab": self.size("vocab_size"),
+            "embed": self.size("hidden_size"),
+            "layers": self.size("num_hidden_layers"),
             "heads": heads,
-            "kv_heads": self.get("num_key_value_heads", heads),
+            "kv_heads": self.size("num_key_value_heads", heads),
             "head_dim": self.head_dim(),
-            "mlp": self.need("intermediate_size"),
+            "mlp": self.size("intermediate_size"),
             "norm_epsilon": self.need("rms_norm_eps"),
             "tied": self.get("tie_word_embeddings", False),
-            "max_length": self.get("max_position_embeddings", 2048),
+            "max_length": self.size("max_position_embeddings", 2048),
             "init_scale": self.get("initializer_range", 0.02),
             "kinds": tuple(distinct),
             "pattern": tuple(distinct.index(kind) for kind in kinds),
@@ -248,15 +282,17 @@ class Fields:
         return DecoderConfig(**shared | family)
 
 
+_NO_NUMBERS = {"truncate", "short_factor", "long_factor"}
 # For each rope_type: the fields that it needs, and those that it may have.
 _ORIGINAL = "original_max_position_embeddings"
 _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {_ORIGINAL}),
+    # transformers reads `attention_factor` and not `attn_factor`, which some files have.
     "yarn": (
-        {"factor", _ORIGINAL},
-        {"beta_fast", "beta_slow", "truncate", "attention_factor"},
+        {"factor"},
+        {_ORIGINAL, "beta_fast", "beta_slow", "truncate", "attention_factor", "attn_factor"},
     ),
     "longrope": (
         {"short_factor", "long_factor"},

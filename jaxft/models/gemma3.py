@@ -25,6 +25,7 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     fields = Fields(config, **ABSENT, rope_theta=1e6, rope_local_base_freq=1e4)
     # Hugging Face's model has this field and never applies it.
     fields.require(attn_logit_softcapping=None)
+    fields.need("sliding_window")
     fields.unused("_sliding_window_pattern")  # transformers 5 writes it beside layer_types
     period = fields.get("sliding_window_pattern", 6)
     windows = fields.windows(lambda layer: (layer + 1) % period != 0)
@@ -37,6 +38,12 @@ def _ropes(fields: Fields) -> tuple[Any, Any]:
     """Returns the rotary positions of layers with and without a window."""
     head_dim = fields.head_dim()
     by_kind = fields.get("rope_parameters", {})
+    if by_kind and by_kind.keys() != {"sliding_attention", "full_attention"}:
+        fields.problem(
+            f"config.json: rope_parameters has {sorted(by_kind)}; expected 'full_attention' and "
+            "'sliding_attention', each with its own settings."
+        )
+        by_kind = {}
     base, local = fields.need("rope_theta"), fields.need("rope_local_base_freq")
     settings = [
         (by_kind.get("sliding_attention", {}), local),

@@ -29,22 +29,22 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
         scale_attn_by_inverse_layer_idx=False,
         add_cross_attention=False,
     )
-    fields.unused("n_ctx", "reorder_and_upcast_attn", "task_specific_params", "attn_pdrop")
+    fields.unused("n_ctx", "n_special", "reorder_and_upcast_attn", "task_specific_params")
     fields.unused(*(name for name in config if name.startswith("summary_")))
-    embed, heads, layers = (fields.need(name) for name in ("n_embd", "n_head", "n_layer"))
+    embed, heads, layers = (fields.size(name) for name in ("n_embd", "n_head", "n_layer"))
     if embed % heads:
         fields.problem(f"config.json: n_embd {embed} is not a multiple of n_head {heads}.")
     decoder = DecoderConfig(
-        vocab=fields.need("vocab_size"),
+        vocab=fields.size("vocab_size"),
         embed=embed,
         layers=layers,
         heads=heads,
         kv_heads=heads,
         head_dim=embed // heads,
-        mlp=fields.get("n_inner", 4 * embed),
+        mlp=fields.size("n_inner", 4 * embed),
         norm_epsilon=fields.need("layer_norm_epsilon"),
         tied=fields.get("tie_word_embeddings", True),
-        max_length=fields.need("n_positions"),
+        max_length=fields.size("n_positions"),
         init_scale=fields.get("initializer_range", 0.02),
         kinds=(LayerKind(),),
         pattern=(0,) * layers,
@@ -80,5 +80,7 @@ HF_RULES = (
     Rule("norm.b", "transformer.ln_f.bias", "d -> d"),
     Rule("head.w", "lm_head.weight", "v d -> v d"),
 )
+# Published files leave it out: they were written from the model without its head.
+HF_PREFIX = "transformer."
 # The causal mask, which old files store.
 HF_IGNORED = (r"\.attn\.(masked_)?bias$",)

@@ -40,10 +40,8 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     # The loader has judged how weights are quantised; the others repeat what other fields say.
     fields.unused("quantization_config", "experts_per_token", "initial_context_length")
     experts = fields.experts(normalised=True)
-    settings = {"rope_parameters", "rope_scaling"} & {name for name in config if config[name]}
-    yarn = None if settings else _YARN
-    rope = fields.rope(fields.head_dim(), theta=fields.need("rope_theta"), parameters=yarn)
-    fields.unused("rope_parameters", "rope_scaling", "rope_theta")
+    settings = fields.get("rope_parameters", fields.get("rope_scaling", _YARN))
+    rope = fields.rope(fields.head_dim(), theta=fields.need("rope_theta"), parameters=settings)
     windows = fields.windows(lambda layer: layer % 2 == 0)
     return fields.decoder(
         [LayerKind(window, rope) for window in windows],

@@ -112,7 +112,7 @@ class RMSNorm(nnx.Module):
         axes = tuple(range(x.ndim - scale.ndim, x.ndim))
         mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
-        scale = scale.astype(jnp.float32) + (1.0 if self.offset else 0.0)
+        scale = 1.0 + scale.astype(jnp.float32) if self.offset else scale.astype(jnp.float32)
         return (normed * _broadcast(scale, x.ndim)).astype(x.dtype)
 
 

@@ -14,5 +14,5 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     fields = Fields(config, sliding_window=4096, num_key_value_heads=8)
     fields.require(hidden_act="silu")
     rope = fields.rope(fields.head_dim())
-    windows = fields.windows(lambda layer: True)
+    windows = fields.uniform_windows()
     return fields.decoder([LayerKind(window, rope) for window in windows])

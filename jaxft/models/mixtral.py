@@ -26,7 +26,7 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     fields.require(hidden_act="silu", router_jitter_noise=0.0)
     experts = fields.experts(normalised=True)
     rope = fields.rope(fields.head_dim())
-    windows = fields.windows(lambda layer: True)
+    windows = fields.uniform_windows()
     return fields.decoder([LayerKind(window, rope) for window in windows], experts=experts)
 
 

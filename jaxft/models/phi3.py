@@ -25,7 +25,7 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     # Code that was needed before transformers knew the family; it is not run.
     fields.unused("auto_map", "original_max_position_embeddings")
     rope = fields.rope(fields.head_dim(), partial=True)
-    windows = fields.windows(lambda layer: True)
+    windows = fields.uniform_windows()
     return fields.decoder([LayerKind(window, rope) for window in windows])
 
 

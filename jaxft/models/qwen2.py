@@ -21,7 +21,7 @@ class Block(ResidualBlock):
 def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     """Reads config.json; raises ModelError with all that is missing or not understood."""
     fields = Fields(config, sliding_window=4096, num_key_value_heads=32)
-    fields.require(hidden_act="silu")
+    fields.require(hidden_act="silu", use_mrope=False)
     return fields.decoder(layer_kinds(fields))
 
 

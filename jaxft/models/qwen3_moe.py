@@ -24,14 +24,20 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     """Reads config.json; raises ModelError with all that is missing or not understood."""
     fields = Fields(config, sliding_window=4096, num_key_value_heads=4)
     fields.require(
-        hidden_act="silu", attention_bias=False, decoder_sparse_step=1, mlp_only_layers=[]
+        hidden_act="silu",
+        attention_bias=False,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        # Fields of some published files that repeat what the family is.
+        qkv_bias=False,
+        use_qk_norm=True,
+        shared_expert_intermediate_size=0,
     )
     experts = fields.experts(normalised=fields.get("norm_topk_prob", False))
-    mlp = fields.need("moe_intermediate_size")
+    mlp = fields.size("moe_intermediate_size")
     fields.unused("max_window_layers")
     rope = fields.rope(fields.head_dim())
-    in_use = fields.get("use_sliding_window", False)
-    windows = fields.windows(lambda layer: True, in_use=in_use)
+    windows = fields.uniform_windows(in_use=fields.get("use_sliding_window", False))
     kinds = [LayerKind(window, rope) for window in windows]
     return fields.decoder(kinds, experts=experts, mlp=mlp)
 

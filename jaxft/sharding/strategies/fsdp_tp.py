@@ -1,6 +1,6 @@
 """Fully sharded data parallel over `fsdp`, Megatron tensor parallel over `tensor`.
 
-    heads, mlp, vocabulary        split over `tensor`
+    heads, mlp, vocabulary        split over `tensor`; key heads and vocabulary if it divides them
     embedding dimension           split over `fsdp`
     rows                          split over `data` and `fsdp`
 
@@ -19,11 +19,11 @@ STRATEGY = Strategy(
         "act_heads": "tensor",
         "act_kv_heads": if_divisible("tensor"),
         "act_mlp": "tensor",
-        "act_vocab": "tensor",
+        "act_vocab": if_divisible("tensor"),
         "embed": "fsdp",
         "heads": "tensor",
         "kv_heads": if_divisible("tensor"),
         "mlp": "tensor",
-        "vocab": "tensor",
+        "vocab": if_divisible("tensor"),
     },
 )
