@@ -1,6 +1,7 @@
 """Checkpoints of a run: asynchronous, atomic, the newest and the best kept, written by Orbax."""
 
 import contextlib
+import json
 import logging
 import math
 import shutil
@@ -12,7 +13,9 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint.checkpoint_managers import (  # pyright: ignore[reportMissingImports]
     AnyPreservationPolicy,
     BestN,
@@ -24,6 +27,10 @@ from jaxft.state import TrainState
 
 # Where a checkpoint is moved before it is deleted.
 _REMOVED = "removed"
+# The most that is stored as one, so that a part of a parameter can be read alone.
+_CHUNK = 128 * 2**20
+# What reading in parts keeps, for parts that lie in the same chunk.
+_CACHE = 512 * 2**20
 
 
 def _passes_through_orbax(trace: TracebackType | None) -> bool:
@@ -151,7 +158,9 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
+                    params=ocp.args.StandardSave(
+                        state.params, save_args={k: _chunks(v) for k, v in state.params.items()}
+                    ),
                     optimizer=ocp.args.StandardSave(state.opt_state),
                     progress=ocp.args.JsonSave(progress_to_json(progress)),
                     config=ocp.args.JsonSave(dict(config)),
@@ -211,6 +220,40 @@ class Checkpoints:
         """Returns the parameters alone, into the shardings and dtypes of `abstract`."""
         return self._read(step, params=ocp.args.StandardRestore(dict(abstract)))["params"]
 
+    def open_params(self, shapes: Mapping[str, tuple[int, ...]], step: int) -> dict[str, "Stored"]:
+        """Returns parameters that are read later and in parts, into the host's memory.
+
+        Raises:
+          CheckpointError: If they are not there or have other shapes.
+        """
+        folder = self.folder / str(step) / "params"
+        context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
+        try:
+            zarr3 = json.loads((folder / "_METADATA").read_text()).get("use_zarr3")
+            base = {"driver": "ocdbt", "base": f"file://{folder}"}
+            driver = "zarr3" if zarr3 else "zarr"
+            opening = {
+                path: ts.open(
+                    {"driver": driver, "kvstore": {**base, "path": f"{path}/"}},
+                    read=True,
+                    open=True,
+                    context=context,
+                )
+                for path in shapes
+            }
+            found = {path: Stored(store.result()) for path, store in opening.items()}
+        except (OSError, ValueError) as error:
+            raise self._unreadable(step, error) from error
+        other = [
+            f"Checkpoint {step} in {self.folder}: {path} has shape {list(found[path].shape)}; the "
+            f"config.json beside it asks for {list(shape)}."
+            for path, shape in shapes.items()
+            if found[path].shape != shape
+        ]
+        if other:
+            raise CheckpointError(other)
+        return found
+
     def restore_config(self, step: int) -> dict[str, Any]:
         """Returns the run's config, `{dotted path: value}`."""
         return self._read(step, config=ocp.args.JsonRestore())["config"]
@@ -263,11 +306,35 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            raise CheckpointError(
-                f"Checkpoint {step} in {self.folder} cannot be read: {_reason(error)}. There are "
-                f"{self._complete()}: name another with --step, or move the folder {step} away so "
-                "that the one before it is used."
-            ) from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"Checkpoint {step} in {self.folder} cannot be read: {_reason(error)}. There are "
+            f"{self._complete()}: name another with --step, or move the folder {step} away so "
+            "that the one before it is used."
+        )
+
+
+class Stored:
+    """An array of a checkpoint, of which only what is indexed is read."""
+
+    def __init__(self, store: ts.TensorStore):
+        self.shape: tuple[int, ...] = tuple(store.shape)
+        self._store = store
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        try:
+            return np.asarray(self._store[index].read().result())
+        except ValueError as error:
+            raise CheckpointError(f"A checkpoint cannot be read: {_reason(error)}.") from error
+
+
+def _chunks(array: jax.Array) -> ocp.SaveArgs:
+    """Returns how an array is cut on disk: large stacks of layers into single layers."""
+    if array.nbytes <= _CHUNK:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,) if array.ndim > 2 else ())
 
 
 def _reason(error: BaseException) -> str:

@@ -101,6 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--verify", action="store_true", help="load it again, compare logits")
     _add_step(export)
 
+    convert = command(
+        "convert", _convert, "Write a model in another type, or say how it fits.", config=False
+    )
+    convert.add_argument("model", metavar="MODEL", help="folder or repository id")
+    convert.add_argument("--check", action="store_true", help="every tensor, no weights read")
+    convert.add_argument("--output", default="", metavar="FOLDER")
+    convert.add_argument("--dtype", default="", help="of every tensor, such as bfloat16")
+    convert.add_argument("--revision", default="", help="branch, tag or commit of a repository")
+    convert.add_argument("--overwrite", action="store_true", help="replace the folder")
+
     command("data", _data, "Show what the data is and what is trained.", config=True)
     command("doctor", _doctor, "Check versions, devices, disk and hub.", config=True)
     return parser
@@ -198,6 +208,28 @@ def _export(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         overwrite=options.overwrite,
         verify=options.verify,
+    )
+    print(f"Wrote {folder}.")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    if options.check == bool(options.output):
+        raise ConfigError("Give --check or --output FOLDER. See `jaxft convert --help`.")
+    if options.check:
+        from jaxft.conversion import check, describe
+
+        found = check(options.model, revision=options.revision)
+        print(describe(found))
+        return 0 if found.fits else 1
+    from jaxft.exporter import export
+
+    folder = export(
+        options.model,
+        options.output,
+        revision=options.revision,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
     )
     print(f"Wrote {folder}.")
     return 0

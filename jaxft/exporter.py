@@ -1,17 +1,25 @@
 """Writing a model as a Hugging Face folder that other tools load."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxft.checkpoint import Checkpoints
 from jaxft.errors import ConfigError, ModelError, nearest
-from jaxft.hf.save import atomic_folder, save_params
-from jaxft.hf.tokenizer import save_tokenizer
-from jaxft.model import Model, hf_config, load, tensor_dtypes_of
+from jaxft.hf.load import open_params, read_config
+from jaxft.hf.read import Reader
+from jaxft.hf.save import Readable, atomic_folder, save_params
+from jaxft.hf.tokenizer import load_tokenizer, save_tokenizer
+from jaxft.model import Model, Source, find_source, load, tensor_dtypes_of
+from jaxft.models.config import make_numerics
+from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.vocabulary import with_rows_for
 
 # Types that `dtype` may name.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,6 +30,7 @@ def export(
     output: str | Path,
     *,
     step: str = "best",
+    revision: str = "",
     dtype: str = "",
     overwrite: bool = False,
     verify: bool = False,
@@ -29,14 +38,19 @@ def export(
 ) -> Path:
     """Writes safetensors, config.json, generation_config.json, tokenizer and chat template.
 
+    The weights go from file to file, a part of a tensor at a time. An export that was killed goes
+    on where it stopped when it is started again with the same arguments.
+
     Args:
       checkpoint: Workdir of a run, one of its checkpoints, or any model that `load` takes.
       output: Folder to make; appears under its name only when it is complete.
       step: Which checkpoint of a workdir: `best`, `latest` or a number.
+      revision: Branch, tag or commit of a repository id.
       dtype: Type of every tensor, such as `bfloat16`; empty: that of each tensor in the files the
-        weights once came from.
+        weights once came from, or bfloat16 for those that were in MXFP4.
       overwrite: Replace a folder that is there.
-      verify: Load the result and compare logits; differences are those of the dtype's rounding.
+      verify: Load both and compare logits, which needs memory for one model in float32;
+        differences are those of the dtype's rounding.
       on_log: Takes a line of text for each thing worth saying.
 
     Returns:
@@ -49,25 +63,90 @@ def export(
         raise ConfigError(
             f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}"
         )
-    # In the host's memory: a model that needed several devices to train fits there.
-    model = load(checkpoint, step=step, device=jax.devices("cpu")[0])
+    source = find_source(checkpoint, step=step, revision=revision)
+    tokenizer = load_tokenizer(source.folder)
+    config = read_config(source.folder)
+    stored_architecture = architecture_from_hf(config)
+    architecture = with_rows_for(stored_architecture, tokenizer)
+    config["vocab_size"] = architecture.config.vocab
     output = Path(output).expanduser()
-    if model.source.checkpoints is not None:
-        on_log(f"Exporting checkpoint {model.source.step} of {model.source.checkpoints.parent}.")
-    dtypes = dtype or tensor_dtypes_of(model.source) or "float32"
-    with atomic_folder(output, overwrite=overwrite) as folder:
-        save_params(folder, model.architecture.rules, model.params, dtypes=dtypes)
-        config = hf_config(model.source, model.architecture)
-        if dtype:
-            config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+    if source.checkpoints is not None:
+        on_log(f"Exporting checkpoint {source.step} of {source.checkpoints.parent}.")
+    stored = tensor_dtypes_of(source)
+    dtypes = (dict.fromkeys(stored, dtype) if dtype else stored) or dtype or "float32"
+    if config.pop("quantization_config", None):
+        on_log("The experts were stored in MXFP4; they are written unpacked.")
+    if dtype:
+        config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+    content = {"from": _identity(source), "dtypes": dtypes}
+    with atomic_folder(output, overwrite=overwrite, content=content) as folder:
+        with _parameters(
+            source, architecture, grown=architecture is not stored_architecture
+        ) as params:
+            kept = save_params(
+                folder,
+                architecture.rules,
+                params,
+                dtypes=dtypes,
+                copies=architecture.copies,
+                prefix=architecture.prefix,
+            )
+        if kept:
+            on_log(f"Files of weights that an earlier export had written: {kept}.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        # Without its weights: only its files and its tokenizer are asked.
+        model = Model(
+            architecture, architecture.abstract(make_numerics("float32")), {}, tokenizer, source
+        )
         _write_generation_config(model, folder)
-        save_tokenizer(model.tokenizer, folder, chat_template=model.tokenizer.chat_template)
+        save_tokenizer(tokenizer, folder, chat_template=tokenizer.chat_template)  # pyright: ignore
         if verify:
             names = {dtypes} if isinstance(dtypes, str) else set(dtypes.values())
-            difference = _verify(model, folder, exact=names == {"float32"})
+            difference = _verify(checkpoint, folder, step=step, revision=revision, exact=names)
             on_log(f"Largest difference of logits after loading it again: {difference:.3g}")
     return output
+
+
+@contextlib.contextmanager
+def _parameters(
+    source: Source, architecture: Architecture, *, grown: bool
+) -> Iterator[Mapping[str, Readable]]:
+    """Yields parameters that stay in their files until a part of them is asked for.
+
+    Those of a Hugging Face folder whose tokenizer has tokens without a row are loaded and grown.
+    """
+    if grown:
+        yield load(source.folder, device=jax.devices("cpu")[0]).params
+        return
+    abstract = architecture.abstract(make_numerics("float32")).params
+    shapes = {path: spec.shape for path, spec in abstract.items()}
+    if source.checkpoints is None:
+        with Reader() as reader:
+            yield open_params(
+                reader,
+                source.folder,
+                architecture.rules,
+                shapes,
+                ignore=architecture.ignored,
+                copies=architecture.copies,
+                prefix=architecture.prefix,
+            )
+        return
+    checkpoints = Checkpoints(source.checkpoints, read_only=True)
+    try:
+        yield checkpoints.open_params(shapes, source.step)
+    finally:
+        checkpoints.close()
+
+
+def _identity(source: Source) -> list[Any]:
+    """Returns what changes if the weights of a source do."""
+    if source.checkpoints is not None:
+        files = [source.checkpoints / str(source.step) / "_CHECKPOINT_METADATA"]
+    else:
+        files = sorted(source.folder.glob("*.safetensors"))
+    stats = [(file, file.stat()) for file in files]
+    return [[str(file.absolute()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
 def _write_generation_config(model: Model, folder: Path) -> None:
@@ -88,25 +167,34 @@ def _write_generation_config(model: Model, folder: Path) -> None:
     target.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def _verify(model: Model, folder: Path, *, exact: bool) -> float:
+def _verify(
+    checkpoint: str | Path, folder: Path, *, step: str, revision: str, exact: set[str]
+) -> float:
     """Returns the largest difference of logits between a model and its export, on random tokens.
 
     Args:
-      model: What was exported.
+      checkpoint: What was exported.
       folder: The export.
-      exact: Whether no tensor was rounded.
+      step: As for `export`.
+      revision: As for `export`.
+      exact: The types it was written in: in float32 nothing may differ.
 
     Raises:
       ModelError: If the exported folder holds other weights than rounding explains.
     """
+    # On the host: a model that needed several devices to train fits there.
+    host = jax.devices("cpu")[0]
+    model = load(checkpoint, step=step, revision=revision, device=host)
     config = model.architecture.config
     length = min(64, config.max_length)
     tokens = np.random.default_rng(0).integers(0, config.vocab, (2, length))
-    again = load(folder, device=jax.devices("cpu")[0])
-    ours, theirs = (jax.device_get(m(tokens)) for m in (model, again))
+    ours = jax.device_get(model(tokens))
+    del model
+    theirs = jax.device_get(load(folder, device=host)(tokens))
     difference = float(np.max(np.abs(ours - theirs)))
     # bfloat16 keeps 8 bits: logits move by a few hundredths of their size, not by their size.
-    if not difference <= (0.0 if exact else 0.1 * float(np.max(np.abs(ours)))):
+    most = 0.0 if exact == {"float32"} else 0.1 * float(np.max(np.abs(ours)))
+    if not difference <= most:
         raise ModelError(
             f"The export gives other logits than the model it was made of: they differ by up to "
             f"{difference:.3g}. Nothing was kept of it; report this with the model's config.json."

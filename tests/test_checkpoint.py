@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxft import checkpoint
 from jaxft.checkpoint import Checkpoints, Progress, progress_from_json, progress_to_json
 from jaxft.errors import CheckpointError
 from jaxft.state import TrainState, init_state
@@ -256,6 +257,49 @@ def test_reading_and_writing_print_nothing(tmp_path, capfd):
             checkpoints.restore_params(abstract(make_state(3)).params, checkpoints.best_step())
     assert not caught
     assert capfd.readouterr().err == ""
+
+
+def test_parts_of_parameters_are_read_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_CHUNK", 2**10)
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    values = np.arange(4 * 16 * 64, dtype=np.float32).reshape(4, 16, 64)
+    params = {
+        "layers.w": jax.device_put(values, NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))),
+        "embed.w": jnp.asarray(values.reshape(64, 64), jnp.bfloat16),
+    }
+    state = TrainState(jnp.int32(1), params, {}, {"count": jnp.int32(0)})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, progress=Progress(data={}), config={})
+        checkpoints.wait()
+        shapes = {path: value.shape for path, value in params.items()}
+        stored = checkpoints.open_params(shapes, 1)
+        index = (slice(2, 3), slice(3, 9), slice(0, 64))
+        np.testing.assert_array_equal(stored["layers.w"][index], values[index])
+        assert stored["embed.w"].shape == (64, 64)
+        rows = stored["embed.w"][3:5, 0:64]
+        np.testing.assert_array_equal(rows, params["embed.w"][3:5])
+        # A layer is a chunk of its own, and no chunk is larger than allowed.
+        chunks = {path: checkpoint_chunk(item) for path, item in stored.items()}
+        assert chunks["layers.w"] == (1, 16, 8)
+        assert np.prod(chunks["embed.w"]) * 2 <= 2**10
+        restored, _ = checkpoints.restore(abstract(state), 1)
+        np.testing.assert_array_equal(restored.params["layers.w"], values)
+
+
+def checkpoint_chunk(stored):
+    return tuple(stored._store.chunk_layout.read_chunk.shape)
+
+
+def test_parts_of_another_model_are_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(1), progress=Progress(data={}), config={})
+        checkpoints.wait()
+        with pytest.raises(CheckpointError, match=r"a\.w has shape \[8, 4\].*asks for \[8, 5\]"):
+            checkpoints.open_params({"a.w": (8, 5)}, 1)
+        with pytest.raises(CheckpointError, match=r"Checkpoint 1 in .* cannot be read"):
+            checkpoints.open_params({"c.w": (8, 5)}, 1)
+        with pytest.raises(CheckpointError, match=r"Checkpoint 2 in .* cannot be read"):
+            checkpoints.open_params({"a.w": (8, 4)}, 2)
 
 
 def test_progress_survives_json():

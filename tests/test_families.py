@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import jaxft
 from jaxft.config import OptimConfig, RunConfig
 from jaxft.data.batch import Batch
-from jaxft.errors import ModelError
+from jaxft.errors import ConfigError, ModelError
 from jaxft.generate import generate_tokens
 from jaxft.hf.load import load_params, tensor_dtypes
 from jaxft.hf.save import save_params
@@ -112,6 +113,35 @@ def test_import_then_export_gives_the_same_bytes(tmp_path, family, dtype):
     architecture, _, params = load_folder(tmp_path)
     save_params(target, architecture.rules, params, dtypes=tensor_dtypes(tmp_path))
     assert stored(target) == stored(tmp_path)
+
+
+def test_gpt2_files_without_the_name_of_the_body_go_in_and_out(shared, tmp_path):
+    """As the published ones are, which hold the causal mask, too."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    write_folder("gpt2_tied", folder)
+    bare = {
+        name.removeprefix("transformer."): value
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    masks = {f"h.{layer}.attn.bias": np.ones((1, 1, 8, 8), np.float32) for layer in range(2)}
+    save_file(bare | masks, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in (shared / "models" / "stories260K").glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = CASES["gpt2_tied"] | {"vocab_size": 512}
+    random = np.random.RandomState(0)
+    bare["wte.weight"] = random.randn(512, config["n_embd"]).astype(np.float32)
+    save_file(bare | masks, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    model = jaxft.load(folder)
+    logits = model(np.arange(12)[None])
+    target = jaxft.export(folder, tmp_path / "target", on_log=lambda text: None)
+    kept = load_file(target / "model.safetensors")
+    assert kept.keys() == bare.keys()
+    assert all(np.array_equal(kept[name], bare[name]) for name in bare)
+    np.testing.assert_array_equal(jaxft.load(target)(np.arange(12)[None]), logits)
+    with pytest.raises(ConfigError, match="a table of 48 positions and knows none beyond"):
+        model(np.zeros((1, 129), int))
 
 
 # Chosen so that windows are shorter than what is generated.

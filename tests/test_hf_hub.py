@@ -50,7 +50,10 @@ class Hub(BaseHTTPRequestHandler):
             repo, _, file = path.partition("/resolve/")
             if repo == "org/gated_files":
                 return self.answer(401, b"{}", "GatedRepo", "Access to this model is restricted")
-            self.answer(200, REPOS[repo][file.removeprefix(f"{COMMIT}/")])
+            content = REPOS[repo].get(file.partition("/")[2])
+            if content is None:
+                return self.answer(404, b"{}", "EntryNotFound", "Entry not found")
+            self.answer(200, content)
         else:
             self.answer(404, b"{}")
 

@@ -155,7 +155,9 @@ def test_a_folder_appears_whole(tmp_path):
         assert not output.exists()
     assert [file.name for file in output.iterdir()] == ["config.json"]
     assert [file.name for file in output.parent.iterdir()] == ["out"]
-    assert output.stat().st_mode & 0o777 == 0o777 & ~save._umask()
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert output.stat().st_mode == plain.stat().st_mode
 
 
 def test_an_error_leaves_nothing(tmp_path):
@@ -165,20 +167,122 @@ def test_an_error_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_kill_leaves_nothing_under_the_final_name(tmp_path):
+def killed_while_writing(output: Path, content: object) -> None:
+    """Lets a process write one file into the folder to be, and kills it."""
     program = (
-        "import os, signal, sys; from pathlib import Path\n"
+        "import json, os, signal, sys; from pathlib import Path\n"
         "from jaxft.hf.save import atomic_folder\n"
-        "with atomic_folder(Path(sys.argv[1])) as folder:\n"
+        "content = json.loads(sys.argv[2])\n"
+        "with atomic_folder(Path(sys.argv[1]), content=content) as folder:\n"
         "    (folder / 'config.json').write_text('{}'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "out")], cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", program, str(output), json.dumps(content)],
+        cwd=Path(__file__).parents[1],
     )
     assert done.returncode == -signal.SIGKILL
+
+
+def test_a_kill_leaves_nothing_under_the_final_name(tmp_path):
+    killed_while_writing(tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
     with atomic_folder(tmp_path / "out") as folder:  # what is left does not stand in the way
-        (folder / "config.json").write_text("{}")
+        assert not (folder / "config.json").exists()
+        (folder / "new").touch()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["new"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_content_goes_on_after_a_kill_and_another_starts_anew(tmp_path):
+    output = tmp_path / "out"
+    killed_while_writing(output, {"step": 1})
+    with pytest.raises(KeyboardInterrupt), atomic_folder(output, content={"step": 1}) as folder:
+        assert (folder / "config.json").is_file()
+        raise KeyboardInterrupt
+    with atomic_folder(output, content={"step": 2}) as folder:
+        assert not (folder / "config.json").exists()
+    assert not list(output.iterdir())
+
+
+def test_two_processes_do_not_write_the_same_folder(tmp_path):
+    with (
+        atomic_folder(tmp_path / "out"),
+        pytest.raises(ModelError, match="Another process is writing"),
+        atomic_folder(tmp_path / "out"),
+    ):
+        pass
+
+
+def test_files_that_are_complete_are_kept_and_torn_ones_written_again(tmp_path, params):
+    whole, target = tmp_path / "whole", tmp_path / "target"
+    whole.mkdir()
+    target.mkdir()
+    save_params(whole, RULES, params, dtypes="float32", max_shard_bytes=20_000)
+    kept, torn, other, short, *_ = sorted(whole.glob("*.safetensors"))
+    shutil.copy2(kept, target)
+    content = other.read_bytes()
+    (target / other.name).write_bytes(content.replace(b"model.layers.0", b"model.layers.7"))
+    assert (target / other.name).read_bytes() != content
+    (target / short.name).write_bytes(short.read_bytes()[:-4])
+    (target / torn.with_suffix(".unfinished").name).write_bytes(torn.read_bytes()[:1000])
+    before = (target / kept.name).stat()
+    count = save_params(target, RULES, params, dtypes="float32", max_shard_bytes=20_000)
+    assert count == 1
+    assert (target / kept.name).stat().st_mtime_ns == before.st_mtime_ns
+    assert stored_bytes(target) == stored_bytes(whole)
+    assert {file.name for file in target.iterdir()} == {file.name for file in whole.iterdir()}
+
+
+def test_tensors_are_written_in_rows_where_their_first_axis_is_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(save, "_ELEMENTS", 16)
+    rules = [
+        Rule("plain", "plain", "v d -> v d"),
+        Rule("turned", "{layer}.turned", "d f -> f d"),
+        Rule("grouped", "{layer}.grouped", "(n h) d -> n h d"),
+        Rule("even", "{layer}.woven", "e d (f +) -> e f d"),
+        Rule("odd", "{layer}.woven", "e d (f +) -> e f d"),
+        Rule("joined", "{layer}.joined", "(+ f) d -> f d"),
+        Rule("more", "{layer}.joined", "(+ f) d -> f d"),
+    ]
+    random = np.random.default_rng(0)
+    shapes = {"plain": (9, 4), "turned": (2, 3, 8), "grouped": (2, 3, 2, 4)}
+    shapes |= {"even": (2, 5, 3, 4), "odd": (2, 5, 3, 4), "joined": (2, 3, 4), "more": (2, 5, 4)}
+    arrays = {path: random.standard_normal(shape) for path, shape in shapes.items()}
+    asked = []
+
+    class Noted:
+        def __init__(self, array):
+            self.array, self.shape = array, array.shape
+
+        def __getitem__(self, index):
+            # A file, unlike an array, has nothing beyond its end.
+            within = zip(index, self.shape, strict=True)
+            assert all((part.stop or size) <= size for part, size in within)
+            asked.append(self.array[index].size)
+            return self.array[index]
+
+    noted = {path: Noted(array) for path, array in arrays.items()}
+    save_params(tmp_path, rules, noted, dtypes="float64")
+    saved = load_file(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(saved["plain"], arrays["plain"])
+    np.testing.assert_array_equal(saved["1.turned"], arrays["turned"][1].T)
+    np.testing.assert_array_equal(saved["0.grouped"], arrays["grouped"][0].reshape(6, 4))
+    pair = np.stack([arrays["even"][1], arrays["odd"][1]], axis=2).reshape(5, 6, 4)
+    np.testing.assert_array_equal(saved["1.woven"], pair.transpose(0, 2, 1))
+    joined = np.concatenate([arrays["joined"][0], arrays["more"][0]])
+    np.testing.assert_array_equal(saved["0.joined"], joined)
+    assert max(asked) == 24  # `grouped`, as a whole
+    assert sum(asked) == sum(array.size for array in arrays.values())
+
+
+def test_names_and_copies_are_written_as_the_file_had_them(tmp_path):
+    rules = [Rule("embed", "body.wte", "v d -> v d"), Rule("norm", "body.norm", "d -> d")]
+    arrays = {"embed": np.ones((3, 2), np.float32), "norm": np.ones(2, np.float32)}
+    copies = {"head": "body.wte", "other_head": "body.wte"}
+    dtypes = {"wte": "float32", "norm": "bfloat16", "head": "float16", "ignored": "int8"}
+    save_params(tmp_path, rules, arrays, dtypes=dtypes, copies=copies, prefix="body.")
+    dtypes.pop("ignored")
+    assert tensor_dtypes(tmp_path) == dtypes
 
 
 def test_a_folder_with_files_is_refused(tmp_path):
@@ -223,6 +327,6 @@ def test_a_disk_that_fills_up_while_writing_is_explained(tmp_path):
         pytest.raises(ModelError, match="could not be written: No space left"),
         atomic_folder(tmp_path / "out") as folder,
     ):
-        (folder / "model.safetensors").symlink_to("/dev/full")
+        (folder / "model.unfinished").symlink_to("/dev/full")
         save_params(folder, [Rule("a", "a", "d -> d")], {"a": jnp.ones(3)}, dtypes="float32")
     assert not list(tmp_path.iterdir())

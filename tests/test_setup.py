@@ -20,7 +20,7 @@ PACKAGE = ROOT / "jaxft"
 # Which layer a module or subpackage of jaxft belongs to; imports go to the same layer or down.
 LAYERS = {
     5: "cli flags __main__",
-    4: """__init__ trainer program evaluation generate exporter model planner
+    4: """__init__ trainer program conversion evaluation exporter generate model planner
           doctor report tables demo""",
     3: """train_step eval_step objectives checkpoint data
           metrics intervals periods progress charts vocabulary workdir signals""",

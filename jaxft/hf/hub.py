@@ -8,11 +8,14 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from jaxft.errors import ModelError
+from jaxft.hf.read import Entry
 
 # Everything but weights: configs, tokenizers of every kind, chat templates.
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "tokenizer.tiktoken"]
@@ -57,6 +60,27 @@ def resolve(path_or_repo_id: str, *, revision: str = "", weights: bool = True) -
     if weights and not any(snapshot.glob("*.safetensors")):
         raise ModelError(_no_safetensors(path_or_repo_id, revision))
     return snapshot
+
+
+def remote_tensors(repo: str, *, revision: str = "") -> dict[str, Entry]:
+    """Returns the tensors of a repository from the headers of its files, without the weights.
+
+    Raises:
+      ModelError: If the Hub cannot be asked, or there are no weights in safetensors.
+    """
+    try:
+        found = HfApi().get_safetensors_metadata(repo, revision=revision or None)
+    except NotASafetensorsRepoError:
+        raise ModelError(_no_safetensors(repo, revision)) from None
+    except SafetensorsParsingError as error:
+        raise ModelError(f"{repo} has a broken header: {error}.") from error
+    except Exception as error:  # the client passes on the errors of the transport it uses
+        raise ModelError(_explain(error, repo, revision)) from error
+    return {
+        name: Entry(Path(file), info.dtype, tuple(info.shape), *info.data_offsets)
+        for file, content in found.files_metadata.items()
+        for name, info in content.tensors.items()
+    }
 
 
 def conversion_hint(source: str) -> str:

@@ -158,6 +158,48 @@ def read_slices(
         }
 
 
+class StoredParameter:
+    """A parameter in Hugging Face files, of which only what is indexed is read, in its own type."""
+
+    def __init__(self, reader: Reader, sources: Sources, shape: tuple[int, ...]):
+        self.shape = shape
+        self._reader = reader
+        self._sources = sources
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        box = _box(index, self.shape)
+        leading = len(next(iter(self._sources)))
+        _, first = self._sources[tuple(part.start for part in box[:leading])]
+        values = np.empty(_shape(box), DTYPES[first.dtype])
+        self._reader.run(_tasks(self._sources, box, values))
+        return values
+
+
+def open_params(
+    reader: Reader,
+    folder: Path,
+    rules: Iterable[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    ignore: tuple[str, ...] = (),
+    copies: Mapping[str, str] | None = None,
+    prefix: str = "",
+) -> dict[str, StoredParameter]:
+    """Returns parameters that are read later, after the checks of `load_params`.
+
+    Args:
+      reader: Open for as long as they are used.
+      folder: As for `load_params`, like the other arguments.
+      rules: The family's table.
+      shapes: Of all parameters.
+      ignore: Tensors that may be there, unused.
+      copies: Tensors that may be there twice.
+      prefix: Start of names that files may leave out.
+    """
+    sources = _find(folder, rules, shapes, ignore, copies or {}, prefix)
+    return {path: StoredParameter(reader, sources[path], shape) for path, shape in shapes.items()}
+
+
 def _find(
     folder: Path,
     rules: Iterable[Rule],
@@ -456,13 +498,13 @@ def mismatches(
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
     unexpected = [name for name in unexpected if not is_known(name, ignore, copies)]
-    problems = [f"Missing: {group}." for group in _group(missing)]
-    problems += [f"Unexpected: {group}." for group in _group(unexpected)]
+    problems = [f"Missing: {group}." for group in group_names(missing)]
+    problems += [f"Unexpected: {group}." for group in group_names(unexpected)]
     reasons: dict[str, list[str]] = {}
     for name, tensor in expected.items():
         if reason := unfit(stored.get(name), tensor):
             reasons.setdefault(reason, []).append(name)
-    problems += [f"{group} {why}" for why, names in reasons.items() for group in _group(names)]
+    problems += [f"{group} {why}" for why, names in reasons.items() for group in group_names(names)]
     return problems
 
 
@@ -505,7 +547,7 @@ def _equal(copy: Stored | None, original: Stored | None) -> bool:
     )
 
 
-def _group(names: Iterable[str]) -> list[str]:
+def group_names(names: Iterable[str]) -> list[str]:
     """Returns names that differ by the number of their layer as one, such as `layers.{0-31}.q`."""
     groups: dict[tuple[str, str], list[int]] = {}
     lines = []

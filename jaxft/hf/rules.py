@@ -78,6 +78,14 @@ class Rule:
         """Axis of theirs that other rules share, and `+ first` or `+ last`; None for no `+`."""
         return self._split
 
+    @property
+    def rows(self) -> int | None:
+        """Axis of ours that is the first axis of theirs; None if that is a group or is shared."""
+        shared = self._split is not None and self._split[0] == 0
+        if shared or len(self._groups[0]) > 1:
+            return None
+        return self._letters.index(self._groups[0])
+
     def name(self, index: tuple[int, ...]) -> str:
         """Returns the name of the tensor at an index along our leading axes."""
         name = self.theirs

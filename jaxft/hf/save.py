@@ -1,7 +1,9 @@
 """Writes parameters as a Hugging Face folder that appears whole or not at all."""
 
 import contextlib
+import dataclasses
 import errno
+import fcntl
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -20,78 +23,171 @@ from jaxft.hf.rules import Rule, Tensor, expand
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _NAMED = {dtype.name: dtype for dtype in DTYPES.values()}
+# What an unfinished folder is being made of; it goes before the folder appears.
+_STAMP = "unfinished.json"
+# Tensors are written in rows of about so many elements, where their layout allows it.
+_ELEMENTS = 2**24
+
+
+class Readable(Protocol):
+    """A parameter of which parts can be had: a NumPy array, or one that is still in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """Returns what a slice for each axis selects."""
+        ...
 
 
 @contextlib.contextmanager
-def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty folder beside `output` that takes its name when the block ends well.
+def atomic_folder(
+    output: Path, overwrite: bool = False, *, content: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
+    """Yields a folder beside `output` that takes its name when the block ends well.
 
-    A block that fails removes it; a process that is killed leaves it under its temporary name
-    `.<name>.<random>`. Either way nothing appears at `output`, and what was there stays.
+    An error removes it. A process that is killed or interrupted leaves it as `.<name>.unfinished`,
+    and the next one that names the same content goes on with the files that are there; any other
+    starts anew. Nothing appears at `output` before the end, and what was there stays until then.
 
     Args:
       output: The folder to appear.
       overwrite: Replace a folder that is there; only one that holds a config.json is replaced.
+      content: What is written, as JSON can hold it; None never goes on with an older folder.
 
     Raises:
-      ModelError: If `output` is a file or a folder that may not be replaced, or the disk is full.
+      ModelError: If `output` is a file or a folder that may not be replaced, if another process is
+        writing it, or the disk is full.
     """
     output = output.expanduser().absolute()
     _check_replaceable(output, overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's folders are their owner's alone
-        _rename(partial, output)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    partial = output.parent / f".{output.name}.unfinished"
+    partial.mkdir(exist_ok=True)
+    with _locked(partial, output):
+        try:
+            _prepare(partial, content)
+            yield partial
+            (partial / _STAMP).unlink()
+            _rename(partial, output)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ModelError(f"{output} could not be written: {error.strerror}.") from error
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        raise ModelError(f"{output} could not be written: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, output: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process; two that write the same folder would mix."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ModelError(f"Another process is writing {output}; wait for it.") from None
+    try:
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _prepare(partial: Path, content: Mapping[str, Any] | None) -> None:
+    """Empties the folder unless it holds a part of the same content."""
+    stamp = partial / _STAMP
+    text = json.dumps(content, indent=1, sort_keys=True)
+    try:
+        same = content is not None and stamp.read_text(encoding="utf-8") == text
+    except (OSError, ValueError):
+        same = False
+    if same:
+        return
+    for path in partial.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    stamp.write_text(text, encoding="utf-8")
 
 
 def save_params(
     folder: Path,
     rules: Iterable[Rule],
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, Readable],
     *,
     dtypes: Mapping[str, str] | str,
+    copies: Mapping[str, str] | None = None,
+    prefix: str = "",
     max_shard_bytes: int = 5_000_000_000,
-) -> None:
+) -> int:
     """Writes parameters as safetensors in their names and layouts, one file or several shards.
 
-    Host memory holds one tensor at a time. All of `params` must be addressable by this process.
+    A file appears under its name when it is complete; one that is there with the same tensors is
+    kept, whatever their values. Host memory holds some rows of one tensor at a time, or all of it
+    where its first axis is a group of ours, such as heads. JAX arrays come to the host as a whole.
 
     Args:
       folder: Where the files go; it exists.
       rules: The family's table, the one that loading uses.
-      params: `{dotted path: array}`.
-      dtypes: 'float32', 'float16', 'bfloat16' or 'float64' for all, or one for each of their names.
+      params: `{dotted path: parameter}`.
+      dtypes: 'float32', 'float16', 'bfloat16' or 'float64' for all, or one for each of their names,
+        which then are the names that are written.
+      copies: `{name: other name}` of tensors that are written a second time if `dtypes` names them.
+      prefix: Start of names that `dtypes` may leave out.
       max_shard_bytes: Largest shard; a tensor above it gets a shard of its own.
+
+    Returns:
+      The number of files of weights that were there already.
 
     Raises:
       ModelError: If the disk has too little room.
     """
-    tensors = list(expand(rules, {path: array.shape for path, array in params.items()}))
+    params = {p: np.asarray(v) if isinstance(v, jax.Array) else v for p, v in params.items()}
+    tensors = list(expand(rules, {path: param.shape for path, param in params.items()}))
+    if not isinstance(dtypes, str):
+        tensors = _named_as(tensors, dtypes, copies or {}, prefix)
     stored = {
         tensor.name: _NAMED[dtypes if isinstance(dtypes, str) else dtypes[tensor.name]]
         for tensor in tensors
     }
     shards = _split(tensors, stored, max_shard_bytes)
-    total = sum(_size(tensor, stored) for tensor in tensors)
-    _check_room(folder, total)
-    if len(shards) == 1:
-        _write(folder / SINGLE, shards[0], params, stored)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write(folder / name, shard, params, stored)
-        weight_map |= {tensor.name: name for tensor in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    files = _file_names(len(shards))
+    missing = [
+        number
+        for number, shard in enumerate(shards)
+        if not _is_complete(folder / files[number], shard, stored)
+    ]
+    _check_room(folder, sum(_size(t, stored) for number in missing for t in shards[number]))
+    for number in missing:
+        _write(folder / files[number], shards[number], params, stored)
+    if len(shards) > 1:
+        weight_map = {
+            t.name: file for file, shard in zip(files, shards, strict=True) for t in shard
+        }
+        metadata = {"total_size": sum(_size(tensor, stored) for tensor in tensors)}
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
+        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+    return len(files) - len(missing)
+
+
+def _named_as(
+    tensors: list[Tensor], names: Iterable[str], copies: Mapping[str, str], prefix: str
+) -> list[Tensor]:
+    """Returns tensors under the names that a file had, with those it had twice."""
+    known = set(names)
+
+    def as_written(name: str) -> str:
+        bare = name.removeprefix(prefix)
+        return bare if name not in known and bare in known else name
+
+    by_name = {tensor.name: tensor for tensor in tensors}
+    again = {name: other for name, other in copies.items() if as_written(name) in known}
+    return [
+        dataclasses.replace(by_name[other], name=as_written(name))
+        for name, other in {**{name: name for name in by_name}, **again}.items()
+    ]
 
 
 def _split(tensors: list[Tensor], stored: Mapping[str, np.dtype], limit: int) -> list[list[Tensor]]:
@@ -105,17 +201,26 @@ def _split(tensors: list[Tensor], stored: Mapping[str, np.dtype], limit: int) ->
             room = limit
         shards[-1].append(tensor)
         room -= size
-    return shards
-
-
-def _write(
-    file: Path,
-    tensors: list[Tensor],
-    params: Mapping[str, jax.Array],
-    stored: Mapping[str, np.dtype],
-) -> None:
     # Wide types first keep every tensor aligned to its own item size.
-    tensors = sorted(tensors, key=lambda tensor: -stored[tensor.name].itemsize)
+    return [sorted(shard, key=lambda tensor: -stored[tensor.name].itemsize) for shard in shards]
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _is_complete(file: Path, tensors: list[Tensor], stored: Mapping[str, np.dtype]) -> bool:
+    if not file.is_file():
+        return False
+    header = _header(tensors, stored)
+    with file.open("rb") as stream:
+        same = stream.read(len(header)) == header
+    return same and file.stat().st_size == len(header) + sum(_size(t, stored) for t in tensors)
+
+
+def _header(tensors: list[Tensor], stored: Mapping[str, np.dtype]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
@@ -128,29 +233,46 @@ def _write(
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(
+    file: Path,
+    tensors: list[Tensor],
+    params: Mapping[str, Readable],
+    stored: Mapping[str, np.dtype],
+) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    with unfinished.open("wb") as stream:
+        stream.write(_header(tensors, stored))
         for tensor in tensors:
-            ours = [_fetch(params[part.rule.ours], part.index) for part in tensor.parts]
-            theirs = tensor.to_theirs(ours).astype(stored[tensor.name], copy=False)
-            stream.write(theirs.reshape(-1).view(np.uint8).data)
+            for rows in _rows(tensor, params):
+                values = rows.astype(stored[tensor.name], copy=False)
+                stream.write(values.reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
+    unfinished.rename(file)
 
 
-def _fetch(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
-    """Returns a parameter, or what `index` selects, put together from the devices that hold it."""
-    if not index:
-        return np.asarray(array)
-    values = np.empty(array.shape[len(index) :], array.dtype)
-    # Indexing the whole array would ask the compiler to reshard it.
-    for shard in array.addressable_shards:
-        held = [range(*s.indices(n)) for s, n in zip(shard.index, array.shape, strict=True)]
-        inside = all(number in part for number, part in zip(index, held, strict=False))
-        if shard.replica_id == 0 and inside:
-            place = tuple(number - part.start for number, part in zip(index, held, strict=False))
-            values[shard.index[len(index) :]] = shard.data[place]
-    return values
+def _rows(tensor: Tensor, params: Mapping[str, Readable]) -> Iterator[np.ndarray]:
+    """Yields a tensor of theirs from its first row to its last, some rows at a time."""
+    axes = [part.rule.rows for part in tensor.parts]
+    count = math.prod(tensor.shape[:1])
+    step = max(1, _ELEMENTS * count // max(1, math.prod(tensor.shape)))
+    if None in axes:
+        step = count
+    for start in range(0, count, step):
+        taken = slice(start, min(start + step, count))
+        arrays = []
+        for part, axis in zip(tensor.parts, axes, strict=True):
+            leading = tuple(slice(number, number + 1) for number in part.index)
+            inner = [slice(None)] * len(part.shape)
+            if axis is not None:
+                inner[axis] = taken
+            values = np.asarray(params[part.rule.ours][(*leading, *inner)])
+            arrays.append(values.reshape(values.shape[len(leading) :]))
+        shape = (taken.stop - taken.start, *tensor.shape[1:])[: len(tensor.shape)]
+        yield dataclasses.replace(tensor, shape=shape).to_theirs(arrays)
 
 
 def _size(tensor: Tensor, stored: Mapping[str, np.dtype]) -> int:
@@ -191,9 +313,3 @@ def _rename(partial: Path, output: Path) -> None:
     output.rename(old)
     partial.rename(output)
     shutil.rmtree(old)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,208 @@
+"""Says how each parameter of a model is stored, and what does not fit, without reading weights."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jaxft.hf.hub import remote_tensors, resolve
+from jaxft.hf.load import (
+    group_names,
+    is_known,
+    named_as,
+    paired,
+    read_config,
+    stored_tensors,
+    unfit,
+)
+from jaxft.hf.read import DTYPES, Entry, Stored
+from jaxft.hf.rules import Tensor, expand
+from jaxft.models.config import make_numerics
+from jaxft.models.families import Architecture, architecture_from_hf
+
+type Shape = tuple[int, ...]
+
+_HEADER = ("parameter", "shape", "type", "tensor", "layout", "shape", "type", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One rule, or a name that no rule knows.
+
+    Attributes:
+      ours: Dotted path of the parameter; empty where there is none.
+      shape: Of the whole parameter.
+      dtype: What it is loaded as.
+      theirs: Names of its tensors as a pattern.
+      layout: From their axes to ours.
+      shape_theirs: What each of their tensors should be, or is where no rule knows it.
+      dtypes: How they are stored.
+      state: `ok`, or what is the matter.
+      fits: Whether it does not keep the model from being loaded.
+    """
+
+    ours: str
+    shape: Shape
+    dtype: str
+    theirs: str
+    layout: str
+    shape_theirs: Shape
+    dtypes: tuple[str, ...]
+    state: str
+    fits: bool
+
+    def cells(self) -> tuple[str, ...]:
+        """Returns the texts of a row of the table."""
+        shapes = ("×".join(map(str, shape)) for shape in (self.shape, self.shape_theirs))
+        ours, theirs = shapes
+        stored = ", ".join(self.dtypes)
+        return (self.ours, ours, self.dtype, self.theirs, self.layout, theirs, stored, self.state)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a model consists of and whether it can be loaded.
+
+    Attributes:
+      lines: One for each rule that the model uses, then the names that no rule knows.
+      problems: Of files that cannot be read.
+      parameters: Number of parameters.
+      loaded_bytes: Their size once loaded.
+      stored_bytes: Their size in the files.
+    """
+
+    lines: list[Line]
+    problems: list[str]
+    parameters: int
+    loaded_bytes: int
+    stored_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything is there, as it should be."""
+        return not self.problems and all(line.fits for line in self.lines)
+
+
+def check(path_or_repo_id: str | Path, *, revision: str = "", dtypes: str = "float32") -> Check:
+    """Compares the headers of a model's files with what its config.json asks for.
+
+    Of a repository that is not in the cache, only the small files and the headers are fetched.
+
+    Args:
+      path_or_repo_id: Folder with config.json and safetensors, or repository id.
+      revision: Branch, tag or commit of a repository id.
+      dtypes: `float32`, `mixed` or `bfloat16`, as it would be loaded.
+
+    Raises:
+      ModelError: If it cannot be found or its family is not supported.
+    """
+    folder = resolve(str(path_or_repo_id), revision=revision, weights=False)
+    architecture = architecture_from_hf(read_config(folder))
+    params = architecture.abstract(make_numerics(dtypes)).params
+    remote = not Path(path_or_repo_id).expanduser().is_dir()
+    if remote and not any(folder.glob("*.safetensors")):
+        stored = paired(remote_tensors(str(path_or_repo_id), revision=revision))
+        problems = []
+    else:
+        stored, problems = stored_tensors(folder)
+    tensors = list(expand(architecture.rules, {path: spec.shape for path, spec in params.items()}))
+    expected = {tensor.name: tensor for tensor in tensors}
+    stored = named_as(stored, [*expected, *architecture.copies], architecture.prefix)
+    lines = list(_known(architecture, params, tensors, stored))
+    lines += _unknown(architecture, expected, stored)
+    return Check(
+        lines,
+        problems,
+        parameters=sum(math.prod(spec.shape) for spec in params.values()),
+        loaded_bytes=sum(math.prod(s.shape) * s.dtype.itemsize for s in params.values()),
+        stored_bytes=sum(s.size for name in expected if (s := stored.get(name)) is not None),
+    )
+
+
+def _known(
+    architecture: Architecture,
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: list[Tensor],
+    stored: Mapping[str, Stored | None],
+) -> Iterator[Line]:
+    of_rule: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        for part in tensor.parts:
+            of_rule.setdefault(part.rule.ours, []).append(tensor)
+    for rule in architecture.rules:
+        if rule.ours in params:
+            spec = params[rule.ours]
+            state, fits = _state(of_rule[rule.ours], stored)
+            yield Line(
+                rule.ours,
+                spec.shape,
+                spec.dtype.name,
+                rule.theirs,
+                rule.layout,
+                of_rule[rule.ours][0].shape,
+                _dtypes(of_rule[rule.ours], stored),
+                state,
+                fits,
+            )
+
+
+def _state(tensors: list[Tensor], stored: Mapping[str, Stored | None]) -> tuple[str, bool]:
+    """Returns what is the matter with the tensors of a rule, and whether it is nothing."""
+    missing = [tensor.name for tensor in tensors if tensor.name not in stored]
+    unreadable = [t.name for t in tensors if stored.get(t.name, missing) is None]
+    reasons = dict.fromkeys(unfit(stored.get(tensor.name), tensor) for tensor in tensors)
+    states = [f"MISSING {name}" for name in group_names(missing)]
+    states += [f"UNREADABLE {name}" for name in group_names(unreadable)]
+    states += [f"WRONG: {reason}" for reason in reasons if reason]
+    return "; ".join(states) or "ok", not states
+
+
+def _unknown(
+    architecture: Architecture,
+    expected: Mapping[str, Tensor],
+    stored: Mapping[str, Stored | None],
+) -> Iterator[Line]:
+    extra: dict[tuple[str, bool, Shape, tuple[str, ...]], list[str]] = {}
+    for name, entry in stored.items():
+        if name in expected or entry is None:
+            continue
+        known = is_known(name, architecture.ignored, architecture.copies)
+        state = f"copy of {architecture.copies[name]}" if name in architecture.copies else "ignored"
+        key = (state if known else "UNEXPECTED", known, entry.shape, _words([entry]))
+        extra.setdefault(key, []).append(name)
+    for (state, fits, shape, dtypes), names in extra.items():
+        for group in group_names(names):
+            yield Line("", (), "", group, "", shape, dtypes, state, fits)
+
+
+def _dtypes(tensors: list[Tensor], stored: Mapping[str, Stored | None]) -> tuple[str, ...]:
+    found = (stored.get(tensor.name) for tensor in tensors)
+    return _words([entry for entry in found if entry is not None])
+
+
+def _words(entries: list[Stored]) -> tuple[str, ...]:
+    words = (
+        "mxfp4"
+        if not isinstance(entry, Entry)
+        else DTYPES[entry.dtype].name
+        if entry.dtype in DTYPES
+        else entry.dtype
+        for entry in entries
+    )
+    return tuple(dict.fromkeys(words))
+
+
+def describe(found: Check) -> str:
+    """Returns the table, the totals and the problems as text."""
+    rows = [_HEADER, *(line.cells() for line in found.lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    bad = sum(not line.fits for line in found.lines) + len(found.problems)
+    totals = (
+        f"{found.parameters:,} parameters; {found.stored_bytes / 1e9:,.2f} GB in the files, "
+        f"{found.loaded_bytes / 1e9:,.2f} GB loaded. "
+        + (f"Lines that do not fit: {bad}." if bad else "Everything fits.")
+    )
+    return "\n".join([*table, "", *found.problems, totals])
