@@ -230,7 +230,7 @@ class Checkpoints:
         context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
         try:
             zarr3 = json.loads((folder / "_METADATA").read_text()).get("use_zarr3")
-            base = {"driver": "ocdbt", "base": f"file://{folder}"}
+            base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
             driver = "zarr3" if zarr3 else "zarr"
             opening = {
                 path: ts.open(
@@ -331,10 +331,11 @@ class Stored:
 
 
 def _chunks(array: jax.Array) -> ocp.SaveArgs:
-    """Returns how an array is cut on disk: large stacks of layers into single layers."""
+    """Returns how an array is cut on disk: large stacks into layers, and into heads or experts."""
     if array.nbytes <= _CHUNK:
         return ocp.SaveArgs()
-    return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,) if array.ndim > 2 else ())
+    axes = {3: (0,), 4: (0, 1)}.get(array.ndim, ())
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=axes)
 
 
 def _reason(error: BaseException) -> str:

@@ -169,7 +169,8 @@ def _unknown(
         if name in expected or entry is None:
             continue
         known = is_known(name, architecture.ignored, architecture.copies)
-        state = f"copy of {architecture.copies[name]}" if name in architecture.copies else "ignored"
+        copied = architecture.copies.get(name)
+        state = f"copy of {copied} (values not compared)" if copied else "ignored"
         key = (state if known else "UNEXPECTED", known, entry.shape, _words([entry]))
         extra.setdefault(key, []).append(name)
     for (state, fits, shape, dtypes), names in extra.items():

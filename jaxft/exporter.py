@@ -38,7 +38,8 @@ def export(
 ) -> Path:
     """Writes safetensors, config.json, generation_config.json, tokenizer and chat template.
 
-    The weights go from file to file, a part of a tensor at a time. An export that was killed goes
+    The weights go from file to file, a part of a tensor at a time; only a Hugging Face folder whose
+    tokenizer has tokens without a row is loaded as a whole. An export that was killed goes
     on where it stopped when it is started again with the same arguments.
 
     Args:
@@ -70,6 +71,7 @@ def export(
     architecture = with_rows_for(stored_architecture, tokenizer)
     config["vocab_size"] = architecture.config.vocab
     output = Path(output).expanduser()
+    _check_apart(output, source)
     if source.checkpoints is not None:
         on_log(f"Exporting checkpoint {source.step} of {source.checkpoints.parent}.")
     stored = tensor_dtypes_of(source)
@@ -137,6 +139,15 @@ def _parameters(
         yield checkpoints.open_params(shapes, source.step)
     finally:
         checkpoints.close()
+
+
+def _check_apart(output: Path, source: Source) -> None:
+    """Raises ModelError where replacing `output` would delete what is exported."""
+    for folder in (source.folder, source.checkpoints):
+        if folder is not None and folder.resolve().is_relative_to(output.resolve()):
+            raise ModelError(
+                f"{output} holds what is exported, {folder}. Name a folder apart from it."
+            )
 
 
 def _identity(source: Source) -> list[Any]:

@@ -80,7 +80,9 @@ def test_all_that_does_not_fit_is_in_the_table(folder):
 def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_a_copy(tmp_path):
     write_folder("mqa_tied", tmp_path)
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    assert states(tmp_path) == {"lm_head.weight": "copy of model.embed_tokens.weight"}
+    assert states(tmp_path) == {
+        "lm_head.weight": "copy of model.embed_tokens.weight (values not compared)"
+    }
     assert check(tmp_path).fits  # its values are not read
 
 

@@ -271,3 +271,13 @@ def test_logits_of_the_export_are_those_of_the_model(base, tmp_path):
     tokens = np.arange(12).reshape(2, 6)
     output = jaxft.export(base, tmp_path / "out", on_log=quiet)
     assert np.array_equal(jaxft.load(base)(tokens), jaxft.load(output)(tokens))
+
+
+def test_what_is_exported_is_not_deleted_by_its_own_export(tmp_path, shared):
+    base = tmp_path / "base"
+    shutil.copytree(shared / "models" / "stories260K", base)
+    (tmp_path / "config.json").write_text("{}")
+    for output in (tmp_path, base):
+        with pytest.raises(ModelError, match="holds what is exported"):
+            jaxft.export(base, output, overwrite=True)
+    assert (base / "model.safetensors").is_file()

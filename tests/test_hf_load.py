@@ -610,3 +610,36 @@ def test_a_real_model_loads(shared):
     config = read_config(folder)
     params = load_params(folder, RULES, abstract_params(config))
     assert sum(param.size for param in params.values()) == 260_032
+
+
+def load_vector(folder: Path, **arguments) -> jax.Array:
+    abstract = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    return load_params(folder, [Rule("w", "body.w", "d -> d")], abstract, **arguments)["w"]
+
+
+def test_a_file_without_tensors_names_what_is_missing(tmp_path):
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"Missing: body\.w"):
+        load_vector(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"body.w": 3}}')
+    with pytest.raises(ModelError, match="has no 'weight_map'"):
+        load_vector(tmp_path)
+
+
+def test_a_name_with_and_without_its_prefix_is_one_too_many(tmp_path):
+    values = np.arange(3, dtype=np.float32)
+    save_file({"w": values}, tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(load_vector(tmp_path, prefix="body."), values)
+    save_file({"w": values, "body.w": values + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"Unexpected: w\."):
+        load_vector(tmp_path, prefix="body.")
+
+
+def test_copies_are_equal_if_their_bytes_are(tmp_path):
+    values = np.array([1.0, np.nan, 2.0], np.float32)
+    save_file({"body.w": values, "copy": values.copy()}, tmp_path / "model.safetensors")
+    assert np.isnan(load_vector(tmp_path, copies={"copy": "body.w"})[1])
+    save_file({"body.w": values, "copy": values + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"copy differs from body\.w"):
+        load_vector(tmp_path, copies={"copy": "body.w"})

@@ -143,7 +143,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, params, monkey
     target.mkdir()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    with pytest.raises(ModelError, match=r"The weights take 0\.0 GB.*Make room"):
+    with pytest.raises(ModelError, match=r"The weights take 7\.85e-05 GB more.*Make room"):
         save_params(target, RULES, params, dtypes="float32")
     assert not list(target.iterdir())
 
@@ -207,7 +207,7 @@ def test_the_same_content_goes_on_after_a_kill_and_another_starts_anew(tmp_path)
 def test_two_processes_do_not_write_the_same_folder(tmp_path):
     with (
         atomic_folder(tmp_path / "out"),
-        pytest.raises(ModelError, match="Another process is writing"),
+        pytest.raises(ModelError, match="Another process of this machine is writing"),
         atomic_folder(tmp_path / "out"),
     ):
         pass
@@ -329,4 +329,46 @@ def test_a_disk_that_fills_up_while_writing_is_explained(tmp_path):
     ):
         (folder / "model.unfinished").symlink_to("/dev/full")
         save_params(folder, [Rule("a", "a", "d -> d")], {"a": jnp.ones(3)}, dtypes="float32")
-    assert not list(tmp_path.iterdir())
+    # What is complete waits for room.
+    assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
+
+
+def test_what_appears_while_a_folder_is_written_is_not_replaced(tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(ModelError, match="exists and is not empty"), atomic_folder(output) as part:
+        (part / "config.json").write_text("{}")
+        output.mkdir()
+        (output / "thesis.tex").write_text("years")
+    assert (output / "thesis.tex").read_text() == "years"
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "config.json").write_text("old")
+    (tmp_path / "latest").symlink_to("real")
+    with atomic_folder(tmp_path / "latest", overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert (tmp_path / "latest").is_symlink()
+    assert (tmp_path / "real" / "config.json").read_text() == "new"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    with pytest.raises(ModelError, match="cannot be made"), atomic_folder(Path("/dev/null/x")):
+        pass
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path):
+    params = {"a": np.float32([1.0, -1e5])}
+    with pytest.raises(ModelError, match="a has values up to 100000, which float16 cannot hold"):
+        save_params(tmp_path, [Rule("a", "a", "d -> d")], params, dtypes="float16")
+
+
+def test_weights_of_another_number_of_files_are_removed(tmp_path, params):
+    target = tmp_path / "target"
+    target.mkdir()
+    save_params(target, RULES, params, dtypes="float32")
+    save_params(target, RULES, params, dtypes="float32", max_shard_bytes=20_000)
+    assert not (target / "model.safetensors").exists()
+    assert len(list(target.glob("model-*.safetensors"))) > 1
+    save_params(target, RULES, params, dtypes="float32")
+    assert [file.name for file in target.iterdir()] == ["model.safetensors"]

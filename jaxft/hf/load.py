@@ -212,7 +212,8 @@ def _find(
     tensors = list(expand(rules, shapes))
     stored, problems = stored_tensors(folder)
     stored = named_as(stored, [*(tensor.name for tensor in tensors), *copies], prefix)
-    problems += mismatches(stored, tensors, ignore, copies)
+    if stored or not problems:
+        problems += mismatches(stored, tensors, ignore, copies)
     if not problems:
         problems = _differing(stored, copies)
     if problems:
@@ -427,7 +428,8 @@ def named_as(
     """Returns tensors under the names that are expected where files leave out their prefix."""
     known = set(expected)
     return {
-        prefix + name if prefix + name in known else name: entry for name, entry in stored.items()
+        prefix + name if prefix + name in known - stored.keys() else name: entry
+        for name, entry in stored.items()
     }
 
 
@@ -437,7 +439,7 @@ def _scan(folder: Path) -> tuple[dict[str, Entry | None], list[str]]:
     if not (folder / INDEX).is_file():
         raise ModelError(_no_weights(folder))
     names = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict):
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
         raise ModelError(f"{folder / INDEX} has no 'weight_map' that names a file per tensor.")
     stored: dict[str, dict[str, Entry | None]] = {}
     problems = []
@@ -477,6 +479,8 @@ def _scan_file(file: Path) -> tuple[dict[str, Entry | None], list[str]]:
         hint = _lfs_hint(file) or " It is truncated or not a safetensors file; download it again."
         return {}, [f"{file.name} has no readable header in its {size} bytes.{hint}"]
     end = max((entry.end for entry in entries.values() if entry), default=8 + length)
+    if any(not 8 + length <= entry.start <= entry.end for entry in entries.values() if entry):
+        return {}, [f"{file.name} has offsets outside of its data; download it again."]
     if size != end:
         word = "truncated" if size < end else "damaged"
         return entries, [
@@ -492,8 +496,6 @@ def mismatches(
     copies: Mapping[str, str],
 ) -> list[str]:
     """Returns what keeps these tensors from being loaded, judged by names, shapes and types."""
-    if not stored:
-        return []
     expected = {tensor.name: tensor for tensor in tensors}
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
@@ -537,10 +539,11 @@ def _equal(copy: Stored | None, original: Stored | None) -> bool:
     """Compares values a part at a time, so that neither tensor is ever held as a whole."""
     if not isinstance(copy, Entry) or not isinstance(original, Entry):
         return False
-    if copy.shape != original.shape:
+    if copy.shape != original.shape or copy.dtype != original.dtype or copy.problem():
         return False
     rows = max(1, 2**22 // math.prod(copy.shape[1:]))
-    left, right = copy.map(), original.map()
+    # Bytes, because a value that is not a number does not equal itself.
+    left, right = (entry.map().view(np.uint8) for entry in (copy, original))
     return all(
         np.array_equal(left[row : row + rows], right[row : row + rows])
         for row in range(0, copy.shape[0], rows)

@@ -1,4 +1,4 @@
-"""Reads parts of stored tensors: the bytes they lie in, no others, with several threads."""
+"""Reads parts of stored tensors: the bytes they lie in and gaps of less than a page."""
 
 import itertools
 import math

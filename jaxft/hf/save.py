@@ -29,6 +29,10 @@ _STAMP = "unfinished.json"
 _ELEMENTS = 2**24
 
 
+class _NoRoomError(ModelError):
+    """The disk is too small; what is written stays."""
+
+
 class Readable(Protocol):
     """A parameter of which parts can be had: a NumPy array, or one that is still in a file."""
 
@@ -48,9 +52,10 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yields a folder beside `output` that takes its name when the block ends well.
 
-    An error removes it. A process that is killed or interrupted leaves it as `.<name>.unfinished`,
-    and the next one that names the same content goes on with the files that are there; any other
-    starts anew. Nothing appears at `output` before the end, and what was there stays until then.
+    An error removes it. A process that is killed, interrupted or out of disk leaves it as
+    `.<name>.unfinished`, and the next one that names the same content goes on with the files that
+    are there; any other starts anew. Nothing appears at `output` before the end, and what was there
+    stays until then.
 
     Args:
       output: The folder to appear.
@@ -61,22 +66,31 @@ def atomic_folder(
       ModelError: If `output` is a file or a folder that may not be replaced, if another process is
         writing it, or the disk is full.
     """
-    output = output.expanduser().absolute()
+    output = output.expanduser().resolve()  # a link stays; what it names is replaced
     _check_replaceable(output, overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.unfinished"
-    partial.mkdir(exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"{partial} cannot be made: {error.strerror}.") from error
     with _locked(partial, output):
         try:
             _prepare(partial, content)
             yield partial
+            # What has appeared in the meantime is not ours to replace.
+            _check_replaceable(output, overwrite)
             (partial / _STAMP).unlink()
             _rename(partial, output)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ModelError(
+                    f"{output} could not be written: {error.strerror}. Make room; the same command "
+                    "then goes on with the files that are complete."
+                ) from error
             shutil.rmtree(partial, ignore_errors=True)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ModelError(f"{output} could not be written: {error.strerror}.") from error
+            raise
+        except _NoRoomError:
+            raise
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -88,9 +102,11 @@ def _locked(partial: Path, output: Path) -> Iterator[None]:
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(descriptor)
-        raise ModelError(f"Another process is writing {output}; wait for it.") from None
+        raise ModelError(
+            f"Another process of this machine is writing {output}; wait for it ({error.strerror})."
+        ) from None
     try:
         yield
     finally:
@@ -154,6 +170,9 @@ def save_params(
     }
     shards = _split(tensors, stored, max_shard_bytes)
     files = _file_names(len(shards))
+    for file in [*folder.glob("*.unfinished"), *folder.glob("*.safetensors"), folder / INDEX]:
+        if file.name not in files and not file.is_symlink():
+            file.unlink(missing_ok=True)
     missing = [
         number
         for number, shard in enumerate(shards)
@@ -247,11 +266,25 @@ def _write(
         stream.write(_header(tensors, stored))
         for tensor in tensors:
             for rows in _rows(tensor, params):
-                values = rows.astype(stored[tensor.name], copy=False)
+                values = _cast(rows, stored[tensor.name], tensor.name)
                 stream.write(values.reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.rename(file)
+
+
+def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Returns values in another type; float16 has no room for what exceeds 65504."""
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype, copy=False)
+    if dtype == np.float16 and values.dtype != dtype:
+        lost = np.isinf(cast) & ~np.isinf(values)
+        if lost.any():
+            largest = float(np.max(np.abs(values[lost].astype(np.float32))))
+            raise ModelError(
+                f"{name} has values up to {largest:g}, which float16 cannot hold. Use bfloat16."
+            )
+    return cast
 
 
 def _rows(tensor: Tensor, params: Mapping[str, Readable]) -> Iterator[np.ndarray]:
@@ -282,9 +315,9 @@ def _size(tensor: Tensor, stored: Mapping[str, np.dtype]) -> int:
 def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ModelError(
-            f"The weights take {needed / 1e9:.1f} GB, but the disk of {folder} has "
-            f"{free / 1e9:.1f} GB free. Make room, or export to another disk."
+        raise _NoRoomError(
+            f"The weights take {needed / 1e9:.3g} GB more, but the disk of {folder} has "
+            f"{free / 1e9:.3g} GB free. Make room, or export to another disk."
         )
 
 
@@ -311,5 +344,9 @@ def _rename(partial: Path, output: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old)
+    try:
+        partial.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
