@@ -118,8 +118,15 @@ def test_the_balance_loss_follows_its_formula():
     np.testing.assert_allclose(balance_loss(routing), 4 * (shares * means).sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("strategy", "tensor"), [("fsdp", 1), ("fsdp_tp", 2)])
-@pytest.mark.parametrize("capacity", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("strategy", "tensor", "capacity"),
+    [
+        ("fsdp_tp", 2, 0.0),
+        ("fsdp", 1, 1.0),
+        pytest.param("fsdp", 1, 0.0, marks=pytest.mark.slow),
+        pytest.param("fsdp_tp", 2, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_on_a_mesh_equals_one_on_one_device(strategy, tensor, capacity):
     tiny = load_tiny("gpt_oss_packed")
     settings = {"model__expert_capacity": capacity, "objective__balance": 0.5}

@@ -172,6 +172,7 @@ def test_decoding_with_a_cache_equals_whole_forward_passes(tmp_path, family):
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["gemma2_packed", "gpt2_packed", "olmo2_packed", "phi3_packed", "qwen2_packed"]
 )
