@@ -16,7 +16,7 @@ from jaxft.hf.load import open_params, read_config
 from jaxft.hf.read import Reader
 from jaxft.hf.save import Readable, atomic_folder, save_params
 from jaxft.hf.tokenizer import load_tokenizer, save_tokenizer
-from jaxft.model import Model, Source, find_source, load, tensor_dtypes_of
+from jaxft.model import Model, Source, find_source, hf_config, load, tensor_dtypes_of
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.vocabulary import with_rows_for
@@ -66,17 +66,17 @@ def export(
         )
     source = find_source(checkpoint, step=step, revision=revision)
     tokenizer = load_tokenizer(source.folder)
-    config = read_config(source.folder)
-    stored_architecture = architecture_from_hf(config)
+    read = read_config(source.folder)
+    stored_architecture = architecture_from_hf(read)
     architecture = with_rows_for(stored_architecture, tokenizer)
-    config["vocab_size"] = architecture.config.vocab
+    config = hf_config(source, architecture)
     output = Path(output).expanduser()
     _check_apart(output, source)
     if source.checkpoints is not None:
         on_log(f"Exporting checkpoint {source.step} of {source.checkpoints.parent}.")
     stored = tensor_dtypes_of(source)
     dtypes = (dict.fromkeys(stored, dtype) if dtype else stored) or dtype or "float32"
-    if config.pop("quantization_config", None):
+    if read.get("quantization_config"):
         on_log("The experts were stored in MXFP4; they are written unpacked.")
     if dtype:
         config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}

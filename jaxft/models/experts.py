@@ -123,19 +123,19 @@ class Experts(nnx.Module):
             *(layer.w[...].astype(x.dtype) for layer in (self.gate, self.up, self.down)),
             *(None if b is None else b[...].astype(x.dtype) for b in (self.gate.b, self.up.b)),
         )
-        kept = jnp.broadcast_to(real[..., None], routes.experts.shape)
+        kept, mix = jnp.broadcast_to(real[..., None], routes.experts.shape), routes.weights
         if self.capacity:
             capacity = self._slots(x.shape[1])
             slots = _slots_of(routes.experts, real, capacity, self.config.count)
             kept = slots < self.config.count * capacity
-            out = self._in_slots(x, slots, capacity, routes.weights * kept, weights)
+            mix = mix * kept
+            out = self._in_slots(x, slots, capacity, mix, weights)
         else:
             out = self._grouped(x, routes, weights)
         if self.down.b is not None:
             chosen = jax.nn.one_hot(routes.experts, self.config.count, dtype=jnp.float32)
-            used = routes.weights * kept if self.capacity else routes.weights
-            mixed = jnp.einsum("btke,btk->bte", chosen, used)
-            out += jnp.einsum("bte,ed->btd", mixed, self.down.b[...].astype(jnp.float32))
+            by_expert = jnp.einsum("btke,btk->bte", chosen, mix)
+            out += jnp.einsum("bte,ed->btd", by_expert, self.down.b[...].astype(jnp.float32))
         return out.astype(x.dtype), self._routing(routes, real, kept)
 
     def _route(self, x: Array) -> Routes:

@@ -282,9 +282,9 @@ class Fields:
         return DecoderConfig(**shared | family)
 
 
+_ORIGINAL = "original_max_position_embeddings"
 _NO_NUMBERS = {"truncate", "short_factor", "long_factor"}
 # For each rope_type: the fields that it needs, and those that it may have.
-_ORIGINAL = "original_max_position_embeddings"
 _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
