@@ -52,7 +52,7 @@ class ModelConfig:
     attention: str = key(
         "auto",
         "Attention back end; 'auto' prints what it chose for the device.",
-        choices=("auto", "xla", "cudnn", "splash"),
+        choices=("auto", "xla", "cudnn", "splash", "ring"),
     )
     remat: str = key(
         "full",
@@ -184,10 +184,13 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MeshConfig:
-    """Devices along each axis of the mesh."""
+    """Devices along each axis of the mesh; `stage` is of pipeline parallelism."""
 
-    data: int = key(0, "Devices on the axis; 0: left to the strategy; -1: all that remain.")
+    stage: int = key(0, "Devices on the axis; 0: left to the strategy; -1: all that remain.")
+    data: int = key(0, "As above, for data parallelism, which goes over slices.")
     fsdp: int = key(0, "As above, for fully sharded data parallelism.")
+    context: int = key(0, "As above, for the positions of a row.")
+    expert: int = key(0, "As above, for the experts of a layer.")
     tensor: int = key(0, "As above, for tensor parallelism.")
 
 
@@ -254,7 +257,9 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    strategy: str = key("fsdp", "Sharding strategy: ddp, fsdp, fsdp_tp, or 'package.module'.")
+    strategy: str = key(
+        "fsdp", "Sharding strategy: a name from docs/sharding.md, or 'package.module'."
+    )
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

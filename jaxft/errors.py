@@ -3,8 +3,9 @@
 Problems of one kind are collected and raised once, so that a user fixes them in one go.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class JaxftError(Exception):
@@ -41,6 +42,15 @@ class CheckpointError(JaxftError):
 
 class TrainingError(JaxftError):
     """The run cannot go on, such as a loss that is not finite."""
+
+
+@contextlib.contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Adds the problems of a `JaxftError` to a list, to be raised with others later."""
+    try:
+        yield
+    except JaxftError as error:
+        problems += error.problems
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

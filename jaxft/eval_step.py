@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 
+from jaxft import pipeline
 from jaxft.data.batch import Batch
 from jaxft.models.module import Params, merge
 from jaxft.objectives.terms import LossTerms
 from jaxft.sharding.rules import Placement
-from jaxft.train_step import Loss
+from jaxft.train_step import Loss, in_slots
 
 
 def make_eval_step(graphdef: Any, row_terms: Loss, *, placement: Placement) -> Any:
@@ -20,6 +21,9 @@ def make_eval_step(graphdef: Any, row_terms: Loss, *, placement: Placement) -> A
 
     def step(params: Params, batch: Batch) -> LossTerms:
         with placement.activate():
-            return row_terms(merge(graphdef, params), batch)
+            rows = in_slots(batch, placement)
+            if placement.split("layers"):
+                return pipeline.row_terms(graphdef, row_terms, params, rows, placement=placement)
+            return row_terms(merge(graphdef, params), rows)
 
     return jax.jit(step, out_shardings=placement.replicated)

@@ -4,6 +4,7 @@ Nothing here allocates parameters: the trainer materialises a program, and whoev
 know what it would cost compiles it.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -17,10 +18,11 @@ import numpy as np
 
 from jaxft.config import RunConfig, to_dict
 from jaxft.data.batch import Batch
-from jaxft.errors import ConfigError
+from jaxft.errors import ConfigError, collected
 from jaxft.eval_step import make_eval_step
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import Numerics, make_numerics
+from jaxft.models.experts import check_experts
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
 from jaxft.objectives import sft
@@ -125,6 +127,7 @@ def build_evaluator(
       ConfigError: If the strategy cannot place the model, or attention cannot be had.
     """
     _check_length(config, architecture)
+    _check_strategy(config, architecture, placement)
     numerics = make_numerics(config.model.dtypes)
     device = placement.mesh.devices.flat[0]
     attention = choose_backend(
@@ -135,6 +138,7 @@ def build_evaluator(
         compute_dtype=numerics.compute_dtype,
         max_segments=max_segments,
         compute_capability=str(getattr(device, "compute_capability", "")),
+        parts=placement.parts("seq"),
     )
     numerics = make_numerics(
         config.model.dtypes,
@@ -163,6 +167,34 @@ def _check_length(config: RunConfig, architecture: Architecture) -> None:
             f"data.max_length is {config.data.max_length}, but the model has a table of {context} "
             f"positions and knows none beyond. Set data.max_length to {context} or less."
         )
+
+
+def _check_strategy(config: RunConfig, architecture: Architecture, placement: Placement) -> None:
+    """Raises what the strategy cannot do with this model or these rows, before anything is traced.
+
+    What does not divide among the parameters is found when they are placed.
+    """
+    model, length = architecture.config, config.data.max_length
+    problems: list[str] = []
+    with collected(problems):
+        placement.slots(length)
+    with collected(problems):
+        placement.spec(("stream_seq",), (length,), "rows of data.max_length")
+    if model.experts is not None:
+        with collected(problems):
+            check_experts(placement, capacity=config.model.expert_capacity)
+    if model.experts is None and placement.split("experts"):
+        problems.append(
+            f"strategy {placement.name!r} splits experts over {placement.parts('experts')} devices "
+            "and the model has none. Use a strategy without experts, such as fsdp."
+        )
+    if len(placement.split("layers")) > 1:
+        problems.append(
+            f"strategy {placement.name!r} splits layers over {placement.split('layers')}; stages "
+            "of a pipeline lie along one mesh axis."
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
@@ -196,8 +228,17 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         )
     schedule = make_schedule(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
+    of_moments, of_gradients = (
+        placement.shardings(abstract.params, abstract.axes, rules=rules)
+        for rules in (placement.moment_rules, placement.gradient_rules)
+    )
     state = abstract_state(
-        abstract.params, evaluator.shardings, optimizer, config.optim.freeze, placement=placement
+        abstract.params,
+        evaluator.shardings,
+        optimizer,
+        config.optim.freeze,
+        placement=placement,
+        moments=of_moments,
     )
     shape = (train.accumulation, rows, config.data.max_length)
     batch = Batch(
@@ -220,14 +261,45 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         schedule=schedule,
         placement=placement,
         abstract_state=state,
+        gradients={path: of_gradients[path] for path in state.trainable},
         windows=[evaluator.architecture.config.kinds[k].window for k in pattern],
     )
     return Program(evaluator, optimizer, state, batch, step)
 
 
-def put(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
-    """Moves this host's rows to its devices."""
-    return Batch(*(jax.make_array_from_process_local_data(sharding, field) for field in batch))
+def put(
+    batch: Batch,
+    sharding: jax.sharding.Sharding,
+    *,
+    places: Sequence[int] | None = None,
+    rows: int = 0,
+) -> Batch:
+    """Moves rows to the devices of this process that hold them.
+
+    Args:
+      batch: NumPy arrays of `[B, T]` or `[A, B, T]`.
+      sharding: Of the arrays over all processes.
+      places: Where the rows of `batch` stand among all rows, in order, as
+        `Placement.held_rows` gives them; by default they are all rows.
+      rows: Number of all rows, where `places` is given.
+    """
+    return Batch(*(_put_field(field, sharding, places, rows) for field in batch))
+
+
+def _put_field(
+    field: np.ndarray, sharding: jax.sharding.Sharding, places: Sequence[int] | None, rows: int
+) -> jax.Array:
+    if places is None or len(places) == rows:
+        places, rows = range(field.shape[-2]), field.shape[-2]
+
+    def part(index: Any) -> np.ndarray:
+        *before, row, token = index
+        # What one device holds of the rows is contiguous, here as well.
+        first, stop, _ = row.indices(rows)
+        start = bisect.bisect_left(places, first)
+        return field[(*before, slice(start, start + stop - first), token)]
+
+    return jax.make_array_from_callback((*field.shape[:-2], rows, field.shape[-1]), sharding, part)
 
 
 def use_compilation_cache(folder: str) -> None:

@@ -71,19 +71,29 @@ def abstract_state(
     freeze: str,
     *,
     placement: Placement,
+    moments: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Returns the state as `ShapeDtypeStruct`s with shardings; allocates nothing.
 
-    Optimizer state that belongs to a parameter (same path, same shape) follows its sharding; what
-    belongs to none, such as counters, is replicated.
+    Args:
+      params: `{path: shape and dtype}`.
+      shardings: `{path: sharding}` of parameters.
+      optimizer: Makes the optimizer's state.
+      freeze: As in `partition`.
+      placement: Gives the sharding of what belongs to no parameter, such as counters.
+      moments: `{path: sharding}` of optimizer state that belongs to a parameter (same path, same
+        shape); that of the parameter if absent.
     """
+    moments = shardings if moments is None else moments
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer, freeze), dict(params))
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         owner = names[-1] if names else ""
         follows = owner in params and params[owner].shape == leaf.shape
-        sharding = shardings[owner] if follows else placement.replicated
+        is_moment = path[0] == jax.tree_util.GetAttrKey("opt_state")
+        placed = moments if is_moment else shardings
+        sharding = placed[owner] if follows else placement.replicated
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, shapes)

@@ -1,17 +1,18 @@
 """One optimizer step: gradients of summed loss over micro-batches, normalised once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxft import pipeline
 from jaxft.data.batch import Batch
 from jaxft.models.experts import balance_loss
 from jaxft.models.module import Params, merge
 from jaxft.objectives.terms import LossTerms
-from jaxft.sharding.rules import Placement
+from jaxft.sharding.rules import Placement, place
 from jaxft.state import TrainState
 
 Loss = Callable[[Any, Batch], LossTerms]
@@ -65,6 +66,7 @@ def make_train_step(
     schedule: optax.Schedule,
     placement: Placement,
     abstract_state: TrainState,
+    gradients: Mapping[str, Any],
     windows: Sequence[int],
 ) -> Any:
     """Returns `step(state, batch) -> (state, StepMetrics)`, jitted, with the state donated.
@@ -76,25 +78,36 @@ def make_train_step(
       schedule: Learning rate by step, reported with the metrics.
       placement: Active while the step is traced.
       abstract_state: Gives the shardings that the state keeps.
+      gradients: Sharding of the gradient of each trained parameter.
       windows: Of each layer, 0 for none; only the count of attention's work depends on them.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         with placement.activate():
-            gradients, terms = _accumulate(graphdef, loss, state, batch)
+            rows = in_slots(batch, placement)
+            if placement.split("layers"):
+                sums, terms = pipeline.accumulate(
+                    graphdef,
+                    loss,
+                    state.trainable,
+                    state.frozen,
+                    rows,
+                    placement=placement,
+                    shardings=gradients,
+                )
+            else:
+                sums, terms = _accumulate(graphdef, loss, state, rows, gradients)
         # A batch of prompts alone has no trained token: its gradient is zero, not 0 / 0.
         scale = 1.0 / jnp.maximum(terms.weight, 1.0)
-        gradients = jax.tree.map(
-            lambda g, p: (g * scale).astype(p.dtype), gradients, state.trainable
-        )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        normalised = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), sums, state.trainable)
+        updates, opt_state = optimizer.update(normalised, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         real = (batch.segments > 0).astype(jnp.float32)
         metrics = StepMetrics(
             total=terms.total,
             weight=terms.weight,
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
-            grad_norm=optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients)),
+            grad_norm=optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), normalised)),
             tokens=jnp.sum(real),
             squared_lengths=jnp.sum(_squared_lengths(batch.positions, windows) * real),
             experts=_expert_metrics(terms),
@@ -110,8 +123,16 @@ def make_train_step(
     )
 
 
+def in_slots(batch: Batch, placement: Placement) -> Batch:
+    """Lays the positions of rows out as devices that share rows hold them; sums do not change."""
+    if not placement.split("seq"):
+        return batch
+    slots = placement.slots(batch.tokens.shape[-1])
+    return Batch(*(jnp.take(field, slots, axis=-1) for field in batch))
+
+
 def _accumulate(
-    graphdef: Any, loss: Loss, state: TrainState, batch: Batch
+    graphdef: Any, loss: Loss, state: TrainState, batch: Batch, shardings: Mapping[str, Any]
 ) -> tuple[Params, LossTerms]:
     """Sums gradients and loss terms over the leading axis of `batch`, in float32."""
 
@@ -121,7 +142,7 @@ def _accumulate(
             return terms.total + terms.auxiliary, terms
 
         (_, terms), gradients = jax.value_and_grad(total, has_aux=True)(state.trainable)
-        return gradients, terms
+        return place(gradients, shardings), terms
 
     if batch.tokens.shape[0] == 1:
         return gradients_of(jax.tree.map(lambda x: x[0], batch))
@@ -129,7 +150,7 @@ def _accumulate(
     def body(sums: tuple[Params, LossTerms], micro: Batch) -> tuple[tuple[Params, LossTerms], None]:
         gradients, terms = gradients_of(micro)
         added = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), sums[0], gradients)
-        return (added, sums[1] + terms), None
+        return (place(added, shardings), sums[1] + terms), None
 
     first = jax.tree.map(lambda x: x[0], batch)
     zeros = jax.tree.map(

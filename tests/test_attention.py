@@ -1,5 +1,6 @@
 """Attention: closed forms, packed documents, and the kernels that a CPU machine can still prove."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -17,7 +18,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxft import program
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
-from jaxft.models import attention
+from jaxft.models import attention, splash
 from jaxft.models.attention import (
     MAX_SEGMENTS,
     attend,
@@ -28,6 +29,9 @@ from jaxft.models.attention import (
 )
 from jaxft.models.config import LayerKind, Scores
 from jaxft.models.families import architecture_from_hf
+from jaxft.sharding.mesh import make_mesh
+from jaxft.sharding.rules import Placement, Strategy, if_divisible
+from jaxft.sharding.sequence import zigzag_order
 from tests.oracle.cases import CASES
 from tests.tiny import relative_error
 
@@ -189,6 +193,11 @@ CHOICE = {
         ({"platform": "tpu", "length": 1000}, "xla", "splash .* 1000 is not a multiple of 128"),
         ({"platform": "tpu", "length": 640}, "xla", "splash .* 640 is over 512 and not"),
         ({"platform": "tpu", "config.head_dim": 80}, "xla", "splash .* head size 80"),
+        ({"parts": 2}, "ring", "fastest that fits on cpu"),
+        ({"parts": 4, "platform": "tpu"}, "splash", "fastest that fits on tpu"),
+        ({"parts": 16, "platform": "tpu"}, "ring", "splash .* 1024, over 16 devices 64, .* of 128"),
+        ({"parts": 8, "platform": "gpu"}, "ring", "cudnn .* splits each row over 8 devices"),
+        ({"parts": 2, "length": 2056}, "xla", "ring .* 2056 over 4 chunks is 514, over 512 and"),
     ],
 )
 def test_auto_takes_the_fastest_possible_back_end_and_says_why(changes, backend, reason):
@@ -207,6 +216,9 @@ def test_a_named_back_end_that_is_not_possible_is_refused_with_every_reason():
     for part in ("device is a cpu", "compute is float32", "holds 100 documents"):
         assert part in str(error.value)
     assert choose_backend("xla", DECODER, **impossible).backend == "xla"
+    with pytest.raises(ConfigError, match="attention=ring cannot be used: no mesh axis of more"):
+        choose_backend("ring", DECODER, **CHOICE)
+    assert choose_backend("ring", DECODER, **CHOICE | {"parts": 2}).backend == "ring"
 
 
 # A packed row, and one with padding at its end; T is what the kernels take at least.
@@ -221,16 +233,36 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(splash_attention, "make_splash_mha", kernel)
 
 
-def output_and_gradients(q, k, v, backend, scores=None, sinks=None):
-    real = SEGMENTS[:, :, None, None] > 0
+def output_and_gradients(q, k, v, backend, scores=None, sinks=None, placement=None):
+    segments = np.repeat(SEGMENTS, q.shape[1] // SEGMENTS.shape[1], axis=1)
+    real = segments[:, :, None, None] > 0
     scores = scores or Scores(q.shape[-1] ** -0.5)
+    order = np.arange(q.shape[1]) if placement is None else placement.slots(q.shape[1])
 
     def total(q, k, v, sinks):
-        out = attend(q, k, v, SEGMENTS, backend=backend, scores=scores, sinks=sinks)
-        out = jnp.where(real, out, 0.0)
+        arrays = (x[:, order] for x in (q, k, v, segments))
+        with contextlib.nullcontext() if placement is None else placement.activate():
+            out = attend(*arrays, backend=backend, scores=scores, sinks=sinks)
+        out = jnp.where(real, out[:, np.argsort(order)], 0.0)
         return jnp.sum(jnp.sin(out)), out
 
     return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
+
+
+def context_placement(context, tensor):
+    """Rows split over `context`, heads over `tensor`."""
+    shape = {"context": context, "tensor": tensor}
+    strategy = Strategy(
+        mesh_axes=tuple(shape),
+        fill="context",
+        rules={
+            "seq": "context",
+            "act_heads": "tensor",
+            "act_kv_heads": if_divisible("tensor"),
+        },
+    )
+    devices = jax.devices()[: context * tensor]
+    return Placement("split", strategy, make_mesh(shape, strategy, name="split", devices=devices))
 
 
 SINKS = np.array([-1.0, 0.0, 0.5, 2.0], np.float32)
@@ -257,6 +289,27 @@ def test_sharded_splash_equals_xla(interpreted, heads, tensor, sinks):
     with placement.activate():
         found = output_and_gradients(q, k, v, "splash", sinks=sinks)
     assert relative_error(found, output_and_gradients(q, k, v, "xla", sinks=sinks)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("backend", "context", "tensor", "scores", "sinks"),
+    [
+        ("xla", 4, 1, None, SINKS),
+        ("xla", 2, 2, Scores(0.3, cap=2.0, window=50), None),
+        pytest.param("splash", 2, 1, None, None, marks=pytest.mark.slow),
+        ("splash", 4, 1, Scores(0.3, cap=2.0, window=200), SINKS),
+        ("splash", 2, 2, Scores(0.3, window=50), None),
+    ],
+)
+def test_split_rows_see_the_keys_of_all_devices(
+    interpreted, monkeypatch, backend, context, tensor, scores, sinks
+):
+    """Four query heads read one key head, of which two devices cannot take parts."""
+    monkeypatch.setattr(splash, "BLOCK", 128)  # several blocks of keys
+    placement = context_placement(context, tensor)
+    q, k, v = random_qkv((2, 512), heads=(4, 1), head_dim=64)
+    found = output_and_gradients(q, k, v, backend, scores, sinks, placement=placement)
+    assert relative_error(found, output_and_gradients(q, k, v, "xla", scores, sinks)) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["gemma2_gqa", "gpt_oss_gqa"])
@@ -286,6 +339,17 @@ def test_a_back_end_that_ignores_segments_is_caught_at_the_start(interpreted, mo
         check_backend("splash", decoder)
 
 
+@pytest.mark.parametrize("window", [0, 1, 20, 50])
+def test_blocks_of_the_kernel_s_mask_are_those_of_the_whole_mask(window):
+    slots = zigzag_order(128, 4)
+    ones = np.ones((1, 128), np.int32)
+    whole = causal_mask(slots, np.arange(128), ones, ones, window=window)[0, 0]
+    blocks = [slice(start, start + 16) for start in range(0, 128, 16)]
+    mask = splash.RowMask(slots, window)
+    found = np.block([[mask[rows, keys] for keys in blocks] for rows in blocks])
+    np.testing.assert_array_equal(found, whole)
+
+
 def has_libtpu() -> bool:
     return bool(os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu"))
 
@@ -305,20 +369,54 @@ def has_libtpu() -> bool:
 def test_the_training_step_compiles_for_a_tpu_with_splash_in_both_passes(
     strategy, head_dim, length, kv_heads
 ):
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     config = RunConfig(strategy=strategy)
     config.data.max_length, config.train.batch_size = length, 4
     config.mesh.tensor = 2 if strategy == "fsdp_tp" else 0
-    architecture = architecture_from_hf(
-        CASES["gqa"] | {"hidden_size": 256, "head_dim": head_dim, "num_key_value_heads": kv_heads}
-    )
+    backend, text = compiled_for_tpu(config, head_dim=head_dim, num_key_value_heads=kv_heads)
+    assert backend == "splash"
+    assert "tpu_custom_call" in text
+    for kernel in KERNELS:
+        assert kernel in text
+
+
+KERNELS = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
+
+
+def compiled_for_tpu(config, **changes):
+    """Returns the back end, and the text of the training step for four chips of a v5e."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    architecture = architecture_from_hf(CASES["gqa"] | {"hidden_size": 256} | changes)
     placement = program.make_placement(config, topology.devices)
     evaluator = program.build_evaluator(config, architecture, max_segments=8, placement=placement)
-    assert evaluator.attention.backend == "splash"
     built = program.build(config, evaluator, steps=10)
     text = built.train_step.lower(built.state, built.batch).compile().as_text()
-    assert "tpu_custom_call" in text
-    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
-        assert kernel in text
+    return evaluator.attention.backend, text
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu, or TPU_LIBRARY_PATH that names it")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["auto", "ring"])
+def test_split_rows_compile_for_a_tpu_in_both_passes(backend):
+    config = RunConfig(strategy="fsdp_cp")
+    config.data.max_length, config.train.batch_size, config.mesh.context = 1024, 2, 2
+    config.model.attention = backend
+    chosen, text = compiled_for_tpu(config, head_dim=64)
+    if backend == "ring":
+        assert chosen == "ring"
+        assert_sent_while_scored(text)
+        return
+    assert chosen == "splash"
+    assert all(kernel in text for kernel in KERNELS)
+    # Gradients of keys and values leave each device by a reduce-scatter.
+    gradient = r"bf16\[1,512,2,64\]\S* reduce-scatter\("
+    assert len(re.findall(gradient, text)) == 2
+
+
+def assert_sent_while_scored(text):
+    """Of each pass of the first step: keys are on their way while a loop scores pairs."""
+    marks = re.findall(r" (collective-permute-start|collective-permute-done|while)\(", text)
+    spans = " ".join(marks).split("collective-permute-start while collective-permute-done")
+    assert len(spans) >= 3

@@ -1,6 +1,9 @@
 """Mixture of experts: both ways of dispatch against a loop, on one device and on a mesh."""
 
+import dataclasses
 import functools
+import importlib.util
+import os
 import re
 from typing import Any
 
@@ -8,31 +11,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from jaxft import program
 from jaxft.config import RunConfig
-from jaxft.models.config import Numerics, make_numerics
-from jaxft.models.experts import balance_loss
+from jaxft.errors import ConfigError
+from jaxft.models import experts
+from jaxft.models.config import DecoderConfig, Numerics, make_numerics
+from jaxft.models.experts import balance_loss, check_experts
+from jaxft.models.families import architecture_from_hf
 from jaxft.models.layers import Routing
-from jaxft.models.module import abstract_model, merge
+from jaxft.models.module import AbstractModel, abstract_model, merge
 from jaxft.objectives import sft
 from jaxft.program import make_placement
-from tests.tiny import feed, load_tiny, make_program, random_rows, relative_error, start
+from jaxft.sharding.collectives import Collective, collectives
+from jaxft.sharding.mesh import make_mesh
+from jaxft.sharding.rules import Placement, Strategy
+from tests.oracle.cases import CASES
+from tests.tiny import Tiny, feed, load_tiny, make_program, random_rows, relative_error, start
 
 # Biases and a clamp; no bias and weights that do not sum to 1.
 CASES_OF_EXPERTS = ["gpt_oss_gqa", "qwen3_moe_unnormalised_mha"]
 
 
-def one_layer(case: str, capacity: float = 0.0) -> tuple[Any, Any, Any]:
-    """Returns the experts of a model's first layer, and their weights."""
+def abstract_layer(case: str, capacity: float) -> tuple[Tiny, AbstractModel]:
+    """Returns a model, and the experts of one of its layers without their weights."""
     tiny = load_tiny(case)
+    config, numerics = tiny.architecture.config, Numerics(expert_capacity=capacity)
+    block: Any = tiny.architecture.block
+    return tiny, abstract_model(lambda rngs: block(config, numerics, rngs).mlp)
+
+
+def one_layer(case: str, capacity: float = 0.0) -> tuple[Any, Any, Any]:
+    """Returns sizes and weights of the experts of a model's first layer, and a module of them."""
+    tiny, abstract = abstract_layer(case, capacity)
     prefix = "layers.mlp."
     params = {p[len(prefix) :]: v[0] for p, v in tiny.params.items() if p.startswith(prefix)}
-    config = tiny.architecture.config
-    numerics = Numerics(expert_capacity=capacity)
-    block: Any = tiny.architecture.block
-
-    abstract = abstract_model(lambda rngs: block(config, numerics, rngs).mlp)
-    return config, params, lambda params: merge(abstract.graphdef, params)
+    return tiny.architecture.config, params, functools.partial(merge, abstract.graphdef)
 
 
 def by_hand(config: Any, params, gating, x, limit=None):
@@ -91,13 +107,15 @@ def test_a_capacity_takes_first_choices_first_and_counts_what_it_drops(case, cap
     assert (dropped == 0) == (capacity == 100.0)
 
 
-def test_padding_takes_no_slot_and_is_not_counted():
-    config, params, module = one_layer(CASES_OF_EXPERTS[0], capacity=0.6)
+@pytest.mark.parametrize("capacity", [0.0, 0.6])
+def test_padding_goes_to_no_expert_and_is_not_counted(capacity):
+    config, params, module = one_layer(CASES_OF_EXPERTS[0], capacity)
     x = tokens_of(config)
     real = np.arange(12)[None] < np.array([[12], [5]])
     out, routing = module(params)(x, real)
     assert float(routing.tokens) == 17
     assert float(jnp.sum(routing.counts)) == 17 * config.experts.chosen
+    assert not np.asarray(out)[~real].any()
     # Other padding gives the same: it competes with nothing.
     moved, _ = module(params)(np.where(real[..., None], x, x[:, ::-1]), real)
     np.testing.assert_array_equal(np.asarray(out)[real], np.asarray(moved)[real])
@@ -119,31 +137,350 @@ def test_the_balance_loss_follows_its_formula():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "tensor", "capacity"),
+    ("case", "strategy", "mesh", "capacity"),
     [
-        ("fsdp_tp", 2, 0.0),
-        ("fsdp", 1, 1.0),
-        pytest.param("fsdp", 1, 0.0, marks=pytest.mark.slow),
-        pytest.param("fsdp_tp", 2, 1.0, marks=pytest.mark.slow),
+        ("mixtral_tied", "fsdp_ep", {"fsdp": 2, "expert": 2}, 0.0),
+        pytest.param("gpt_oss_packed", "fsdp_tp", {"tensor": 2}, 0.0, marks=pytest.mark.slow),
+        *(
+            pytest.param(case, strategy, {"expert": 2}, capacity, marks=pytest.mark.slow)
+            for case in ("mixtral_tied", "qwen3_moe_gqa_published", "gpt_oss_packed")
+            for strategy in ("ep", "fsdp_ep")
+            for capacity in (0.0, 1.0)
+        ),
     ],
 )
-def test_a_step_on_a_mesh_equals_one_on_one_device(strategy, tensor, capacity):
-    tiny = load_tiny("gpt_oss_packed")
-    settings = {"model__expert_capacity": capacity, "objective__balance": 0.5}
-    if tensor > 1:
-        settings["mesh__tensor"] = tensor
-    rows = random_rows(8, 24, 64)
+def test_a_step_on_a_mesh_equals_one_on_one_device(case, strategy, mesh, capacity):
+    tiny = load_tiny(case)
+    settings = {
+        "model__expert_capacity": capacity,
+        "model__remat": "dots",
+        "objective__balance": 0.5,
+        "optim__epsilon": 1.0,
+        "train__batch_size": 16,
+        "train__accumulation": 2,
+    }
+    rows = random_rows(16, 24, 64)
+    on_mesh = {"strategy": strategy} | {f"mesh__{axis}": size for axis, size in mesh.items()}
     results = []
-    for devices, changes in ((1, {}), (8, settings | {"strategy": strategy})):
-        changes = {k: v for k, v in settings.items() if k != "mesh__tensor"} | changes
-        program = make_program(tiny, devices, **changes)
-        state, metrics = program.train_step(start(program, tiny.params), feed(program, rows))
-        results.append((jax.device_get(state.params), jax.device_get(metrics)))
-    (params, metrics), (on_mesh, metrics_on_mesh) = results
+    for devices, changes in ((1, {}), (8, on_mesh)):
+        built = make_program(tiny, devices, **settings, **changes)
+        state, metrics = built.train_step(start(built, tiny.params), feed(built, rows))
+        changed = {path: state.params[path] - value for path, value in tiny.params.items()}
+        results.append((jax.device_get((state.params, metrics)), jax.device_get(changed)))
+    ((params, metrics), changed), (found, found_changed) = results
     assert metrics.experts is not None and metrics.experts.balance > 1.5
     assert (metrics.experts.dropped > 0) == (capacity > 0)
-    assert relative_error(metrics_on_mesh, metrics) < 1e-5
-    assert relative_error(on_mesh, params) < 1e-5
+    assert relative_error(found, (params, metrics)) < 1e-5
+    # Differences of parameters in float32: few of their bits are left.
+    assert relative_error(found_changed, changed) < 1e-2
+
+
+# Rules that no built-in strategy has together: experts' hidden width split too, with positions of
+# the residual stream; rows split; gradients cut further than weights.
+MIXED = {
+    "tensor": Strategy(
+        mesh_axes=("fsdp", "expert", "tensor"),
+        fill="fsdp",
+        rules={
+            "batch": ("fsdp", "expert"),
+            "stream_seq": "tensor",
+            "act_experts": "expert",
+            "act_mlp": "tensor",
+            "experts": "expert",
+            "mlp": "tensor",
+            "embed": "fsdp",
+        },
+    ),
+    "context": Strategy(
+        mesh_axes=("data", "context", "expert"),
+        fill="data",
+        rules={
+            "batch": ("data", "expert"),
+            "seq": "context",
+            "stream_seq": "context",
+            "act_experts": "expert",
+            "experts": "expert",
+        },
+    ),
+    "positions": Strategy(
+        mesh_axes=("data", "expert"),
+        fill="data",
+        rules={"batch": "data", "seq": "expert", "act_experts": "expert", "experts": "expert"},
+    ),
+    "gradients": Strategy(
+        mesh_axes=("data", "expert"),
+        fill="data",
+        rules={"batch": ("data", "expert"), "act_experts": "expert", "experts": "expert"},
+        gradients={"embed": "data"},
+    ),
+    "two_axes": Strategy(
+        mesh_axes=("stage", "fsdp", "expert"),
+        fill="fsdp",
+        rules={
+            "batch": ("stage", "fsdp", "expert"),
+            "act_experts": ("stage", "expert"),
+            "experts": ("stage", "expert"),
+            "embed": "fsdp",
+        },
+    ),
+}
+
+
+def place(strategy: str) -> Placement:
+    """Returns eight devices, two along the last axes."""
+    if strategy in MIXED:
+        sizes = dict.fromkeys(MIXED[strategy].mesh_axes[1:], 2)
+        return Placement(
+            strategy, MIXED[strategy], make_mesh(sizes, MIXED[strategy], name=strategy)
+        )
+    config = RunConfig(strategy=strategy)
+    config.mesh.expert = {"ep": 4, "fsdp_ep": 2}.get(strategy, 0)
+    config.mesh.fsdp = {"fsdp_ep": 2}.get(strategy, 0)
+    config.mesh.tensor = {"fsdp_tp": 2}.get(strategy, 0)
+    return make_placement(config)
+
+
+def compare_on(strategy: str, capacity: float = 0.0, router: Any = None) -> None:
+    """Checks outputs, routing and gradients of one layer against those without a mesh."""
+    config, params, module = one_layer("gpt_oss_gqa", capacity)
+    params |= router or {}
+    x = tokens_of(config, rows=8)
+    real = np.arange(12)[None] < np.array([[12], [5], [12], [0], [12], [1], [11], [12]])
+    # Two functions: one would be traced once.
+    alone, on_mesh = (functools.partial(_value_and_gradients, module, real=real) for _ in range(2))
+    expected = jax.jit(alone)(params, x)
+    with place(strategy).activate():
+        found = jax.jit(on_mesh)(params, x)
+    for name, a, b in zip(("value", "gradients"), found, expected, strict=True):
+        assert relative_error(a, b) < 1e-5, name
+
+
+def _value_and_gradients(module: Any, params: Any, x: Any, *, real: Any) -> Any:
+    def total(params: Any, x: Any) -> Any:
+        out, routing = module(params)(x, real)
+        return jnp.sum(jnp.sin(3.0 * out)) + jnp.sum(routing.probabilities**2), (out, routing)
+
+    return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, x)
+
+
+@pytest.mark.parametrize("capacity", [0.0, 1.0])
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_tp", "ep", "fsdp_ep"])
+def test_experts_on_a_mesh_give_the_same_and_have_the_same_gradients(strategy, capacity):
+    compare_on(strategy, capacity)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "capacity"),
+    [
+        *((strategy, 0.0) for strategy in MIXED),
+        ("tensor", 1.0),
+        pytest.param("gradients", 1.0, marks=pytest.mark.slow),
+        pytest.param("two_axes", 1.0, marks=pytest.mark.slow),
+    ],
+)
+def test_splitting_experts_combines_with_other_splits(strategy, capacity):
+    compare_on(strategy, capacity)
+
+
+@pytest.mark.parametrize("strategy", ["ep", "fsdp_ep"])
+def test_no_token_is_lost_when_all_choose_the_same_experts(strategy):
+    # Both are on one device under fsdp_ep: it gets each token twice, the most that can be.
+    router = {"router.w": jnp.zeros((4, 32)), "router.b": jnp.array([0.0, 0.0, 1.0, 2.0])}
+    compare_on(strategy, router=router)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_copies_travel_to_their_experts_and_back(seed):
+    peers, rows, width = 4, 10, 2
+    random = np.random.RandomState(seed)
+    # Up to `rows` copies on a device, few or none for most experts; the rest is padding.
+    sizes = random.multinomial(rows, random.dirichlet(np.full(12 + 1, 0.2)), size=peers)[:, :-1]
+    sizes = sizes.astype(np.int32)
+    copies = random.randn(peers, rows, width).astype(np.float32)
+    among = experts._Peers(("expert",), peers)
+    mesh = Mesh(np.array(jax.devices()[:peers]), ("expert",))
+
+    def local(sizes, copies):
+        there, back, arrived = experts._journeys(sizes[0], among)
+        taken = experts._exchange(copies[0], there, among, rows, peers * rows)
+        returned = experts._exchange(taken, back, among, rows, rows)
+        return jax.tree.map(lambda x: x[None], (there, back, arrived, taken, returned))
+
+    split = jax.shard_map(local, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    there, back, arrived, taken, returned = jax.device_get(jax.jit(split)(sizes, copies))
+    # What CPU devices do, and what others do with the same plan.
+    check_travels(sizes, copies, arrived, taken, returned)
+    taken = ragged_all_to_all(copies, np.zeros_like(taken), there)
+    returned = ragged_all_to_all(taken, np.zeros_like(copies), back)
+    check_travels(sizes, copies, arrived, taken, returned)
+
+
+def check_travels(sizes: Any, copies: Any, arrived: Any, taken: Any, returned: Any) -> None:
+    """Checks, for each device, what arrived at its experts and what came back to it."""
+    peers, each = len(sizes), sizes.shape[1] // len(sizes)
+    begin = np.cumsum(sizes, axis=1) - sizes
+    for device in range(peers):
+        mine = range(device * each, (device + 1) * each)
+        wanted = np.concatenate(
+            [
+                copies[source, begin[source, e] : begin[source, e] + sizes[source, e]]
+                for e in mine
+                for source in range(peers)
+            ]
+        )
+        np.testing.assert_array_equal(taken[device, : len(wanted)], wanted)
+        np.testing.assert_array_equal(arrived[device], sizes.sum(0)[list(mine)])
+        sent = sizes[device].sum()
+        np.testing.assert_array_equal(returned[device, :sent], copies[device, :sent])
+        assert not returned[device, sent:].any()
+
+
+def ragged_all_to_all(operand: Any, output: Any, journey: Any) -> Any:
+    """What the documentation of `jax.lax.ragged_all_to_all` says, for all devices at once."""
+    output, (peers, slices) = output.copy(), journey.send_sizes.shape
+    received = np.zeros_like(journey.recv_sizes)
+    for sender in range(peers):
+        for i in range(slices):
+            receiver, number = divmod(i, slices // peers)
+            size = journey.send_sizes[sender, i]
+            begin, end = journey.input_offsets[sender, i], journey.output_offsets[sender, i]
+            output[receiver, end : end + size] = operand[sender, begin : begin + size]
+            received[receiver, sender * (slices // peers) + number] = size
+    np.testing.assert_array_equal(received, journey.recv_sizes)
+    return output
+
+
+def collectives_of_a_layer(
+    strategy: str, capacity: float
+) -> tuple[DecoderConfig, list[Collective]]:
+    """Returns one layer's sizes, and the collectives of both passes over 8 rows of 64 tokens."""
+    tiny, abstract = abstract_layer("gpt_oss_gqa", capacity)
+    config, placement = tiny.architecture.config, place(strategy)
+    shardings = placement.shardings(abstract.params, abstract.axes)
+    params = jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
+        abstract.params,
+        shardings,
+    )
+    x = jax.ShapeDtypeStruct((8, 64, config.embed), jnp.float32, sharding=placement.rows)
+    real = np.ones((8, 64), bool)
+
+    def gradients(params: Any, x: Any) -> Any:
+        module = functools.partial(merge, abstract.graphdef)
+        return _value_and_gradients(module, params, x, real=real)[1]
+
+    with placement.activate():
+        lowered = jax.jit(gradients, out_shardings=(shardings, placement.rows)).lower(params, x)
+    return config, collectives(str(lowered.compile().as_text()), placement.mesh)
+
+
+@pytest.mark.parametrize("capacity", [0.0, 1.0])
+def test_tokens_travel_by_all_to_all_and_gradients_are_reduce_scattered(capacity):
+    config, found = collectives_of_a_layer("fsdp_ep", capacity)
+    tokens = 64 * config.embed * 4  # bytes of a device's
+    weights = 2 * config.embed * config.mlp * 4  # of a device's experts, gathered
+    travelling = [c for c in found if c.kind == "all-to-all" and c.bytes >= tokens]
+    assert len(travelling) == 4  # there and back, in both passes
+    assert {c.axes for c in travelling} == {("expert",)}
+    scattered = [c for c in found if c.kind == "reduce-scatter" and weights in c.arrays]
+    assert [c.axes for c in scattered] == 3 * [("fsdp",)]
+    gathered = [c for c in found if c.kind == "all-gather"]
+    assert {c.axes for c in gathered if c.bytes >= weights} == {("fsdp",)}
+    assert max(c.bytes for c in gathered) == weights < tokens
+    # Only parts of gradients are summed whole: those that the devices of `fsdp` have left.
+    for one in found:
+        assert one.kind != "all-reduce" or max(one.arrays) <= weights // 2
+
+
+def test_gathered_weights_are_not_kept_for_the_backward_pass():
+    config, params, module = one_layer("gpt_oss_gqa")
+    x, real = tokens_of(config, rows=8), np.ones((8, 12), bool)
+    with place("fsdp").activate():
+        kept = jax.eval_shape(
+            lambda params, x: jax.vjp(lambda *args: module(args[0])(args[1], real)[0], params, x)[
+                1
+            ],
+            params,
+            x,
+        )
+    # Of eight devices together: copies of tokens at most, not eight times the weights.
+    copies = 8 * 12 * config.experts.chosen * config.embed
+    assert max(leaf.size for leaf in jax.tree.leaves(kept)) <= copies < 8 * params["up.w"].size
+
+
+def test_a_pipeline_runs_experts_of_several_stages_at_once():
+    rules = {"layers": "stage", "batch": "expert", "act_experts": "expert", "experts": "expert"}
+    strategy = Strategy(mesh_axes=("stage", "expert"), fill="expert", rules=rules)
+    placement = Placement("staged", strategy, make_mesh({"stage": 2}, strategy, name="staged"))
+    config, params, module = one_layer("gpt_oss_gqa")
+    params = {path: jnp.stack([value, 1.5 * value]) for path, value in params.items()}
+    x = np.stack([tokens_of(config, rows=4), tokens_of(config, rows=4)[::-1]])
+    real = np.broadcast_to(np.arange(12) < np.array([[12], [5], [1], [0]]), (2, 4, 12))
+
+    def gradients(params: Any, x: Any, *, axis: str | None) -> Any:
+        def total(params: Any, x: Any) -> Any:
+            stages = jax.vmap(lambda p, x, real: module(p)(x, real)[0], spmd_axis_name=axis)
+            return jnp.sum(jnp.sin(3.0 * stages(params, x, real)))
+
+        return jax.value_and_grad(total, argnums=(0, 1))(params, x)
+
+    expected = jax.jit(functools.partial(gradients, axis=None))(params, x)
+    with placement.activate():
+        found = jax.jit(functools.partial(gradients, axis="stage"))(params, x)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_splits_that_experts_cannot_work_under_are_refused_together():
+    strategy = Strategy(
+        mesh_axes=("data", "context"),
+        fill="data",
+        rules={"batch": "data", "seq": "context", "act_experts": "data", "experts": "data"},
+    )
+    placement = Placement("mine", strategy, make_mesh({"context": 2}, strategy, name="mine"))
+    check_experts(placement, capacity=0.0)
+    with pytest.raises(ConfigError, match=r"expert_capacity 1\.5 counts the tokens of a whole row"):
+        check_experts(placement, capacity=1.5)
+    strategy = dataclasses.replace(strategy, rules=dict(strategy.rules) | {"batch": ()})
+    placement = dataclasses.replace(placement, strategy=strategy)
+    with pytest.raises(ConfigError, match="act_experts over mesh axis 'data'") as caught:
+        check_experts(placement, capacity=1.5)
+    assert len(caught.value.problems) == 2
+
+
+def has_libtpu() -> bool:
+    return bool(os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu"))
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu, or TPU_LIBRARY_PATH that names it")
+@pytest.mark.filterwarnings("ignore")  # libtpu warns that this machine has no TPU
+@pytest.mark.parametrize(
+    ("capacity", "kind", "count"),
+    # There and back; both again in the backward pass; and of their gradients.
+    [(0.0, "ragged-all-to-all", 6), (1.25, "all-to-all", 6)],
+)
+def test_the_step_with_experts_on_other_devices_compiles_for_a_tpu(capacity, kind, count):
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    config = RunConfig(strategy="fsdp_ep")
+    config.mesh.expert = config.mesh.fsdp = 2
+    config.model.expert_capacity = capacity
+    config.data.max_length, config.train.batch_size = 512, 4
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 8, "head_dim": 64}
+    architecture = architecture_from_hf(CASES["gpt_oss_gqa"] | sizes)
+    placement = program.make_placement(config, topology.devices)
+    evaluator = program.build_evaluator(config, architecture, max_segments=8, placement=placement)
+    built = program.build(config, evaluator, steps=10)
+    text = built.train_step.lower(built.state, built.batch).compile().as_text()
+    found = collectives(text, placement.mesh)
+    tokens = 512 * architecture.config.embed * 2  # bytes of a device's, in bfloat16
+    travelling = [c for c in found if c.kind == kind and c.bytes > tokens]
+    layers = architecture.config.layers
+    assert sum(c.count for c in travelling) == count * layers
+    assert {c.axes for c in travelling} == {("expert",)}
+    gathered = [c.bytes for c in found if c.kind == "all-gather"]
+    assert max(gathered) <= layers * 8 // 2 * 256 * 256 * 2  # experts of a device
 
 
 def test_the_balance_loss_moves_the_router_towards_unused_experts():
@@ -193,7 +530,8 @@ def test_memory_of_slots_grows_with_tokens_and_not_with_their_square(length, cap
     x = jax.ShapeDtypeStruct((1, length, config.embed), jnp.float32)
     real = jax.ShapeDtypeStruct((1, length), jnp.bool_)
     jaxpr = jax.make_jaxpr(lambda x, real: module(params)(x, real))(x, real)
-    largest = max(v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars)
+    avals: list[Any] = [v.aval for e in jaxpr.jaxpr.eqns for v in e.outvars]
+    largest = max(aval.size for aval in avals)
     # Tokens times the largest of: choices by experts, slots by width.
     slots = capacity * config.experts.chosen
     assert largest <= length * max(config.experts.chosen * 4, slots * config.embed) + 2048

@@ -170,6 +170,7 @@ def test_the_step_is_traced_once_and_donates_its_state(tiny):
         schedule=lambda step: 1e-3 / (step + 1),
         placement=evaluator.placement,
         abstract_state=program.state,
+        gradients={path: spec.sharding for path, spec in program.state.trainable.items()},
         windows=[0, 0],
     )
     state = start(program, tiny.params)

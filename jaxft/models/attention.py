@@ -6,18 +6,22 @@ One that cannot is refused by name; there is no silent fall-back.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig, Scores
-from jaxft.sharding.rules import active_placement
+from jaxft.models.ring import BLOCK, ring_attention
+from jaxft.models.row_split import split_rows
+from jaxft.sharding.rules import active_placement, constrain
 
 Backend = Callable[[Array, Array, Array, Array, Scores, Array | None], Array]
 
@@ -34,12 +38,14 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Attention of rows over themselves, softmax in float32.
 
+    Where the active placement splits rows, positions are in the order of its `slots`.
+
     Args:
       q: Queries; N is a multiple of K, and head n reads key head n // (N / K).
       k: Keys.
       v: Values.
       segments: Number of the document that each position belongs to, 0 on padding.
-      backend: `xla`, `cudnn` or `splash`.
+      backend: A name in `BACKENDS`.
       scores: Scale, soft bound and window of the scores.
       sinks: A score for each head that enters the softmax beside those of the keys and has no
         value (Xiao et al., arXiv:2309.17453; learnt, as in gpt-oss).
@@ -48,15 +54,15 @@ def attend(
 
 
 def causal_mask(
-    query_slots: Int[Array, " T"],
-    key_slots: Int[Array, " S"],
+    query_slots: Int[Array | np.ndarray, " T"],
+    key_slots: Int[Array | np.ndarray, " S"],
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],
     *,
     window: int = 0,
 ) -> Bool[Array, "B 1 T S"]:
     """True where a query sees a key: same segment, not later, and within the window if any."""
-    behind = query_slots[:, None] - key_slots[None, :]
+    behind = jnp.asarray(query_slots)[:, None] - jnp.asarray(key_slots)[None, :]
     visible = behind >= 0
     if window:
         visible &= behind < window
@@ -93,12 +99,44 @@ def masked_attention(
     return out.reshape(q.shape)
 
 
+def row_mask(segments: Int[Array, "B T"], *, window: int) -> Bool[Array, "B 1 T T"]:
+    """`causal_mask` of rows over themselves, in the order in which the devices hold them."""
+    placement, length = active_placement(), segments.shape[1]
+    slots = np.arange(length) if placement is None else placement.slots(length)
+    of_queries = constrain(segments, "batch", "seq")
+    of_keys = constrain(segments, "batch", "key_seq")
+    return causal_mask(slots, slots, of_queries, of_keys, window=window)
+
+
+def row_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    mask: Bool[Array, "B 1 T T"],
+    *,
+    scores: Scores,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """`masked_attention` of rows over themselves; of split rows a device gathers all keys."""
+    placement = active_placement()
+    if placement is None or not placement.split("seq"):
+        return masked_attention(q, k, v, mask, scores=scores, sinks=sinks)
+    split, k, v = split_rows(placement, q, k, v)
+
+    def local(q: Array, k: Array, v: Array, mask: Array, sinks: Array | None) -> Array:
+        k, v = split.gather(k), split.gather(v)
+        return masked_attention(q, k, v, mask, scores=scores, sinks=sinks)
+
+    of_mask = P(split.spec[0], None, split.spec[1], None)
+    specs = (split.rows, split.rows, split.rows, of_mask, split.heads)
+    return split.shard_map(local, specs, split.rows)(q, k, v, mask, sinks)
+
+
 def _xla(
     q: Array, k: Array, v: Array, segments: Array, scores: Scores, sinks: Array | None
 ) -> Array:
-    slots = jnp.arange(q.shape[1])
-    mask = causal_mask(slots, slots, segments, segments, window=scores.window)
-    return masked_attention(q, k, v, mask, scores=scores, sinks=sinks)
+    mask = row_mask(segments, window=scores.window)
+    return row_attention(q, k, v, mask, scores=scores, sinks=sinks)
 
 
 def _cudnn(
@@ -154,65 +192,18 @@ def segment_offsets(
 def _splash(
     q: Array, k: Array, v: Array, segments: Array, scores: Scores, sinks: Array | None
 ) -> Array:
-    """The Pallas kernel of JAX for TPU, mapped over rows and sharded over rows and heads."""
-    local = functools.partial(_splash_local, scores=scores)
-    placement = active_placement()
-    if placement is None:
-        return local(q, k, v, segments, sinks)
-    q_spec = placement.spec(("batch", "seq", "act_heads", "act_head_dim"), q.shape, "queries")
-    k_spec = placement.spec(("batch", "seq", "act_kv_heads", "act_head_dim"), k.shape, "keys")
-    if k_spec != q_spec:
-        # Each device must hold the key heads that its query heads read: one for each of them, where
-        # there are too few key heads to split them as the query heads are split.
-        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    return jax.shard_map(
-        local,
-        mesh=placement.mesh,
-        in_specs=(q_spec, q_spec, q_spec, P(q_spec[0], None), P(q_spec[2])),
-        out_specs=q_spec,
-        check_vma=False,
-    )(q, k, v, segments, sinks)
+    # What it imports is of use on TPUs alone.
+    from jaxft.models.splash import splash_attention
+
+    return splash_attention(q, k, v, segments, scores, sinks)
 
 
-def _splash_local(
-    q: Array, k: Array, v: Array, segments: Array, sinks: Array | None, *, scores: Scores
-) -> Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    _, length, heads, _ = q.shape
-    block = min(512, length)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    shape = (length, length)
-    if 0 < scores.window < length:
-        mask = splash.LocalMask(shape, window_size=(scores.window - 1, 0), offset=0)
-    else:
-        mask = splash.CausalMask(shape)
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads),
-        head_shards=1,
-        q_seq_shards=1,
-        block_sizes=sizes,
-        attn_logits_soft_cap=scores.cap or None,
-    )
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * scores.scale, k, v))
-    ids = splash.SegmentIds(q=segments, kv=segments)
-    if sinks is None:
-        out = jax.vmap(kernel)(q, k, v, ids)
-    else:
-        out = jax.vmap(lambda *row: kernel(*row, sinks.astype(jnp.float32)))(q, k, v, ids)
-    return cast(Array, out).transpose(0, 2, 1, 3)
-
-
-BACKENDS: dict[str, Backend] = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}
+BACKENDS: dict[str, Backend] = {
+    "xla": _xla,
+    "cudnn": _cudnn,
+    "splash": _splash,
+    "ring": ring_attention,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +223,7 @@ def choose_backend(
     compute_dtype,
     max_segments: int,
     compute_capability: str = "",
+    parts: int = 1,
 ) -> Choice:
     """Resolves `auto`, and refuses a back end that this run cannot use.
 
@@ -243,70 +235,116 @@ def choose_backend(
       compute_dtype: Type of queries, keys and values.
       max_segments: Most documents in one row.
       compute_capability: Of an NVIDIA GPU, such as `9.0`.
+      parts: Devices that a strategy splits each row over.
 
     Raises:
       ConfigError: Where a named back end cannot be used; all reasons at once.
     """
-    if asked == "auto":
-        preferred = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-        reasons = _obstacles(
-            preferred, config, platform, length, compute_dtype, max_segments, compute_capability
-        )
+    run = _Run(config, platform, length, compute_dtype, max_segments, compute_capability, parts)
+    if asked != "auto":
+        if reasons := _OBSTACLES[asked](run):
+            advice = "Use auto or xla."
+            problems = [f"model.attention={asked} cannot be used: {r}. {advice}" for r in reasons]
+            raise ConfigError(problems)
+        return Choice(asked, "as configured")
+    fastest = {"tpu": ["splash"], "gpu": ["cudnn"]}.get(platform, [])
+    candidates = [*fastest, *(["ring"] if parts > 1 else []), "xla"]
+    refused = []
+    for name in candidates:
+        reasons = _OBSTACLES[name](run)
         if not reasons:
-            return Choice(preferred, f"fastest that fits on {platform}")
-        return Choice("xla", f"{preferred} is not possible: {'; '.join(reasons)}")
-    reasons = _obstacles(
-        asked, config, platform, length, compute_dtype, max_segments, compute_capability
+            break
+        refused.append(f"{name} is not possible: {'; '.join(reasons)}")
+    return Choice(name, "; ".join(refused) or f"fastest that fits on {platform}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What decides whether a back end can be used; see `choose_backend`."""
+
+    config: DecoderConfig
+    platform: str
+    length: int
+    compute_dtype: Any
+    max_segments: int
+    compute_capability: str
+    parts: int
+
+
+def _failed(*tests: tuple[bool, str]) -> list[str]:
+    """Returns what is said of the tests that are not passed."""
+    return [reason for passed, reason in tests if not passed]
+
+
+def _xla_obstacles(run: _Run) -> list[str]:
+    return []
+
+
+def _cudnn_obstacles(run: _Run) -> list[str]:
+    config, head_dim = run.config, run.config.head_dim
+    windows = sorted({kind.window for kind in config.kinds if 0 < kind.window < run.length})
+    return _failed(
+        (run.platform == "gpu", f"it runs on NVIDIA GPUs and the device is a {run.platform}"),
+        (
+            run.platform != "gpu" or float(run.compute_capability or 0) >= 9.0,
+            "packed rows need compute capability 9.0 (Hopper) and the device has "
+            f"{run.compute_capability or 'an unknown one'}",
+        ),
+        (
+            jnp.dtype(run.compute_dtype).itemsize == 2,
+            "it computes in bfloat16, and compute is float32 (model.dtypes)",
+        ),
+        (head_dim % 8 == 0 and head_dim <= 256, f"head size {head_dim} is not 8, 16 … 256"),
+        (not config.attention_cap, "the model bounds its scores (attn_logit_softcapping)"),
+        (not config.sinks, "the model has attention sinks"),
+        (not windows, f"packed rows of {run.length} exceed a layer's window of {windows}"),
+        (
+            run.max_segments <= MAX_SEGMENTS,
+            f"a row holds {run.max_segments} documents and the kernel takes {MAX_SEGMENTS}",
+        ),
+        (run.parts == 1, f"the strategy splits each row over {run.parts} devices"),
     )
-    if reasons:
-        raise ConfigError(
-            [f"model.attention={asked} cannot be used: {r}. Use auto or xla." for r in reasons]
-        )
-    return Choice(asked, "as configured")
 
 
-def _obstacles(
-    backend: str,
-    config: DecoderConfig,
-    platform: str,
-    length: int,
-    compute_dtype,
-    max_segments: int,
-    compute_capability: str,
-) -> list[str]:
-    half = jnp.dtype(compute_dtype).itemsize == 2
-    head_dim = config.head_dim
-    windows = sorted({kind.window for kind in config.kinds if 0 < kind.window < length})
-    tests = {
-        "xla": [],
-        "cudnn": [
-            (platform == "gpu", f"it runs on NVIDIA GPUs and the device is a {platform}"),
-            (
-                platform != "gpu" or float(compute_capability or 0) >= 9.0,
-                "packed rows need compute capability 9.0 (Hopper) and the device has "
-                f"{compute_capability or 'an unknown one'}",
-            ),
-            (half, "it computes in bfloat16, and compute is float32 (model.dtypes)"),
-            (head_dim % 8 == 0 and head_dim <= 256, f"head size {head_dim} is not 8, 16 … 256"),
-            (not config.attention_cap, "the model bounds its scores (attn_logit_softcapping)"),
-            (not config.sinks, "the model has attention sinks"),
-            (not windows, f"packed rows of {length} exceed a layer's window of {windows}"),
-            (
-                max_segments <= MAX_SEGMENTS,
-                f"a row holds {max_segments} documents and the kernel takes {MAX_SEGMENTS}",
-            ),
-        ],
-        "splash": [
-            (platform == "tpu", f"it runs on TPUs and the device is a {platform}"),
-            (length % 128 == 0, f"data.max_length {length} is not a multiple of 128"),
-            (
-                length < 512 or length % 512 == 0,
-                f"data.max_length {length} is over 512 and not a multiple of it",
-            ),
-            (head_dim % 64 == 0, f"head size {head_dim} is not a multiple of 64"),
-        ],
-    }
-    return [reason for passed, reason in tests[backend] if not passed]
+def _splash_obstacles(run: _Run) -> list[str]:
+    # Blocks of keys divide the row, those of queries what a device has of it.
+    part = run.length // run.parts
+    size = f"data.max_length {run.length}"
+    if run.parts > 1:
+        size += f", over {run.parts} devices {part},"
+    return _failed(
+        (run.platform == "tpu", f"it runs on TPUs and the device is a {run.platform}"),
+        (part % 128 == 0, f"{size} is not a multiple of 128"),
+        (
+            all(x < 512 or x % 512 == 0 for x in (run.length, part)),
+            f"{size} is over 512 and not a multiple of it",
+        ),
+        (run.config.head_dim % 64 == 0, f"head size {run.config.head_dim} is not a multiple of 64"),
+    )
+
+
+def _ring_obstacles(run: _Run) -> list[str]:
+    chunk = run.length // (2 * run.parts)
+    return _failed(
+        (
+            run.parts > 1,
+            "no mesh axis of more than one device splits rows (as context does in strategies cp "
+            "and fsdp_cp)",
+        ),
+        (
+            chunk <= BLOCK or math.gcd(chunk, BLOCK) >= 128,
+            f"data.max_length {run.length} over {2 * run.parts} chunks is {chunk}, over {BLOCK} "
+            "and not a multiple of 128",
+        ),
+    )
+
+
+_OBSTACLES: dict[str, Callable[[_Run], list[str]]] = {
+    "xla": _xla_obstacles,
+    "cudnn": _cudnn_obstacles,
+    "splash": _splash_obstacles,
+    "ring": _ring_obstacles,
+}
 
 
 def check_backend(backend: str, config: DecoderConfig) -> None:
@@ -318,7 +356,7 @@ def check_backend(backend: str, config: DecoderConfig) -> None:
     Raises:
       ConfigError: If outputs or gradients differ by more than bfloat16 explains.
     """
-    if backend == "xla":
+    if backend in ("xla", "ring"):  # made of the same operations, no kernel of anyone's
         return
     length, dtype = 256, jnp.bfloat16
     keys = jax.random.split(jax.random.key(0), 4)

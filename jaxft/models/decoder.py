@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxft.models.attention import attend, causal_mask, masked_attention
+from jaxft.models.attention import (
+    attend,
+    causal_mask,
+    masked_attention,
+    row_attention,
+    row_mask,
+)
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.experts import PRODUCT
 from jaxft.models.layers import (
@@ -21,7 +27,7 @@ from jaxft.models.layers import (
     Routing,
     make_norm,
 )
-from jaxft.models.module import merge, split, stack
+from jaxft.models.module import Params, merge, split, stack
 from jaxft.models.rope import document_lengths, rotary_tables
 from jaxft.sharding.rules import constrain
 
@@ -95,24 +101,24 @@ class Decoder(nnx.Module):
         Returns:
           It, and what the routers of all layers did, `[L, …]`, or None without experts.
         """
-        c = self.config
-        of_kind = _attention_by_kind(c, segments, self.numerics.attention)
-
-        def attention_of(kind: Array) -> AttentionFn:
-            return lambda q, k, v, cache, sinks: (of_kind(kind, q, k, v, sinks), cache)
-
-        lengths = document_lengths(positions, segments)
-        x, _, routing = self._run(tokens, positions, lengths, segments, attention_of, None)
-        return x, routing
+        kinds = jnp.asarray(self.config.pattern, jnp.int32)
+        x = self.embedded(tokens, positions)
+        x, routing = self.through(split(self.layers)[1], kinds, x, positions, segments)
+        return self.norm(x), routing
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits of any positions of `hidden`."""
-        w = (self.embed if self.head is None else self.head).w[...].astype(hidden.dtype)
-        with self._precision():
+        w = self.head_table.astype(hidden.dtype)
+        with self.precision():
             logits = jnp.einsum("btd,vd->btv", hidden, w, preferred_element_type=jnp.float32)
         if cap := self.config.logit_cap:
             logits = cap * jnp.tanh(logits / cap)
         return constrain(logits, "batch", "seq", "act_vocab")
+
+    @property
+    def head_table(self) -> Float[Array, "V D"]:
+        """The weight that logits are made with, a tied one included."""
+        return (self.embed if self.head is None else self.head).w[...]
 
     def init_cache(self, limits: Int[Array, " B"], slots: int) -> KVCache:
         """Allocates an empty cache.
@@ -159,45 +165,89 @@ class Decoder(nnx.Module):
             return attention
 
         lengths = jnp.broadcast_to(cache.limits[:, None], tokens.shape)
-        hidden, (k, v), _ = self._run(
-            tokens, positions, lengths, segments, attention_of, (cache.k, cache.v)
+        inputs = self._inputs_by_kind(positions, lengths, segments, attention_of)
+        x, (k, v), _ = self._scan(
+            split(self.layers)[1],
+            jnp.asarray(c.pattern, jnp.int32),
+            self.embedded(tokens, positions),
+            inputs,
+            (cache.k, cache.v),
         )
-        return hidden, KVCache(k, v, known, cache.limits, cache.used + length)
+        return self.norm(x), KVCache(k, v, known, cache.limits, cache.used + length)
 
-    def _run(
+    def embedded(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Returns the residual stream that enters the first layer."""
+        x = self.embed(tokens, self.numerics.compute_dtype)
+        if self.config.embed_scale != 1:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+        if self.positions is not None:
+            x = x + self.positions(positions, x.dtype)
+        return constrain(x, "batch", "stream_seq", "act_embed")
+
+    def through(
         self,
-        tokens: Array,
+        layers: Params,
+        kinds: Int[Array, " L"],
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """Returns the residual stream after some layers, and what their routers did.
+
+        Args:
+          layers: Parameters of these layers, paths as in one layer, each array with an axis L.
+          kinds: Index of each one's kind.
+          x: The residual stream before them.
+          positions: Within documents.
+          segments: Number of the document, 0 on padding.
+        """
+        of_kind = _attention_by_kind(self.config, segments, self.numerics.attention)
+
+        def attention_of(kind: Array) -> AttentionFn:
+            return lambda q, k, v, cache, sinks: (of_kind(kind, q, k, v, sinks), cache)
+
+        inputs = self._inputs_by_kind(
+            positions, document_lengths(positions, segments), segments, attention_of
+        )
+        x, _, routing = self._scan(layers, kinds, x, inputs, None)
+        return x, routing
+
+    def _inputs_by_kind(
+        self,
         positions: Array,
         lengths: Array,
         segments: Array,
         attention_of: Callable[[Array], AttentionFn],
-        caches: Any,
-    ) -> tuple[Array, Any, Routing | None]:
-        c = self.config
-        x = self.embed(tokens, self.numerics.compute_dtype)
-        if c.embed_scale != 1:
-            x = x * jnp.asarray(c.embed_scale, x.dtype)
-        if self.positions is not None:
-            x = x + self.positions(positions, x.dtype)
-        x = constrain(x, "batch", "seq", "act_embed")
+    ) -> Callable[[Array], LayerInputs]:
         ropes = [
             None if kind.rope is None else rotary_tables(kind.rope, positions, lengths)
-            for kind in c.kinds
+            for kind in self.config.kinds
         ]
-        graphdef, stacked = split(self.layers)
+        return lambda kind: LayerInputs(_pick(ropes, kind), attention_of(kind), segments > 0)
 
-        def layer(x: Array, scanned: tuple[dict, Any, Array]) -> tuple[Array, Any]:
+    def _scan(
+        self,
+        layers: Params,
+        kinds: Array,
+        x: Array,
+        inputs: Callable[[Array], LayerInputs],
+        caches: Any,
+    ) -> tuple[Array, Any, Routing | None]:
+        graphdef, _ = split(self.layers)
+
+        def layer(x: Array, scanned: tuple[Params, Any, Array]) -> tuple[Array, Any]:
             params, cache, kind = scanned
-            inputs = LayerInputs(_pick(ropes, kind), attention_of(kind), segments > 0)
-            x, cache, routing = merge(graphdef, params)(x, inputs, cache)
+            x, cache, routing = merge(graphdef, params)(x, inputs(kind), cache)
             return x, (cache, routing)
 
-        scanned = (stacked, caches, jnp.asarray(c.pattern, jnp.int32))
-        with self._precision():
-            x, (caches, routing) = jax.lax.scan(_remat(layer, self.numerics.remat), x, scanned)
-        return self.norm(x), caches, routing
+        with self.precision():
+            remat = _remat(layer, self.numerics.remat)
+            x, (caches, routing) = jax.lax.scan(remat, x, (layers, caches, kinds))
+        return x, caches, routing
 
-    def _precision(self) -> contextlib.AbstractContextManager:
+    def precision(self) -> contextlib.AbstractContextManager:
         """Asks for whole products of float32, which accelerators round to fewer bits by default."""
         exact = self.numerics.compute_dtype == jnp.float32
         return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
@@ -214,9 +264,8 @@ def _attention_by_kind(
     plain = config.scores(LayerKind())
     if backend == "xla":
         # The masks alone differ: picking one costs less than a branch for each.
-        slots = jnp.arange(length)
-        masks = [causal_mask(slots, slots, segments, segments, window=w) for w in distinct]
-        return lambda kind, q, k, v, sinks: masked_attention(
+        masks = [row_mask(segments, window=w) for w in distinct]
+        return lambda kind, q, k, v, sinks: row_attention(
             q, k, v, _pick(masks, index[kind]), scores=plain, sinks=sinks
         )
 

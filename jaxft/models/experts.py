@@ -1,8 +1,9 @@
 """Mixture of experts: a router in float32, and two ways of bringing tokens to their experts."""
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.layers import Linear, Routing
 from jaxft.models.module import Param
-from jaxft.sharding.rules import active_placement, constrain
+from jaxft.sharding.reduce import WeightPlan, plan_weight, reduce_scatter
+from jaxft.sharding.rules import Placement, active_placement
 
 # Name of products with experts' weights, for rematerialisation to keep them.
 PRODUCT = "expert_product"
@@ -51,13 +54,19 @@ class ExpertWeights(NamedTuple):
       down: `[E, D, F]`.
       gate_bias: `[E, F]`.
       up_bias: `[E, F]`.
+      down_bias: `[E, D]`.
     """
 
-    gate: Array
-    up: Array
-    down: Array
-    gate_bias: Array | None
-    up_bias: Array | None
+    gate: Any
+    up: Any
+    down: Any
+    gate_bias: Any
+    up_bias: Any
+    down_bias: Any
+
+
+_INWARD, _OUTWARD = ("experts", "mlp", "embed"), ("experts", "embed", "mlp")
+_AXES = ExpertWeights(_INWARD, _INWARD, _OUTWARD, _INWARD[:2], _INWARD[:2], _OUTWARD[:2])
 
 
 class ExpertLinear(nnx.Module):
@@ -76,9 +85,14 @@ class Experts(nnx.Module):
     (`jax.lax.ragged_dot_general`) multiplies each group with its expert (Gale et al., MegaBlocks,
     arXiv:2211.15841). XLA has such a product for TPU; where it has none, on CPU, every expert is
     multiplied with every token and masked, so that work grows with E. With
-    `numerics.expert_capacity` each expert takes a bounded number of each row's tokens, in an array
-    with an axis of experts that a mesh can split (Lepikhin et al., GShard, arXiv:2006.16668); what
-    exceeds it passes by on the residual stream.
+    `numerics.expert_capacity` each expert takes a bounded number of each row's tokens (Lepikhin et
+    al., GShard, arXiv:2006.16668); what exceeds it passes by on the residual stream.
+
+    A strategy may split experts over mesh axes that tokens are split over too. Tokens then go to
+    the device that holds their expert, and results come back, by all-to-all. With a capacity both
+    are arrays of equal parts. Without one only real tokens travel, but a device must have room for
+    the case that every token of its p peers chooses the experts it has: p * N * min(k, E / p) rows
+    of D and of F, with N tokens of each device, where N * k are used on average.
 
     Args:
       config: Sizes.
@@ -107,44 +121,48 @@ class Experts(nnx.Module):
             "bias": bias,
         }
         self.router = Linear((e,), (d,), axes=("router", "embed"), **kwargs)
-        inward, outward = ("experts", "mlp", "embed"), ("experts", "embed", "mlp")
-        self.gate = ExpertLinear(e, f, d, axes=inward, **kwargs)
-        self.up = ExpertLinear(e, f, d, axes=inward, **kwargs)
-        self.down = ExpertLinear(e, d, f, axes=outward, **kwargs)
+        self.gate = ExpertLinear(e, f, d, axes=_AXES.gate, **kwargs)
+        self.up = ExpertLinear(e, f, d, axes=_AXES.up, **kwargs)
+        self.down = ExpertLinear(e, d, f, axes=_AXES.down, **kwargs)
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """Returns what is added to the residual stream, and what the router did."""
+        """Returns what is added to the residual stream, nothing on padding, and the routing."""
+        placement = active_placement()
+        if placement is not None:
+            check_experts(placement, capacity=self.capacity)
         # Few operations whose errors would change which experts are chosen: never in fewer bits.
         with jax.default_matmul_precision("highest"):
             routes = self._route(x)
-        weights = ExpertWeights(
-            *(layer.w[...].astype(x.dtype) for layer in (self.gate, self.up, self.down)),
-            *(None if b is None else b[...].astype(x.dtype) for b in (self.gate.b, self.up.b)),
-        )
-        kept, mix = jnp.broadcast_to(real[..., None], routes.experts.shape), routes.weights
+        count = self.config.count
         if self.capacity:
             capacity = self._slots(x.shape[1])
-            slots = _slots_of(routes.experts, real, capacity, self.config.count)
-            kept = slots < self.config.count * capacity
-            mix = mix * kept
-            out = self._in_slots(x, slots, capacity, mix, weights)
+            chosen = _slots_of(routes.experts, real, capacity, count)
+            kept = chosen < count * capacity
+            apply = functools.partial(_in_slots, capacity=capacity, gating=self.gating)
         else:
-            out = self._grouped(x, routes, weights)
-        if self.down.b is not None:
-            chosen = jax.nn.one_hot(routes.experts, self.config.count, dtype=jnp.float32)
-            by_expert = jnp.einsum("btke,btk->bte", chosen, mix)
-            out += jnp.einsum("bte,ed->btd", by_expert, self.down.b[...].astype(jnp.float32))
+            chosen = jnp.where(real[..., None], routes.experts, count)
+            kept = chosen < count
+            apply = functools.partial(_grouped, gating=self.gating)
+        mix, weights = routes.weights * kept, self._weights(x.dtype)
+        out = _on_devices(placement, apply, x, chosen, mix, weights)
         return out.astype(x.dtype), self._routing(routes, real, kept)
 
     def _route(self, x: Array) -> Routes:
         logits = self.router(x.astype(jnp.float32))
         probabilities = jax.nn.softmax(logits, axis=-1)
-        weights, experts = jax.lax.top_k(probabilities, self.config.chosen)
+        weights, experts = _top_k(probabilities, self.config.chosen)
         if self.config.normalised:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return Routes(experts, weights, probabilities)
+
+    def _weights(self, dtype: Any) -> ExpertWeights:
+        layers = self.gate, self.up, self.down
+        return ExpertWeights(
+            *(layer.w[...].astype(dtype) for layer in layers),
+            *(None if layer.b is None else layer.b[...].astype(dtype) for layer in layers),
+        )
 
     def _routing(self, routes: Routes, real: Array, kept: Array) -> Routing:
         counted = real.astype(jnp.float32)
@@ -157,95 +175,234 @@ class Experts(nnx.Module):
             dropped=jnp.sum(dropped),
         )
 
-    def _grouped(self, x: Array, routes: Routes, weights: ExpertWeights) -> Array:
-        """Every token through its experts, each device its own tokens; float32."""
-        placement = active_placement()
-        if placement is None:
-            return _grouped_mlp(x, routes.experts, routes.weights, weights, self.gating)
-        rows, length = placement.spec(("batch", "seq"), x.shape[:2], "tokens of experts")
-        tokens = P(rows, length, None)
-        hidden = placement.spec(("act_mlp",), weights.gate.shape[1:2], "experts")[0]
-        inward, outward = P(None, hidden, None), P(None, None, hidden)
-        bias = None if weights.gate_bias is None else P(None, hidden)
-
-        def local(x: Array, experts: Array, mix: Array, weights: ExpertWeights) -> Array:
-            out = _grouped_mlp(x, experts, mix, weights, self.gating)
-            # Each device of these axes holds a part of the hidden width: their sum is the output.
-            return out if hidden is None else jax.lax.psum(out, hidden)
-
-        return jax.shard_map(
-            local,
-            mesh=placement.mesh,
-            in_specs=(
-                tokens,
-                tokens,
-                tokens,
-                ExpertWeights(inward, inward, outward, bias, bias),  # pyright: ignore
-            ),
-            out_specs=tokens,
-            check_vma=False,
-        )(x, routes.experts, routes.weights, weights)
-
     def _slots(self, length: int) -> int:
         """Tokens of a row that an expert takes."""
         share = length * self.config.chosen / self.config.count
         return min(length, math.ceil(self.capacity * share))
 
-    def _in_slots(
-        self,
-        x: Float[Array, "B T D"],
-        slots: Int[Array, "B T k"],
-        capacity: int,
-        mix: Float[Array, "B T k"],
-        weights: ExpertWeights,
-    ) -> Float[Array, "B T D"]:
-        """Tokens in a bounded number of slots of each expert; float32."""
-        (rows, length, embed), places = x.shape, self.config.count * capacity
-        row = jnp.arange(rows)[:, None, None]
-        token = jnp.broadcast_to(jnp.arange(length)[None, :, None], slots.shape)
-        # An empty slot reads the zero after the last token; the slot after the last takes what is
-        # dropped.
-        source = jnp.full((rows, places + 1), length).at[row, slots].set(token)[:, :places]
-        taken = jnp.take_along_axis(_with_zero(x), source[..., None], axis=1)
-        taken = taken.reshape(rows, self.config.count, capacity, embed)
-        taken = constrain(taken, "batch", "act_experts", "act_slots", "act_embed")
-        gate = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.gate), PRODUCT)
-        up = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.up), PRODUCT)
-        if weights.gate_bias is not None and weights.up_bias is not None:
-            gate += weights.gate_bias[None, :, None]
-            up += weights.up_bias[None, :, None]
-        hidden = constrain(self.gating(gate, up), "batch", "act_experts", "act_slots", "act_mlp")
-        out = checkpoint_name(jnp.einsum("becf,edf->becd", hidden, weights.down), PRODUCT)
-        out = constrain(out, "batch", "act_experts", "act_slots", "act_embed")
-        out = _with_zero(out.reshape(rows, places, embed))
-        back = jnp.take_along_axis(out, slots.reshape(rows, -1, 1), axis=1)
-        return _mixed(back.reshape(*slots.shape, embed), mix)
+
+def _top_k(
+    probabilities: Float[Array, "B T E"], k: int
+) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
+    """As `jax.lax.top_k`, each device of its own tokens; XLA would gather all of them first."""
+
+    def local(probabilities: Array) -> tuple[Array, Array]:
+        weights, experts = jax.lax.top_k(probabilities, k)
+        return weights, experts
+
+    placement = active_placement()
+    if placement is None:
+        return local(probabilities)
+    stream = placement.spec(("batch", "stream_seq"), probabilities.shape[:2], "tokens of experts")
+    return jax.shard_map(
+        local,
+        mesh=placement.mesh,
+        in_specs=stream,
+        out_specs=(stream, stream),
+        check_vma=False,
+    )(probabilities)
 
 
-def _grouped_mlp(
+class _Peers(NamedTuple):
+    """Devices that have the other experts of a layer; empty `axes` if each device has all.
+
+    Attributes:
+      axes: Mesh axes that experts are split over.
+      count: Devices along them.
+      ragged: Whether they can exchange parts of unequal size.
+    """
+
+    axes: tuple[str, ...] = ()
+    count: int = 1
+    ragged: bool = False
+
+    def all_to_all(self, x: Array, split: int, concat: int) -> Array:
+        """Cuts a dimension into parts for the peers, and joins what they sent along another."""
+        return jax.lax.all_to_all(x, self.axes, split, concat, tiled=True) if self.axes else x
+
+
+# Maps x, chosen, mix, weights and peers to what a device's own tokens get, in float32.
+_Apply = Callable[[Array, Array, Array, ExpertWeights, _Peers], Array]
+
+
+def _on_devices(
+    placement: Placement | None,
+    apply: _Apply,
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    mix: Float[Array, "B T k"],
+    weights: ExpertWeights,
+) -> Float[Array, "B T D"]:
+    """Applies experts on each device to its tokens; float32.
+
+    Weights enter in their own placement and are gathered here, so that their gradient leaves by a
+    reduce-scatter. The hidden width may stay split: the parts of the output are then added up.
+    """
+    if placement is None:
+        return apply(x, chosen, mix, weights, _Peers())
+    plans = ExpertWeights(
+        *(
+            w if w is None else plan_weight(axes, w.shape, x.shape[:2])
+            for w, axes in zip(weights, _AXES, strict=True)
+        )
+    )
+    if plans.down_bias is not None:
+        plans = plans._replace(down_bias=_whole(plans.down_bias))
+    axes, hidden, *_ = plans.gate.held
+    peers = _Peers(
+        axes,
+        math.prod(placement.mesh.shape[name] for name in axes),
+        # XLA has this collective for TPU and GPU alone.
+        ragged=placement.mesh.devices.flat[0].platform != "cpu",
+    )
+    rows, positions = plans.gate.tokens
+    # Positions of the residual stream may be split further than those of tokens are here.
+    shared = tuple(name for name in placement.split("stream_seq") if name not in positions)
+    tokens, stream = P(rows, positions), P(rows, (*positions, *shared))
+    gathered = functools.partial(_gathered, placement=placement)
+
+    def local(
+        x: Array, chosen: Array, mix: Array, parts: ExpertWeights, weights: ExpertWeights
+    ) -> Array:
+        if shared:
+            x = jax.lax.all_gather(x, shared, axis=1, tiled=True)
+        whole = ExpertWeights(*map(gathered, plans, parts, weights))
+        if hidden and whole.down_bias is not None:
+            # The outputs of these devices are added up: the bias counts once.
+            first = jax.lax.axis_index(hidden) == 0
+            whole = whole._replace(down_bias=jnp.where(first, whole.down_bias, 0))
+        out = apply(x, chosen, mix, whole, peers)
+        if not hidden:
+            return out
+        if hidden == shared:
+            return jax.lax.psum_scatter(out, hidden, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(out, hidden)
+
+    of_parts, of_weights = (
+        ExpertWeights(*(plan if plan is None else spec(plan) for plan in plans))
+        for spec in (lambda plan: plan.of_gradient, lambda plan: plan.of_weight)
+    )
+    return plans.gate.map(
+        # Gathered weights are not kept for the backward pass, which gathers them again.
+        jax.checkpoint(local, policy=_not_gathered, prevent_cse=False),
+        (stream, tokens, tokens, of_parts, of_weights),
+        stream if hidden == shared else tokens,
+    )(x, chosen, mix, weights, jax.lax.stop_gradient(weights))
+
+
+def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name != "all_gather"
+
+
+def _whole(plan: WeightPlan) -> WeightPlan:
+    """Returns the plan of a weight that every device needs of all experts."""
+    nothing = ((),) * len(plan.held)
+    gathered, scattered = (
+        tuple(a + b for a, b in zip(plan.held, more, strict=True))
+        for more in (plan.gathered, plan.scattered)
+    )
+    return plan._replace(held=nothing, gathered=gathered, scattered=scattered)
+
+
+def _gathered(
+    plan: WeightPlan | None, part: Array, w: Array, *, placement: Placement
+) -> Array | None:
+    """Inside a `shard_map`: gathers a weight; its gradient goes to `part`, cut as gradients are."""
+    if plan is None:
+        return None
+
+    @jax.custom_vjp
+    def whole(part: Array, w: Array) -> Array:
+        return plan.gather(w)
+
+    def backward(_: None, gradient: Array) -> tuple[Array, None]:
+        # Other devices' gradients of the same part are added where the `shard_map` ends.
+        for dimension, names in enumerate(plan.scattered):
+            for name in names:
+                gradient = reduce_scatter(gradient, name, dimension, placement)
+        return gradient, None
+
+    whole.defvjp(lambda part, w: (plan.gather(w), None), backward)
+    return whole(part, w)
+
+
+def _in_slots(
+    x: Float[Array, "B T D"],
+    slots: Int[Array, "B T k"],
+    mix: Float[Array, "B T k"],
+    weights: ExpertWeights,
+    peers: _Peers,
+    *,
+    capacity: int,
+    gating: Gating,
+) -> Float[Array, "B T D"]:
+    """Tokens in a bounded number of slots of each expert; float32."""
+    (rows, length, embed), count = x.shape, peers.count * weights.gate.shape[0]
+    row = jnp.arange(rows)[:, None, None]
+    token = jnp.broadcast_to(jnp.arange(length)[None, :, None], slots.shape)
+    # An empty slot reads the zero after the last token; the slot after the last takes what is
+    # dropped.
+    source = jnp.full((rows, count * capacity + 1), length).at[row, slots].set(token)[:, :-1]
+    taken = jnp.take_along_axis(_with_zero(x), source[..., None], axis=1)
+    taken = peers.all_to_all(taken.reshape(rows, count, capacity, embed), 1, 0)
+    gate = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.gate), PRODUCT)
+    up = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.up), PRODUCT)
+    if weights.gate_bias is not None:
+        gate += weights.gate_bias[None, :, None]
+        up += weights.up_bias[None, :, None]
+    out = jnp.einsum("becf,edf->becd", gating(gate, up), weights.down)
+    out = peers.all_to_all(checkpoint_name(out, PRODUCT), 0, 1)
+    out = _with_zero(out.reshape(rows, count * capacity, embed))
+    back = jnp.take_along_axis(out, slots.reshape(rows, -1, 1), axis=1)
+    return _mixed(back.reshape(*slots.shape, embed), slots // capacity, mix, weights.down_bias)
+
+
+def _grouped(
     x: Float[Array, "B T D"],
     experts: Int[Array, "B T k"],
     mix: Float[Array, "B T k"],
     weights: ExpertWeights,
+    peers: _Peers,
+    *,
     gating: Gating,
 ) -> Float[Array, "B T D"]:
-    """Sorts copies of tokens by expert and multiplies each group with its weights; float32."""
-    rows, length, chosen = experts.shape
+    """Copies of tokens, sorted by expert, each group with its weights; float32.
+
+    Experts are numbered from 0 to E - 1; E stands for none.
+    """
+    (rows, length, k), here = experts.shape, weights.gate.shape[0]
     of_copy = experts.reshape(-1)
     order = jnp.argsort(of_copy)
-    sizes = jnp.bincount(of_copy, length=weights.gate.shape[0]).astype(jnp.int32)
-    copies = x.reshape(rows * length, -1)[order // chosen]
+    sizes = jnp.bincount(of_copy, length=peers.count * here).astype(jnp.int32)
+    copies = x.reshape(rows * length, -1)[order // k]
+    if peers.axes:
+        there, back, sizes = _journeys(sizes, peers)
+        room = rows * length * min(k, here)
+        copies = _exchange(copies, there, peers, room, peers.count * room)
+        out = _exchange(_by_expert(copies, sizes, weights, gating), back, peers, room, order.size)
+    else:
+        out = _by_expert(copies, sizes, weights, gating)
+    # Back to where the tokens were: the inverse of a permutation is its argsort.
+    out = out[jnp.argsort(order)].reshape(rows, length, k, -1)
+    return _mixed(out, experts, mix, weights.down_bias)
+
+
+def _by_expert(
+    x: Float[Array, "N D"], sizes: Int[Array, " E"], weights: ExpertWeights, gating: Gating
+) -> Float[Array, "N D"]:
+    """Consecutive groups of rows through an expert each; zero after the last group."""
+    used = jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes)
+    expert = jnp.repeat(jnp.arange(sizes.size), sizes, total_repeat_length=x.shape[0])
 
     def product(x: Array, w: Array, b: Array | None) -> Array:
         out = checkpoint_name(jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT), PRODUCT)
-        return out if b is None else out + b[of_copy[order]]
+        # What a product leaves in rows of no group is not defined.
+        return jnp.where(used, out if b is None else out + b[expert], 0)
 
-    gate = product(copies, weights.gate, weights.gate_bias)
-    up = product(copies, weights.up, weights.up_bias)
-    out = product(gating(gate, up), weights.down, None)
-    # Back to where the tokens were: the inverse of a permutation is its argsort.
-    out = out[jnp.argsort(order)].reshape(rows, length, chosen, -1)
-    return _mixed(out, mix)
+    x = jnp.where(used, x, 0)
+    gate = product(x, weights.gate, weights.gate_bias)
+    up = product(x, weights.up, weights.up_bias)
+    return product(gating(gate, up), weights.down, None)
 
 
 # [tokens, in] x [experts, out, in] -> [tokens, out], tokens in consecutive groups.
@@ -254,6 +411,81 @@ _BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
     lhs_ragged_dimensions=[0],
     rhs_group_dimensions=[0],
 )
+
+
+class _Journey(NamedTuple):
+    """Slices of rows that travel, int32 `[E]` each, as `jax.lax.ragged_all_to_all` takes them."""
+
+    input_offsets: Array
+    send_sizes: Array
+    output_offsets: Array
+    recv_sizes: Array
+
+
+def _journeys(
+    sizes: Int[Array, " E"], peers: _Peers
+) -> tuple[_Journey, _Journey, Int[Array, " here"]]:
+    """Plans the way of copies, sorted by expert, to the devices that have these, and back.
+
+    Copies arrive sorted by expert and, for each, by the device that they came from.
+
+    Args:
+      sizes: Copies of this device for each expert.
+      peers: Among which experts are split.
+
+    Returns:
+      The way there, the way back, and how many copies arrive for each expert of this device.
+    """
+    count, here = peers.count, sizes.size // peers.count
+    me = jax.lax.axis_index(peers.axes)
+    # [source, expert]: how many copies, where they begin at the source, and where they arrive.
+    of_source = jax.lax.all_gather(sizes, peers.axes)
+    begin = jnp.cumsum(of_source, axis=1) - of_source
+    arriving = of_source.T.reshape(count, here * count)
+    arrive = (jnp.cumsum(arriving, axis=1) - arriving).reshape(-1, count).T
+
+    def mine(table: Array) -> Array:
+        return table[me]
+
+    def to_me(table: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(table, me * here, here, axis=1).reshape(-1)
+
+    there = _Journey(mine(begin), mine(of_source), mine(arrive), to_me(of_source))
+    back = _Journey(to_me(arrive), to_me(of_source), to_me(begin), mine(of_source))
+    return there, back, jnp.sum(to_me(of_source).reshape(count, here), axis=0)
+
+
+def _exchange(
+    x: Float[Array, "N D"], journey: _Journey, peers: _Peers, room: int, rows: int
+) -> Float[Array, "rows D"]:
+    """Sends slices of rows to peers; rows that nothing arrives for are zero.
+
+    Args:
+      x: Rows of this device.
+      journey: Which of them go where.
+      peers: Who takes part.
+      room: Most rows from one device to another.
+      rows: Of the result.
+    """
+    if peers.ragged:
+        out = jnp.zeros((rows, x.shape[1]), x.dtype)
+        return jax.lax.ragged_all_to_all(x, out, *journey, axis_name=peers.axes)
+
+    def places(offsets: Array, sizes: Array, missing: int) -> Array:
+        """Row numbers of the slices to or from each peer, `[peers, room]`."""
+        sizes, place = sizes.reshape(peers.count, -1), jnp.arange(room)
+        ends = jnp.cumsum(sizes, axis=1)
+        of_slice = jnp.sum(place[None, :, None] >= ends[:, None], axis=2)
+        shift = jnp.pad(offsets.reshape(sizes.shape) - (ends - sizes), ((0, 0), (0, 1)))
+        row = place[None] + jnp.take_along_axis(shift, of_slice, axis=1)
+        return jnp.where(of_slice < sizes.shape[1], row, missing)
+
+    source = places(journey.input_offsets, journey.send_sizes, x.shape[0])
+    landing = peers.all_to_all(journey.output_offsets, 0, 0)
+    target = places(landing, journey.recv_sizes, rows)
+    parcels = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+    out = jnp.zeros((rows, x.shape[1]), x.dtype)
+    return out.at[target].add(peers.all_to_all(parcels, 0, 0), mode="drop")
 
 
 def _slots_of(
@@ -279,9 +511,46 @@ def _with_zero(x: Float[Array, "B T D"]) -> Float[Array, "B T1 D"]:
     return jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
 
 
-def _mixed(out: Float[Array, "B T k D"], mix: Float[Array, "B T k"]) -> Float[Array, "B T D"]:
-    """Weighted sum of the outputs of a token's experts, in float32."""
-    return jnp.sum(out.astype(jnp.float32) * mix[..., None], axis=2)
+def _mixed(
+    out: Float[Array, "B T k D"],
+    experts: Int[Array, "B T k"],
+    mix: Float[Array, "B T k"],
+    bias: Float[Array, "E D"] | None,
+) -> Float[Array, "B T D"]:
+    """Weighted sum of what a token's experts give, and of their biases, in float32."""
+    mixed = jnp.sum(out.astype(jnp.float32) * mix[..., None], axis=2)
+    if bias is None:
+        return mixed
+    chosen = jax.nn.one_hot(experts, bias.shape[0], dtype=jnp.float32)
+    by_expert = jnp.einsum("btke,btk->bte", chosen, mix)
+    return mixed + jnp.einsum("bte,ed->btd", by_expert, bias.astype(jnp.float32))
+
+
+def check_experts(placement: Placement, *, capacity: float) -> None:
+    """Refuses placements that experts cannot be applied under.
+
+    Args:
+      placement: Of the run.
+      capacity: `numerics.expert_capacity`.
+
+    Raises:
+      ConfigError: With all that is wrong.
+    """
+    over_tokens = {*placement.split("batch"), *placement.split("seq")}
+    problems = [
+        f"strategy {placement.name!r} splits act_experts over mesh axis {name!r}, which splits "
+        f"neither batch nor seq: no token could travel along it. Split batch over it too."
+        for name in placement.split("act_experts")
+        if name not in over_tokens
+    ]
+    if capacity and placement.split("seq"):
+        problems.append(
+            f"model.expert_capacity {capacity} counts the tokens of a whole row, of which strategy "
+            f"{placement.name!r} gives each device a part. Set model.expert_capacity=0, which "
+            f"drops no token, or use a strategy that does not split rows."
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def balance_loss(routing: Routing) -> Float[Array, ""]:

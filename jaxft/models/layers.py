@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.module import Param
 from jaxft.models.rope import rotate
+from jaxft.sharding.reduce import look_up, project
 from jaxft.sharding.rules import constrain
 
 # Maps q, k, v, a layer's cache and its sinks to the output and the cache with k and v added.
@@ -65,7 +66,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
     ):
-        self.inputs = len(inputs)
+        self.axes, self.inputs = axes, len(inputs)
         value = jax.random.normal(rngs.params(), (*outputs, *inputs), jnp.float32) * scale
         self.w = Param(value.astype(dtype), axes=axes)
         self.b = Param(jnp.zeros(outputs, dtype), axes=axes[: len(outputs)]) if bias else None
@@ -73,9 +74,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Contracts the last dimensions of `x` with the last of the weight, in `x`'s dtype."""
         w = self.w[...].astype(x.dtype)
-        n = self.inputs
-        contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(w.ndim - n, w.ndim))
-        out = jax.lax.dot_general(x, w, (contracted, ((), ())))
+        out = project(x, w, axes=self.axes, inputs=self.inputs)
         return out if self.b is None else out + _broadcast(self.b[...].astype(x.dtype), out.ndim)
 
 
@@ -85,14 +84,13 @@ class Embedding(nnx.Module):
     def __init__(
         self, rows: int, embed: int, *, dtype, scale: float, rngs: nnx.Rngs, axis: str = "vocab"
     ):
+        self.axes = (axis, "embed")
         value = jax.random.normal(rngs.params(), (rows, embed), jnp.float32) * scale
-        self.w = Param(value.astype(dtype), axes=(axis, "embed"))
+        self.w = Param(value.astype(dtype), axes=self.axes)
 
     def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Looks rows up, in `dtype`."""
-        # Cast after the gather: the gradient of a frequent token, a sum of many, is then added up
-        # in the table's own type.
-        return self.w[...][tokens].astype(dtype)
+        return look_up(self.w[...], tokens, axes=self.axes, dtype=dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -291,9 +289,9 @@ class ResidualBlock(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
         """Returns the residual stream after the layer, the layer's cache and its routing."""
         out, cache = self.attn(_maybe(self.attn_norm, x), inputs, cache)
-        x = constrain(x + _maybe(self.attn_post_norm, out), "batch", "seq", "act_embed")
+        x = constrain(x + _maybe(self.attn_post_norm, out), "batch", "stream_seq", "act_embed")
         out, routing = self.mlp(_maybe(self.mlp_norm, x), inputs.real)
-        x = constrain(x + _maybe(self.mlp_post_norm, out), "batch", "seq", "act_embed")
+        x = constrain(x + _maybe(self.mlp_post_norm, out), "batch", "stream_seq", "act_embed")
         return x, cache, routing
 
 

@@ -23,16 +23,30 @@ WEIGHT_AXES = {
 ACTIVATION_AXES = {
     "batch": "B, rows",
     "seq": "T, positions",
+    "stream_seq": "T of the residual stream between the parts of layers",
+    "key_seq": "T of keys and values as attention reads them",
     "act_embed": "D of the residual stream",
     "act_heads": "N of queries and attention output",
     "act_kv_heads": "K of keys and values",
     "act_head_dim": "H of queries, keys and values",
     "act_mlp": "F of the hidden feed-forward activation",
     "act_vocab": "V of logits",
-    "act_experts": "E of tokens that lie in slots of their experts",
-    "act_slots": "slots of one expert",
+    "act_experts": "E of experts and their tokens where they meet",
+    "turns": "inputs that a stage of a pipeline keeps; never split",
+    "act_router": "E of the router's scores",
 }
 AXES = {**WEIGHT_AXES, **ACTIVATION_AXES}
+# The dimension of an activation that a dimension of a weight is multiplied with, or makes.
+ACTIVATION_OF = {
+    "embed": "act_embed",
+    "heads": "act_heads",
+    "kv_heads": "act_kv_heads",
+    "head_dim": "act_head_dim",
+    "mlp": "act_mlp",
+    "vocab": "act_vocab",
+    "experts": "act_experts",
+    "router": "act_router",
+}
 
 
 def check_axes(names: tuple[str, ...], where: str) -> None:

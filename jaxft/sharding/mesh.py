@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -21,6 +22,9 @@ def make_mesh(
 ) -> Mesh:
     """Lays devices out along the strategy's axes, neighbours in the network side by side.
 
+    Devices of several TPU slices, which a slower network joins, form a hybrid mesh: the strategy's
+    axis `across_slices` goes from slice to slice first, and every other axis stays within one.
+
     Args:
       sizes: Axis to device count; 0 leaves the axis to the strategy, -1 takes what remains. Sizes
         that are all given may use fewer devices than one process has.
@@ -32,12 +36,34 @@ def make_mesh(
       ConfigError: If an axis is not the strategy's, or the sizes do not multiply to the devices.
     """
     devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    across = strategy.across_slices
+    if slices > 1 and across != strategy.fill and not sizes.get(across, 0):
+        sizes = {**sizes, across: slices}
     shape = _resolve(sizes, strategy, name=name, count=len(devices))
-    used = devices[: math.prod(shape.values())]
-    grid = mesh_utils.create_device_mesh(
-        tuple(shape.values()), devices=used, allow_split_physical_axes=True
-    )
+    if slices > 1 and shape.get(across, 0) % slices:
+        raise ConfigError(
+            f"mesh.{across} is {shape[across]}, and there are {slices} slices, which strategy "
+            f"{name!r} joins along {across!r}. Use a multiple of {slices}."
+        )
+    grid = _grid(shape, devices, across=across, slices=slices)
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _grid(
+    shape: Mapping[str, int], devices: Sequence[Any], *, across: str, slices: int
+) -> np.ndarray:
+    """Returns the devices in the mesh's shape, as their network suggests."""
+    if slices == 1:
+        used = devices[: math.prod(shape.values())]
+        return mesh_utils.create_device_mesh(
+            tuple(shape.values()), devices=used, allow_split_physical_axes=True
+        )
+    between = {axis: slices if axis == across else 1 for axis in shape}
+    within = [size // between[axis] for axis, size in shape.items()]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, tuple(between.values()), devices=devices, allow_split_physical_axes=True
+    )
 
 
 def _resolve(
@@ -71,3 +97,33 @@ def _resolve(
         f"A mesh of {asked} does not fit {count} devices: the sizes must multiply to {count}, or "
         f"with -1 for one axis to a divisor of it ({divisors})."
     )
+
+
+def rings(mesh: Mesh, axis: str) -> tuple[int, ...]:
+    """Returns the sizes of an axis' parts that each lie along one dimension of a TPU's network.
+
+    The last part is that of neighbours: of 8 x 8 chips on one axis the result is (8, 8). On other
+    devices, and where chips are not laid out so, an axis is one part.
+    """
+    index = [0] * len(mesh.axis_names)
+    index[mesh.axis_names.index(axis)] = slice(None)  # pyright: ignore
+    return _lines([_coordinates(device) for device in mesh.devices[tuple(index)]])
+
+
+def _coordinates(device: Any) -> tuple[int, ...]:
+    return (getattr(device, "slice_index", 0), *getattr(device, "coords", ()))
+
+
+def _lines(coordinates: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Cuts a sequence into equal parts of which the first differs in one coordinate alone."""
+    count, first = len(coordinates), coordinates[0]
+    changes = [
+        {i for i, (a, b) in enumerate(zip(first, other, strict=True)) if a != b}
+        for other in coordinates
+    ]
+    length = 1
+    while length < count and len(set.union(*changes[: length + 1])) == 1:
+        length += 1
+    if length in (1, count) or count % length:
+        return (count,)
+    return (*_lines(coordinates[::length]), length)

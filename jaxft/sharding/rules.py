@@ -8,14 +8,17 @@ import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft.errors import ConfigError, nearest
+from jaxft.errors import ConfigError, collected, nearest
 from jaxft.sharding import strategies
 from jaxft.sharding.axes import check_axes
+from jaxft.sharding.sequence import zigzag_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +46,29 @@ class Strategy:
       fill: The mesh axis that takes the devices left over by explicit sizes.
       overrides: Pairs of a regular expression over parameter paths and the spec that replaces
         what the rules give.
+      gradients: Rules that hold for gradients in place of those in `rules`.
+      moments: Rules that hold for the optimizer's state in place of those in `rules`.
+      across_slices: The mesh axis that spans slices, so that all others stay within the fast
+        network of one; by default `data`, without one the first.
     """
 
     mesh_axes: tuple[str, ...]
     rules: Mapping[str, Target]
     fill: str
     overrides: tuple[tuple[str, P], ...] = ()
+    gradients: Mapping[str, Target] = field(default_factory=dict)
+    moments: Mapping[str, Target] = field(default_factory=dict)
+    across_slices: str = ""
 
     def __post_init__(self):
-        check_axes(tuple(self.rules), "strategy rules")
-        named = {axis for target in self.rules.values() for axis in _mesh_axes_of(target)}
+        tables = (self.rules, self.gradients, self.moments)
+        for table in tables:
+            check_axes(tuple(table), "strategy rules")
+        named = {a for table in tables for target in table.values() for a in _mesh_axes_of(target)}
+        if not self.across_slices:
+            default = "data" if "data" in self.mesh_axes else self.mesh_axes[0]
+            object.__setattr__(self, "across_slices", default)
+        named.add(self.across_slices)
         unknown = sorted({self.fill, *named} - set(self.mesh_axes))
         if unknown:
             known = ", ".join(self.mesh_axes)
@@ -93,8 +109,21 @@ class Placement:
     strategy: Strategy
     mesh: Mesh = field(hash=False)
 
-    def spec(self, axes: tuple[str, ...], shape: tuple[int, ...], path: str) -> P:
+    def spec(
+        self,
+        axes: tuple[str, ...],
+        shape: tuple[int, ...],
+        path: str,
+        *,
+        rules: Mapping[str, Target] | None = None,
+    ) -> P:
         """Returns the partition of one array.
+
+        Args:
+          axes: Name of each dimension.
+          shape: Its size.
+          path: Of a parameter, for overrides; and for messages.
+          rules: In place of the strategy's.
 
         Raises:
           ConfigError: If a size does not divide, or one mesh axis would split two dimensions.
@@ -104,7 +133,7 @@ class Placement:
                 return spec
         entries: list[tuple[str, ...]] = []
         for axis, size in zip(axes, shape, strict=True):
-            entries.append(self._mesh_axes(axis, size, path))
+            entries.append(self._mesh_axes(axis, size, path, rules or self.strategy.rules))
         used = [mesh_axis for entry in entries for mesh_axis in entry]
         twice = sorted({mesh_axis for mesh_axis in used if used.count(mesh_axis) > 1})
         if twice:
@@ -114,8 +143,10 @@ class Placement:
             )
         return P(*(entry if len(entry) > 1 else entry[0] if entry else None for entry in entries))
 
-    def _mesh_axes(self, axis: str, size: int, path: str) -> tuple[str, ...]:
-        target = self.strategy.rules.get(axis, ())
+    def _mesh_axes(
+        self, axis: str, size: int, path: str, rules: Mapping[str, Target]
+    ) -> tuple[str, ...]:
+        target = rules.get(axis, ())
         names = tuple(name for name in _mesh_axes_of(target) if self.mesh.shape[name] > 1)
         count = math.prod(self.mesh.shape[name] for name in names)
         if size % count == 0:
@@ -137,17 +168,61 @@ class Placement:
         self,
         abstract: Mapping[str, jax.ShapeDtypeStruct],
         axes: Mapping[str, tuple[str, ...]],
+        *,
+        rules: Mapping[str, Target] | None = None,
     ) -> dict[str, NamedSharding]:
-        """Returns the sharding of every parameter; problems are collected and raised once."""
-        found, problems = {}, []
+        """Returns the sharding of every parameter; problems are collected and raised once.
+
+        Args:
+          abstract: `{path: shape}`.
+          axes: `{path: name of each dimension}`.
+          rules: In place of the strategy's: `gradient_rules` or `moment_rules`.
+        """
+        found: dict[str, NamedSharding] = {}
+        problems: list[str] = []
         for path, array in abstract.items():
-            try:
-                found[path] = self.sharding(axes[path], array.shape, path)
-            except ConfigError as error:
-                problems += error.problems
+            with collected(problems):
+                spec = self.spec(axes[path], array.shape, path, rules=rules)
+                found[path] = NamedSharding(self.mesh, spec)
         if problems:
             raise ConfigError(problems)
         return found
+
+    @property
+    def gradient_rules(self) -> Mapping[str, Target]:
+        """Where dimensions of gradients go."""
+        return {**self.strategy.rules, **self.strategy.gradients}
+
+    @property
+    def moment_rules(self) -> Mapping[str, Target]:
+        """Where dimensions of the optimizer's state go."""
+        return {**self.strategy.rules, **self.strategy.moments}
+
+    def split(self, axis: str) -> tuple[str, ...]:
+        """Returns the mesh axes of more than one device that a named dimension is split over."""
+        target = _mesh_axes_of(self.strategy.rules.get(axis, ()))
+        return tuple(name for name in target if self.mesh.shape[name] > 1)
+
+    def parts(self, axis: str) -> int:
+        """Returns how many parts a named dimension is split into."""
+        return math.prod(self.mesh.shape[name] for name in self.split(axis))
+
+    def slots(self, length: int) -> np.ndarray:
+        """Returns where in its row each position lies that the devices hold, int32 `[T]`.
+
+        Where rows are split, a device holds one chunk of their start and the mirrored one of their
+        end, so that every device has as many pairs of query and key to score.
+
+        Raises:
+          ConfigError: If the row cannot be split evenly.
+        """
+        parts = self.parts("seq")
+        if parts > 1 and length % (2 * parts):
+            raise ConfigError(
+                f"strategy {self.name!r} splits rows over {parts} devices, two chunks for each; "
+                f"data.max_length {length} is not a multiple of {2 * parts}."
+            )
+        return zigzag_order(length, parts)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -170,6 +245,11 @@ class Placement:
         return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
     @property
+    def row_multiple(self) -> int:
+        """What the rows of an evaluation step are a multiple of, so that every device has some."""
+        return self.batch_shards * self.parts("layers")
+
+    @property
     def rows(self) -> NamedSharding:
         """Sharding of `[B, T]` rows."""
         return NamedSharding(self.mesh, P(self.batch_axes))
@@ -178,6 +258,15 @@ class Placement:
     def micro_batches(self) -> NamedSharding:
         """Sharding of `[A, B, T]`: the micro-batches of a step are not split over devices."""
         return NamedSharding(self.mesh, P(None, self.batch_axes))
+
+    def held_rows(self, rows: int) -> list[int]:
+        """Places of a micro-batch of `rows` rows that devices of this process hold, in order.
+
+        Processes hold the same rows where they split other dimensions of them.
+        """
+        sharding = NamedSharding(self.mesh, P(self.batch_axes))
+        parts = sharding.addressable_devices_indices_map((rows,)).values()
+        return sorted({place for part in parts if part for place in range(rows)[part[0]]})
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
@@ -204,3 +293,8 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
         return x
     check_axes(axes, "constrain")
     return jax.lax.with_sharding_constraint(x, placement.sharding(axes, x.shape, "an activation"))
+
+
+def place(arrays: Any, shardings: Any) -> Any:
+    """Asks for the placement of arrays whose shardings are known, tree by tree."""
+    return jax.lax.with_sharding_constraint(arrays, shardings)

@@ -3,9 +3,9 @@
     parameters, optimizer state   replicated
     rows                          split over `data`
 
-Collective to expect: one all-reduce of the gradients a step.
+Collective to expect: one all-reduce of the gradients a micro-batch.
 """
 
 from jaxft.sharding.rules import Strategy
 
-STRATEGY = Strategy(mesh_axes=("data",), fill="data", rules={"batch": ("data",)})
+STRATEGY = Strategy(mesh_axes=("data",), fill="data", rules={"batch": "data"})

@@ -1,11 +1,11 @@
 """Fully sharded data parallel over `fsdp`, Megatron tensor parallel over `tensor`.
 
-    heads, mlp, vocabulary        split over `tensor`; key heads and vocabulary if it divides them
-    embedding dimension           split over `fsdp`
-    rows                          split over `data` and `fsdp`
+    heads, mlp, vocabulary   split over `tensor`; key heads and vocabulary if it divides them
+    embedding dimension      split over `fsdp`
+    residual stream          replicated over `tensor`
+    rows                     split over `data` and `fsdp`
 
-Collectives to expect: those of fsdp, and over `tensor` an all-reduce of the residual stream after
-attention and after the feed-forward part, in both passes.
+Collectives to expect: those of `fsdp` on a `tensor`-th of each weight, and those of `tp`.
 Source: Shoeybi et al., Megatron-LM, https://arxiv.org/abs/1909.08053.
 """
 

@@ -1,0 +1,80 @@
+"""How attention is mapped over devices: each takes its rows, its heads and its queries."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jaxft.sharding.rules import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class RowSplit:
+    """Where the dimensions of queries go; of keys and values too, as they come.
+
+    Attributes:
+      mesh: Of the devices.
+      spec: Of B, T and N.
+      axes: Mesh axes that T is split over, slowest first; none if devices hold whole rows.
+    """
+
+    mesh: Mesh
+    spec: P
+    axes: tuple[str, ...]
+
+    @property
+    def parts(self) -> int:
+        """Devices that share a row."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    @property
+    def rows(self) -> P:
+        """Of `[B, T, heads, H]`."""
+        return self.spec
+
+    @property
+    def segments(self) -> P:
+        """Of `[B, T]`."""
+        return P(*self.spec[:2])
+
+    @property
+    def heads(self) -> P:
+        """Of `[N]`."""
+        return P(self.spec[2])
+
+    def shard_map(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
+        """Maps a function of one device's parts of arrays over all devices, given their specs."""
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+        )
+
+    def gather(self, x: Array) -> Array:
+        """Returns `[B, T, …]` of a device's part in T, inside `shard_map`.
+
+        The parts lie in the order of `Placement.slots`. The gradient leaves by a reduce-scatter; a
+        constraint on whole arrays would make it an all-reduce of c times the bytes.
+        """
+        return jax.lax.all_gather(x, self.axes, axis=1, tiled=True) if self.axes else x
+
+
+def split_rows(
+    placement: Placement,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+) -> tuple[RowSplit, Array, Array]:
+    """Returns how a placement splits rows, and keys and values that can be split likewise.
+
+    Each device must hold the key heads that its query heads read: where there are too few key heads
+    to split them as the query heads are split, there is one for each query head.
+    """
+    spec = placement.spec(("batch", "seq", "act_heads"), q.shape[:3], "queries")
+    if spec != placement.spec(("batch", "seq", "act_kv_heads"), k.shape[:3], "keys"):
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    return RowSplit(placement.mesh, spec, placement.split("seq")), k, v

@@ -1,0 +1,144 @@
+"""Attention by the Pallas kernel of JAX for TPU, over rows that are whole or split."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxft.models.config import Scores
+from jaxft.models.row_split import split_rows
+from jaxft.sharding.rules import active_placement
+from jaxft.sharding.sequence import document_order
+
+# Most queries, and most keys, that the kernel takes at a time.
+BLOCK = 512
+
+
+def splash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    scores: Scores,
+    sinks: Float[Array, " N"] | None,
+) -> Float[Array, "B T N H"]:
+    """Attention of rows over themselves, as `attention.attend` describes it.
+
+    The kernel is mapped over rows, and each device runs it on its rows, heads and queries. Where
+    rows are split, a device gathers all keys and values and puts them in order.
+    """
+    placement = active_placement()
+    if placement is None:
+        kernel = _make_kernel(np.arange(q.shape[1], dtype=np.int32), q.shape[2], 1, scores)
+        return _rows(kernel, scores, q, k, v, segments, segments, sinks)
+    split, k, v = split_rows(placement, q, k, v)
+    heads = NamedSharding(split.mesh, split.rows).shard_shape(q.shape)[2]
+    kernel = _make_kernel(placement.slots(q.shape[1]), heads, split.parts, scores)
+
+    def local(
+        kernel: Any, q: Array, k: Array, v: Array, segments: Array, sinks: Array | None
+    ) -> Array:
+        k, v, of_keys = (document_order(split.gather(x), split.parts) for x in (k, v, segments))
+        return _rows(kernel, scores, q, k, v, of_keys, segments, sinks)
+
+    # What the kernel knows of its queries differs from device to device.
+    of_kernel = kernel.manual_sharding_spec(NamedSharding(split.mesh, P(None, split.axes or None)))
+    specs = (of_kernel, split.rows, split.rows, split.rows, split.segments, split.heads)
+    return split.shard_map(local, specs, split.rows)(kernel, q, k, v, segments, sinks)
+
+
+class RowMask(splash_attention_mask.Mask):
+    """Which keys queries see by their places alone, computed where it is asked for.
+
+    The kernel calls `mask_function` on blocks of `q_sequence`, of which each device has its part.
+
+    Args:
+      slots: Place of each query in its row; keys are in order. int32 `[T]`.
+      window: Positions that a query sees back, its own included; 0 for all.
+    """
+
+    def __init__(self, slots: np.ndarray, window: int):
+        self.q_sequence, self.window = slots, window
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Queries and keys."""
+        return len(self.q_sequence), len(self.q_sequence)
+
+    def mask_function(self, queries: Any, keys: Any) -> Any:
+        """True where the query at a place sees the key at a place."""
+        visible = queries >= keys
+        return visible & (queries - keys < self.window) if self.window else visible
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        """Returns a block, `[queries, keys]`."""
+        queries = self.q_sequence[index[0]][:, None]
+        keys = np.arange(*index[1].indices(len(self.q_sequence)), dtype=np.int32)[None, :]
+        # Most blocks are alike throughout; there are many of them in a long row.
+        nearest, furthest = queries.min() - keys[0, -1], queries.max() - keys[0, 0]
+        if furthest < 0 or 0 < self.window <= nearest:
+            return np.zeros((queries.size, keys.size), np.bool_)
+        if nearest >= 0 and (not self.window or furthest < self.window):
+            return np.ones((queries.size, keys.size), np.bool_)
+        return self.mask_function(queries, keys)
+
+    def __eq__(self, other: object) -> bool:
+        """By what it hides: the work on masks is cached."""
+        return isinstance(other, RowMask) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        """Goes with equality."""
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[bytes, int]:
+        return self.q_sequence.tobytes(), self.window
+
+
+def _make_kernel(slots: np.ndarray, heads: int, parts: int, scores: Scores) -> Any:
+    """Returns the kernel of one row, whose arrays are for all `parts` that a row is split into."""
+    queries, keys = min(BLOCK, len(slots) // parts), min(BLOCK, len(slots))
+    sizes = splash.BlockSizes(
+        block_q=queries,
+        block_kv=keys,
+        block_kv_compute=keys,
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=keys,
+        block_q_dq=queries,
+        block_kv_dq=keys,
+    )
+    mask = RowMask(slots, scores.window if scores.window < len(slots) else 0)
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=parts,
+        block_sizes=sizes,
+        attn_logits_soft_cap=scores.cap or None,
+    )
+
+
+def _rows(
+    kernel: Callable[..., Any],
+    scores: Scores,
+    q: Array,
+    k: Array,
+    v: Array,
+    key_segments: Array,
+    segments: Array,
+    sinks: Array | None,
+) -> Array:
+    """Runs the kernel on each row, `[B, T, heads, H]`; keys may be more than queries."""
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * scores.scale, k, v))
+    ids = splash.SegmentIds(q=segments, kv=key_segments)
+    if sinks is None:
+        out = jax.vmap(kernel)(q, k, v, ids)
+    else:
+        out = jax.vmap(lambda *row: kernel(*row, sinks.astype(jnp.float32)))(q, k, v, ids)
+    return cast(Array, out).transpose(0, 2, 1, 3)

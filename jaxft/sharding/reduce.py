@@ -1,0 +1,261 @@
+"""Uses of weights whose gradients are summed over devices straight into their shards.
+
+A weight's gradient is a sum over tokens, of which each device has some. Left to itself the compiler
+sums it whole on every device and then cuts it: an all-reduce and a slice, twice the bytes of a
+reduce-scatter. Here the sum is spelt out.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxft.sharding.axes import ACTIVATION_OF
+from jaxft.sharding.mesh import rings
+from jaxft.sharding.rules import Placement, active_placement
+
+
+class WeightPlan(NamedTuple):
+    """How a weight meets tokens that are split over devices, for each of its dimensions.
+
+    Attributes:
+      placement: Gives the mesh; None where nothing is split.
+      tokens: Mesh axes that split rows, and those that split positions.
+      held: Mesh axes that cut a dimension for the product, as they cut the activation's.
+      gathered: Mesh axes that cut the weight's dimension further, so that it has to be gathered.
+      scattered: Mesh axes that cut the gradient's dimension further.
+    """
+
+    placement: Placement | None
+    tokens: tuple[tuple[str, ...], tuple[str, ...]]
+    held: tuple[tuple[str, ...], ...]
+    gathered: tuple[tuple[str, ...], ...]
+    scattered: tuple[tuple[str, ...], ...]
+
+    @property
+    def of_weight(self) -> P:
+        """Placement of the weight where it enters a `shard_map`."""
+        return _spec(self.held, self.gathered)
+
+    @property
+    def of_gradient(self) -> P:
+        """Placement of what `reduce` returns."""
+        return _spec(self.held, self.scattered)
+
+    @property
+    def of_rows(self) -> P:
+        """Placement of an array of rows, `[B]`."""
+        return P(self.tokens[0])
+
+    def of_tokens(self, *dimensions: tuple[str, ...]) -> P:
+        """Placement of an array of tokens, `[B, T, *dimensions]`."""
+        return P(*self.tokens, *dimensions)
+
+    def gather(self, w: Array) -> Array:
+        """Inside a `shard_map`: returns what a device needs of the weight."""
+        for dimension, names in enumerate(self.gathered):
+            if names:
+                w = jax.lax.all_gather(w, names, axis=dimension, tiled=True)
+        return w
+
+    def reduce(self, gradient: Array) -> Array:
+        """Inside a `shard_map`: sums over the devices that hold other tokens; each keeps a part."""
+        for dimension, names in enumerate(self.scattered):
+            for name in names:
+                assert self.placement is not None
+                gradient = reduce_scatter(gradient, name, dimension, self.placement)
+        scattered = {name for names in self.scattered for name in names}
+        rest = tuple(name for names in self.tokens for name in names if name not in scattered)
+        return jax.lax.psum(gradient, rest) if rest else gradient
+
+    def map(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
+        """Returns a function of whole arrays that runs on each device's part of them."""
+        if self.placement is None:
+            return function
+        return jax.shard_map(
+            function,
+            mesh=self.placement.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
+
+
+def plan_weight(
+    axes: tuple[str, ...], shape: tuple[int, ...], tokens: tuple[int, ...]
+) -> WeightPlan:
+    """Plans the use of a weight under the active placement.
+
+    Args:
+      axes: Names of the weight's dimensions.
+      shape: Their sizes.
+      tokens: `[B, T]`.
+    """
+    placement = active_placement()
+    if placement is None:
+        whole = ((),) * len(axes)
+        return WeightPlan(None, ((), ()), whole, whole, whole)
+    rows, positions = placement.spec(("batch", "seq"), tokens, "an activation")
+    over = (as_names(rows), as_names(positions))
+    activations = tuple(ACTIVATION_OF.get(axis, axis) for axis in axes)
+    cuts = [
+        tuple(as_names(entry) for entry in placement.spec(names, shape, "a weight", rules=rules))
+        for names, rules in (
+            (activations, None),
+            (axes, None),
+            (axes, placement.gradient_rules),
+        )
+    ]
+    held = tuple(cuts[0])
+    gathered = tuple(_beyond(*pair) for pair in zip(cuts[1], held, strict=True))
+    among = {*over[0], *over[1]}
+    scattered = tuple(
+        more if among.issuperset(more := _beyond(*pair)) else ()
+        for pair in zip(cuts[2], held, strict=True)
+    )
+    return WeightPlan(placement, over, held, gathered, scattered)
+
+
+def as_names(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a `PartitionSpec`."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _beyond(wanted: tuple[str, ...], held: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the mesh axes that cut a dimension further than it is cut."""
+    return wanted[len(held) :] if wanted[: len(held)] == held else ()
+
+
+def _spec(*cuts: Sequence[tuple[str, ...]]) -> P:
+    return P(*(sum(parts, ()) for parts in zip(*cuts, strict=True)))
+
+
+def reduce_scatter(x: Array, name: str, dimension: int, placement: Placement) -> Array:
+    """Inside a `shard_map`: sums `x` over a mesh axis, each device keeping its part.
+
+    The sum goes along one dimension of the TPU's network after the other. For more than one at a
+    time its compiler has no reduce-scatter and takes an all-reduce, of twice the bytes; as it does
+    where parts would be narrower than its tiles, so that a dimension of their own tells them apart.
+    """
+    x = jnp.moveaxis(x, dimension, 0)
+    rest = x.shape[1:]
+    sizes = rings(placement.mesh, name)
+    places = np.arange(placement.mesh.shape[name]).reshape(sizes)
+    for ring, size in enumerate(sizes):
+        groups = np.moveaxis(places, ring, -1).reshape(-1, size).tolist()
+        x = jax.lax.psum_scatter(
+            x.reshape(size, -1, math.prod(rest)),
+            name,
+            scatter_dimension=0,
+            axis_index_groups=groups if len(sizes) > 1 else None,
+        )
+    return jnp.moveaxis(x.reshape(-1, *rest), 0, dimension)
+
+
+def project(x: Array, w: Array, *, axes: tuple[str, ...], inputs: int) -> Array:
+    """Contracts the last dimensions of `x` with the last of a weight.
+
+    Args:
+      x: `[B, T, *inputs]`.
+      w: `[*outputs, *inputs]`, in the type of `x`.
+      axes: Names of the dimensions of `w`.
+      inputs: How many of them are inputs.
+
+    Returns:
+      `[B, T, *outputs]` in the type of `x`.
+    """
+    plan = plan_weight(axes, w.shape, x.shape[:2])
+    if not any(plan.scattered):
+        return _product(x, w, inputs)
+    outputs = len(axes) - inputs
+    # The backward pass is traced later, when a surrounding choice of precision is over.
+    precision = jax.config.jax_default_matmul_precision
+
+    @jax.custom_vjp
+    def product(x: Array, w: Array) -> Array:
+        return _product(x, w, inputs)
+
+    def of_weight(dy: Array, x: Array) -> Array:
+        return plan.reduce(jax.lax.dot_general(dy, x, (((0, 1), (0, 1)), ((), ()))))
+
+    def backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+        x, w = kept
+        contracted = tuple(range(2, dy.ndim)), tuple(range(outputs))
+        of_dy, of_x = (plan.of_tokens(*cut) for cut in (plan.held[:outputs], plan.held[outputs:]))
+        with jax.default_matmul_precision(precision):
+            dx = jax.lax.dot_general(dy, w, (contracted, ((), ())))
+            return dx, plan.map(of_weight, (of_dy, of_x), plan.of_gradient)(dy, x)
+
+    product.defvjp(lambda x, w: (_product(x, w, inputs), (x, w)), backward)
+    return product(x, w)
+
+
+def _product(x: Array, w: Array, inputs: int) -> Array:
+    contracted = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(w.ndim - inputs, w.ndim))
+    return jax.lax.dot_general(x, w, (contracted, ((), ())))
+
+
+def look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, axes: tuple[str, str], dtype: Any
+) -> Float[Array, "B T D"]:
+    """Returns a row of the table for each token, in `dtype`.
+
+    Where D is cut over devices that hold other tokens, each looks its columns up for the tokens of
+    all of them, and an all-to-all brings every token its row together: tokens and rows travel, not
+    the table. The gradient of a row, a sum over its tokens, is added up in the table's own type.
+    """
+    plan = plan_weight(axes, table.shape, tokens.shape)
+    columns, cut = plan.gathered[1], plan.held[0] + plan.gathered[0]
+    shared = not plan.held[1] and {*plan.tokens[0], *plan.tokens[1]}.issuperset(columns)
+    if plan.placement is None or not shared:
+        return table[tokens].astype(dtype)
+    rows = table.shape[0] // math.prod(plan.placement.mesh.shape[name] for name in cut)
+
+    def places(tokens: Array) -> Array:
+        """Which row of a device's part each token has; rows of others are out of range."""
+        if columns:
+            tokens = jax.lax.all_gather(tokens, columns)
+        return tokens - rows * jax.lax.axis_index(cut) if cut else tokens
+
+    def forward(table: Array, tokens: Array) -> Array:
+        found = table.at[places(tokens)].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        found = found.astype(dtype)
+        if cut:
+            found = jax.lax.psum(found, cut)
+        if not columns:
+            return found
+        return jax.lax.all_to_all(found, columns, 0, found.ndim - 1, tiled=True)[0]
+
+    def backward(table: Array, tokens: Array, d_rows: Array) -> Array:
+        if columns:
+            d_rows = jax.lax.all_to_all(d_rows[None], columns, d_rows.ndim, 0, tiled=True)
+        gradient = jnp.zeros_like(table).at[places(tokens)]
+        gradient = gradient.add(
+            d_rows.astype(table.dtype), mode="drop", wrap_negative_indices=False
+        )
+        # The devices of `columns` have added each other's tokens up already.
+        return plan_columns.reduce(gradient)
+
+    tokens_left = tuple(tuple(n for n in names if n not in columns) for names in plan.tokens)
+    plan_columns = plan._replace(
+        tokens=tokens_left,
+        scattered=((), tuple(n for n in plan.scattered[1] if n not in columns)),
+    )
+    of_table, of_rows = P(cut, columns), plan.of_tokens(())
+
+    @jax.custom_vjp
+    def looked_up(table: Array, tokens: Array) -> Array:
+        return plan.map(forward, (of_table, plan.of_tokens()), of_rows)(table, tokens)
+
+    def transpose(kept: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
+        specs = (of_table, plan.of_tokens(), of_rows)
+        of_gradient = P(cut, columns + plan_columns.scattered[1])
+        return plan.map(backward, specs, of_gradient)(*kept, d_rows), None
+
+    looked_up.defvjp(lambda *kept: (looked_up(*kept), kept), transpose)
+    return looked_up(table, tokens)
