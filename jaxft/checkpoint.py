@@ -22,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import (  # pyright: ignore[reportMiss
     LatestN,
 )
 
+from jaxft import distributed
 from jaxft.errors import CheckpointError
 from jaxft.state import TrainState
 
@@ -91,6 +92,17 @@ class Progress:
     stale_evaluations: int = 0
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to the trainer to ask whether the run has to stop.
+
+    Orbax asks as well, from a thread and for steps that have passed: processes that agree on a step
+    to stop at just then could agree on one that another has done already.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run, below `folder`; a folder that is not complete does not count."""
 
@@ -112,7 +124,7 @@ class Checkpoints:
         if not read_only:
             self._delete_removed()
         try:
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.folder,
                 options=options,
                 item_names=("params", "optimizer", "progress", "config"),
@@ -207,7 +219,9 @@ class Checkpoints:
         )
         params = items["params"]
         state = TrainState(
-            step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
+            step=jax.make_array_from_callback(
+                (), abstract.step.sharding, lambda _: np.asarray(step, np.int32)
+            ),
             trainable={path: params[path] for path in abstract.trainable},
             frozen={path: params[path] for path in abstract.frozen},
             opt_state=items["optimizer"],
@@ -259,7 +273,8 @@ class Checkpoints:
         return self._read(step, config=ocp.args.JsonRestore())["config"]
 
     def _delete_removed(self) -> None:
-        shutil.rmtree(self.folder / _REMOVED, ignore_errors=True)
+        if distributed.is_first():
+            shutil.rmtree(self.folder / _REMOVED, ignore_errors=True)
 
     def check_space(self, state: TrainState, *, count: int) -> None:
         """Raises CheckpointError if the disk has no room for `count` checkpoints in all.
@@ -268,6 +283,8 @@ class Checkpoints:
           state: Real or abstract; its size is what counts.
           count: Those that are there are counted in.
         """
+        if not distributed.is_first():
+            return  # The disk is the same one, and one answer is enough.
         arrays = jax.tree.leaves((state.params, state.opt_state))
         size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
         need = max(count - len(self.steps()), 1) * size
@@ -295,6 +312,8 @@ class Checkpoints:
 
     def _delete_torn(self) -> None:
         # A half-written checkpoint may hold the space that the next start needs.
+        if not distributed.is_first():
+            return
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 

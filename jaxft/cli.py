@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
 import jaxft
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Fine-tune a model.", config=True)
     train.add_argument("--resume", action="store_true", help="continue the run in train.workdir")
     train.add_argument("--overwrite", action="store_true", help="delete that run first")
+    _add_processes(train)
     train.add_argument(
         "--print_config", action="store_true", help="show every key with its meaning, and stop"
     )
@@ -78,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, paired")
     evaluate.add_argument("--output", default="", metavar="FILE", help="write results as JSON too")
     _add_step(evaluate)
+    _add_processes(evaluate)
 
     generate = command("generate", _generate, "Continue texts or answer questions.", config=False)
     generate.add_argument("--model", required=True, metavar="PATH", help="folder, id or workdir")
@@ -112,6 +115,15 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--overwrite", action="store_true", help="replace the folder")
 
     command("data", _data, "Show what the data is and what is trained.", config=True)
+    shardings = command("shardings", _shardings, "Show where each array would live.", config=True)
+    shardings.add_argument(
+        "--devices", type=int, default=0, metavar="N", help="on so many made-up CPU devices"
+    )
+    shardings.add_argument(
+        "--collectives", action="store_true", help="compile the training step: what is exchanged"
+    )
+    shardings.add_argument("--html", default="", metavar="FILE", help="write a page with pictures")
+    shardings.add_argument("--output", default="", metavar="FILE", help="write it as JSON too")
     command("doctor", _doctor, "Check versions, devices, disk and hub.", config=True)
     return parser
 
@@ -120,6 +132,33 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", default="best", help="checkpoint of a workdir: best (default), latest or a number"
     )
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several hosts",
+        "Start the same command on each host. On Cloud TPU, SLURM, Open MPI and in Kubernetes jobs "
+        "they find each other; elsewhere give all three.",
+    )
+    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--processes", type=int, default=0, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, default=-1, metavar="I", help="which one this is")
+
+
+def _together(options: argparse.Namespace) -> AbstractContextManager[None]:
+    from jaxft import distributed
+
+    return distributed.together(
+        coordinator=options.coordinator,
+        processes=options.processes,
+        process=options.process,
+    )
+
+
+def _refuse_several(command: str) -> None:
+    from jaxft import distributed
+
+    distributed.refuse_several(command)
 
 
 def _overrides(
@@ -156,31 +195,42 @@ def _train(options: argparse.Namespace) -> int:
 
         print(describe(_config(options, validate=False)))
         return 0
-    config = _config(options, training=True)
-    from jaxft.trainer import train
+    with _together(options):
+        config = _config(options, training=True)
+        from jaxft.trainer import train
 
-    train(config, resume=options.resume, overwrite=options.overwrite)
+        train(config, resume=options.resume, overwrite=options.overwrite)
     return 0
 
 
 def _eval(options: argparse.Namespace) -> int:
+    with _together(options):
+        _evaluate(options)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> None:
     config = _config(options, validate=False)  # --checkpoint may stand in for model.path
-    from jaxft import evaluation, tables
+    from jaxft import distributed, evaluation, tables
 
     if options.compare:
         a, b = (evaluation.evaluate(config, path, step=options.step) for path in options.compare)
         results, differences = {"a": a, "b": b}, evaluation.compare(a, b)
-        tables.print_comparison(differences, *options.compare)
     else:
         results = {"results": evaluation.evaluate(config, options.checkpoint, step=options.step)}
         differences = None
+    if not distributed.is_first():
+        return
+    if differences is None:
         tables.print_evaluation(results["results"])
+    else:
+        tables.print_comparison(differences, *options.compare)
     if options.output:
         tables.write_json(options.output, results, differences)
-    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
+    _refuse_several("generate")
     model = jaxft.load(options.model, step=options.step, dtypes=options.dtypes)
     texts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     chat = model.tokenizer.chat_template is not None and not options.raw
@@ -199,6 +249,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    _refuse_several("export")
     from jaxft.exporter import export
 
     folder = export(
@@ -214,6 +265,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    _refuse_several("convert")
     if options.check == bool(options.output):
         raise ConfigError("Give --check or --output FOLDER. See `jaxft convert --help`.")
     if options.check:
@@ -250,6 +302,22 @@ def _data(options: argparse.Namespace) -> int:
     report = inspect(config, tokenizer, sources=sources, on_log=log)
     output.print(report)
     return 1 if any(item.refusal for item in report.sets) else 0
+
+
+def _shardings(options: argparse.Namespace) -> int:
+    config = _config(options)
+    from jaxft import shardings
+
+    devices = shardings.cpu_devices(options.devices) if options.devices else None
+    found = shardings.describe_run(config, devices=devices, compiled=options.collectives)
+    shardings.print_description(found)
+    if options.output:
+        shardings.write_json(options.output, found)
+    if options.html:
+        from jaxft.sharding_page import write_page
+
+        print(f"Wrote {write_page(options.html, found)}.")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import data, progress
+from jaxft import data, distributed, progress
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_dict
 from jaxft.data import TokenRows, chat
@@ -143,12 +143,14 @@ def evaluate_rows(
       max_rows: Only the first rows; 0 for all.
     """
     placement = evaluator.placement
-    batch_size = -(-batch_size // placement.batch_shards) * placement.batch_shards
-    hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    batch_size = -(-batch_size // placement.row_multiple) * placement.row_multiple
+    places = placement.held_rows(batch_size)
     count = min(max_rows, len(rows)) if max_rows else len(rows)
     parts, waiting = [], None
-    for batch in data.eval_batches(rows, batch_size=batch_size, max_rows=max_rows, **hosts):
-        terms = evaluator.eval_step(params, put(batch, placement.rows))
+    for batch in data.eval_batches(rows, batch_size=batch_size, max_rows=max_rows, places=places):
+        terms = evaluator.eval_step(
+            params, put(batch, placement.rows, places=places, rows=batch_size)
+        )
         if waiting is not None:
             parts.append(jax.device_get(waiting))
         # Read one batch late, so that the device always has the next one.
@@ -179,6 +181,10 @@ def evaluate(
     """
     config = copy.deepcopy(config)
     config.model.path = str(checkpoint or config.model.path)
+    distributed.require_joined()
+    if not distributed.is_first():
+        progress.console.quiet = True
+    distributed.check_same("config", {**to_dict(config), "step": step})
     config.validate()
     sources = named_sources(config)
     use_compilation_cache(config.train.compilation_cache)
@@ -188,7 +194,10 @@ def evaluate(
         source = find_source(config.model.path, revision=revision, step=step)
         architecture, tokenizer = read_description(source, config)
         _say_differences(config, source)
-    with progress.phase("Data"):
+    with (
+        progress.phase("Data"),
+        distributed.first_host_first("data", data.cache_folder(config.data)),
+    ):
         rows = {
             name: data.prepare(
                 text,
@@ -201,6 +210,7 @@ def evaluate(
             )
             for name, text in sources.items()
         }
+    distributed.check_same("data", {name: found.digest for name, found in rows.items()})
     evaluator = build_evaluator(
         config,
         architecture,

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.errors import ConfigError
@@ -58,6 +59,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continues each prompt until a stop token or `max_new_tokens`.
 
+    Where processes share the parameters, all of them call this with the same arguments.
+
     Args:
       graphdef: Structure of the decoder.
       params: Its parameters, in any placement.
@@ -99,8 +102,14 @@ def generate_tokens(
         max_new_tokens=max_new_tokens,
         greedy=sampling.temperature == 0,
     )
+    if not new.is_fully_replicated and not new.is_fully_addressable:
+        new = jax.jit(_same, out_shardings=NamedSharding(new.sharding.mesh, PartitionSpec()))(new)
     stops = set(stop_ids)
     return [_until_stop(row, stops) for row in np.asarray(new).tolist()]
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def _until_stop(ids: list[int], stops: set[int]) -> list[int]:

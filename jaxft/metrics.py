@@ -14,6 +14,7 @@ import jax
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
 
+from jaxft import distributed
 from jaxft.devices import device_memory, host_memory
 from jaxft.errors import ConfigError
 from jaxft.workdir import Workdir, append_bytes, append_jsonl, read_jsonl, rewrite_jsonl
@@ -139,12 +140,15 @@ class MetricsWriter:
     """Writes records to the workdir's JSON lines, to TensorBoard and, where asked for, to wandb.
 
     A run that resumes at `start_step` takes back what its predecessor wrote after that step, so
-    each file has one line per log step. Use one writer per run, on process 0.
+    each file has one line per log step. Every process of a run has a writer; that of the first
+    one writes.
     """
 
     def __init__(self, workdir: Workdir, *, start_step: int, wandb_project: str = ""):
         require_wandb(wandb_project)
-        self._workdir = workdir
+        self._workdir, self._writes, self._wandb = workdir, distributed.is_first(), None
+        if not self._writes:
+            return
         for path in (workdir.metrics, workdir.evaluations, workdir.samples):
             if path.exists():
                 rewrite_jsonl(path, [r for r in read_jsonl(path) if _step(r) <= start_step])
@@ -159,17 +163,22 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes a `train_record`."""
+        if not self._writes:
+            return
         append_jsonl(self._workdir.metrics, record)
         self._publish("train", record)
 
     def write_eval(self, record: dict[str, Any]) -> None:
         """Writes the figures of one evaluation of one data set, named by `record["dataset"]`."""
+        if not self._writes:
+            return
         append_jsonl(self._workdir.evaluations, record)
         self._publish(f"eval/{record.get('dataset', 'validation')}", record)
 
     def write_sample(self, record: dict[str, Any]) -> None:
         """Writes an answer: `step`, `prompt`, `output` and `reference` (a text or None)."""
-        append_jsonl(self._workdir.samples, record)
+        if self._writes:
+            append_jsonl(self._workdir.samples, record)
 
     def close(self) -> None:
         """Ends the part of the run at wandb; the writer cannot be used after it."""

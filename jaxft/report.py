@@ -46,16 +46,24 @@ def write_report(workdir: Workdir) -> Path:
         _configuration(_read_json(workdir.config)),
         _environment(_read_json(workdir.environment)),
     ]
-    write_text(workdir.report, _page(workdir.path.name, _subtitle(workdir), sections))
+    write_text(workdir.report, page(workdir.path.name, _subtitle(workdir), sections))
     return workdir.report
 
 
-def _page(title: str, subtitle: str, sections: Iterable[str]) -> str:
+def page(title: str, subtitle: str, sections: Iterable[str], *, style: str = "") -> str:
+    """Returns a page that needs nothing else, light and dark.
+
+    Args:
+      title: Plain text.
+      subtitle: HTML, as the sections are; empty sections are left out.
+      sections: In their order.
+      style: What they need beside the style of reports.
+    """
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark"><title>{escape(title)} · jaxft</title>\n'
-        f"<style>{_STYLE}{charts.STYLE}</style></head>\n<body><main>\n"
+        f"<style>{_STYLE}{charts.STYLE}{style}</style></head>\n<body><main>\n"
         f"<header><h1>{escape(title)}</h1><p>{subtitle}</p></header>\n"
         + "\n".join(filter(None, sections))
         + f"\n</main>\n<script>{charts.SCRIPT}</script>\n</body></html>\n"
@@ -98,12 +106,12 @@ def _loss_tiles(name: str, points: list[Record], metrics: list[Record]) -> list[
         note = f"at step {best['step']:,}"
         if len(scored) > 1:
             note += f" · from {_number(first['loss'])}, {_signed(change)}"
-        return [_tile(f"Best {name} loss", _number(best["loss"]), note, lead=True)]
+        return [tile(f"Best {name} loss", _number(best["loss"]), note, lead=True)]
     losses = [r["loss"] for r in metrics if _finite(r.get("loss"))]
     if not losses:
         return []
     note = f"at the last step · first {_number(losses[0])}; no evaluation"
-    return [_tile("Training loss", _number(losses[-1]), note, lead=True)]
+    return [tile("Training loss", _number(losses[-1]), note, lead=True)]
 
 
 def _answer_tiles(points: list[Record]) -> list[str]:
@@ -117,7 +125,7 @@ def _answer_tiles(points: list[Record]) -> list[str]:
         if len(scored) > 1:
             note += f" · from {charts.format_value(_value(scored[0][name]), 'percent')}"
         value = charts.format_value(_value(last[name]), "percent")
-        tiles.append(_tile(title, value, note, lead=True))
+        tiles.append(tile(title, value, note, lead=True))
     return tiles
 
 
@@ -130,19 +138,20 @@ def _run_tiles(metrics: list[Record]) -> list[str]:
     tiles = []
     if _finite(last.get("seconds")):
         length = format_duration(last["seconds"])
-        tiles.append(_tile("Training time", length, f"{last['step']:,} steps"))
+        tiles.append(tile("Training time", length, f"{last['step']:,} steps"))
     if _finite(last.get("tokens")):
         note = f"{_short(last.get('trained_tokens', 0))} of them trained"
-        tiles.append(_tile("Tokens", _short(last["tokens"]), note))
+        tiles.append(tile("Tokens", _short(last["tokens"]), note))
     if speeds:
         note = "tokens per second, median"
         if usages:
             note += f" · MFU {charts.format_value(statistics.median(usages), 'percent')}"
-        tiles.append(_tile("Throughput", f"{statistics.median(speeds):,.0f}", note))
+        tiles.append(tile("Throughput", f"{statistics.median(speeds):,.0f}", note))
     return tiles
 
 
-def _tile(title: str, value: str, note: str, *, lead: bool = False) -> str:
+def tile(title: str, value: str, note: str, *, lead: bool = False) -> str:
+    """Returns a box with one figure, large."""
     return (
         f'<div class="tile{" lead" if lead else ""}"><h3>{escape(title)}</h3>'
         f"<strong>{escape(value)}</strong><p>{escape(note)}</p></div>"

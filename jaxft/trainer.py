@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import data, progress
+from jaxft import data, distributed, progress
 from jaxft.checkpoint import Checkpoints, Progress
 from jaxft.config import RunConfig, TrainConfig, to_dict
 from jaxft.data import BatchIterator, TokenRows, chat
@@ -58,6 +58,8 @@ from jaxft.workdir import Workdir, read_jsonl, write_text
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a signal
 # is answered soon and that batches do not pile up in its memory.
 _STEPS_AHEAD = 2
+# Seconds that hosts wait for each other where the work between is short.
+_MINUTES = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,11 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
       JaxftError: For whatever the user can mend; see `jaxft.errors`.
     """
     config = copy.deepcopy(config)
+    distributed.require_joined()
+    if not distributed.is_first():
+        progress.console.quiet = True
+    distributed.check_same("config", {**to_dict(config), "resume": resume, "overwrite": overwrite})
     config.validate(training=True)
-    _refuse_several_hosts()
     require_wandb(config.train.wandb)
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)
@@ -128,7 +133,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
             weights=not config.model.random_init,
         )
         architecture, tokenizer = read_description(source, config)
-    workdir = Workdir.check(config.train.workdir, config, resume=resume, overwrite=overwrite)
+    workdir = _check_workdir(config, resume=resume, overwrite=overwrite)
     for change in workdir.changes:
         progress.log(f"Changed since the run was started: {change}", style="yellow")
     start = _newest_step(workdir)
@@ -144,9 +149,9 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
             epochs=config.train.epochs,
             steps=config.train.steps,
             start_step=start,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            places=placement.held_rows(config.train.batch_size // config.train.accumulation),
         )
+    distributed.check_same("training data", iterator.state())
     evaluator = build_evaluator(
         config,
         architecture,
@@ -158,21 +163,23 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     _warn(config, architecture, (rows, *held_out.values()))
     check_backend(evaluator.attention.backend, architecture.config)
     if not start:
-        workdir.begin(config)
+        _begin(workdir, config)
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.train.keep_last)
     checkpoints.check_space(program.state, count=config.train.keep_last + 2)
     with progress.phase("Weights") as phase:
         if start:
             state, counts = checkpoints.restore(program.state, start)
             _check_same_data(counts, iterator, workdir)
-            workdir.begin(config)
+            _begin(workdir, config)
             phase.detail(f"checkpoint of step {start}")
         else:
             state, counts = _init_state(config, program, source), Progress(data={})
             phase.detail("random" if config.model.random_init else config.model.path)
-            _keep_model_files(
-                workdir, config, source, architecture, tokenizer, is_chat=rows.is_chat
-            )
+            if distributed.is_first():
+                _keep_model_files(
+                    workdir, config, source, architecture, tokenizer, is_chat=rows.is_chat
+                )
+            distributed.barrier("model files", timeout=_MINUTES)
     with progress.phase("Compiling the training step"):
         step = program.train_step.lower(program.state, program.batch).compile()
     run = _Run(
@@ -203,7 +210,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
             state, reason = _loop(run, step, state, start, stop)
         if reason in ("end", "patience"):
             _write_samples(run, state)
-    write_report(workdir)
+    if distributed.is_first():
+        write_report(workdir)
     done = int(state.step)
     _announce_end(run, done, reason, workdir)
     newest = workdir.checkpoints / str(done)
@@ -214,8 +222,11 @@ def _loop(
     run: _Run, step: Any, state: TrainState, start: int, stop: StopRequest
 ) -> tuple[TrainState, str]:
     """Runs steps until the last one, a signal or the end of patience; returns why it ended."""
-    config, sharding = run.config.train, run.program.evaluator.placement.micro_batches
-    steps = run.iterator.steps
+    config, placement = run.config.train, run.program.evaluator.placement
+    steps, rows = run.iterator.steps, config.batch_size // config.accumulation
+    to_devices = functools.partial(
+        put, sharding=placement.micro_batches, places=placement.held_rows(rows), rows=rows
+    )
     if start < steps and run.patience_is_over:
         return state, "patience"
     reason = "end"
@@ -223,7 +234,7 @@ def _loop(
     in_flight: collections.deque[StepMetrics] = collections.deque()
     with run.bar:
         for done, batch in zip(range(start + 1, steps + 1), run.iterator, strict=False):
-            state, metrics = step(state, put(batch, sharding))
+            state, metrics = step(state, to_devices(batch))
             periods.add(done, metrics)
             in_flight.append(metrics)
             if len(in_flight) > _STEPS_AHEAD:
@@ -232,8 +243,9 @@ def _loop(
             last = done == steps
             if last or done % config.log_every == 0:
                 _record(run, periods.end())
-            if stop.signal and not last:
-                reason = stop.signal.name
+            signal = stop.at(done)
+            if signal and not last:
+                reason = signal.name
                 progress.log(f"{reason}: saving step {done}; Ctrl-C stops at once.")
             evaluated = None
             if run.held_out and (last or _evaluation_due(config, done, len(run.rows))):
@@ -254,8 +266,35 @@ def _loop(
     return state, reason
 
 
+def _check_workdir(config: RunConfig, *, resume: bool, overwrite: bool) -> Workdir:
+    """Returns the workdir as host 0 finds it: the others must not see what it changes later."""
+    path = Path(config.train.workdir).expanduser().absolute()
+    distributed.require_shared(path)
+
+    def find() -> dict[str, Any]:
+        found = Workdir.check(path, config, resume=resume, overwrite=overwrite)
+        return {"resumed": found.resumed, "changes": found.changes}
+
+    found = distributed.from_first("workdir", find)
+    return Workdir(path=path, resumed=found["resumed"], changes=tuple(found["changes"]))
+
+
+def _begin(workdir: Workdir, config: RunConfig) -> None:
+    """Prepares the folder on host 0, once no other host looks at what was in it."""
+    distributed.barrier("workdir is read", timeout=_MINUTES)
+    if distributed.is_first():
+        workdir.begin(config)
+    distributed.barrier("workdir is ready", timeout=_MINUTES)
+
+
 def _newest_step(workdir: Workdir) -> int:
     """Returns the step that the run goes on from; 0 if it starts."""
+    found = _newest_step_seen(workdir)
+    distributed.check_same("newest checkpoint", {"step": found})
+    return found
+
+
+def _newest_step_seen(workdir: Workdir) -> int:
     if not (workdir.resumed and workdir.checkpoints.is_dir()):
         return 0
     checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
@@ -295,14 +334,6 @@ def _warn(config: RunConfig, architecture: Architecture, sets: Iterable[TokenRow
         )
 
 
-def _refuse_several_hosts() -> None:
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"This is one of {jax.process_count()} processes; training runs on the devices of one "
-            "host. Start it in a single process."
-        )
-
-
 def _refuse_workdir_of_model(config: RunConfig) -> None:
     workdir, model = (
         Path(p).expanduser().resolve() for p in (config.train.workdir, config.model.path)
@@ -329,8 +360,9 @@ def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, 
             on_log=progress.log,
         )
 
-    held_out = {name: prepare(source, name) for name, source in sources.items() if source}
-    return prepare(config.data.train, "train"), held_out
+    with distributed.first_host_first("data", data.cache_folder(config.data)):
+        held_out = {name: prepare(source, name) for name, source in sources.items() if source}
+        return prepare(config.data.train, "train"), held_out
 
 
 def _init_state(config: RunConfig, program: Program, source: Source) -> TrainState:
@@ -540,7 +572,9 @@ def _write_samples(run: _Run, state: TrainState) -> None:
     """Answers a few held-out prompts, for the report's comparison of before and after."""
     prompts, step = run.sample_prompts, int(state.step)
     # A finished run that is resumed has them already.
-    if not prompts or any(r["step"] == step for r in read_jsonl(run.workdir.samples)):
+    if not prompts or distributed.from_first(
+        "samples", lambda: any(r["step"] == step for r in read_jsonl(run.workdir.samples))
+    ):
         return
     evaluator = run.program.evaluator
     source = Source(run.workdir.model)
@@ -563,10 +597,11 @@ def _write_samples(run: _Run, state: TrainState) -> None:
 def _announce(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
     mesh = evaluator.placement.mesh
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    hosts = f" of {distributed.count()} hosts" if distributed.count() > 1 else ""
     progress.log(
         f"{evaluator.parameters:,} parameters in {config.model.dtypes}, strategy "
         f"{config.strategy} on {mesh.size} of {jax.device_count()} "
-        f"{mesh.devices.flat[0].device_kind} devices ({shape}), "
+        f"{mesh.devices.flat[0].device_kind} devices{hosts} ({shape}), "
         f"attention {evaluator.attention.backend} ({evaluator.attention.reason}), {steps} steps."
     )
 

@@ -103,19 +103,13 @@ def test_a_resumed_iterator_continues_exactly(rows, start):
             np.testing.assert_array_equal(array, other)
 
 
-@pytest.mark.parametrize("host_count", [2, 4])
-def test_hosts_read_the_parts_of_the_same_batches(rows, host_count):
+@pytest.mark.parametrize("places", [[0, 1], [0, 2], [3]])
+def test_a_host_reads_its_places_of_the_same_batches(rows, places):
     options = {"batch_size": 8, "accumulation": 2, "epochs": 1.5}
-    whole = read(rows, **options)
-    parts = [
-        read(rows, **options, host_index=host, host_count=host_count) for host in range(host_count)
-    ]
-    for step, expected in enumerate(whole):
-        joined = [
-            np.concatenate(arrays, axis=1) for arrays in zip(*(p[step] for p in parts), strict=True)
-        ]
-        for array, other in zip(joined, expected, strict=True):
-            np.testing.assert_array_equal(array, other)
+    whole, part = read(rows, **options), read(rows, **options, places=places)
+    for expected, found in zip(whole, part, strict=True):
+        for array, other in zip(expected, found, strict=True):
+            np.testing.assert_array_equal(array[:, places], other)
 
 
 def test_row_numbers_name_what_a_step_held(rows):
@@ -152,22 +146,17 @@ def test_the_state_tells_other_data_and_another_order(rows, tmp_path_factory):
 
 
 def test_no_rows_and_sizes_that_do_not_divide_are_refused(rows, tmp_path_factory):
-    with pytest.raises(ConfigError, match="multiple of 6"):
-        batches(rows, batch_size=8, accumulation=3, host_count=2, steps=1)
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        batches(rows, batch_size=8, accumulation=3, steps=1)
     with pytest.raises(DataError, match="no rows"):
         batches(make_rows(tmp_path_factory, 0), batch_size=1, steps=1)
 
 
-@pytest.mark.parametrize("host_count", [1, 2])
+@pytest.mark.parametrize("hosts", [[None], [[0, 1], [2, 3]]])
 @pytest.mark.parametrize("max_rows", [0, 9])
-def test_evaluation_reads_each_row_once_in_order(rows, host_count, max_rows):
+def test_evaluation_reads_each_row_once_in_order(rows, hosts, max_rows):
     parts = [
-        list(
-            eval_batches(
-                rows, batch_size=4, host_index=host, host_count=host_count, max_rows=max_rows
-            )
-        )
-        for host in range(host_count)
+        list(eval_batches(rows, batch_size=4, places=places, max_rows=max_rows)) for places in hosts
     ]
     assert len({len(part) for part in parts}) == 1
     seen = [

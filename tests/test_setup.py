@@ -21,8 +21,8 @@ PACKAGE = ROOT / "jaxft"
 LAYERS = {
     5: "cli flags __main__",
     4: """__init__ trainer program conversion evaluation exporter generate model planner
-          doctor report tables demo""",
-    3: """train_step eval_step objectives checkpoint data
+          doctor report tables shardings sharding_page demo""",
+    3: """train_step eval_step pipeline objectives checkpoint data
           metrics intervals periods progress charts vocabulary workdir signals""",
     2: "models lora quantization hf optim state",
     1: "sharding distributed tree config errors devices",

@@ -50,12 +50,12 @@ def crash(monkeypatch, config, *, step, resume=False):
     """Runs `config` until `step` is dispatched, which fails as a lost device would."""
     calls = []
 
-    def put(batch, sharding):
+    def put(batch, sharding, **places):
         # Evaluation has its own; the loop calls this one once a step.
         calls.append(None)
         if len(calls) == step:
             raise RuntimeError("device lost")
-        return original(batch, sharding)
+        return original(batch, sharding, **places)
 
     original = trainer.put
     with monkeypatch.context() as patch:

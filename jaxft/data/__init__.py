@@ -4,7 +4,7 @@ from jaxft.data.batch import Batch
 from jaxft.data.chat import Template, prompt_ids, resolve_template
 from jaxft.data.formats import Conversation
 from jaxft.data.loader import BatchIterator, batches, eval_batches
-from jaxft.data.preparation import conversations, prepare
+from jaxft.data.preparation import cache_folder, conversations, prepare
 from jaxft.data.rows import Statistics, TokenRows
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Template",
     "TokenRows",
     "batches",
+    "cache_folder",
     "conversations",
     "eval_batches",
     "prepare",

@@ -7,7 +7,7 @@ holds therefore depends on its number alone, not on the number of hosts nor on w
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -40,8 +40,7 @@ def batches(
     epochs: float = 0.0,
     steps: int = 0,
     start_step: int = 0,
-    host_index: int = 0,
-    host_count: int = 1,
+    places: Sequence[int] | None = None,
 ) -> "BatchIterator":
     """Returns an iterator over training steps.
 
@@ -55,8 +54,8 @@ def batches(
         weight 0.
       steps: Steps in all, of full batches.
       start_step: The first step that is read: a resumed run continues exactly.
-      host_index: Which part of every batch is read.
-      host_count: How many hosts share a batch.
+      places: Rows of every micro-batch that are read, by default all: those that a host's devices
+        hold.
 
     Raises:
       ConfigError: If the sizes do not divide.
@@ -71,13 +70,14 @@ def batches(
         epochs=epochs,
         steps=steps,
         start_step=start_step,
-        host_index=host_index,
-        host_count=host_count,
+        places=places,
     )
 
 
 class BatchIterator(Iterator[Batch]):
-    """Yields one `[A, B / hosts, T]` batch of NumPy arrays a step, read ahead in threads.
+    """Yields one `[A, B, T]` batch of NumPy arrays a step, read ahead in threads.
+
+    Where only some places are read, B is their number.
 
     Attributes:
       steps: Steps in all, those before `start_step` included.
@@ -94,20 +94,18 @@ class BatchIterator(Iterator[Batch]):
         epochs: float,
         steps: int,
         start_step: int,
-        host_index: int,
-        host_count: int,
+        places: Sequence[int] | None,
     ):
         if not len(rows):
             raise DataError("There are no rows to train on; see the report of dropped documents.")
-        _check_sizes(batch_size, accumulation, host_count)
+        _check_sizes(batch_size, accumulation)
         self._rows = rows
         self._shape = (accumulation, batch_size // accumulation)
         self._seed = seed
         self._shuffle = shuffle
         self._end = steps * batch_size if steps else round(epochs * len(rows))
         self._step = start_step
-        per_host = self._shape[1] // host_count
-        self._part = slice(host_index * per_host, (host_index + 1) * per_host)
+        self._places = slice(None) if places is None else list(places)
         self.steps = math.ceil(self._end / batch_size)
         self._iterator = self._read_ahead()
 
@@ -150,7 +148,7 @@ class BatchIterator(Iterator[Batch]):
         return iter(steps.to_iter_dataset(options))
 
     def _read(self, step: int) -> Batch:
-        numbers = self._numbers(step)[:, self._part]
+        numbers = self._numbers(step)[:, self._places]
         flat = self._rows.batch(numbers.ravel().tolist())
         return Batch(*(array.reshape(*numbers.shape, -1) for array in flat))
 
@@ -173,33 +171,26 @@ def eval_batches(
     rows: TokenRows,
     *,
     batch_size: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    places: Sequence[int] | None = None,
     max_rows: int = 0,
 ) -> Iterator[Batch]:
-    """Yields `[B / hosts, T]` batches in order, the last one filled with rows of weight 0.
+    """Yields `[B, T]` batches in order, the last one filled with rows of weight 0.
 
     Args:
       rows: From `prepare`.
       batch_size: Rows in a batch, over all hosts.
-      host_index: Which part of every batch is read.
-      host_count: How many hosts share a batch.
+      places: Rows of every batch that are read, by default all; B is then their number.
       max_rows: Read the first rows only; 0: all.
-
-    Raises:
-      ConfigError: If the batch does not divide among the hosts.
     """
-    _check_sizes(batch_size, 1, host_count)
     count = min(max_rows or len(rows), len(rows))
-    per_host = batch_size // host_count
-    for first in range(host_index * per_host, count + host_index * per_host, batch_size):
-        places = range(first, first + per_host)
-        yield rows.batch([place if place < count else -1 for place in places])
+    for first in range(0, count, batch_size):
+        numbers = [first + place for place in (range(batch_size) if places is None else places)]
+        yield rows.batch([number if number < count else -1 for number in numbers])
 
 
-def _check_sizes(batch_size: int, accumulation: int, host_count: int) -> None:
-    if batch_size % (accumulation * host_count):
+def _check_sizes(batch_size: int, accumulation: int) -> None:
+    if batch_size % accumulation:
         raise ConfigError(
-            f"A batch of {batch_size} rows does not divide into {accumulation} micro-batches on "
-            f"{host_count} hosts; use a multiple of {accumulation * host_count}."
+            f"A batch of {batch_size} rows does not divide into {accumulation} micro-batches; use "
+            f"a multiple of {accumulation}."
         )

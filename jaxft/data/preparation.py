@@ -71,7 +71,7 @@ def prepare(
 
     sources = _find(source, config, training)
     template = resolve_template(tokenizer, config)
-    folder = Path(config.cache or cache.DEFAULT_FOLDER).expanduser()
+    folder = cache_folder(config)
     key = document_key(sources, config, tokenizer, template)
     found, reused = cache.find_or_build(
         folder,
@@ -87,6 +87,11 @@ def prepare(
     if not len(rows):
         raise PackingError(_no_rows_report(rows.statistics, config, name))
     return rows
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Returns where tokenised rows are kept."""
+    return Path(config.cache or cache.DEFAULT_FOLDER).expanduser()
 
 
 def conversations(
