@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
-import os
 import re
 
 import jax
@@ -34,6 +32,7 @@ from jaxft.sharding.rules import Placement, Strategy, if_divisible
 from jaxft.sharding.sequence import zigzag_order
 from tests.oracle.cases import CASES
 from tests.tiny import relative_error
+from tests.tpu import compiles_for_tpu, tpu_devices
 
 
 def random_qkv(shape=(2, 24), heads=(4, 2), head_dim=8, seed=0):
@@ -350,13 +349,7 @@ def test_blocks_of_the_kernel_s_mask_are_those_of_the_whole_mask(window):
     np.testing.assert_array_equal(found, whole)
 
 
-def has_libtpu() -> bool:
-    return bool(os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu"))
-
-
-@pytest.mark.tpu_aot
-@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu, or TPU_LIBRARY_PATH that names it")
-@pytest.mark.filterwarnings("ignore")  # libtpu warns that this machine has no TPU
+@compiles_for_tpu
 @pytest.mark.parametrize(
     ("strategy", "head_dim", "length", "kv_heads"),
     [
@@ -384,20 +377,15 @@ KERNELS = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
 
 def compiled_for_tpu(config, **changes):
     """Returns the back end, and the text of the training step for four chips of a v5e."""
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     architecture = architecture_from_hf(CASES["gqa"] | {"hidden_size": 256} | changes)
-    placement = program.make_placement(config, topology.devices)
+    placement = program.make_placement(config, tpu_devices("v5e:2x2"))
     evaluator = program.build_evaluator(config, architecture, max_segments=8, placement=placement)
     built = program.build(config, evaluator, steps=10)
     text = built.train_step.lower(built.state, built.batch).compile().as_text()
     return evaluator.attention.backend, text
 
 
-@pytest.mark.tpu_aot
-@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu, or TPU_LIBRARY_PATH that names it")
-@pytest.mark.filterwarnings("ignore")
+@compiles_for_tpu
 @pytest.mark.parametrize("backend", ["auto", "ring"])
 def test_split_rows_compile_for_a_tpu_in_both_passes(backend):
     config = RunConfig(strategy="fsdp_cp")

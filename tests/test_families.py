@@ -26,7 +26,6 @@ from jaxft.optim import make_optimizer
 from jaxft.program import make_placement
 from jaxft.state import abstract_state
 from tests.oracle.cases import CASES, FAMILY_CASES, load_case, load_published_sizes, write_folder
-from tests.tiny import feed, load_tiny, make_program, random_rows, relative_error, start
 
 ONE_STEP = [name for names in FAMILY_CASES.values() for name in names]
 
@@ -170,26 +169,6 @@ def test_decoding_with_a_cache_equals_whole_forward_passes(tmp_path, family):
     expected = [tokens[row, len(p) : len(p) + new].tolist() for row, p in enumerate(prompts)]
     found = generate_tokens(abstract.graphdef, params, prompts, max_new_tokens=new, stop_ids=())
     assert found == expected
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["gemma2_packed", "gpt2_packed", "olmo2_packed", "phi3_packed", "qwen2_packed"]
-)
-def test_a_step_on_eight_devices_equals_one_on_one_device(case):
-    """Of experts, `test_experts.py` shows it.
-
-    Adam would blow up the noise of gradients that are zero, such as that of a key's bias, which
-    moves all scores of a query alike; with a large epsilon the update follows the gradient.
-    """
-    tiny = load_tiny(case)
-    rows = random_rows(8, 24, 64)
-    results = []
-    for devices, changes in ((1, {}), (8, {"strategy": "fsdp_tp", "mesh__tensor": 2})):
-        program = make_program(tiny, devices, optim__epsilon=1.0, **changes)
-        state, metrics = program.train_step(start(program, tiny.params), feed(program, rows))
-        results.append(jax.device_get((state.params, metrics)))
-    assert relative_error(results[1], results[0]) < 1e-5
 
 
 @pytest.mark.parametrize("new", [6, 14])

@@ -1,9 +1,7 @@
 """What the compiler for TPU makes of the training step of an 8B model on 64 chips and more."""
 
 import functools
-import importlib.util
 import math
-import os
 
 import jax
 import pytest
@@ -12,32 +10,19 @@ from jaxft import program
 from jaxft.config import RunConfig
 from jaxft.models.families import architecture_from_hf
 from jaxft.sharding.collectives import collectives
+from tests.tpu import compiles_for_tpu, tpu_devices
 from tests.write_golden import MODELS
-
-pytestmark = [
-    pytest.mark.tpu_aot,
-    pytest.mark.skipif(
-        not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")),
-        reason="needs libtpu, or TPU_LIBRARY_PATH that names it",
-    ),
-    pytest.mark.filterwarnings("ignore"),  # libtpu warns that this machine has no TPU
-]
 
 LARGE = 2**20
 
 
 @functools.cache
-def compiled(strategy: str, *, data: int = 0, slices: int = 1) -> tuple[program.Program, list]:
+def compiled(strategy: str, slices: int) -> tuple[program.Program, list]:
     """The step of Llama-3.1-8B, one row of 1,024 tokens for each chip of v5e slices of 8 x 8."""
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:8x8", num_slices=slices
-    )
+    devices = tpu_devices("v5e:8x8", num_slices=slices)
     config = RunConfig(strategy=strategy)
-    config.mesh.data = data
-    config.data.max_length, config.train.batch_size = 1024, len(topology.devices)
-    placement = program.make_placement(config, topology.devices)
+    config.data.max_length, config.train.batch_size = 1024, len(devices)
+    placement = program.make_placement(config, devices)
     evaluator = program.build_evaluator(
         config, architecture_from_hf(MODELS["llama_8b"]), max_segments=8, placement=placement
     )
@@ -61,19 +46,13 @@ def gradient_bytes(built: program.Program) -> int:
     return sum(math.prod(leaf.shape) * itemsize for leaf in matrices.values())
 
 
-@pytest.mark.parametrize(
-    ("strategy", "sizes"),
-    [
-        ("fsdp", {}),
-        ("hsdp", {"data": 2}),
-        ("hsdp", {"slices": 2}),
-    ],
-)
-def test_gradients_of_weights_are_scattered_and_never_whole_on_a_chip(strategy, sizes):
+@compiles_for_tpu
+@pytest.mark.parametrize(("strategy", "slices"), [("fsdp", 1), ("hsdp", 2)])
+def test_gradients_of_weights_are_scattered_and_never_whole_on_a_chip(strategy, slices):
     """Of a gradient b, a ring of n chips sends b(n-1)/n for that; a sum and a cut would be 2b."""
-    built, found = compiled(strategy, **sizes)
+    built, found = compiled(strategy, slices)
     chips = built.evaluator.placement.mesh.shape["fsdp"]
-    assert chips == (32 if sizes.get("data") else 64)
+    assert chips == 64
     whole = [
         one for one in found if one.kind == "all-reduce" and "fsdp" in one.axes and not one.gathers
     ]
@@ -84,12 +63,12 @@ def test_gradients_of_weights_are_scattered_and_never_whole_on_a_chip(strategy, 
     assert sent == pytest.approx(gradient_bytes(built) * (chips - 1) / chips, rel=1e-3)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2}, {"slices": 2}])
-def test_replicas_exchange_their_parts_of_the_gradients_alone(sizes):
-    built, found = compiled("hsdp", **sizes)
+@compiles_for_tpu
+def test_slices_exchange_their_parts_of_the_gradients_alone():
+    built, found = compiled("hsdp", 2)
     chips = built.evaluator.placement.mesh.shape["fsdp"]
     between = [one for one in found if one.axes == ("data",)]
     assert {one.kind for one in between} == {"all-reduce"}
-    assert {one.across_slices for one in between} == {"slices" in sizes}
+    assert all(one.across_slices for one in between)
     parts = sum(one.count * size for one in between for size in one.arrays if size > 4096)
     assert parts >= gradient_bytes(built) / chips
