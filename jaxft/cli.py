@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     command("data", _data, "Show what the data is and what is trained.", config=True)
     shardings = command("shardings", _shardings, "Show where each array would live.", config=True)
     shardings.add_argument(
-        "--devices", type=int, default=0, metavar="N", help="on so many made-up CPU devices"
+        "--devices", type=int, metavar="N", help="on so many made-up CPU devices"
     )
     shardings.add_argument(
         "--collectives", action="store_true", help="compile the training step: what is exchanged"
@@ -308,11 +308,12 @@ def _shardings(options: argparse.Namespace) -> int:
     config = _config(options)
     from jaxft import shardings
 
-    devices = shardings.cpu_devices(options.devices) if options.devices else None
+    shardings.check_outputs(html=options.html, output=options.output)
+    devices = None if options.devices is None else shardings.cpu_devices(options.devices)
     found = shardings.describe_run(config, devices=devices, compiled=options.collectives)
     shardings.print_description(found)
     if options.output:
-        shardings.write_json(options.output, found)
+        print(f"Wrote {shardings.write_json(options.output, found)}.")
     if options.html:
         from jaxft.sharding_page import write_page
 

@@ -288,7 +288,9 @@ def accumulate(
         "inputs": stages.staged(inputs, "turns", "batch", "stream_seq", "act_embed"),
         "routing": _zeros(each_layer),
         "d": empty,
-        "gradients": {p: jnp.zeros(w.shape, jnp.float32) for p, w in trainable.items()},
+        "gradients": {
+            p: place(jnp.zeros(w.shape, jnp.float32), shardings[p]) for p, w in trainable.items()
+        },
         "terms": _zeros(terms),
     }
     turns = (count - 1, micros, count - 1)
@@ -301,13 +303,13 @@ def accumulate(
 
 
 def row_terms(
-    graphdef: Any, row_terms: Loss, params: Params, batch: Batch, *, placement: Placement
+    graphdef: Any, objective: Loss, params: Params, batch: Batch, *, placement: Placement
 ) -> LossTerms:
     """Returns the sums of each row, `[B]`, of rows that pass through the stages in parts.
 
     Args:
       graphdef: Structure of the model.
-      row_terms: Maps model and rows to sums of each row.
+      objective: Maps model and rows to sums of each row.
       params: All parameters.
       batch: `[B, T]`; B is a multiple of `placement.row_multiple`.
       placement: Splits layers over one mesh axis.
@@ -332,7 +334,7 @@ def row_terms(
         model = stages.model(stages.rest)
         out = stages.last(_Stream(carry["x"], None))
         arrived: Any = _Arrived(model, model.norm(out.x), None)
-        return carry, row_terms(arrived, stages.micro(index - count + 1))
+        return carry, objective(arrived, stages.micro(index - count + 1))
 
     carry = _take_turns(turn, {"x": stages.empty().x}, 0, count - 1)
     _, terms = jax.lax.scan(judged, carry, count - 1 + jnp.arange(count))

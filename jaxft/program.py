@@ -28,6 +28,7 @@ from jaxft.models.module import AbstractModel
 from jaxft.objectives import sft
 from jaxft.optim import make_optimizer, make_schedule
 from jaxft.sharding.mesh import make_mesh
+from jaxft.sharding.reduce import plan_weight
 from jaxft.sharding.rules import Placement, load_strategy
 from jaxft.state import TrainState, abstract_state
 from jaxft.train_step import make_train_step
@@ -197,6 +198,21 @@ def _check_strategy(config: RunConfig, architecture: Architecture, placement: Pl
         raise ConfigError(problems)
 
 
+def _check_weights(abstract: AbstractModel, placement: Placement, tokens: tuple[int, int]) -> None:
+    """Raises what the strategy cannot do with weights and tokens `[B, T]` together."""
+    problems: dict[str, None] = {}
+    for path, spec in abstract.params.items():
+        axes, shape = abstract.axes[path], spec.shape
+        if axes[0] == "layers":
+            axes, shape = axes[1:], shape[1:]
+        found: list[str] = []
+        with collected(found), placement.activate():
+            plan_weight(axes, shape, tokens)
+        problems |= dict.fromkeys(found)
+    if problems:
+        raise ConfigError(list(problems))
+
+
 def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     """Adds optimizer, abstract state and the training step.
 
@@ -226,6 +242,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         raise ConfigError(
             f"optim.warmup_steps {config.optim.warmup_steps} exceeds the run's {steps} steps."
         )
+    _check_weights(abstract, placement, (rows, config.data.max_length))
     schedule = make_schedule(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
     of_moments, of_gradients = (

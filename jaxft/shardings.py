@@ -7,6 +7,7 @@ devices.
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from jaxft.model import find_source
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.optim import make_optimizer, make_schedule
-from jaxft.program import build, build_evaluator, make_placement
+from jaxft.program import Program, build, build_evaluator, make_placement
 from jaxft.sharding.collectives import Total, collectives, summary
 from jaxft.sharding.rules import Placement
 from jaxft.state import abstract_state, partition
@@ -196,16 +197,34 @@ def describe_run(
 
     Raises:
       ModelError: If there is no such model, or it is not supported.
-      ConfigError: If the mesh does not fit the devices, or the strategy the model.
+      ConfigError: If the mesh does not fit the devices, or the strategy the model or its rows: as
+        a training run would be refused.
     """
     placement = make_placement(config, devices)
     source = find_source(config.model.path, revision=config.model.revision, weights=False)
     architecture = architecture_from_hf(read_config(source.folder))
+    if devices is not None and not compiled and config.model.attention in ("splash", "cudnn"):
+        # Made-up devices have no kernels; where arrays live is the same with others.
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, attention="auto")
+        )
+    program = make_program(config, architecture, placement=placement)
     description = describe(config, architecture, placement=placement)
     if not compiled:
         return description
-    communication = compile_step(config, architecture, placement=placement)
-    return dataclasses.replace(description, communication=communication)
+    return dataclasses.replace(description, communication=compile_step(program))
+
+
+def make_program(config: RunConfig, architecture: Architecture, *, placement: Placement) -> Program:
+    """Builds what the trainer would run, without memory and without data.
+
+    Raises:
+      ConfigError: If the run could not start, such as for rows that cannot be split.
+    """
+    evaluator = build_evaluator(config, architecture, max_segments=1, placement=placement)
+    # How many steps an epoch has is not known here; a warmup is taken to end within the run.
+    steps = config.train.steps or max(1, config.optim.warmup_steps)
+    return build(config, evaluator, steps=steps)
 
 
 def describe(config: RunConfig, architecture: Architecture, *, placement: Placement) -> Description:
@@ -252,23 +271,16 @@ def describe(config: RunConfig, architecture: Architecture, *, placement: Placem
     )
 
 
-def compile_step(
-    config: RunConfig, architecture: Architecture, *, placement: Placement
-) -> Communication:
-    """Compiles the trainer's own step for the placement's devices and reads what it does.
-
-    Raises:
-      ConfigError: If the run could not start, such as for rows that cannot be split.
-    """
-    evaluator = build_evaluator(config, architecture, max_segments=1, placement=placement)
-    program = build(config, evaluator, steps=max(config.train.steps, 1))
+def compile_step(program: Program) -> Communication:
+    """Compiles the trainer's own step for the program's devices and reads what it does."""
+    mesh = program.evaluator.placement.mesh
     compiled = program.train_step.lower(program.state, program.batch).compile()
     memory = compiled.memory_analysis()
     return Communication(
-        totals=tuple(summary(collectives(compiled.as_text(), placement.mesh))),
+        totals=tuple(summary(collectives(compiled.as_text(), mesh))),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        platform=placement.mesh.devices.flat[0].platform,
+        platform=mesh.devices.flat[0].platform,
     )
 
 
@@ -395,11 +407,39 @@ def _print_communication(found: Communication) -> None:
 def _table(columns: Iterable[str], *, left: int) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+        # A name that is cut in two cannot be searched for; the other columns give way.
+        justify = "left" if i < left else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=i == 0)
     return table
 
 
-def write_json(file: str, found: Description) -> None:
-    """Writes the description as JSON."""
+def check_outputs(**files: str) -> None:
+    """Refuses what could not be written, before the work is done.
+
+    Args:
+      **files: Path by the flag's name; an empty one is not wanted.
+
+    Raises:
+      ConfigError: If a folder is missing or read-only, or the path is a folder; all at once.
+    """
+    problems = []
+    for flag, file in files.items():
+        folder = Path(file).absolute().parent
+        if not file:
+            continue
+        if Path(file).is_dir():
+            problems.append(f"--{flag}={file} is a folder; name a file.")
+        elif not folder.is_dir():
+            problems.append(f"--{flag}={file}: there is no folder {folder}. Create it first.")
+        elif not os.access(folder, os.W_OK):
+            problems.append(f"--{flag}={file}: {folder} cannot be written to. Name another folder.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def write_json(file: str, found: Description) -> Path:
+    """Writes the description as JSON and returns its path."""
     content = dataclasses.asdict(found) | {"bytes_per_device": found.bytes_per_device}
-    write_text(Path(file), json.dumps(content, indent=2) + "\n")
+    path = Path(file)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+    return path

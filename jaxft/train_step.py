@@ -153,11 +153,13 @@ def _accumulate(
         return (place(added, shardings), sums[1] + terms), None
 
     first = jax.tree.map(lambda x: x[0], batch)
-    zeros = jax.tree.map(
+    gradients, terms = jax.tree.map(
         lambda spec: jnp.zeros(spec.shape, jnp.float32), jax.eval_shape(gradients_of, first)
     )
-    sums, _ = jax.lax.scan(body, zeros, batch)
-    return sums
+    # Placed before and after: the compiler would split the sums as their reader does, and gather
+    # them for each micro-batch.
+    sums, _ = jax.lax.scan(body, (place(gradients, shardings), terms), batch)
+    return place(sums[0], shardings), sums[1]
 
 
 def _squared_lengths(positions: jax.Array, windows: Sequence[int]) -> jax.Array:

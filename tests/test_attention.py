@@ -297,7 +297,7 @@ def test_sharded_splash_equals_xla(interpreted, heads, tensor, sinks):
         ("xla", 2, 2, Scores(0.3, cap=2.0, window=50), None),
         pytest.param("splash", 2, 1, None, None, marks=pytest.mark.slow),
         ("splash", 4, 1, Scores(0.3, cap=2.0, window=200), SINKS),
-        ("splash", 2, 2, Scores(0.3, window=50), None),
+        pytest.param("splash", 2, 2, Scores(0.3, window=50), None, marks=pytest.mark.slow),
     ],
 )
 def test_split_rows_see_the_keys_of_all_devices(

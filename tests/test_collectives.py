@@ -362,6 +362,83 @@ def test_a_loop_whose_step_cannot_be_told_is_marked():
     assert [(one.count, one.exact) for one in found] == [(1, False), (1, False)]
 
 
+@pytest.mark.parametrize(
+    ("limit", "direction", "step", "trips"),
+    [
+        (9, "LE", 2, 5),
+        (9, "NE", 2, 4),
+        (-9, "NE", -2, 5),
+        (8, "NE", 2, None),  # steps over its end
+        (9, "NE", -2, None),
+        (10, "LT", -2, None),
+        (0, "LT", -2, None),
+    ],
+)
+def test_a_loop_is_counted_from_one_by_its_condition(limit, direction, step, trips):
+    text = TPU.replace("constant(10)", f"constant({limit})").replace("%LIMIT", "%limit")
+    text = text.replace("direction=LT", f"direction={direction}")
+    text = text.replace("%two = s32[] constant(2)", f"%two = s32[] constant({step})")
+    found = collectives(text, mesh_of(data=1, fsdp=8))
+    expected = (1, False) if trips is None else (trips, True)
+    assert {(one.count, one.exact) for one in found} == {expected}
+
+
+def test_a_length_that_is_written_down_may_have_spaces():
+    text = TPU.replace("LIMIT", "limit").replace(
+        "body=%body", 'body=%body, backend_config={"known_trip_count": {"n": "7"}}'
+    )
+    found = collectives(text, mesh_of(data=1, fsdp=8))
+    assert [(one.count, one.exact) for one in found] == [(7, True)] * 2
+
+
+def test_names_may_be_printed_without_their_sign():
+    text = TPU.replace("LIMIT", "limit")
+    mesh = mesh_of(data=1, fsdp=8)
+
+    def facts(found: list[Collective]) -> list[tuple]:
+        return [(one.kind, one.axes, one.count, one.exact, one.arrays) for one in found]
+
+    assert facts(collectives(text.replace("%", ""), mesh)) == facts(collectives(text, mesh))
+    shaped = TEXT.replace("(%p)", "(f32[64]{{0:T(8,128)}} p)")
+    assert collectives(shaped.format(groups="{}", devices=8), MESH)[0].bytes == 256
+
+
+@pytest.mark.parametrize("operands", ["()", "(%q)", "(q)", "(7)"])
+def test_a_collective_of_unknown_data_is_refused(operands):
+    text = TEXT.replace("(%p)", operands).format(groups="{}", devices=8)
+    with pytest.raises(ValueError, match=r"no operands|operand 'q' is not defined"):
+        collectives(text, MESH)
+
+
+SEND = """\
+HloModule jit_step, num_partitions=8
+
+ENTRY %main (p: f32[64]) -> f32[64] {
+  %p = f32[64]{0} parameter(0)
+  %after = token[] after-all()
+  %recv = (f32[64]{0}, u32[], token[]) recv(%after), channel_id=1ATTRIBUTES
+  %send = (f32[64]{0}, u32[], token[]) send(%p, %after), channel_id=1ATTRIBUTES
+  %sent = token[] send-done(%send), channel_id=1
+  %got = (f32[64]{0}, token[]) recv-done(%recv), channel_id=1
+  ROOT %r = f32[64]{0} get-tuple-element(%got), index=0
+}
+"""
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_permute_in_two_halves_is_counted_once(quote):
+    pairs = f"{quote}{{{{0,1}},{{1,2}},{{2,3}},{{4,5}},{{5,6}},{{6,7}}}}{quote}"
+    attributes = f", frontend_attributes={{_xla_send_recv_source_target_pairs={pairs}}}"
+    [found] = collectives(SEND.replace("ATTRIBUTES", attributes), MESH)
+    assert (found.kind, found.axes, found.bytes) == ("collective-permute", ("b",), 256)
+
+
+def test_of_halves_with_no_devices_only_those_to_the_host_are_left_out():
+    assert collectives(SEND.replace("ATTRIBUTES", ", is_host_transfer=true"), MESH) == []
+    with pytest.raises(ValueError, match="send: no pairs of devices"):
+        collectives(SEND.replace("ATTRIBUTES", ""), MESH)
+
+
 def test_a_sum_of_which_only_slices_are_used_outside_a_fusion_is_an_all_reduce():
     """That is what moves twice the bytes: the whole sum is there before it is cut."""
     text = """\

@@ -152,9 +152,20 @@ def test_an_override_replaces_what_the_rules_give():
     strategy = Strategy(
         mesh_axes=("a",), fill="a", rules={"embed": "a"}, overrides=((r"head\.w$", P(None, "a")),)
     )
-    placement = placement_of(strategy)
-    assert placement.spec(("embed", "vocab"), (8, 16), "head.w") == P(None, "a")
-    assert placement.spec(("embed", "vocab"), (8, 16), "other.w") == P("a", None)
+    shape = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    found = placement_of(strategy).shardings(
+        {"head.w": shape, "other.w": shape},
+        {"head.w": ("embed", "vocab"), "other.w": ("embed", "vocab")},
+    )
+    assert found["head.w"].spec == P(None, "a")
+    assert found["other.w"].spec == P("a", None)
+
+
+@pytest.mark.parametrize("axis", ["layers", "seq"])
+def test_what_depends_on_a_split_cannot_be_split_or_not_by_size(axis):
+    strategy = Strategy(mesh_axes=("a",), fill="a", rules={axis: if_divisible("a")})
+    with pytest.raises(ConfigError, match=f"maps '{axis}' to if_divisible; name the mesh axes"):
+        placement_of(strategy).split(axis)
 
 
 def test_a_strategy_can_come_from_any_importable_module(monkeypatch):

@@ -23,11 +23,12 @@ from jaxft.sharding.rules import Placement, load_strategy
 from jaxft.sharding_page import write_page
 from jaxft.shardings import (
     GIANT_BYTES,
-    compile_step,
+    check_outputs,
     cpu_devices,
     describe,
     describe_run,
     format_bytes,
+    make_program,
 )
 from jaxft.state import init_state
 from tests.oracle.cases import CASES
@@ -138,6 +139,8 @@ def test_the_command_prints_and_writes_the_description(tmp_path, monkeypatch, ca
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "under fsdp_tp on data=1 x fsdp=4 x tensor=2" in printed
+    for file in ("a.html", "a.json"):
+        assert f"Wrote {tmp_path}/{file}." in printed
     assert re.search(
         r"layers\.mlp\.up\.w +2x48x32 +float32 +\(-, tensor, fsdp\) +1\.5 KiB +1", printed
     )
@@ -153,6 +156,7 @@ def test_the_command_prints_and_writes_the_description(tmp_path, monkeypatch, ca
 def test_a_laptop_shows_hundreds_of_devices(tmp_path):
     folder = folder_of(tmp_path, MODELS["llama_8b"])
     command = [sys.executable, "-m", "jaxft.cli", "shardings", f"--config.model.path={folder}"]
+    command.append("--config.train.batch_size=256")
     environment = os.environ | {"COLUMNS": "120"}
     environment.pop("XLA_FLAGS", None)
     run = subprocess.run(
@@ -182,7 +186,48 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(tmp_path):
     config = config_of("fsdp")
     config.train.batch_size = 4
     with pytest.raises(ConfigError, match="cannot be split over 8 devices"):
-        compile_step(config, TINY, placement=make_placement(config))
+        make_program(config, TINY, placement=make_placement(config))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.strategy=ep", "--config.mesh.expert=2"], "the model has none"),
+        (["--config.train.batch_size=4"], "cannot be split over 8 devices"),
+        (["--config.strategy=cp", "--config.data.max_length=100"], "100"),
+        (["--devices=0"], "--devices is 0; expected at least 1"),
+    ],
+)
+def test_no_layout_is_shown_of_a_run_that_the_trainer_refuses(flags, said, tmp_path, capsys):
+    folder = folder_of(tmp_path, CASES["gqa"])
+    arguments = ["shardings", f"--config.model.path={folder}", "--devices=8", *flags]
+    assert cli.main(arguments) == ConfigError.exit_code
+    shown = capsys.readouterr()
+    assert said in shown.err and "a device" not in shown.out
+
+
+@pytest.mark.parametrize("key", ["model.attention=splash", "optim.warmup_steps=50"])
+def test_a_run_meant_for_other_devices_is_shown(key, tmp_path, capsys):
+    folder = folder_of(tmp_path, CASES["gqa"])
+    arguments = ["shardings", f"--config.model.path={folder}", f"--config.{key}", "--devices=8"]
+    assert cli.main(arguments) == 0
+    assert "Each device holds" in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys):
+    arguments = ["shardings", "--config.model.path=/nothing/there", f"--output={tmp_path}"]
+    assert cli.main([*arguments, f"--html={tmp_path}/no/x.html"]) == ConfigError.exit_code
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"--html={tmp_path}/no/x.html: there is no folder {tmp_path}/no." in first
+    assert f"--output={tmp_path} is a folder" in second
+    check_outputs(html="", output=str(tmp_path / "new.json"))
+
+
+def test_names_of_parameters_are_not_cut_where_there_is_little_room(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables.output, "width", 60)
+    folder = folder_of(tmp_path, CASES["gqa"])
+    assert cli.main(["shardings", f"--config.model.path={folder}", "--devices=8"]) == 0
+    assert "layers.mlp_norm.scale " in capsys.readouterr().out
 
 
 def articles(page: str) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -10,6 +12,8 @@ import pytest
 
 from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig
+from jaxft.sharding.collectives import collectives
+from jaxft.sharding.rules import Strategy, load_strategy
 from tests.oracle.cases import FAMILY_CASES
 from tests.strategies import BUILT_IN, FOR_EXPERTS, MESHES
 from tests.tiny import Tiny, feed, load_tiny, make_program, random_rows, relative_error, start
@@ -24,19 +28,37 @@ CASES = {family: names[0] for family, names in FAMILY_CASES.items()} | {
     "gpt_oss": "gpt_oss_packed",
 }
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+
+
+def families_of(strategy: str) -> list[str]:
+    return [f for f in CASES if strategy not in FOR_EXPERTS or f in MIXTURES]
+
+
+def turn_of(strategy: str) -> str:
+    """The families take turns: one of each strategy is in the default tests."""
+    families = families_of(strategy)
+    return families[BUILT_IN.index(strategy) % len(families)]
+
+
+def is_new(strategy: str) -> bool:
+    """Whether no earlier strategy makes the same programs: `hsdp` is `fsdp` but for slices."""
+    same = [
+        name
+        for name in BUILT_IN
+        if MESHES[name] == MESHES[strategy]
+        and load_strategy(name).rules == load_strategy(strategy).rules
+        and load_strategy(name).gradients == load_strategy(strategy).gradients
+        and load_strategy(name).moments == load_strategy(strategy).moments
+    ]
+    return same[0] == strategy
+
+
 PAIRS = [
-    (strategy, family)
+    pytest.param(strategy, family, marks=() if family == turn_of(strategy) else pytest.mark.slow)
     for strategy in BUILT_IN
-    for family in CASES
-    if strategy not in FOR_EXPERTS or family in MIXTURES
+    for family in families_of(strategy)
+    if is_new(strategy) or family == turn_of(strategy)
 ]
-
-
-def is_default(index: int) -> bool:
-    """One pair of each strategy is in the default tests, the families by turns."""
-    strategy = PAIRS[index][0]
-    families = [family for name, family in PAIRS if name == strategy]
-    return PAIRS[index][1] == families[BUILT_IN.index(strategy) % len(families)]
 
 
 def mesh_of(strategy: str, model: DecoderConfig) -> dict[str, int]:
@@ -83,13 +105,7 @@ def on_one_device(family: str) -> tuple:
     return run(load(family), 1)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "family"),
-    [
-        pytest.param(*pair, marks=() if is_default(index) else pytest.mark.slow)
-        for index, pair in enumerate(PAIRS)
-    ],
-)
+@pytest.mark.parametrize(("strategy", "family"), PAIRS)
 def test_five_steps_equal_those_of_one_device(strategy, family):
     """With accumulation, packed rows with padding, and the load-balancing loss of experts."""
     tiny = load(family)
@@ -147,3 +163,69 @@ def test_a_strategy_from_outside_the_package_is_placed_and_equal(tmp_path, monke
     expected_params, expected = on_one_device("mistral")
     np.testing.assert_allclose([r[:3] for r in records], [r[:3] for r in expected], rtol=1e-5)
     assert relative_error(params, expected_params) < 1e-5
+
+
+THEIRS = {
+    "mesh_axes": ("data", "fsdp", "tensor"),
+    "fill": "fsdp",
+    "rules": {"batch": ("data", "fsdp"), "embed": ("data",)},
+}
+
+
+def run_with(monkeypatch, rules: dict, **changes) -> tuple:
+    """Returns the result of a strategy of these rules, beside rows and embeddings."""
+    module = types.ModuleType("theirs")
+    module.STRATEGY = Strategy(**(THEIRS | {"rules": THEIRS["rules"] | rules}))
+    monkeypatch.setitem(sys.modules, "theirs.module", module)
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    return run(load("mistral"), 8, strategy="theirs.module", **mesh, **changes)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"vocab": "fsdp"},
+        {"vocab": ("tensor", "fsdp"), "act_vocab": "tensor"},
+        {"act_embed": "tensor", "mlp": ("fsdp", "tensor")},
+    ],
+)
+def test_rules_that_a_researcher_may_write_give_the_same_as_one_device(monkeypatch, rules):
+    """Tables split over devices with other tokens, and activations split unlike their weights."""
+    params, records = run_with(monkeypatch, rules)
+    expected_params, expected = on_one_device("mistral")
+    np.testing.assert_allclose([r[:3] for r in records], [r[:3] for r in expected], rtol=1e-5)
+    assert relative_error(params, expected_params) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"act_vocab": "fsdp"}, r"splits 'act_vocab' over \['fsdp'\], which split rows"),
+        (
+            {"vocab": ("fsdp", "tensor"), "act_vocab": "tensor"},
+            r"'vocab' over \('fsdp', 'tensor'\) and 'act_vocab' over \('tensor',\); name .* first",
+        ),
+    ],
+)
+def test_rules_that_cannot_meet_are_refused_at_the_start(monkeypatch, rules, message):
+    with pytest.raises(ConfigError, match=message):
+        run_with(monkeypatch, rules)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+def test_updated_weights_are_gathered_once_a_step(strategy):
+    """However many micro-batches there are, and nothing else is gathered."""
+    program = make_program(
+        load("mistral"), 8, strategy=strategy, train__accumulation=4, train__batch_size=32
+    )
+    compiled = program.train_step.lower(program.state, program.batch).compile()
+    placement = program.evaluator.placement
+    found = collectives(compiled.as_text(), placement.mesh)
+    gathered = sum(one.count * one.bytes for one in found if one.kind == "all-gather")
+    moments = placement.shardings(
+        program.evaluator.abstract.params,
+        program.evaluator.abstract.axes,
+        rules=placement.moment_rules,
+    )
+    split = {path for path, sharding in moments.items() if any(sharding.spec)}
+    assert gathered == sum(program.state.trainable[path].size * 4 for path in split)

@@ -274,6 +274,7 @@ def _on_devices(
         out = apply(x, chosen, mix, whole, peers)
         if not hidden:
             return out
+        out = out.astype(x.dtype)  # it travels like the sums of dense layers
         if hidden == shared:
             return jax.lax.psum_scatter(out, hidden, scatter_dimension=1, tiled=True)
         return jax.lax.psum(out, hidden)

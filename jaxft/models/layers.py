@@ -180,6 +180,7 @@ class SelfAttention(nnx.Module):
         self, x: Float[Array, "B T D"], inputs: LayerInputs, cache
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns what is added to the residual stream, and the layer's cache."""
+        x = constrain(x, "batch", "seq", "act_embed")
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -226,6 +227,7 @@ class GatedMLP(nnx.Module):
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], None]:
         """Returns what is added to the residual stream; there is no routing."""
+        x = constrain(x, "batch", "seq", "act_embed")
         hidden = self.activation(self.gate(x)) * self.up(x)
         return self.down(constrain(hidden, "batch", "seq", "act_mlp")), None
 
@@ -251,6 +253,7 @@ class MLP(nnx.Module):
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], None]:
         """Returns what is added to the residual stream; there is no routing."""
+        x = constrain(x, "batch", "seq", "act_embed")
         hidden = constrain(self.activation(self.up(x)), "batch", "seq", "act_mlp")
         return self.down(hidden), None
 

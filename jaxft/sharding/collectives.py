@@ -112,7 +112,8 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
       mesh: The program's; it numbers devices by their position in `mesh.devices.flat`.
 
     Raises:
-      ValueError: If the program is for another number of devices.
+      ValueError: If the program is for another number of devices, or holds a collective whose
+        operands or devices cannot be read.
     """
     partitions = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
     devices = _numbering(mesh, int(partitions[1]) if partitions else 1)
@@ -266,10 +267,10 @@ class _Program:
     def _trips(self, computation: _Computation, loop: _Instruction) -> int | None:
         """Returns how often a loop runs, or None where the text does not say.
 
-        XLA for CPU and GPU writes it down; XLA for TPU leaves `i < constant` in the condition, and
-        start and step are read from the loop's operand and its body.
+        XLA for CPU and GPU writes it down; XLA for TPU leaves `i < constant`, or `<=` or `!=`, in
+        the condition, and start and step are read from the loop's operand and its body.
         """
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+        known = re.search(r'"known_trip_count"\s*:\s*\{\s*"n"\s*:\s*"(\d+)"\s*\}', loop.rest)
         if known:
             return int(known[1])
         condition = self.computations[loop.called("condition")[0]]
@@ -278,9 +279,9 @@ class _Program:
         if compared is None:
             return None
         left, right, direction = compared
-        if direction == "GT":
-            left, right, direction = right, left, "LT"
-        if direction != "LT" or not isinstance(left, _Element):
+        if direction in ("GT", "GE"):
+            left, right, direction = right, left, {"GT": "LT", "GE": "LE"}[direction]
+        if direction not in ("LT", "LE", "NE") or not isinstance(left, _Element):
             return None
         first = self._initial(computation, loop, left.index)
         last = right if isinstance(right, int) else None
@@ -289,7 +290,10 @@ class _Program:
         step = self._step(body, left.index)
         if first is None or last is None or not step:
             return None
-        return max(0, math.ceil((last - first) / step))
+        distance = last - first + (direction == "LE")
+        if direction == "NE":  # counts down as well, but has to meet its end
+            return distance // step if distance % step == 0 and distance // step >= 0 else None
+        return max(0, math.ceil(distance / step)) if step > 0 else None
 
     def _initial(self, computation: _Computation, loop: _Instruction, index: int) -> int | None:
         """Returns the constant that an element of a loop's tuple starts as."""
@@ -352,11 +356,17 @@ class _Program:
         self, computation: _Computation, instruction: _Instruction, frame: _Frame
     ) -> Iterator[Collective]:
         kind = instruction.opcode.removesuffix("-start")
-        if kind == "send" and "_xla_megascale_transfer_type" in instruction.rest:
-            yield from self._between_slices(computation, instruction, frame)
+        operands = instruction.operands
+        if kind == "send":
+            if "_xla_megascale_transfer_type" in instruction.rest:
+                yield from self._between_slices(computation, instruction, frame)
+            elif "is_host_transfer=true" not in instruction.rest:
+                # XLA for GPU takes a permute apart, so as to have others run meanwhile; of the two
+                # halves `recv` has no data to measure. The second operand is a token.
+                kind, operands = "collective-permute", operands[:1]
         if kind not in KINDS or self._is_continuation(instruction, frame):
             return
-        numbered = _groups(instruction.rest, kind, len(frame.devices))
+        numbered = _groups(instruction, kind, len(frame.devices))
         groups = [frame.devices[group] for group in numbered]
         size = max(map(len, groups), default=1)
         if kind == "collective-permute":
@@ -364,7 +374,9 @@ class _Program:
             size = math.prod(frame.mesh.shape[axis] for axis in axes)
         if size == 1:
             return
-        arrays = [self._bytes(computation, operand) for operand in instruction.operands]
+        if not operands:
+            raise ValueError(f"{instruction.name}: no operands in {instruction.literal!r}.")
+        arrays = [self._bytes(computation, operand) for operand in operands]
         if kind == "ragged-all-to-all":
             arrays = arrays[:1]  # the others are the result's buffer, offsets and sizes
         if kind == "all-gather":
@@ -380,7 +392,7 @@ class _Program:
             arrays=tuple(arrays),
             across_slices=_leaves_slice(groups, frame.mesh),
             gathers=kind == "all-reduce"
-            and all(_is_padded(computation, operand) for operand in instruction.operands),
+            and all(_is_padded(computation, operand) for operand in operands),
             name=instruction.name,
             origin=_origin(instruction),
         )
@@ -435,6 +447,8 @@ class _Program:
         return False
 
     def _bytes(self, computation: _Computation, operand: str) -> int:
+        if operand not in computation.instructions:
+            raise ValueError(f"{computation.name}: the operand {operand!r} is not defined there.")
         return shape_bytes(computation.instructions[operand].shape)
 
 
@@ -476,9 +490,12 @@ def _parse(line: str) -> _Instruction | None:
     first = end + opcode.end()
     last = _closing(line, first - 1) - 1
     literal = line[first:last]
-    # An operand may be printed with its shape before the name.
-    operands = tuple(re.findall(r"%([\w.\-]+)", literal))
-    return _Instruction(head[1], line[start:end], opcode[1], operands, line[last + 1 :], literal)
+    # An operand may be printed with its shape before the name, and the name without its sign.
+    operands = re.findall(r"%([\w.\-]+)", literal)
+    if not operands and opcode[1] != "constant":
+        operands = re.findall(r"([A-Za-z_][\w.\-]*)\s*(?:,|$)", literal)
+    shape, rest = line[start:end], line[last + 1 :]
+    return _Instruction(head[1], shape, opcode[1], tuple(operands), rest, literal)
 
 
 def _closing(line: str, start: int) -> int:
@@ -517,11 +534,14 @@ def _is_padded(computation: _Computation, name: str) -> bool:
     return computation.instructions[base].opcode == "broadcast"
 
 
-def _groups(attributes: str, kind: str, size: int) -> list[list[int]]:
+def _groups(instruction: _Instruction, kind: str, size: int) -> list[list[int]]:
     """Returns the devices of each group, or source and target of each pair of a permute."""
+    attributes = instruction.rest
     if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{((?:\{[\d,]*\},?)*)\}", attributes)
-        return _lists(pairs[1]) if pairs else []
+        pairs = re.search(r'source_target_pairs="?\{((?:\{[\d,]*\},?)*)\}', attributes)
+        if pairs is None:
+            raise ValueError(f"{instruction.name}: no pairs of devices in {attributes!r}.")
+        return _lists(pairs[1])
     meshes = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes
     )

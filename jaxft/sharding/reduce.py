@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxft.errors import ConfigError
 from jaxft.sharding.axes import ACTIVATION_OF
 from jaxft.sharding.mesh import rings
 from jaxft.sharding.rules import Placement, active_placement
@@ -95,6 +96,9 @@ def plan_weight(
       axes: Names of the weight's dimensions.
       shape: Their sizes.
       tokens: `[B, T]`.
+
+    Raises:
+      ConfigError: If the rules of weights and activations do not go together.
     """
     placement = active_placement()
     if placement is None:
@@ -112,6 +116,7 @@ def plan_weight(
         )
     ]
     held = tuple(cuts[0])
+    _check_cuts(placement, axes, over, cuts)
     gathered = tuple(_beyond(*pair) for pair in zip(cuts[1], held, strict=True))
     among = {*over[0], *over[1]}
     scattered = tuple(
@@ -119,6 +124,33 @@ def plan_weight(
         for pair in zip(cuts[2], held, strict=True)
     )
     return WeightPlan(placement, over, held, gathered, scattered)
+
+
+def _check_cuts(
+    placement: Placement,
+    axes: tuple[str, ...],
+    tokens: tuple[tuple[str, ...], tuple[str, ...]],
+    cuts: Sequence[Sequence[tuple[str, ...]]],
+) -> None:
+    """Raises ConfigError for rules under which a weight and its activations cannot meet."""
+    problems = []
+    for axis, held, *others in zip(axes, *cuts, strict=True):
+        activation = ACTIVATION_OF.get(axis, axis)
+        twice = {*tokens[0], *tokens[1]}.intersection(held)
+        # Experts are the dimension along which tokens travel.
+        if twice and axis != "experts":
+            problems.append(
+                f"strategy {placement.name!r} splits {activation!r} over {sorted(twice)}, which "
+                "split rows or positions; a mesh axis serves one dimension of an array."
+            )
+        problems += [
+            f"strategy {placement.name!r} splits {axis!r} over {names} and {activation!r} over "
+            f"{held}; name the mesh axes that both have first."
+            for names in others
+            if set(names).intersection(held) and names[: len(held)] != held
+        ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def as_names(entry: Any) -> tuple[str, ...]:
@@ -170,7 +202,9 @@ def project(x: Array, w: Array, *, axes: tuple[str, ...], inputs: int) -> Array:
       `[B, T, *outputs]` in the type of `x`.
     """
     plan = plan_weight(axes, w.shape, x.shape[:2])
-    if not any(plan.scattered):
+    # One sum over all axes, where the compiler would make one for each.
+    several = len({*plan.tokens[0], *plan.tokens[1]}) > 1
+    if not (any(plan.scattered) or several):
         return _product(x, w, inputs)
     outputs = len(axes) - inputs
     # The backward pass is traced later, when a surrounding choice of precision is over.
@@ -211,7 +245,9 @@ def look_up(
     """
     plan = plan_weight(axes, table.shape, tokens.shape)
     columns, cut = plan.gathered[1], plan.held[0] + plan.gathered[0]
-    shared = not plan.held[1] and {*plan.tokens[0], *plan.tokens[1]}.issuperset(columns)
+    among = {*plan.tokens[0], *plan.tokens[1]}
+    # Columns may lie with devices that have other tokens, rows only with those that have the same.
+    shared = not plan.held[1] and among.issuperset(columns) and among.isdisjoint(cut)
     if plan.placement is None or not shared:
         return table[tokens].astype(dtype)
     rows = table.shape[0] // math.prod(plan.placement.mesh.shape[name] for name in cut)

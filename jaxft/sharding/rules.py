@@ -45,7 +45,8 @@ class Strategy:
       rules: Axis name to mesh axis (or several). Axes that are not listed are replicated.
       fill: The mesh axis that takes the devices left over by explicit sizes.
       overrides: Pairs of a regular expression over parameter paths and the spec that replaces
-        what the rules give.
+        what the rules give, for the parameter, its gradient and its moments. Products with it are
+        made as the rules say: it is brought there first.
       gradients: Rules that hold for gradients in place of those in `rules`.
       moments: Rules that hold for the optimizer's state in place of those in `rules`.
       across_slices: The mesh axis that spans slices, so that all others stay within the fast
@@ -122,15 +123,12 @@ class Placement:
         Args:
           axes: Name of each dimension.
           shape: Its size.
-          path: Of a parameter, for overrides; and for messages.
+          path: For messages.
           rules: In place of the strategy's.
 
         Raises:
           ConfigError: If a size does not divide, or one mesh axis would split two dimensions.
         """
-        for pattern, spec in self.strategy.overrides:
-            if re.search(pattern, path):
-                return spec
         entries: list[tuple[str, ...]] = []
         for axis, size in zip(axes, shape, strict=True):
             entries.append(self._mesh_axes(axis, size, path, rules or self.strategy.rules))
@@ -142,6 +140,12 @@ class Placement:
                 f"{twice[0]!r}; a mesh axis serves one dimension of an array. Change one rule."
             )
         return P(*(entry if len(entry) > 1 else entry[0] if entry else None for entry in entries))
+
+    def _override(self, path: str) -> P | None:
+        for pattern, spec in self.strategy.overrides:
+            if re.search(pattern, path):
+                return spec
+        return None
 
     def _mesh_axes(
         self, axis: str, size: int, path: str, rules: Mapping[str, Target]
@@ -182,7 +186,9 @@ class Placement:
         problems: list[str] = []
         for path, array in abstract.items():
             with collected(problems):
-                spec = self.spec(axes[path], array.shape, path, rules=rules)
+                spec = self._override(path)
+                if spec is None:
+                    spec = self.spec(axes[path], array.shape, path, rules=rules)
                 found[path] = NamedSharding(self.mesh, spec)
         if problems:
             raise ConfigError(problems)
@@ -199,9 +205,17 @@ class Placement:
         return {**self.strategy.rules, **self.strategy.moments}
 
     def split(self, axis: str) -> tuple[str, ...]:
-        """Returns the mesh axes of more than one device that a named dimension is split over."""
-        target = _mesh_axes_of(self.strategy.rules.get(axis, ()))
-        return tuple(name for name in target if self.mesh.shape[name] > 1)
+        """Returns the mesh axes of more than one device that a named dimension is split over.
+
+        Raises:
+          ConfigError: If that depends on the dimension's size, which is not known here.
+        """
+        target = self.strategy.rules.get(axis, ())
+        if isinstance(target, IfDivisible):
+            raise ConfigError(
+                f"strategy {self.name!r} maps {axis!r} to if_divisible; name the mesh axes instead."
+            )
+        return tuple(name for name in _mesh_axes_of(target) if self.mesh.shape[name] > 1)
 
     def parts(self, axis: str) -> int:
         """Returns how many parts a named dimension is split into."""

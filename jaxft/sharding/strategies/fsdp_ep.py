@@ -5,7 +5,8 @@
     rows                   split over `data`, `fsdp` and `expert`
 
 Collectives to expect: those of `fsdp`, on an `expert`-th of the experts' weights; the all-to-alls
-of `ep`; an all-reduce over `expert` of the gradients of all weights but the experts'.
+of `ep`; an all-reduce over `data` of what is left of the gradients, of all weights but the experts'
+over `expert`, too.
 Source: Lepikhin et al., GShard, https://arxiv.org/abs/2006.16668.
 """
 

@@ -7,7 +7,8 @@
     rows                     split over `data` and `fsdp`
 
 Collectives to expect: those of `fsdp`; in place of each all-reduce of `tp` an all-gather before and
-a reduce-scatter after each part of a layer, together of the same bytes.
+a reduce-scatter after each part of a layer, and one more all-gather in the backward pass. XLA for
+CPU sums activations whole in place of scattering them.
 Source: Korthikanti et al., https://arxiv.org/abs/2205.05198.
 """
 

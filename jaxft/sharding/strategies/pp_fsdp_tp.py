@@ -6,8 +6,8 @@
     vocabulary               split over `stage` and `tensor` if they divide it
     rows of a micro-batch    split over `data` and `fsdp`
 
-Collectives to expect: those of `pp` between stages; within a stage those of `fsdp_tp`, once for
-each micro-batch.
+Collectives to expect: those of `pp` between stages; within a stage those of `fsdp_tp`, once in each
+turn.
 Source: Narayanan et al., Megatron-LM, https://arxiv.org/abs/2104.04473.
 """
 

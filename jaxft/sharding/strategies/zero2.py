@@ -4,8 +4,8 @@
     gradients, optimizer state   split over `data` along the embedding dimension
     rows                         split over `data`
 
-Collectives to expect: a reduce-scatter of the gradients a micro-batch, and an all-gather of the
-updated weights a step; together the bytes of `ddp`.
+Collectives to expect: a reduce-scatter of the gradients a micro-batch, half the bytes of `ddp`, and
+an all-gather of the updated float32 weights a step.
 Source: Rajbhandari et al., ZeRO, https://arxiv.org/abs/1910.02054.
 """
 
