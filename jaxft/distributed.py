@@ -31,8 +31,8 @@ from jaxft.errors import CheckpointError, ConfigError, JaxftError, TrainingError
 _START = 300
 # Seconds without a sign of life after which a host counts as lost: ours, which names the host, and
 # jax's, which ends processes with a stack trace, sometimes after half of the time.
-_LOST = 25
-_LOST_TO_JAX = 80
+_LOST = 45
+_LOST_TO_JAX = 110
 # Seconds between signs of life, and between looks at how the others are.
 _PULSE = 1.0
 # Seconds that host 0, which the others talk through, waits for them to read why it ends.
@@ -41,6 +41,12 @@ _FAREWELL = 10
 _WORK = 24 * 3600
 # Seconds until a file that was written on one host must be seen on the others.
 _STORAGE = 5
+
+# Where jax tells all hosts that one of them caught SIGTERM.
+_SIGTERM = "RECEIVED_PREEMPTION_NOTICE"
+
+# Set while a loop asks jax at every step whether to stop; else SIGTERM ends the run at once.
+sigterm_is_answered = threading.Event()
 
 _AGAIN = (
     "Complete checkpoints are intact. Start the same command again on all hosts, training with "
@@ -61,7 +67,7 @@ def process() -> int:
 
 
 def count() -> int:
-    """Number of processes; 1 without `initialize`."""
+    """Number of processes; 1 without `together`."""
     return jax_distributed.global_state.num_processes or 1
 
 
@@ -70,22 +76,9 @@ def is_first() -> bool:
     return process() == 0
 
 
-def initialize(*, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
-    """Joins the processes of a run, if there are several; call it before jax is used.
-
-    Without arguments they are found by the environment of Cloud TPU, SLURM, Open MPI or a
-    Kubernetes job, where it says that there are several.
-
-    Args:
-      coordinator: `HOST:PORT` of process 0, which the others must be able to reach.
-      processes: How many there are.
-      process: Number of this one.
-
-    Raises:
-      ConfigError: If the arguments are incomplete or wrong, or the processes run other versions.
-      TrainingError: If not all of them start within five minutes; says which are missing.
-    """
-    if coordinator or processes or process >= 0:
+def _join(coordinator: str, processes: int, process: int) -> None:
+    """Joins the processes of a run, if there are several."""
+    if coordinator or processes or process != -1:
         arguments = _explicit(coordinator, processes, process)
     else:
         arguments = _environment()
@@ -115,37 +108,63 @@ def initialize(*, coordinator: str = "", processes: int = 0, process: int = -1) 
         timer.cancel()
     if count() == 1:
         _dismiss_sentinel()
-        return
-    _client().key_value_set(_key("host", _me()), socket.gethostname())
-    _Watch().start()
-    check_same("versions", {name: _version(name) for name in ("jaxft", "jax", "jaxlib")})
 
 
 @contextlib.contextmanager
 def together(*, coordinator: str = "", processes: int = 0, process: int = -1) -> Iterator[None]:
     """Runs the block as one of several processes: if it fails on one host, all of them end.
 
-    Arguments are those of `initialize`. In a single process errors are raised as ever; in one of
-    several they are printed with its number, and the process ends with the error's exit status.
+    Enter it before jax is used. Without arguments the processes are found by the environment of
+    Cloud TPU, SLURM, Open MPI or a Kubernetes job, where it says that there are several. In a
+    single process errors are raised as ever; in one of several they are printed with its number,
+    and the process ends with the error's exit status. So does SIGTERM on any host, with status 143,
+    unless a training loop answers it.
+
+    Args:
+      coordinator: `HOST:PORT` of process 0, which the others must be able to reach.
+      processes: How many there are.
+      process: Number of this one.
+
+    Raises:
+      ConfigError: If the arguments are incomplete or wrong.
+      TrainingError: If not all of them start within five minutes; says which are missing.
     """
-    initialize(coordinator=coordinator, processes=processes, process=process)
+    _join(coordinator, processes, process)
     if count() == 1:
         yield
         return
     try:
+        _client().key_value_set(_key("host", _me()), socket.gethostname())
+        watch = _Watch()
+        watch.start()
+        check_same("versions", {name: _version(name) for name in ("jaxft", "jax", "jaxlib")})
         yield
-        barrier("end", timeout=_WORK)
+        barrier("end")
+        if ended := _read("ended"):  # It took this host for lost, which only was slow.
+            watch.follow(ended)
     except JaxftError as error:
+        _await_verdict(error)
         _fail(error.problems, error.exit_code)
     except KeyboardInterrupt:
         _fail(["stopped."], 130)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) and error.code else 1
+        _fail([f"exited with {error.code!r} before the end of the run."], status)
     except Exception as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(_LOST + 5)  # If another host's death is behind it, the watch says so first.
+        _await_verdict(error)
         traceback.print_exc()
         _fail([f"{type(error).__name__}: {error}"], 1)
+    _ending.acquire()  # If the watch has it, this process ends here, and not with status 0.
     _Watch.over.set()
     _dismiss_sentinel()
+
+
+def _await_verdict(error: BaseException | None) -> None:
+    """Waits, if another host's death may be behind an error, for the watch to say so first."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__
+    if error is not None and _Watch.leaving.wait(_LOST + 5):
+        _ending.acquire()
 
 
 def refuse_several(command: str) -> None:
@@ -154,22 +173,24 @@ def refuse_several(command: str) -> None:
     if several is not None:
         raise ConfigError(
             f"jaxft {command} runs in a single process, and {several} started several of it. Run "
-            "it once, outside of the launcher."
+            "it once, outside of the launcher; on a host of a TPU slice set JAX_PLATFORMS=cpu."
         )
 
 
 def require_joined() -> None:
-    """Raises ConfigError if jax computes with several processes that `initialize` did not join."""
+    """Raises ConfigError if jax computes with several processes that `together` did not join."""
     if jax.process_count() != count():
         raise ConfigError(
-            f"jax computes with {jax.process_count()} processes, which were not joined. Call "
-            "jaxft.distributed.initialize() before jax is used, or start the command with "
-            "--coordinator=HOST:PORT --processes=N --process=I."
+            f"jax computes with {jax.process_count()} processes, which are not watched. Put the "
+            "script's work into `with jaxft.distributed.together():`, entered before jax is used "
+            "and instead of jax.distributed.initialize()."
         )
 
 
-def barrier(name: str, *, timeout: float) -> None:
+def barrier(name: str, *, timeout: float = _WORK) -> None:
     """Waits until every process has come here, `timeout` seconds at most.
+
+    The default is for any work: if a host dies in the meantime, the watch ends this process.
 
     Raises:
       TrainingError: After that time; names the hosts that have not come.
@@ -181,12 +202,14 @@ def barrier(name: str, *, timeout: float) -> None:
     try:
         _client().wait_at_barrier(f"jaxft/{place}", int(timeout * 1000))
     except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise  # A host was lost; the watch says which.
         here = {int(key.rpartition("/")[2]) for key in _read("barrier", place)}
         missing = [host_name(i) for i in range(count()) if i not in here]
         raise TrainingError(
             f"Waited {timeout:g} s at {name!r} for {', '.join(missing) or 'the other hosts'}. Its "
             f"log says what it does, or how it ended. {_AGAIN}"
-        ) from error
+        ) from None
 
 
 def from_first[Value](name: str, make: Callable[[], Value]) -> Value:
@@ -241,7 +264,7 @@ def hosts_that_do_not_see(folder: Path) -> list[str]:
         time.sleep(0.1)
     place = _unique("sees")
     _client().key_value_set(_key("sees", place, _me()), "1" if seen else "")
-    barrier("storage", timeout=_WORK)
+    barrier("storage")
     if is_first():
         token.unlink(missing_ok=True)
     blind = [int(k.rpartition("/")[2]) for k, value in _read("sees", place).items() if not value]
@@ -264,10 +287,10 @@ def first_host_first(name: str, folder: Path) -> Iterator[None]:
     """Lets host 0 fill a cache that all hosts see before they read it; else all fill their own."""
     wait = count() > 1 and not hosts_that_do_not_see(folder)
     if wait and not is_first():
-        barrier(name, timeout=_WORK)
+        barrier(name)
     yield
     if wait and is_first():
-        barrier(name, timeout=_WORK)
+        barrier(name)
 
 
 def host_name(number: int) -> str:
@@ -284,14 +307,18 @@ def host_name(number: int) -> str:
 
 def _explicit(coordinator: str, processes: int, process: int) -> dict[str, Any]:
     problems = []
-    if not (coordinator and processes and process >= 0):
+    if not (coordinator and processes and process != -1):
         problems.append("--coordinator, --processes and --process belong together: give all three.")
     else:
-        if not re.fullmatch(r".+:\d+", coordinator):
+        found = re.fullmatch(r".+:(\d+)", coordinator)
+        if not found or not 0 < int(found.group(1)) < 65536:
             problems.append(
-                f"--coordinator is {coordinator!r}; expected HOST:PORT, such as 10.0.0.2:8476."
+                f"--coordinator is {coordinator!r}; expected HOST:PORT, such as 10.0.0.2:8476, "
+                "with a port from 1 to 65535."
             )
-        if not 0 <= process < processes:
+        if processes < 1:
+            problems.append(f"--processes is {processes}; expected how many there are.")
+        elif not 0 <= process < processes:
             problems.append(
                 f"--process is {process} of --processes {processes}; expected 0 to {processes - 1}."
             )
@@ -525,6 +552,10 @@ def _write_token(above: Sequence[Path]) -> tuple[int, str]:
 # --- How they end --------------------------------------------------------------------------------
 
 
+# Held by the thread that ends the process, whose exit status counts; it is never given back.
+_ending = threading.Lock()
+
+
 class _Watch(threading.Thread):
     """Shows that this host lives, and ends the process when another one ended or was lost."""
 
@@ -541,18 +572,22 @@ class _Watch(threading.Thread):
             beat += 1
             try:
                 _client().key_value_set(_key("alive", _me()), str(beat), allow_overwrite=True)
+                stopped = not sigterm_is_answered.is_set() and _sigterm_arrived()
                 ended = _read("ended")
                 lost = self._lost_hosts() if is_first() and not ended else {}
             except jax.errors.JaxRuntimeError as error:
-                ended, lost = {}, {0: f"it cannot be reached ({_first_line(error)})"}
+                stopped, ended, lost = False, {}, {0: f"it cannot be reached ({_first_line(error)})"}
             if self.over.is_set() or self.leaving.is_set():
                 return
+            if stopped and not sigterm_is_answered.is_set():
+                _fail([f"Stopped by SIGTERM outside of training steps. {_AGAIN}"], 143)
             for number, text in lost.items():
                 _say([f"{host_name(number)} was lost: {text}. {_AGAIN}"])
             if lost:
+                self._excuse(lost)
                 _leave(1, "; ".join(f"{host_name(i)} was lost: {t}" for i, t in lost.items()))
             if ended:
-                self._follow(ended)
+                self.follow(ended)
 
     def _lost_hosts(self) -> dict[int, str]:
         """Returns hosts that have shown no sign of life for too long, and what is known of them."""
@@ -567,7 +602,13 @@ class _Watch(threading.Thread):
             if now - since > _LOST
         }
 
-    def _follow(self, ended: Mapping[str, str]) -> None:
+    def _excuse(self, lost: Mapping[int, str]) -> None:
+        """Spares host 0 the wait for those that will not read why it ends."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            for number in lost.keys() - {0}:
+                _client().key_value_set(_key("gone", str(number)), "")
+
+    def follow(self, ended: Mapping[str, str]) -> None:
         """Ends this process after others; an error of its own that is on its way goes first."""
         if self.leaving.wait(2 * _PULSE):
             return
@@ -577,6 +618,16 @@ class _Watch(threading.Thread):
             texts.append(f"{host_name(number)} ended, and so this one does. It said: {text}")
         _say([*texts, _AGAIN])
         _leave(1, "")
+
+
+def _sigterm_arrived() -> bool:
+    """Returns whether jax has caught SIGTERM on any host."""
+    try:
+        return bool(_client().key_value_try_get(_SIGTERM))
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return False
 
 
 def _first_line(error: Exception) -> str:
@@ -602,6 +653,7 @@ def _leave(status: int, reason: str) -> NoReturn:
       reason: What the other hosts are told; empty if they know.
     """
     _Watch.leaving.set()
+    _ending.acquire()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         if reason:
             _client().key_value_set(_key("ended", _me()), reason)

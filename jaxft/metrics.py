@@ -145,10 +145,10 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Workdir, *, start_step: int, wandb_project: str = ""):
-        require_wandb(wandb_project)
         self._workdir, self._writes, self._wandb = workdir, distributed.is_first(), None
         if not self._writes:
             return
+        require_wandb(wandb_project)
         for path in (workdir.metrics, workdir.evaluations, workdir.samples):
             if path.exists():
                 rewrite_jsonl(path, [r for r in read_jsonl(path) if _step(r) <= start_step])

@@ -49,13 +49,24 @@ def _stop_at_once_next_time() -> None:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turns the first SIGINT or SIGTERM into a request; a second SIGINT raises KeyboardInterrupt.
 
-    With several processes SIGTERM is left to jax, which has caught it since they were joined.
-    Outside the main thread Python cannot handle signals: the request then stays empty, but for
-    those that jax catches.
+    With several processes SIGTERM is left to jax, which has caught it since they were joined; the
+    block must ask `StopRequest.at`. Outside the main thread Python cannot handle signals: the
+    request then stays empty, but for those that jax catches.
     """
     request = StopRequest()
+    distributed.sigterm_is_answered.set()
+    try:
+        with _handled(request):
+            yield request
+    finally:
+        if not request:  # One that was answered must not end the run a second time.
+            distributed.sigterm_is_answered.clear()
+
+
+@contextlib.contextmanager
+def _handled(request: StopRequest) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield
         return
     if distributed.count() > 1:
         handlers = {signal.SIGINT: request._pass_on}
@@ -63,7 +74,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM), request._handle)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -58,8 +58,6 @@ from jaxft.workdir import Workdir, read_jsonl, write_text
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a signal
 # is answered soon and that batches do not pile up in its memory.
 _STEPS_AHEAD = 2
-# Seconds that hosts wait for each other where the work between is short.
-_MINUTES = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         progress.console.quiet = True
     distributed.check_same("config", {**to_dict(config), "resume": resume, "overwrite": overwrite})
     config.validate(training=True)
-    require_wandb(config.train.wandb)
+    if distributed.is_first():
+        require_wandb(config.train.wandb)
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)
     _refuse_workdir_of_model(config)
@@ -179,7 +178,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
                 _keep_model_files(
                     workdir, config, source, architecture, tokenizer, is_chat=rows.is_chat
                 )
-            distributed.barrier("model files", timeout=_MINUTES)
+            distributed.barrier("model files")
     with progress.phase("Compiling the training step"):
         step = program.train_step.lower(program.state, program.batch).compile()
     run = _Run(
@@ -281,10 +280,10 @@ def _check_workdir(config: RunConfig, *, resume: bool, overwrite: bool) -> Workd
 
 def _begin(workdir: Workdir, config: RunConfig) -> None:
     """Prepares the folder on host 0, once no other host looks at what was in it."""
-    distributed.barrier("workdir is read", timeout=_MINUTES)
+    distributed.barrier("workdir is read")
     if distributed.is_first():
         workdir.begin(config)
-    distributed.barrier("workdir is ready", timeout=_MINUTES)
+    distributed.barrier("workdir is ready")
 
 
 def _newest_step(workdir: Workdir) -> int:

@@ -80,7 +80,7 @@ train() {
     local command
     command=$(printf '%q ' .venv/bin/jaxft train --config=configs/cluster.py --resume "$@")
     everywhere "cd jaxft || exit
-        nohup $command > train.log 2>&1 < /dev/null &
+        nohup $command >> train.log 2>&1 < /dev/null &
         echo \$! > train.pid"
 }
 

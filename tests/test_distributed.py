@@ -198,7 +198,7 @@ def test_a_signal_to_one_host_lets_all_save_the_same_step_and_stop(
     with train_on(2, config, tmp_path, devices=2) as hosts:
         hosts.wait_until(lambda: "step 20/" in hosts.text(0))
         hosts.send(host, number)
-        hosts.succeed()
+        assert set(hosts.wait().values()) == {143}, hosts.all_text()
         assert "Stopped by SIGTERM after step" in hosts.text(0)
     step = read_metrics(folder)[-1]["step"]
     assert 20 <= step < 5000
@@ -215,6 +215,62 @@ def test_a_barrier_names_the_host_that_is_missing(tmp_path):
             assert status[i] == 1
             assert "Waited 2 s at 'here' for host 1 (" in hosts.text(i)
         assert "ended, and so this one does. It said: Waited 2 s" in hosts.text(1)
+
+
+@pytest.mark.slow
+def test_hosts_of_other_versions_end_together(tmp_path):
+    other = script("pass", before="distributed._version = lambda name: '9.9'")
+    with Hosts([script("pass"), other], tmp_path, devices=1) as hosts:
+        assert hosts.wait(timeout=60) == {0: 1, 1: 2}
+        assert "The hosts differ in versions" in hosts.text(1)
+        assert "It said: The hosts differ in versions" in hosts.text(0)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_all_hosts_where_no_loop_answers_it(tmp_path):
+    sleep = script("print('in', flush=True); time.sleep(60)")
+    with Hosts([sleep] * 2, tmp_path, devices=1) as hosts:
+        hosts.wait_until(lambda: all("in" in hosts.text(i) for i in (0, 1)))
+        hosts.send(1, signal.SIGTERM)
+        assert hosts.wait(timeout=30) == {0: 143, 1: 143}
+        assert "Stopped by SIGTERM" in hosts.text(0)
+
+
+@pytest.mark.slow
+def test_leaving_on_one_host_ends_all(tmp_path):
+    commands = [script("sys.exit(3)"), script('distributed.barrier("x")')]
+    with Hosts(commands, tmp_path, devices=1) as hosts:
+        assert hosts.wait(timeout=30) == {0: 3, 1: 1}
+        assert "It said: exited with 3" in hosts.text(1)
+
+
+@pytest.mark.slow
+def test_a_host_that_was_taken_for_lost_does_not_end_well(tmp_path):
+    # A call that holds Python's lock, as a page fault on a file system that stalls.
+    stall = script("import ctypes; ctypes.PyDLL(None).sleep(12)", before="distributed._LOST = 4")
+    with Hosts(
+        [script("pass", before="distributed._LOST = 4"), stall], tmp_path, devices=1
+    ) as hosts:
+        status = hosts.wait(timeout=60)
+        assert all(status.values()), hosts.all_text()
+        assert "no sign of life" in hosts.text(0)
+
+
+@pytest.mark.slow
+def test_an_error_that_wraps_another_hosts_death_waits_for_its_name(tmp_path):
+    fail = (
+        "from jaxft.errors import CheckpointError; from jax.errors import JaxRuntimeError\n"
+        "    try: raise JaxRuntimeError('gone')\n"
+        "    except JaxRuntimeError as e: raise CheckpointError('Free some space') from e"
+    )
+    before = "distributed._LOST = 4"
+    wait = script("time.sleep(40)", before=before)
+    die = script("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", before=before)
+    with Hosts([wait, script(fail, before=before), die], tmp_path, devices=1) as hosts:
+        status = hosts.wait(timeout=60)
+        assert status[0] == status[1] == 1
+        assert "host 2 (" in hosts.text(1) and "was lost" in hosts.text(1)
+        assert "Free some space" not in hosts.text(1)
 
 
 @pytest.mark.slow
@@ -288,11 +344,16 @@ def test_a_checkpoint_is_evaluated_by_two_hosts_as_by_one(configure, reference, 
         ({"processes": 2, "process": 0}, "belong together"),
         ({"coordinator": "a", "processes": 2, "process": 0}, "expected HOST:PORT"),
         ({"coordinator": "a:1", "processes": 2, "process": 2}, "expected 0 to 1"),
+        ({"coordinator": "a:1", "processes": 2, "process": -2}, "--process is -2 of"),
+        ({"coordinator": "a:1", "processes": -3, "process": 0}, "--processes is -3"),
+        ({"coordinator": "a:0", "processes": 2, "process": 0}, "from 1 to 65535"),
+        ({"coordinator": "a:65536", "processes": 2, "process": 0}, "from 1 to 65535"),
     ],
 )
 def test_flags_that_do_not_name_a_process_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        distributed.initialize(**arguments)
+        with distributed.together(**arguments):
+            pass
 
 
 SLURM = {
