@@ -17,7 +17,10 @@ All keys with their meaning: jaxft train --print_config.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong usage."""
+    """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong usage.
+
+    A run of several processes that a signal stopped has 143, so that what started it goes on.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
@@ -197,10 +200,12 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     with _together(options):
         config = _config(options, training=True)
+        from jaxft import distributed
         from jaxft.trainer import train
 
-        train(config, resume=options.resume, overwrite=options.overwrite)
-    return 0
+        result = train(config, resume=options.resume, overwrite=options.overwrite)
+    # What starts several hosts must see that the run is to go on.
+    return 143 if result.reason == "SIGTERM" and distributed.count() > 1 else 0
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -154,7 +154,8 @@ def together(*, coordinator: str = "", processes: int = 0, process: int = -1) ->
         _await_verdict(error)
         traceback.print_exc()
         _fail([f"{type(error).__name__}: {error}"], 1)
-    _ending.acquire()  # If the watch has it, this process ends here, and not with status 0.
+    if _Watch.leaving.is_set():
+        _wait_to_be_ended()
     _Watch.over.set()
     _dismiss_sentinel()
 
@@ -164,7 +165,13 @@ def _await_verdict(error: BaseException | None) -> None:
     while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
         error = error.__cause__
     if error is not None and _Watch.leaving.wait(_LOST + 5):
-        _ending.acquire()
+        _wait_to_be_ended()
+
+
+def _wait_to_be_ended() -> NoReturn:
+    """Leaves it to the watch, which has begun to end this process, with which status it does."""
+    while True:
+        time.sleep(_PULSE)
 
 
 def refuse_several(command: str) -> None:
@@ -576,7 +583,11 @@ class _Watch(threading.Thread):
                 ended = _read("ended")
                 lost = self._lost_hosts() if is_first() and not ended else {}
             except jax.errors.JaxRuntimeError as error:
-                stopped, ended, lost = False, {}, {0: f"it cannot be reached ({_first_line(error)})"}
+                stopped, ended, lost = (
+                    False,
+                    {},
+                    {0: f"it cannot be reached ({_first_line(error)})"},
+                )
             if self.over.is_set() or self.leaving.is_set():
                 return
             if stopped and not sigterm_is_answered.is_set():

@@ -228,9 +228,9 @@ def test_hosts_of_other_versions_end_together(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_ends_all_hosts_where_no_loop_answers_it(tmp_path):
-    sleep = script("print('in', flush=True); time.sleep(60)")
+    sleep = script("print('at work', flush=True); time.sleep(60)")
     with Hosts([sleep] * 2, tmp_path, devices=1) as hosts:
-        hosts.wait_until(lambda: all("in" in hosts.text(i) for i in (0, 1)))
+        hosts.wait_until(lambda: all("at work" in hosts.text(i) for i in (0, 1)))
         hosts.send(1, signal.SIGTERM)
         assert hosts.wait(timeout=30) == {0: 143, 1: 143}
         assert "Stopped by SIGTERM" in hosts.text(0)
@@ -351,9 +351,8 @@ def test_a_checkpoint_is_evaluated_by_two_hosts_as_by_one(configure, reference, 
     ],
 )
 def test_flags_that_do_not_name_a_process_are_refused(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        with distributed.together(**arguments):
-            pass
+    with pytest.raises(ConfigError, match=message), distributed.together(**arguments):
+        pass
 
 
 SLURM = {
