@@ -8,7 +8,7 @@ PYTEST = $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist workste
 help:
 	@echo 'make demo      fine-tune the embedded model on the embedded data, from start to end'
 	@echo 'make test      run the tests'
-	@echo 'make test-all  run the long tests too'
+	@echo 'make test-all  run the long tests too, half an hour on two cores'
 	@echo 'make check     lint, check the format and the types'
 	@echo 'make clean     remove .venv and the caches of the tools'
 

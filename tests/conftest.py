@@ -1,6 +1,7 @@
 """What every test shares: eight CPU devices, strict shapes, the optional folder of real data."""
 
 import os
+import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,6 +20,12 @@ import pytest
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what there is no time for, where a time is set."""
+    if time.time() > float(os.environ.get("JAXFT_TESTS_UNTIL", "inf")):
+        pytest.skip("the time for tests (JAXFT_TESTS_UNTIL) is over")
 
 
 @pytest.fixture(scope="session")

@@ -311,7 +311,9 @@ def test_split_rows_see_the_keys_of_all_devices(
     assert relative_error(found, output_and_gradients(q, k, v, "xla", scores, sinks)) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["gemma2_gqa", "gpt_oss_gqa"])
+@pytest.mark.parametrize(
+    "case", ["gpt_oss_gqa", pytest.param("gemma2_gqa", marks=pytest.mark.slow)]
+)
 def test_every_kind_of_layer_is_compared_at_the_start(interpreted, monkeypatch, case):
     decoder = architecture_from_hf(CASES[case]).config
     decoder = dataclasses.replace(decoder, head_dim=64)

@@ -266,7 +266,7 @@ def test_experts_on_a_mesh_give_the_same_and_have_the_same_gradients(strategy, c
 @pytest.mark.parametrize(
     ("strategy", "capacity"),
     [
-        *((strategy, 0.0) for strategy in MIXED),
+        *(pytest.param(strategy, 0.0, marks=pytest.mark.slow) for strategy in MIXED),
         ("tensor", 1.0),
         pytest.param("gradients", 1.0, marks=pytest.mark.slow),
         pytest.param("two_axes", 1.0, marks=pytest.mark.slow),

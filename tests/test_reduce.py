@@ -48,7 +48,7 @@ WEIGHTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2", "fsdp", "fsdp_tp", "fsdp_tp_sp", "fsdp_cp"])
+@pytest.mark.parametrize("name", ["zero2", "fsdp_tp", "fsdp_cp"])
 @pytest.mark.parametrize(("axes", "shape", "inputs"), WEIGHTS)
 def test_a_product_and_its_gradients_do_not_depend_on_placement(name, axes, shape, inputs):
     x, w = normal(8, 8, *shape[-inputs:]), normal(*shape, seed=1)
@@ -60,7 +60,7 @@ def test_a_product_and_its_gradients_do_not_depend_on_placement(name, axes, shap
     assert relative_error(found, value_and_gradients(product, None, x, w)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2", "fsdp", "fsdp_tp", "fsdp_cp", "tp", "pp"])
+@pytest.mark.parametrize("name", ["zero2", "fsdp_tp", "fsdp_cp", "pp"])
 def test_looking_rows_up_and_its_gradient_do_not_depend_on_placement(name):
     tokens = np.random.RandomState(0).randint(0, 32, (8, 8)).astype(np.int32)
     table, scale = normal(32, 16), normal(8, 8, 16, seed=1)
@@ -74,7 +74,7 @@ def test_looking_rows_up_and_its_gradient_do_not_depend_on_placement(name):
 
 
 @pytest.mark.parametrize("chunk", [0, 5])
-@pytest.mark.parametrize("name", ["fsdp", "fsdp_tp", "fsdp_cp", "pp"])
+@pytest.mark.parametrize("name", ["fsdp_tp", "fsdp_cp"])
 def test_cross_entropy_and_its_gradients_do_not_depend_on_placement(name, chunk):
     """With a bound on logits, weights of rows in place of ones, and chunks that do not divide."""
     tiny = load_tiny("gemma2_gqa")
