@@ -35,12 +35,6 @@ Loss = Callable[[Any, Batch], LossTerms]
 _LAYERS = "layers."
 
 
-def stage_axis(placement: Placement) -> str:
-    """Returns the mesh axis that layers are split over; empty if they are not."""
-    axes = placement.split("layers")
-    return axes[0] if axes else ""
-
-
 class _Arrived:
     """What an objective sees of a model whose layers have run elsewhere."""
 
@@ -72,7 +66,7 @@ class _Stages:
 
     def __init__(self, graphdef: Any, params: Params, batch: Batch, placement: Placement):
         self.graphdef, self.placement, self.batch = graphdef, placement, batch
-        self.axis = stage_axis(placement)
+        (self.axis,) = placement.split("layers")
         self.count = placement.mesh.shape[self.axis]
         self.layers, self.rest = _parted(params, self.count)
         self.template: Decoder = merge(graphdef, params)

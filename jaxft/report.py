@@ -75,9 +75,9 @@ def _subtitle(workdir: Workdir) -> str:
     parts = []
     if config.get("model.path"):
         verb = "trained from random weights as" if config.get("model.random_init") else "fine-tuned"
-        parts.append(f"<b>{escape(_name(config['model.path']))}</b> {verb}")
+        parts.append(f"<b>{escape(short_name(config['model.path']))}</b> {verb}")
     if config.get("data.train"):
-        parts.append(f"on <b>{escape(_name(config['data.train']))}</b>")
+        parts.append(f"on <b>{escape(short_name(config['data.train']))}</b>")
     if machine.get("devices"):
         parts.append(f"· {machine['devices']} × {escape(str(machine.get('device_kind')))}")
     if machine.get("time"):
@@ -85,7 +85,7 @@ def _subtitle(workdir: Workdir) -> str:
     return " ".join(parts)
 
 
-def _name(path: str) -> str:
+def short_name(path: str) -> str:
     """Shortens local paths to their last part; hub ids and lists keep theirs."""
     return path.rstrip("/").rsplit("/", 1)[-1] if path.count("/") > 1 else path
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxft.report import page, tile
+from jaxft.report import page, short_name, tile
 from jaxft.shardings import (
     GIANT_BYTES,
     Communication,
@@ -38,7 +38,7 @@ def write_page(file: str, found: Description) -> Path:
     """
     mesh = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     subtitle = (
-        f"<b>{escape(_name(found.model))}</b>, {found.count:,} parameters, under "
+        f"<b>{escape(short_name(found.model))}</b>, {found.count:,} parameters, under "
         f"<b>{escape(found.strategy)}</b> on {len(found.devices)} devices: {escape(mesh)}"
     )
     sections = [_tiles(found), _mesh_picture(found), _cards(found), _table(found)]
@@ -47,10 +47,6 @@ def write_page(file: str, found: Description) -> Path:
     path = Path(file)
     write_text(path, page("Shardings", subtitle, sections, style=_STYLE))
     return path
-
-
-def _name(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1] if model.count("/") > 1 else model
 
 
 def _tiles(found: Description) -> str:

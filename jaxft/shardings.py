@@ -28,7 +28,7 @@ from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.optim import make_optimizer, make_schedule
 from jaxft.program import Program, build, build_evaluator, make_placement
 from jaxft.sharding.collectives import Total, collectives, summary
-from jaxft.sharding.rules import Placement
+from jaxft.sharding.rules import Placement, as_names
 from jaxft.state import abstract_state, partition
 from jaxft.tables import output
 from jaxft.workdir import write_text
@@ -307,7 +307,8 @@ def _layout(spec: Any, sharding: jax.sharding.NamedSharding) -> Layout:
     itemsize = np.dtype(spec.dtype).itemsize
     entries = (*sharding.spec, *(None,) * (len(spec.shape) - len(sharding.spec)))
     axes = tuple(
-        tuple(name for name in _names(entry) if sharding.mesh.shape[name] > 1) for entry in entries
+        tuple(name for name in as_names(entry) if sharding.mesh.shape[name] > 1)
+        for entry in entries
     )
     parts = math.prod(sharding.mesh.shape[name] for names in axes for name in names)
     return Layout(
@@ -318,10 +319,6 @@ def _layout(spec: Any, sharding: jax.sharding.NamedSharding) -> Layout:
         bytes_per_device=math.prod(sharding.shard_shape(spec.shape)) * itemsize,
         copies=sharding.mesh.size // parts,
     )
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def format_spec(spec: Spec) -> str:

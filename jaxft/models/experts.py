@@ -16,7 +16,7 @@ from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.layers import Linear, Routing
 from jaxft.models.module import Param
-from jaxft.sharding.reduce import WeightPlan, plan_weight, reduce_scatter
+from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, active_placement
 
 # Name of products with experts' weights, for rematerialisation to keep them.
@@ -259,14 +259,13 @@ def _on_devices(
     # Positions of the residual stream may be split further than those of tokens are here.
     shared = tuple(name for name in placement.split("stream_seq") if name not in positions)
     tokens, stream = P(rows, positions), P(rows, (*positions, *shared))
-    gathered = functools.partial(_gathered, placement=placement)
 
     def local(
         x: Array, chosen: Array, mix: Array, parts: ExpertWeights, weights: ExpertWeights
     ) -> Array:
         if shared:
             x = jax.lax.all_gather(x, shared, axis=1, tiled=True)
-        whole = ExpertWeights(*map(gathered, plans, parts, weights))
+        whole = ExpertWeights(*map(_gathered, plans, parts, weights))
         if hidden and whole.down_bias is not None:
             # The outputs of these devices are added up: the bias counts once.
             first = jax.lax.axis_index(hidden) == 0
@@ -305,9 +304,7 @@ def _whole(plan: WeightPlan) -> WeightPlan:
     return plan._replace(held=nothing, gathered=gathered, scattered=scattered)
 
 
-def _gathered(
-    plan: WeightPlan | None, part: Array, w: Array, *, placement: Placement
-) -> Array | None:
+def _gathered(plan: WeightPlan | None, part: Array, w: Array) -> Array | None:
     """Inside a `shard_map`: gathers a weight; its gradient goes to `part`, cut as gradients are."""
     if plan is None:
         return None
@@ -318,10 +315,7 @@ def _gathered(
 
     def backward(_: None, gradient: Array) -> tuple[Array, None]:
         # Other devices' gradients of the same part are added where the `shard_map` ends.
-        for dimension, names in enumerate(plan.scattered):
-            for name in names:
-                gradient = reduce_scatter(gradient, name, dimension, placement)
-        return gradient, None
+        return plan.scatter(gradient), None
 
     whole.defvjp(lambda part, w: (plan.gather(w), None), backward)
     return whole(part, w)

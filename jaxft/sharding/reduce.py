@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxft.errors import ConfigError
 from jaxft.sharding.axes import ACTIVATION_OF
 from jaxft.sharding.mesh import rings
-from jaxft.sharding.rules import Placement, active_placement
+from jaxft.sharding.rules import Placement, active_placement, as_names
 
 
 class WeightPlan(NamedTuple):
@@ -66,13 +66,18 @@ class WeightPlan(NamedTuple):
 
     def reduce(self, gradient: Array) -> Array:
         """Inside a `shard_map`: sums over the devices that hold other tokens; each keeps a part."""
+        gradient = self.scatter(gradient)
+        scattered = {name for names in self.scattered for name in names}
+        rest = tuple(name for names in self.tokens for name in names if name not in scattered)
+        return jax.lax.psum(gradient, rest) if rest else gradient
+
+    def scatter(self, gradient: Array) -> Array:
+        """Inside a `shard_map`: as `reduce`, over the devices alone that keep different parts."""
         for dimension, names in enumerate(self.scattered):
             for name in names:
                 assert self.placement is not None
                 gradient = reduce_scatter(gradient, name, dimension, self.placement)
-        scattered = {name for names in self.scattered for name in names}
-        rest = tuple(name for names in self.tokens for name in names if name not in scattered)
-        return jax.lax.psum(gradient, rest) if rest else gradient
+        return gradient
 
     def map(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         """Returns a function of whole arrays that runs on each device's part of them."""
@@ -151,11 +156,6 @@ def _check_cuts(
         ]
     if problems:
         raise ConfigError(problems)
-
-
-def as_names(entry: Any) -> tuple[str, ...]:
-    """Returns the mesh axes of one entry of a `PartitionSpec`."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _beyond(wanted: tuple[str, ...], held: tuple[str, ...]) -> tuple[str, ...]:

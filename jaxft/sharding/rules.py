@@ -78,9 +78,13 @@ class Strategy:
             )
 
 
+def as_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a `PartitionSpec`."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def _mesh_axes_of(target: Target) -> tuple[str, ...]:
-    names = target.mesh_axes if isinstance(target, IfDivisible) else target
-    return (names,) if isinstance(names, str) else tuple(names)
+    return as_names(target.mesh_axes if isinstance(target, IfDivisible) else target)
 
 
 def load_strategy(name: str) -> Strategy:
@@ -210,12 +214,16 @@ class Placement:
         Raises:
           ConfigError: If that depends on the dimension's size, which is not known here.
         """
+        return tuple(name for name in self._always(axis) if self.mesh.shape[name] > 1)
+
+    def _always(self, axis: str) -> tuple[str, ...]:
+        """Returns the mesh axes that a named dimension is split over whatever its size."""
         target = self.strategy.rules.get(axis, ())
         if isinstance(target, IfDivisible):
             raise ConfigError(
                 f"strategy {self.name!r} maps {axis!r} to if_divisible; name the mesh axes instead."
             )
-        return tuple(name for name in _mesh_axes_of(target) if self.mesh.shape[name] > 1)
+        return _mesh_axes_of(target)
 
     def parts(self, axis: str) -> int:
         """Returns how many parts a named dimension is split into."""
@@ -246,12 +254,7 @@ class Placement:
     @property
     def batch_axes(self) -> tuple[str, ...]:
         """Mesh axes that split the rows of a batch; never optional, so that no row is lost."""
-        target = self.strategy.rules.get("batch", ())
-        if isinstance(target, IfDivisible):
-            raise ConfigError(
-                f"strategy {self.name!r} maps 'batch' to if_divisible; name the mesh axes instead."
-            )
-        return _mesh_axes_of(target)
+        return self._always("batch")
 
     @property
     def batch_shards(self) -> int:
