@@ -29,7 +29,7 @@ from jaxft.optim import make_optimizer, make_schedule
 from jaxft.program import Program, build, build_evaluator, make_placement
 from jaxft.sharding.collectives import Total, collectives, summary
 from jaxft.sharding.rules import Placement, as_names
-from jaxft.state import abstract_state, partition
+from jaxft.state import abstract_state, owner_of, partition
 from jaxft.tables import output
 from jaxft.workdir import write_text
 
@@ -295,11 +295,8 @@ def _by_parameter(
     owned: dict[str, list[Any]] = {}
     others = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        if names and names[-1] in params and params[names[-1]].shape == leaf.shape:
-            owned.setdefault(names[-1], []).append(leaf)
-        else:
-            others.append(leaf)
+        owner = owner_of(path, leaf, params)
+        (owned.setdefault(owner, []) if owner else others).append(leaf)
     return owned, others
 
 

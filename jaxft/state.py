@@ -64,6 +64,21 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, freeze: 
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
 
 
+def owner_of(
+    path: tuple, leaf: jax.ShapeDtypeStruct, params: Mapping[str, jax.ShapeDtypeStruct]
+) -> str:
+    """Returns the parameter that a leaf of the state belongs to; empty if to none.
+
+    Args:
+      path: Of the leaf, as `jax.tree_util` gives it; it ends with the parameter's.
+      leaf: It has the parameter's shape.
+      params: `{path: shape}`.
+    """
+    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    owner = names[-1] if names else ""
+    return owner if owner in params and params[owner].shape == leaf.shape else ""
+
+
 def abstract_state(
     params: Mapping[str, jax.ShapeDtypeStruct],
     shardings: Mapping[str, Any],
@@ -88,12 +103,10 @@ def abstract_state(
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer, freeze), dict(params))
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        owner = names[-1] if names else ""
-        follows = owner in params and params[owner].shape == leaf.shape
+        owner = owner_of(path, leaf, params)
         is_moment = path[0] == jax.tree_util.GetAttrKey("opt_state")
         placed = moments if is_moment else shardings
-        sharding = placed[owner] if follows else placement.replicated
+        sharding = placed[owner] if owner else placement.replicated
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, shapes)
