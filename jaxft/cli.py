@@ -127,8 +127,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     shardings.add_argument("--html", default="", metavar="FILE", help="write a page with pictures")
     shardings.add_argument("--output", default="", metavar="FILE", help="write it as JSON too")
+    _add_plan(command("plan", _plan, "What a run would cost on TPUs or GPUs.", config=True))
     command("doctor", _doctor, "Check versions, devices, disk and hub.", config=True)
     return parser
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument(
+        "--topology",
+        action="append",
+        metavar="SLICE",
+        help="v5e:4x4, v5p-64, 2xv5e:16x16, h100:64, or local; may be repeated",
+    )
+    plan.add_argument(
+        "--strategy", action="append", metavar="NAME", help="in place of the config's; repeatable"
+    )
+    plan.add_argument("--search", action="store_true", help="look for the fastest way to run")
+    plan.add_argument("--no_eval", action="store_true", help="leave the evaluation step out")
+    plan.add_argument(
+        "--no_remedies", action="store_true", help="try no changes where the run does not fit"
+    )
+    plan.add_argument("--prices", default="", metavar="FILE", help="your own table of prices")
+    plan.add_argument("--cache", default="", metavar="FOLDER", help="of compiled programs, or off")
+    plan.add_argument("--count", type=int, default=8, help="candidates that a search compiles")
+    plan.add_argument("--jobs", type=int, default=0, help="processes of a search; 0: all cores")
+    plan.add_argument("--budget", type=float, default=480.0, help="seconds for a search")
+    plan.add_argument("--output", default="", metavar="FILE", help="config file of the best found")
+    plan.add_argument("--json", default="", metavar="FILE", help="write all as JSON")
+    plan.add_argument("--html", default="", metavar="FILE", help="write a page with pictures")
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
@@ -324,6 +350,51 @@ def _shardings(options: argparse.Namespace) -> int:
 
         print(f"Wrote {write_page(options.html, found)}.")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if not options.topology:
+        raise ConfigError("Name one or more slices: --topology=v5e:4x4. See `jaxft plan --help`.")
+    if options.output and not options.search:
+        raise ConfigError("--output takes the config of a search; add --search.")
+    config = _config(options)
+    from jaxft.planner import command
+    from jaxft.progress import log
+    from jaxft.shardings import check_outputs
+
+    check_outputs(html=options.html, json=options.json, output=options.output)
+    request = command.Request(
+        topologies=_listed(options.topology),
+        strategies=_listed(options.strategy or []),
+        search=options.search,
+        evaluation=not options.no_eval,
+        remedies=not options.no_remedies,
+        prices=options.prices,
+        cache=options.cache,
+        count=options.count,
+        jobs=options.jobs,
+        budget=options.budget,
+    )
+    plans, searches = command.plan(config, request, on_log=log)
+    from jaxft.planner import show
+
+    for found in searches:
+        show.print_search(found)
+    show.print_plans(plans)
+    if options.json:
+        print(f"Wrote {show.write_json(options.json, plans, searches)}.")
+    if options.html:
+        from jaxft.planner.page import write_page
+
+        print(f"Wrote {write_page(options.html, plans, searches)}.")
+    if options.output:
+        print(f"Wrote {command.write_config(options.output, config, searches[0])}.")
+    return 0 if plans and all(plan.fits for plan in plans) else 1
+
+
+def _listed(values: Sequence[str]) -> list[str]:
+    """Returns what was given by flags that may be repeated, or once with commas."""
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxft.errors import ConfigError, nearest
+from jaxft import activations
+from jaxft.errors import ConfigError, collected, nearest
 
 
 def key(
@@ -57,8 +58,13 @@ class ModelConfig:
     remat: str = key(
         "full",
         "Kept from a layer's forward pass for its backward: 'none' keeps all, 'dots' the outputs "
-        "of matrix products with weights, 'full' the layer's input alone.",
-        choices=("none", "dots", "full"),
+        "of matrix products with weights, 'full' the layer's input alone. Or that and named "
+        "activations, such as 'qkv+attention'; also attention_out, mlp and mlp_out.",
+    )
+    offload: str = key(
+        "",
+        "Of what is kept, the activations that wait in the host's memory: 'inputs+qkv'; empty: "
+        "none.",
     )
     expert_capacity: float = key(
         0.0,
@@ -214,6 +220,11 @@ class TrainConfig:
     keep_last: int = key(2, "Newest checkpoints that are kept, beside the best.", minimum=1)
     compilation_cache: str = key(
         "", "Folder of compiled programs; empty: ~/.cache/jaxft/xla; 'off': none."
+    )
+    compiler_options: str = key(
+        "",
+        "XLA's options for the training step, comma-separated: "
+        "'xla_tpu_scoped_vmem_limit_kib=98304,xla_enable_async_all_gather=true'.",
     )
     wandb: str = key("", "Project that metrics also go to, if wandb is installed; empty: none.")
 
@@ -390,6 +401,13 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     model, data, optim, train = config.model, config.data, config.optim, config.train
     if not model.path:
         yield "model.path is empty; name a Hugging Face folder or a repository id."
+    problems: list[str] = []
+    with collected(problems):
+        activations.kept(model.remat)
+        activations.offloaded(model.remat, model.offload)
+    with collected(problems):
+        compiler_options(train.compiler_options)
+    yield from problems
     added = model.added_tokens
     if not all(added) or len(set(added)) < len(added):
         yield f"model.add_tokens {model.add_tokens!r} has an empty or a repeated token."
@@ -418,6 +436,23 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     for item in walk(config.mesh, "mesh."):
         if item.value < -1:
             yield f"{item.path} is {item.value}; expected a device count, 0 or -1."
+
+
+def compiler_options(text: str) -> dict[str, str | bool]:
+    """Reads `train.compiler_options`.
+
+    Raises:
+      ConfigError: For what is not of the form name=value.
+    """
+    options: dict[str, str | bool] = {}
+    for part in text.split(",") if text else []:
+        name, equals, value = part.strip().removeprefix("--").partition("=")
+        if not (name and equals and value):
+            raise ConfigError(
+                f"train.compiler_options has {part!r}; expected 'xla_name=value', comma-separated."
+            )
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
 
 
 def _training_problems(config: RunConfig) -> Iterator[str]:

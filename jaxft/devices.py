@@ -1,83 +1,16 @@
-"""What a device kind can do at its best, and how much memory devices and host use now."""
+"""How fast a device can be at best, and how much memory devices and host use now."""
 
+import fcntl
 import os
-import re
 import resource
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_GIB = 1 << 30
-_TERA = 1e12
+from jaxft.chips import chip_of
 
-
-class DeviceSpec(NamedTuple):
-    """Published figures of one jax device, which is not always one chip.
-
-    Attributes:
-      bfloat16: Dense matrix FLOP/s with 16-bit inputs and float32 sums.
-      float32: FLOP/s of float32 matrix products at jax's default precision: one bfloat16 pass on
-        TPU, TF32 on NVIDIA from Ampere on.
-      memory: Bytes of device memory.
-    """
-
-    bfloat16: float
-    float32: float
-    memory: int
-
-
-def _tpu(teraflops: float, gib: int) -> DeviceSpec:
-    return DeviceSpec(teraflops * _TERA, teraflops * _TERA, gib * _GIB)
-
-
-def _gpu(teraflops: float, gib: int, *, float32: float | None = None) -> DeviceSpec:
-    single = teraflops / 2 if float32 is None else float32
-    return DeviceSpec(teraflops * _TERA, single * _TERA, gib * _GIB)
-
-
-# The first pattern found in `device_kind` wins. On TPU v2, v3 and 7x a chip is two jax devices,
-# so its figures are halved.
-_SPECS: tuple[tuple[str, DeviceSpec], ...] = (
-    # Google: cloud.google.com/tpu/docs, one page per version, "peak compute per chip".
-    (r"^TPU v2$", _tpu(45 / 2, 8)),
-    (r"^TPU v3$", _tpu(123 / 2, 16)),
-    (r"^TPU v4 lite$", _tpu(138, 8)),
-    (r"^TPU v4$", _tpu(275, 32)),
-    (r"^TPU v5 ?(lite|e)$", _tpu(197, 16)),
-    (r"^TPU v5p?$", _tpu(459, 95)),
-    (r"^TPU v6 ?(lite|e)$", _tpu(918, 32)),
-    (r"^TPU ?v?7x?$", _tpu(2307 / 2, 96)),
-    # A slice of a GPU has no published peak; no figure is better than a wrong one.
-    (r"\bMIG\b", DeviceSpec(0, 0, 0)),
-    # NVIDIA: data sheets, without the factor two of structured sparsity.
-    (r"\bGB200\b", _gpu(2500, 186, float32=1250)),
-    (r"\bB200\b", _gpu(2250, 180, float32=1100)),
-    (r"\bGH200\b", _gpu(989.4, 96)),
-    (r"\bH200 NVL\b", _gpu(835.5, 141)),
-    (r"\bH200\b", _gpu(989.4, 141)),
-    (r"\bH100 NVL\b", _gpu(835.5, 94)),
-    (r"\bH100 PCIe\b", _gpu(756, 80)),
-    (r"\bH100\b", _gpu(989.4, 80)),
-    (r"\bH800\b", _gpu(989.4, 80)),
-    (r"\bA100\b.*\b80GB\b", _gpu(312, 80)),
-    (r"\bA100\b", _gpu(312, 40)),
-    (r"\bA800\b", _gpu(312, 80)),
-    (r"\bL40S\b", _gpu(362, 48)),
-    (r"\bL40\b", _gpu(181, 48)),
-    (r"\bL4\b", _gpu(121, 24)),
-    (r"\bA10G\b", _gpu(70, 24)),
-    (r"\bA10\b", _gpu(125, 24)),
-    (r"\bA30\b", _gpu(165, 24)),
-    (r"\bRTX A6000\b", _gpu(154.8, 48)),
-    (r"\bRTX 6000 Ada\b", _gpu(364.2, 48, float32=182.1)),
-    (r"\bRTX 5090\b", _gpu(209.5, 32)),
-    (r"\bRTX 4090\b", _gpu(165.2, 24)),
-    (r"\bRTX 3090\b(?! Ti)", _gpu(71, 24)),
-    # No bfloat16 and no TF32 in hardware: the float16 rate, and the plain float32 one.
-    (r"\bV100-SXM", _gpu(125, 16, float32=15.7)),
-    (r"\bV100\b", _gpu(112, 16, float32=14)),
-    (r"\bT4\b", _gpu(65, 16, float32=8.1)),
-)
+# Which process uses libtpu is decided by a lock on it.
+LIBTPU_LOCK = Path("/tmp/libtpu_lockfile")
 
 
 class MemoryUse(NamedTuple):
@@ -95,14 +28,6 @@ class HostMemory(NamedTuple):
     peak: int
 
 
-def device_spec(device_kind: str) -> DeviceSpec | None:
-    """Returns the published figures of `jax.Device.device_kind`, or None where we know none."""
-    for pattern, spec in _SPECS:
-        if re.search(pattern, device_kind):
-            return spec if spec.bfloat16 else None
-    return None
-
-
 def peak_flops(device_kind: str, dtype: Any) -> float | None:
     """Returns the dense matrix FLOP/s of one jax device, the denominator of MFU.
 
@@ -113,11 +38,11 @@ def peak_flops(device_kind: str, dtype: Any) -> float | None:
     Returns:
       None for an unknown device (every CPU is one) and for other types than 16- and 32-bit floats.
     """
-    spec = device_spec(device_kind)
+    chip = chip_of(device_kind)
     name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or dtype.__name__
-    if spec is None or name not in ("bfloat16", "float16", "float32"):
+    if chip is None or name not in ("bfloat16", "float16", "float32"):
         return None
-    return spec.float32 if name == "float32" else spec.bfloat16
+    return chip.core.peak(name)
 
 
 def device_memory(device: Any) -> MemoryUse | None:
@@ -154,3 +79,23 @@ def host_memory_total() -> int | None:
             continue
         total = min(total, limit)
     return total
+
+
+def lock_holder(path: Path) -> int | None:
+    """Returns the process that locks a file, 0 if it cannot be named, None if it is free."""
+    try:
+        inode = path.stat().st_ino
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            fields = line.split()
+            if fields[1] != "->" and fields[5].rsplit(":", 1)[-1] == str(inode):
+                return max(int(fields[4]), 0)
+    except (OSError, IndexError, ValueError):
+        pass
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return 0
+    except OSError:
+        return None
+    return None

@@ -1,6 +1,5 @@
 """Looks over the machine before a run: each check is one line with what to do about it."""
 
-import fcntl
 import glob
 import importlib.metadata
 import importlib.util
@@ -29,15 +28,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxft.chips import chip_of
 from jaxft.config import RunConfig
-from jaxft.devices import device_memory, device_spec, host_memory_total
+from jaxft.devices import LIBTPU_LOCK, device_memory, host_memory_total, lock_holder
 from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
 
 Status = Literal["ok", "warning", "error"]
 
 _HUB_TIMEOUT = 5.0  # seconds
-_LIBTPU_LOCK = Path("/tmp/libtpu_lockfile")
 _GIB = 1 << 30
 # PCI functions of Google that are TPUs; its network cards share the vendor id.
 _TPU_PCI = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
@@ -69,7 +68,7 @@ def run_doctor(config: RunConfig | None = None) -> list[Check]:
     config_or_default = config or RunConfig()
     checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
         ("versions", _check_versions),
-        ("TPU lock", lambda: check_libtpu_lock(_LIBTPU_LOCK)),
+        ("TPU lock", lambda: check_libtpu_lock(LIBTPU_LOCK)),
         ("devices", _check_devices),
         ("host memory", _check_host_memory),
         ("disk", lambda: check_disk(config)),
@@ -158,7 +157,7 @@ def check_libtpu_lock(path: Path) -> Iterator[Check]:
     """Looks whether another process holds the lock without which libtpu does not start."""
     if importlib.util.find_spec("libtpu") is None and not path.exists():
         return
-    holder = _lock_holder(path)
+    holder = lock_holder(path)
     if holder is None or holder == os.getpid():
         yield Check("TPU lock", "ok", "free")
         return
@@ -169,26 +168,6 @@ def check_libtpu_lock(path: Path) -> Iterator[Check]:
         "The TPU serves one process at a time: end that one, or set JAX_PLATFORMS=cpu for one "
         "that needs no TPU.",
     )
-
-
-def _lock_holder(path: Path) -> int | None:
-    """Returns the process that locks a file, 0 if it cannot be named, None if it is free."""
-    try:
-        inode = path.stat().st_ino
-        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
-            fields = line.split()
-            if fields[1] != "->" and fields[5].rsplit(":", 1)[-1] == str(inode):
-                return max(int(fields[4]), 0)
-    except (OSError, IndexError, ValueError):
-        pass
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return 0
-    except OSError:
-        return None
-    return None
 
 
 def _check_devices() -> Iterator[Check]:
@@ -247,11 +226,11 @@ def _check_device_memory(devices: list[Any]) -> Iterator[Check]:
         return
     limit = min(use.limit for use in uses if use)
     in_use = max(use.in_use for use in uses if use)
-    spec = device_spec(devices[0].device_kind)
+    chip = chip_of(devices[0].device_kind)
     detail = f"{limit / _GIB:.1f} GiB for jax on each device, {in_use / _GIB:.1f} GiB in use"
-    if spec:
-        detail += f", of {spec.memory / _GIB:.0f} GiB"
-    if spec and limit < 0.5 * spec.memory:
+    if chip:
+        detail += f", of {chip.core.memory / _GIB:.0f} GiB"
+    if chip and limit < 0.5 * chip.core.memory:
         advice = "Another process may hold the rest, or XLA_PYTHON_CLIENT_MEM_FRACTION limits it."
         yield Check("device memory", "warning", detail, advice)
     else:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.config import RunConfig, to_dict
+from jaxft.config import RunConfig, compiler_options, to_dict
 from jaxft.data.batch import Batch
 from jaxft.errors import ConfigError, collected
 from jaxft.eval_step import make_eval_step
@@ -92,6 +92,7 @@ class Program:
       state: Abstract `TrainState` with shardings.
       batch: Abstract `Batch` of `[A, B, T]` arrays with shardings.
       train_step: `(state, batch) -> (state, StepMetrics)`, donating the state.
+      compiler_options: For it, by name.
     """
 
     evaluator: Evaluator
@@ -99,6 +100,27 @@ class Program:
     state: TrainState
     batch: Batch
     train_step: Any
+    compiler_options: dict[str, str | bool]
+
+    def lower(self) -> Any:
+        """Traces the training step."""
+        return self.train_step.lower(self.state, self.batch)
+
+    def compile(self, lowered: Any = None) -> Any:
+        """Compiles the training step, ahead of the first batch.
+
+        Args:
+          lowered: From `lower`, if it was traced before.
+
+        Raises:
+          ConfigError: If the compiler does not know one of the options, or its value.
+        """
+        try:
+            return (lowered or self.lower()).compile(compiler_options=self.compiler_options)
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" in str(error) or "While setting option" in str(error):
+                raise ConfigError(f"train.compiler_options: {error}") from error
+            raise
 
 
 def make_placement(config: RunConfig, devices: Sequence[Any] | None = None) -> Placement:
@@ -128,7 +150,7 @@ def build_evaluator(
       ConfigError: If the strategy cannot place the model, or attention cannot be had.
     """
     _check_length(config, architecture)
-    _check_strategy(config, architecture, placement)
+    check_strategy(config, architecture, placement)
     numerics = make_numerics(config.model.dtypes)
     device = placement.mesh.devices.flat[0]
     attention = choose_backend(
@@ -144,6 +166,7 @@ def build_evaluator(
     numerics = make_numerics(
         config.model.dtypes,
         remat=config.model.remat,
+        offload=config.model.offload,
         attention=attention.backend,
     )
     abstract = architecture.abstract(numerics)
@@ -170,7 +193,7 @@ def _check_length(config: RunConfig, architecture: Architecture) -> None:
         )
 
 
-def _check_strategy(config: RunConfig, architecture: Architecture, placement: Placement) -> None:
+def check_strategy(config: RunConfig, architecture: Architecture, placement: Placement) -> None:
     """Raises what the strategy cannot do with this model or these rows, before anything is traced.
 
     What does not divide among the parameters is found when they are placed.
@@ -198,7 +221,7 @@ def _check_strategy(config: RunConfig, architecture: Architecture, placement: Pl
         raise ConfigError(problems)
 
 
-def _check_weights(abstract: AbstractModel, placement: Placement, tokens: tuple[int, int]) -> None:
+def check_weights(abstract: AbstractModel, placement: Placement, tokens: tuple[int, int]) -> None:
     """Raises what the strategy cannot do with weights and tokens `[B, T]` together."""
     problems: dict[str, None] = {}
     for path, spec in abstract.params.items():
@@ -242,7 +265,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         raise ConfigError(
             f"optim.warmup_steps {config.optim.warmup_steps} exceeds the run's {steps} steps."
         )
-    _check_weights(abstract, placement, (rows, config.data.max_length))
+    check_weights(abstract, placement, (rows, config.data.max_length))
     schedule = make_schedule(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
     of_moments, of_gradients = (
@@ -281,7 +304,8 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         gradients={path: of_gradients[path] for path in state.trainable},
         windows=[evaluator.architecture.config.kinds[k].window for k in pattern],
     )
-    return Program(evaluator, optimizer, state, batch, step)
+    options = compiler_options(train.compiler_options)
+    return Program(evaluator, optimizer, state, batch, step, options)
 
 
 def put(

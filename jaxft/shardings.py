@@ -274,7 +274,7 @@ def describe(config: RunConfig, architecture: Architecture, *, placement: Placem
 def compile_step(program: Program) -> Communication:
     """Compiles the trainer's own step for the program's devices and reads what it does."""
     mesh = program.evaluator.placement.mesh
-    compiled = program.train_step.lower(program.state, program.batch).compile()
+    compiled = program.compile()
     memory = compiled.memory_analysis()
     return Communication(
         totals=tuple(summary(collectives(compiled.as_text(), mesh))),

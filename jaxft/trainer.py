@@ -180,7 +180,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
                 )
             distributed.barrier("model files")
     with progress.phase("Compiling the training step"):
-        step = program.train_step.lower(program.state, program.batch).compile()
+        step = program.compile()
     run = _Run(
         config=config,
         program=program,

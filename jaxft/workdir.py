@@ -24,6 +24,7 @@ _FIXED = ("model.", "data.", "objective.", "train.seed", "train.batch_size", "op
 _FREE = (
     "model.attention",
     "model.remat",
+    "model.offload",
     "data.cache",
     "data.validation",
     "objective.chunk",

@@ -11,9 +11,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.config import RunConfig
+from jaxft.hlo import shape_bytes
 from jaxft.models.families import architecture_from_hf
 from jaxft.program import build, build_evaluator, make_placement
-from jaxft.sharding.collectives import Collective, collectives, shape_bytes, summary
+from jaxft.sharding.collectives import Collective, collectives, summary
 from tests.oracle.cases import CASES
 
 

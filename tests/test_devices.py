@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft.devices import device_memory, device_spec, host_memory, host_memory_total, peak_flops
+from jaxft.chips import chip_of
+from jaxft.devices import device_memory, host_memory, host_memory_total, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_bfloat16_peak_is_the_published_dense_rate_of_one_device(kind, teraflops
 )
 def test_unknown_devices_have_no_peak(kind):
     assert peak_flops(kind, "bfloat16") is None
-    assert device_spec(kind) is None
+    assert chip_of(kind) is None
 
 
 def test_float32_peak_follows_the_default_precision_of_jax():

@@ -135,10 +135,19 @@ def step_of(numerics: Numerics, layers: int = 2):
     return tiny, jax.jit(step)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_does_not_change_the_result(batch, remat):
+@pytest.mark.parametrize(
+    ("remat", "offload"),
+    [
+        ("dots", ""),
+        ("full", ""),
+        ("qkv+attention", ""),
+        ("full", "inputs"),
+        ("qkv+mlp_out", "inputs+qkv"),
+    ],
+)
+def test_rematerialisation_does_not_change_the_result(batch, remat, offload):
     tiny, plain = step_of(Numerics())
-    _, checkpointed = step_of(Numerics(remat=remat))
+    _, checkpointed = step_of(Numerics(remat=remat, offload=offload))
     found, expected = checkpointed(tiny.params, batch), plain(tiny.params, batch)
     assert relative_error(found, expected) < 1e-5
 

@@ -25,7 +25,7 @@ LAYERS = {
     3: """train_step eval_step pipeline objectives checkpoint data
           metrics intervals periods progress charts vocabulary workdir signals""",
     2: "models lora quantization hf optim state",
-    1: "sharding distributed tree config errors devices",
+    1: "activations chips hlo sharding distributed tree config errors devices",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # Inside the layers: data and hf speak arrays and flat dicts, models take their own config.

@@ -14,9 +14,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.activations import ATTENTION
 from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig, Scores
 from jaxft.models.ring import BLOCK, ring_attention
@@ -136,7 +138,7 @@ def _xla(
     q: Array, k: Array, v: Array, segments: Array, scores: Scores, sinks: Array | None
 ) -> Array:
     mask = row_mask(segments, window=scores.window)
-    return row_attention(q, k, v, mask, scores=scores, sinks=sinks)
+    return checkpoint_name(row_attention(q, k, v, mask, scores=scores, sinks=sinks), ATTENTION)
 
 
 def _cudnn(
@@ -161,7 +163,9 @@ def _cudnn(
         mask_type=MaskType.PADDING_CAUSAL,
     )
     # The kernel leaves positions outside every segment as they happen to be.
-    return jnp.where((segments > 0)[:, :, None, None], cast(Array, out), 0)
+    return checkpoint_name(
+        jnp.where((segments > 0)[:, :, None, None], cast(Array, out), 0), ATTENTION
+    )
 
 
 # cuDNN takes a static bound on the documents in a row; `choose_backend` refuses data with more.

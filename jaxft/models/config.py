@@ -117,7 +117,8 @@ class Numerics:
       param_dtype: Type in which parameters and optimizer state are kept.
       compute_dtype: Type of activations and of weights in matrix products. Norms, softmax, rotary
         angles, the router and the loss are float32 in every case.
-      remat: `none`, `dots` or `full`; see `config.ModelConfig.remat`.
+      remat: See `config.ModelConfig.remat`.
+      offload: See `config.ModelConfig.offload`.
       attention: Name of a back end in `models/attention.py`.
       expert_capacity: See `config.ModelConfig.expert_capacity`; 0 drops no token.
     """
@@ -125,14 +126,13 @@ class Numerics:
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     remat: str = "none"
+    offload: str = ""
     attention: str = "xla"
     expert_capacity: float = 0.0
 
 
-def make_numerics(
-    dtypes: str, *, remat: str = "none", attention: str = "xla", expert_capacity: float = 0.0
-) -> Numerics:
-    """Reads a dtype policy: `mixed`, `float32` or `bfloat16`."""
+def make_numerics(dtypes: str, **settings: Any) -> Numerics:
+    """Reads a dtype policy: `mixed`, `float32` or `bfloat16`; other settings as `Numerics`."""
     param = jnp.bfloat16 if dtypes == "bfloat16" else jnp.float32
     compute = jnp.float32 if dtypes == "float32" else jnp.bfloat16
-    return Numerics(param, compute, remat, attention, expert_capacity)
+    return Numerics(param, compute, **settings)

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxft import activations
 from jaxft.models.attention import (
     attend,
     causal_mask,
@@ -18,7 +20,6 @@ from jaxft.models.attention import (
     row_mask,
 )
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
-from jaxft.models.experts import PRODUCT
 from jaxft.models.layers import (
     AttentionFn,
     Embedding,
@@ -239,11 +240,12 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, scanned: tuple[Params, Any, Array]) -> tuple[Array, Any]:
             params, cache, kind = scanned
+            x = checkpoint_name(x, activations.INPUTS)
             x, cache, routing = merge(graphdef, params)(x, inputs(kind), cache)
             return x, (cache, routing)
 
         with self.precision():
-            remat = _remat(layer, self.numerics.remat)
+            remat = _remat(layer, self.numerics)
             x, (caches, routing) = jax.lax.scan(remat, x, (layers, caches, kinds))
         return x, caches, routing
 
@@ -265,8 +267,9 @@ def _attention_by_kind(
     if backend == "xla":
         # The masks alone differ: picking one costs less than a branch for each.
         masks = [row_mask(segments, window=w) for w in distinct]
-        return lambda kind, q, k, v, sinks: row_attention(
-            q, k, v, _pick(masks, index[kind]), scores=plain, sinks=sinks
+        return lambda kind, q, k, v, sinks: checkpoint_name(
+            row_attention(q, k, v, _pick(masks, index[kind]), scores=plain, sinks=sinks),
+            activations.ATTENTION,
         )
 
     def branch(window: int) -> Callable[..., Array]:
@@ -288,16 +291,26 @@ def _pick(options: Sequence[Any], index: Array) -> Any:
     return jax.tree.map(lambda *arrays: jnp.stack(arrays)[index], *options)
 
 
-def _remat(layer: Callable, policy: str) -> Callable:
-    """Wraps a scanned layer so that only what `policy` names is kept for the backward pass."""
-    if policy == "none":
+def _remat(layer: Callable, numerics: Numerics) -> Callable:
+    """Wraps a scanned layer so that only what the settings name is kept for its backward pass."""
+    policies = jax.checkpoint_policies
+    kept = activations.kept(numerics.remat)
+    offloaded = activations.offloaded(numerics.remat, numerics.offload)
+    if numerics.remat == "none":
         return layer
-    saved = {
-        "dots": jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(PRODUCT),
-        ),
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }[policy]
+    if numerics.remat == "dots":
+        saved = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(activations.MLP),
+        )
+    elif offloaded:
+        saved = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=sorted(kept - offloaded),
+            names_which_can_be_offloaded=sorted(offloaded),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        saved = policies.save_only_these_names(*sorted(kept))
     # Inside a scan nothing can merge the two passes, so the costly guard against it is not needed.
     return jax.checkpoint(layer, policy=saved, prevent_cse=False)

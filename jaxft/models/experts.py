@@ -12,15 +12,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.activations import MLP
 from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.layers import Linear, Routing
 from jaxft.models.module import Param
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, active_placement
-
-# Name of products with experts' weights, for rematerialisation to keep them.
-PRODUCT = "expert_product"
 
 # Maps gate and up projections of the same shape to the hidden activation.
 Gating = Callable[[Array, Array], Array]
@@ -340,13 +338,13 @@ def _in_slots(
     source = jnp.full((rows, count * capacity + 1), length).at[row, slots].set(token)[:, :-1]
     taken = jnp.take_along_axis(_with_zero(x), source[..., None], axis=1)
     taken = peers.all_to_all(taken.reshape(rows, count, capacity, embed), 1, 0)
-    gate = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.gate), PRODUCT)
-    up = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.up), PRODUCT)
+    gate = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.gate), MLP)
+    up = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.up), MLP)
     if weights.gate_bias is not None:
         gate += weights.gate_bias[None, :, None]
         up += weights.up_bias[None, :, None]
     out = jnp.einsum("becf,edf->becd", gating(gate, up), weights.down)
-    out = peers.all_to_all(checkpoint_name(out, PRODUCT), 0, 1)
+    out = peers.all_to_all(checkpoint_name(out, MLP), 0, 1)
     out = _with_zero(out.reshape(rows, count * capacity, embed))
     back = jnp.take_along_axis(out, slots.reshape(rows, -1, 1), axis=1)
     return _mixed(back.reshape(*slots.shape, embed), slots // capacity, mix, weights.down_bias)
@@ -390,7 +388,7 @@ def _by_expert(
     expert = jnp.repeat(jnp.arange(sizes.size), sizes, total_repeat_length=x.shape[0])
 
     def product(x: Array, w: Array, b: Array | None) -> Array:
-        out = checkpoint_name(jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT), PRODUCT)
+        out = checkpoint_name(jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT), MLP)
         # What a product leaves in rows of no group is not defined.
         return jnp.where(used, out if b is None else out + b[expert], 0)
 

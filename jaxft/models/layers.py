@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft import activations
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.module import Param
 from jaxft.models.rope import rotate
@@ -190,8 +192,9 @@ class SelfAttention(nnx.Module):
         k = constrain(k, "batch", "seq", "act_kv_heads", "act_head_dim")
         v = constrain(v, "batch", "seq", "act_kv_heads", "act_head_dim")
         sinks = None if self.sinks is None else self.sinks[...]
+        q, k, v = (checkpoint_name(x, activations.QKV) for x in (q, k, v))
         out, cache = inputs.attention(q, k, v, cache, sinks)
-        return self.o(out), cache
+        return checkpoint_name(self.o(out), activations.ATTENTION_OUT), cache
 
 
 def _qk_norm(
@@ -228,8 +231,9 @@ class GatedMLP(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], None]:
         """Returns what is added to the residual stream; there is no routing."""
         x = constrain(x, "batch", "seq", "act_embed")
-        hidden = self.activation(self.gate(x)) * self.up(x)
-        return self.down(constrain(hidden, "batch", "seq", "act_mlp")), None
+        gate, up = (checkpoint_name(w(x), activations.MLP) for w in (self.gate, self.up))
+        hidden = constrain(self.activation(gate) * up, "batch", "seq", "act_mlp")
+        return checkpoint_name(self.down(hidden), activations.MLP_OUT), None
 
 
 class MLP(nnx.Module):
@@ -254,8 +258,9 @@ class MLP(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], None]:
         """Returns what is added to the residual stream; there is no routing."""
         x = constrain(x, "batch", "seq", "act_embed")
-        hidden = constrain(self.activation(self.up(x)), "batch", "seq", "act_mlp")
-        return self.down(hidden), None
+        up = checkpoint_name(self.up(x), activations.MLP)
+        hidden = constrain(self.activation(up), "batch", "seq", "act_mlp")
+        return checkpoint_name(self.down(hidden), activations.MLP_OUT), None
 
 
 class ResidualBlock(nnx.Module):

@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxft.activations import ATTENTION
 from jaxft.models.config import Scores
 from jaxft.models.row_split import RowSplit, split_rows
 from jaxft.sharding.rules import active_placement
@@ -132,6 +134,7 @@ def _attention_forward(
         functools.partial(_forward, ring), (rows, rows, rows, of_segments, heads), (rows, ring.logs)
     )
     out, logs = forward(q, k, v, segments, sinks)
+    out, logs = checkpoint_name(out, ATTENTION), checkpoint_name(logs, ATTENTION)
     return out, (q, k, v, segments, sinks, out, logs)
 
 

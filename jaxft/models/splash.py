@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxft.activations import ATTENTION
 from jaxft.models.config import Scores
 from jaxft.models.row_split import split_rows
 from jaxft.sharding.rules import active_placement
@@ -121,6 +122,7 @@ def _make_kernel(slots: np.ndarray, heads: int, parts: int, scores: Scores) -> A
         q_seq_shards=parts,
         block_sizes=sizes,
         attn_logits_soft_cap=scores.cap or None,
+        residual_checkpoint_name=ATTENTION,
     )
 
 

@@ -1,0 +1,67 @@
+"""Names of what a layer can keep from its forward pass for its backward pass."""
+
+from jaxft.errors import ConfigError, nearest
+
+# The layer's input is always kept, on the device or on the host.
+INPUTS = "inputs"
+QKV = "qkv"
+ATTENTION = "attention"
+ATTENTION_OUT = "attention_out"
+MLP = "mlp"
+MLP_OUT = "mlp_out"
+
+MEANINGS = {
+    INPUTS: "the residual stream that enters a layer",
+    QKV: "queries, keys and values, turned by their positions",
+    ATTENTION: "what attention returns, and its log-sums where a kernel makes them",
+    ATTENTION_OUT: "the output projection of attention",
+    MLP: "products of the feed-forward part with its first weights; of experts, all products",
+    MLP_OUT: "the output projection of the feed-forward part",
+}
+# Settings that say by a rule, and not by names, what is kept.
+RULES = ("none", "dots", "full")
+
+
+def kept(remat: str) -> frozenset[str]:
+    """Returns the activations that a setting of `model.remat` names; a rule names none.
+
+    Raises:
+      ConfigError: If there is no such activation.
+    """
+    if remat in RULES:
+        return frozenset()
+    return _names("model.remat", remat, tuple(MEANINGS)[1:], RULES)
+
+
+def offloaded(remat: str, offload: str) -> frozenset[str]:
+    """Returns the activations that `model.offload` moves to the host.
+
+    Raises:
+      ConfigError: If there is no such activation, or it is not kept at all.
+    """
+    if not offload:
+        return frozenset()
+    found = _names("model.offload", offload, tuple(MEANINGS), ())
+    if remat in ("none", "dots"):
+        raise ConfigError(
+            f"model.offload is {offload!r}, but model.remat={remat} keeps activations that have no "
+            "names. Use model.remat=full, or name what is kept."
+        )
+    if unkept := found - kept(remat) - {INPUTS}:
+        raise ConfigError(
+            f"model.offload names {', '.join(sorted(unkept))}, which model.remat={remat} does not "
+            f"keep. Set model.remat={'+'.join(sorted(kept(remat) | unkept))}."
+        )
+    return found
+
+
+def _names(key: str, text: str, known: tuple[str, ...], rules: tuple[str, ...]) -> frozenset[str]:
+    names = text.split("+")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        either = f"one of {', '.join(rules)}, or " if rules else ""
+        raise ConfigError(
+            f"{key} is {text!r}; expected {either}names joined by '+' out of {', '.join(known)}."
+            f"{nearest(unknown[0], (*known, *rules))}"
+        )
+    return frozenset(names)

@@ -1,0 +1,409 @@
+"""What chips can do at their best: the one table of published figures, with their sources.
+
+All figures are of a chip, which is not always one jax device: `Chip.cores` says how many it is.
+Rates are in bytes or operations a second, sizes in bytes; 0 stands for what is not published or
+does not exist.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+_GIB = 1 << 30
+_GIGA, _TERA = 1e9, 1e12
+
+# Where the figures come from. Pages of Google's documentation lie under
+# https://docs.cloud.google.com/tpu/docs/, seen as of 2026-08; "scaling book" is
+# https://jax-ml.github.io/scaling-book/tpus/; "compiler" is the limit that libtpu 0.0.50 names when
+# a program does not fit (tests/test_planner_tpu.py asks it).
+_BOOK = "scaling book"
+# XLA's product of 8192 x 8192 matrices on v5e (docs.jax.dev, pallas/tpu/matmul.html); taken
+# for all whose matrix unit is of 128 x 128.
+_V5E_PRODUCTS = 0.923
+_V4_PAPER = "Jouppi et al., https://arxiv.org/abs/2304.01433, table 4"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Torus:
+    """The links between the chips of a TPU slice (ICI).
+
+    Attributes:
+      dimensions: 2 or 3; a chip has two links in each.
+      link: Of one link in one direction. Google names the sum over all links and both directions;
+        a tenth is taken off it, as the scaling book does, for what transfers reach.
+    """
+
+    dimensions: int
+    link: float
+
+    def wraps(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
+        """Returns for each dimension of a slice whether its last chip is linked with its first.
+
+        Slices in two dimensions wrap where they are 16 long, those in three only if every
+        dimension is a multiple of 4 (Google's pages v5e, v6e, v5p).
+        """
+        if self.dimensions == 3:
+            return (all(size % 4 == 0 for size in shape),) * len(shape)
+        return tuple(size == 16 for size in shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """The links between the GPUs of one NVLink domain.
+
+    Attributes:
+      size: GPUs in it.
+      link: Of one GPU in one direction.
+    """
+
+    size: int
+    link: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chip:
+    """Published figures of a chip.
+
+    Attributes:
+      name: As it is sold.
+      kind: Regular expression found in `jax.Device.device_kind`.
+      cores: jax devices of one chip.
+      bfloat16: Dense matrix FLOP/s with 16-bit inputs and float32 sums.
+      float32: FLOP/s of float32 matrix products at jax's default precision: one bfloat16 pass on
+        TPU, TF32 on NVIDIA from Ampere on.
+      int8: Dense matrix operations a second.
+      float8: As int8.
+      memory: Device memory.
+      usable: What of it a program can have.
+      bandwidth: Of the device memory.
+      network: To the chips beside it.
+      dcn: To chips elsewhere, in one direction: data centre network, InfiniBand.
+      host: To the host's memory, in one direction.
+      clock: Cycles a second of the TensorCore, in which the TPU compiler estimates.
+      lanes: Columns of a TPU's matrix unit.
+      product_share: Share of the peak that large matrix products reach.
+      vmem: On-chip memory of a jax device that a TPU program manages itself.
+      sources: Of the figures.
+    """
+
+    name: str
+    kind: str
+    cores: int = 1
+    bfloat16: float
+    float32: float
+    int8: float = 0
+    float8: float = 0
+    memory: int
+    usable: int = 0
+    bandwidth: float = 0
+    network: Torus | Switch | None = None
+    dcn: float = 0
+    host: float = 0
+    clock: float = 0
+    lanes: int = 0
+    product_share: float = 1.0
+    vmem: int = 0
+    sources: tuple[str, ...] = ()
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether it is a TPU that can be compiled for without having one."""
+        return isinstance(self.network, Torus)
+
+    @property
+    def core(self) -> "Chip":
+        """The share of one jax device; links stay whole, as devices of a chip share them."""
+        share = {
+            name: getattr(self, name) / self.cores
+            for name in ("bfloat16", "float32", "int8", "float8", "bandwidth", "dcn", "host")
+        }
+        sizes = {name: getattr(self, name) // self.cores for name in ("memory", "usable")}
+        return replace(self, cores=1, **share, **sizes)
+
+    def peak(self, dtype: str) -> float:
+        """Returns the rate of dense matrix products of a dtype by name; 0 if it has none."""
+        names = {"float16": "bfloat16", "float8_e4m3fn": "float8", "float8_e5m2": "float8"}
+        name = names.get(dtype, dtype)
+        return getattr(self, name) if name in ("bfloat16", "float32", "int8", "float8") else 0
+
+
+def _tpu(name: str, kind: str, teraflops: float, **figures) -> Chip:
+    rate = teraflops * _TERA
+    return Chip(name=name, kind=kind, bfloat16=rate, float32=rate, **figures)
+
+
+def _gpu(
+    name: str, kind: str, teraflops: float, gib: int, *, float32: float | None = None, **figures
+) -> Chip:
+    single = teraflops / 2 if float32 is None else float32
+    return Chip(
+        name=name,
+        kind=kind,
+        bfloat16=teraflops * _TERA,
+        float32=single * _TERA,
+        memory=gib * _GIB,
+        product_share=0.73,
+        sources=(
+            "NVIDIA data sheet, without the factor two of structured sparsity",
+            "product_share: about 720 of 989 TFLOP/s on H100, taken for all "
+            "(newsletter.semianalysis.com, MI300X vs H100 vs H200, 2024-12)",
+        ),
+        **figures,
+    )
+
+
+# The first whose `kind` is found wins.
+CHIPS: tuple[Chip, ...] = (
+    _tpu(
+        "v2",
+        r"^TPU v2$",
+        45,
+        cores=2,
+        memory=16 * _GIB,
+        usable=2 * round(7.48 * _GIB),
+        bandwidth=700 * _GIGA,
+        network=Torus(dimensions=2, link=56 * _GIGA),
+        host=16 * _GIGA,
+        clock=0.7 * _GIGA,
+        lanes=128,
+        product_share=_V5E_PRODUCTS,
+        vmem=16 << 20,
+        sources=(
+            "Google v2 page; links, memory: Norrie et al., 10.1109/MM.2021.3058217",
+            "usable: compiler",
+        ),
+    ),
+    _tpu(
+        "v3",
+        r"^TPU v3$",
+        123,
+        cores=2,
+        memory=32 * _GIB,
+        usable=2 * round(15.48 * _GIB),
+        bandwidth=900 * _GIGA,
+        network=Torus(dimensions=2, link=63 * _GIGA),
+        host=16 * _GIGA,
+        clock=0.94 * _GIGA,
+        lanes=128,
+        product_share=_V5E_PRODUCTS,
+        vmem=16 << 20,
+        sources=("Google v3 page", f"links, clock: {_V4_PAPER}", "usable: compiler"),
+    ),
+    _tpu(
+        "v4i",
+        r"^TPU v4 lite$",
+        138,
+        memory=8 * _GIB,
+        bandwidth=614 * _GIGA,
+        sources=("Jouppi et al., 10.1109/ISCA52012.2021.00010",),
+    ),
+    _tpu(
+        "v4",
+        r"^TPU v4$",
+        275,
+        int8=275 * _TERA,
+        memory=32 * _GIB,
+        usable=round(30.75 * _GIB),
+        bandwidth=1200 * _GIGA,
+        network=Torus(dimensions=3, link=45 * _GIGA),
+        dcn=6.25 * _GIGA,
+        host=16 * _GIGA,
+        clock=1.05 * _GIGA,
+        lanes=128,
+        product_share=_V5E_PRODUCTS,
+        vmem=32 << 20,
+        sources=("Google v4 page", f"clock: {_V4_PAPER}", f"links: {_BOOK}", "usable: compiler"),
+    ),
+    _tpu(
+        "v5e",
+        r"^TPU v5 ?(lite|e)$",
+        197,
+        int8=393 * _TERA,
+        memory=16 * _GIB,
+        usable=round(15.75 * _GIB),
+        bandwidth=819 * _GIGA,
+        network=Torus(dimensions=2, link=45 * _GIGA),
+        dcn=3.125 * _GIGA,
+        host=16 * _GIGA,
+        clock=1.5 * _GIGA,
+        lanes=128,
+        product_share=_V5E_PRODUCTS,
+        vmem=128 << 20,
+        sources=("Google v5e page", f"links, clock, host, dcn: {_BOOK}", "usable: compiler"),
+    ),
+    _tpu(
+        "v5p",
+        r"^TPU v5p?$",
+        459,
+        int8=918 * _TERA,
+        float8=459 * _TERA,
+        memory=95 * _GIB,
+        usable=round(95.73 * _GIB),
+        bandwidth=2765 * _GIGA,
+        network=Torus(dimensions=3, link=90 * _GIGA),
+        dcn=6.25 * _GIGA,
+        host=16 * _GIGA,
+        clock=1.75 * _GIGA,
+        lanes=128,
+        product_share=_V5E_PRODUCTS,
+        vmem=128 << 20,
+        sources=(
+            "Google v5p page, which rounds 95.7 GiB that programs can have down to 95",
+            f"links, clock, host, dcn: {_BOOK}",
+            "usable: compiler",
+        ),
+    ),
+    _tpu(
+        "v6e",
+        r"^TPU v6 ?(lite|e)$",
+        918,
+        int8=1836 * _TERA,
+        float8=918 * _TERA,
+        memory=32 * _GIB,
+        usable=round(31.24 * _GIB),
+        bandwidth=1638 * _GIGA,
+        network=Torus(dimensions=2, link=90 * _GIGA),
+        dcn=12.5 * _GIGA,
+        host=32 * _GIGA,
+        # Not published. Four products of 256 x 256 in a cycle at v5p's clock give the peak.
+        clock=1.75 * _GIGA,
+        lanes=256,
+        product_share=0.78,
+        vmem=128 << 20,
+        sources=(
+            "Google v6e page",
+            f"links, host, dcn: {_BOOK}",
+            "usable: compiler",
+            "product_share: 720 of 918 TFLOP/s in a profile of a step of Llama-3-8B "
+            "(github.com/vlasenkoalexey/tpu_performance_autoresearch_wiki, experiment 28b)",
+        ),
+    ),
+    _tpu(
+        "tpu7x",
+        r"^TPU ?v?7x?$",
+        2307,
+        cores=2,
+        float8=4614 * _TERA,
+        memory=192 * _GIB,
+        usable=2 * round(94.74 * _GIB),
+        bandwidth=7380 * _GIGA,
+        network=Torus(dimensions=3, link=90 * _GIGA),
+        dcn=12.5 * _GIGA,
+        # Not published; PCIe 5 as in v6e.
+        host=32 * _GIGA,
+        # Not published. As v6e: a core of it has four products of 256 x 256 in a cycle.
+        clock=2307 * _TERA / 2 / (4 * 256 * 256 * 2),
+        lanes=256,
+        product_share=0.83,
+        vmem=64 << 20,
+        sources=(
+            "Google tpu7x page",
+            "usable: compiler",
+            "product_share: 956 of 1,153 TFLOP/s a core at 32768 "
+            "(github.com/AI-Hypercomputer/accelerator-microbenchmarks, Ironwood)",
+        ),
+    ),
+    # A slice of a GPU has no published peak; no figure is better than a wrong one.
+    Chip(name="MIG", kind=r"\bMIG\b", bfloat16=0, float32=0, memory=0),
+    _gpu(
+        "gb200",
+        r"\bGB200\b",
+        2500,
+        186,
+        float32=1250,
+        float8=5000 * _TERA,
+        bandwidth=8000 * _GIGA,
+        network=Switch(size=72, link=900 * _GIGA),
+        dcn=50 * _GIGA,
+        host=450 * _GIGA,
+    ),
+    _gpu(
+        "b200",
+        r"\bB200\b",
+        2250,
+        180,
+        float32=1100,
+        float8=4500 * _TERA,
+        bandwidth=8000 * _GIGA,
+        network=Switch(size=8, link=900 * _GIGA),
+        dcn=50 * _GIGA,
+        host=64 * _GIGA,
+    ),
+    _gpu("gh200", r"\bGH200\b", 989.4, 96, bandwidth=4000 * _GIGA),
+    _gpu("h200-nvl", r"\bH200 NVL\b", 835.5, 141),
+    _gpu(
+        "h200",
+        r"\bH200\b",
+        989.4,
+        141,
+        float8=1979 * _TERA,
+        bandwidth=4800 * _GIGA,
+        network=Switch(size=8, link=450 * _GIGA),
+        dcn=50 * _GIGA,
+        host=64 * _GIGA,
+    ),
+    _gpu("h100-nvl", r"\bH100 NVL\b", 835.5, 94),
+    _gpu("h100-pcie", r"\bH100 PCIe\b", 756, 80),
+    _gpu(
+        "h100",
+        r"\bH100\b",
+        989.4,
+        80,
+        float8=1979 * _TERA,
+        bandwidth=3350 * _GIGA,
+        network=Switch(size=8, link=450 * _GIGA),
+        dcn=50 * _GIGA,
+        host=64 * _GIGA,
+    ),
+    _gpu("h800", r"\bH800\b", 989.4, 80),
+    _gpu(
+        "a100",
+        r"\bA100\b.*\b80GB\b",
+        312,
+        80,
+        int8=624 * _TERA,
+        bandwidth=2039 * _GIGA,
+        network=Switch(size=8, link=300 * _GIGA),
+        dcn=25 * _GIGA,
+        host=32 * _GIGA,
+    ),
+    _gpu(
+        "a100-40",
+        r"\bA100\b",
+        312,
+        40,
+        int8=624 * _TERA,
+        bandwidth=1555 * _GIGA,
+        network=Switch(size=8, link=300 * _GIGA),
+        dcn=25 * _GIGA,
+        host=32 * _GIGA,
+    ),
+    _gpu("a800", r"\bA800\b", 312, 80),
+    _gpu("l40s", r"\bL40S\b", 362, 48),
+    _gpu("l40", r"\bL40\b", 181, 48),
+    _gpu("l4", r"\bL4\b", 121, 24),
+    _gpu("a10g", r"\bA10G\b", 70, 24),
+    _gpu("a10", r"\bA10\b", 125, 24),
+    _gpu("a30", r"\bA30\b", 165, 24),
+    _gpu("rtx-a6000", r"\bRTX A6000\b", 154.8, 48),
+    _gpu("rtx-6000-ada", r"\bRTX 6000 Ada\b", 364.2, 48, float32=182.1),
+    _gpu("rtx-5090", r"\bRTX 5090\b", 209.5, 32),
+    _gpu("rtx-4090", r"\bRTX 4090\b", 165.2, 24),
+    _gpu("rtx-3090", r"\bRTX 3090\b(?! Ti)", 71, 24),
+    # No bfloat16 and no TF32 in hardware: the float16 rate, and the plain float32 one.
+    _gpu("v100-sxm", r"\bV100-SXM", 125, 16, float32=15.7),
+    _gpu("v100", r"\bV100\b", 112, 16, float32=14),
+    _gpu("t4", r"\bT4\b", 65, 16, float32=8.1),
+)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Returns the chip of a `jax.Device.device_kind`, or None where we know none."""
+    for chip in CHIPS:
+        if re.search(chip.kind, device_kind):
+            return chip if chip.bfloat16 else None
+    return None
+
+
+def chip_named(name: str) -> Chip | None:
+    """Returns the chip that is sold under a name such as `v5e` or `h100`, or None."""
+    return next((chip for chip in CHIPS if chip.name == name and chip.bfloat16), None)

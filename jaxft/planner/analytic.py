@@ -1,0 +1,380 @@
+"""A run's memory and time in closed form: for GPUs that are not there, and for pruning a search.
+
+Every figure here is an estimate. What one layer computes, keeps and exchanges follows from the
+model's shape and from where the strategy puts its arrays; what compilers make of it does not.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import activations as names
+from jaxft.config import RunConfig
+from jaxft.models.config import make_numerics
+from jaxft.models.families import Architecture
+from jaxft.models.module import AbstractModel
+from jaxft.planner.kernels import efficiency
+from jaxft.planner.network import Network
+from jaxft.planner.timeline import DCN, ICI, TO_HOST, Rates
+from jaxft.planner.topology import Topology
+from jaxft.sharding.collectives import Collective
+from jaxft.sharding.reduce import WeightPlan, plan_weight
+from jaxft.sharding.rules import Placement, as_names
+
+# Share of the exchange of weights and gradients that runs beside the layers' work. The TPU compiler
+# hides little of it unless told to; that of XLA for GPU is an assumption.
+_HIDDEN = {"tpu": 0.0, "gpu": 0.7}
+# Memory traffic of norms, activations, rotary embedding and residual adds, of each token, layer and
+# pass: numbers read and written for each of the stream's width and of the hidden width.
+_PASSED = (15.0, 2.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Of one run, for one device and step.
+
+    Attributes:
+      kinds: Bytes of memory by kind, as `planner.memory.KINDS`.
+      host: Bytes in the host's memory.
+      seconds: Of a step.
+      terms: Seconds of what is in it: `compute`, `attention`, `memory`, `ici`, `dcn`, `host`.
+      flops: Of matrix products, with what rematerialisation repeats.
+      exchanges: What is exchanged, as one collective each by kind and mesh axes, with its seconds
+        and the share of them that is hidden.
+    """
+
+    kinds: dict[str, int]
+    host: int
+    seconds: float
+    terms: dict[str, float]
+    flops: float
+    exchanges: tuple[tuple[Collective, float, float], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of device memory."""
+        return sum(self.kinds.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimator:
+    """Estimates runs of one model on one slice.
+
+    Attributes:
+      architecture: Of the model.
+      topology: Where.
+      rates: What share of published rates is reached.
+    """
+
+    architecture: Architecture
+    topology: Topology
+    rates: Rates = field(default_factory=Rates)
+
+    def estimate(
+        self, config: RunConfig, placement: Placement, abstract: AbstractModel | None = None
+    ) -> Estimate:
+        """Returns memory and time of a run.
+
+        Args:
+          config: The run's.
+          placement: Its strategy on a mesh.
+          abstract: Of the architecture; made if it is not given.
+
+        Raises:
+          ConfigError: If the strategy cannot place the model.
+        """
+        model = abstract or self.architecture.abstract(make_numerics(config.model.dtypes))
+        return _Run(self, config, placement, model).estimate()
+
+
+class _Run:
+    """One run: sizes that several parts of the estimate need."""
+
+    def __init__(
+        self, estimator: Estimator, config: RunConfig, placement: Placement, model: AbstractModel
+    ):
+        self.config, self.placement, self.abstract = config, placement, model
+        self.model = estimator.architecture.config
+        self.topology, self.chip = estimator.topology, estimator.topology.chip.core
+        self.rates = estimator.rates
+        self.network = Network(estimator.topology.chip, placement.mesh, estimator.topology.shape)
+        numerics = make_numerics(config.model.dtypes)
+        self.itemsize = jnp.dtype(numerics.compute_dtype).itemsize
+        self.param_itemsize = jnp.dtype(numerics.param_dtype).itemsize
+        self.passes = config.train.accumulation
+        self.rows = config.train.batch_size // self.passes
+        length = config.data.max_length
+        # Tokens of one device in one micro-batch.
+        self.tokens = (
+            self.rows * length / self._split("batch", self.rows) / self._split("seq", length)
+        )
+        self.stages = max(1, self._split("layers", self.model.layers))
+        self.layers = self.model.layers / self.stages
+        self.turns = self.passes + (self.stages - 1 if self.stages > 1 else 0)
+        self.chosen = self.model.experts.chosen if self.model.experts else 1
+        self.kept = names.kept(config.model.remat)
+        self.offloaded = names.offloaded(config.model.remat, config.model.offload)
+        self.is_tpu = estimator.topology.chip.is_tpu
+
+    def estimate(self) -> Estimate:
+        kinds, host = self._memory()
+        exchanges = self._exchanges()
+        matmul, attention = self._flops()
+        peak = self.chip.peak("float32" if self.config.model.dtypes == "float32" else "bfloat16")
+        terms = {
+            "compute": matmul / (peak * self.chip.product_share),
+            "attention": attention / (peak * efficiency(self.chip, self.model.head_dim)),
+            "memory": self._passed_bytes() / (self.chip.bandwidth * self.rates.memory),
+            ICI: sum(s * (1 - h) for one, s, h in exchanges if not one.across_slices),
+            DCN: sum(s * (1 - h) for one, s, h in exchanges if one.across_slices),
+            TO_HOST: 2 * host * self.passes / self.chip.host if self.chip.host else 0.0,
+        }
+        busy = terms["compute"] + terms["attention"] + terms["memory"]
+        # Stages wait for the first micro-batch to come and for the last to go.
+        busy *= self.turns / self.passes
+        seconds = max(busy + terms[ICI] + terms[DCN], terms[TO_HOST])
+        return Estimate(
+            kinds=kinds,
+            host=host,
+            seconds=seconds,
+            terms=terms,
+            flops=matmul + attention,
+            exchanges=exchanges,
+        )
+
+    def _split(self, axis: str, size: int) -> int:
+        """Returns how many parts a named dimension of a size is cut into."""
+        [entry] = self.placement.spec((axis,), (size,), "an estimate") or (None,)
+        return math.prod(self.placement.mesh.shape[name] for name in as_names(entry))
+
+    # Memory.
+
+    def _memory(self) -> tuple[dict[str, int], int]:
+        values, gradients, moments = (
+            self._held(rules)
+            for rules in (None, self.placement.gradient_rules, self.placement.moment_rules)
+        )
+        summed = 4 / self.param_itemsize if self.passes > 1 else 1.0
+        kept, host = self._kept_bytes()
+        head = self.model.vocab * self.model.embed / self._split("act_vocab", self.model.vocab)
+        chunk = min(self.config.objective.chunk or self.config.data.max_length, 10**9)
+        rows = self.rows / self._split("batch", self.rows)
+        logits = (
+            3 * 4 * chunk * rows * self.model.vocab / self._split("act_vocab", self.model.vocab)
+        )
+        in_flight = min(self.passes, 2 * self.stages - 1) if self.stages > 1 else 1
+        kinds = {
+            "parameters": values,
+            "optimizer": 2 * moments,
+            "batch": 20 * self.tokens * self.passes,
+            "gradients": gradients * (summed + (1 if self.passes > 1 else 0)),
+            "activations": kept * in_flight,
+            "logits": logits + head * 4,
+            "weights": 2 * self._layer_weights() + head * self.itemsize,
+            "temporaries": self._layer_working_set(),
+            "program": 50 << 20,
+        }
+        return {kind: round(size) for kind, size in kinds.items()}, round(host)
+
+    def _held(self, rules: Mapping[str, Any] | None) -> float:
+        shardings = self.placement.shardings(self.abstract.params, self.abstract.axes, rules=rules)
+        return sum(
+            math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
+            for path, spec in self.abstract.params.items()
+        )
+
+    def _widths(self) -> dict[str, float]:
+        """Returns numbers that a device makes of each token in one layer, by activation."""
+        m = self.model
+        heads = m.heads / self._split("act_heads", m.heads)
+        keys = m.kv_heads / self._split("act_kv_heads", m.kv_heads)
+        hidden = m.mlp * self.chosen / self._split("act_mlp", m.mlp)
+        stream = m.embed * self._split("seq", self.config.data.max_length)
+        stream /= self._split("stream_seq", self.config.data.max_length)
+        return {
+            names.INPUTS: stream,
+            names.QKV: (heads + 2 * keys) * m.head_dim,
+            names.ATTENTION: heads * (m.head_dim + 4 / self.itemsize),
+            names.ATTENTION_OUT: stream,
+            names.MLP: 2 * hidden,
+            names.MLP_OUT: stream,
+        }
+
+    def _kept_bytes(self) -> tuple[float, float]:
+        """Returns bytes that wait for the backward pass, on the device and on the host."""
+        widths = self._widths()
+        remat = self.config.model.remat
+        kept = {names.INPUTS, *self.kept}
+        if remat in ("dots", "none"):
+            kept = set(widths) - ({names.ATTENTION} if remat == "dots" else set())
+        # Without rematerialisation norms and activations stay as well.
+        more = widths[names.MLP] / 2 + 4 * widths[names.INPUTS] if remat == "none" else 0.0
+        of_token = self.tokens * self.layers * self.itemsize
+        there = sum(widths[name] for name in self.offloaded)
+        here = sum(widths[name] for name in kept - self.offloaded) + more
+        return of_token * here, of_token * there
+
+    def _layer_working_set(self) -> float:
+        """Returns bytes that the backward pass of one layer has in hand."""
+        widths = self._widths()
+        at_once = 3 * widths[names.MLP] / 2 + 6 * widths[names.INPUTS] + 2 * widths[names.QKV]
+        return self.tokens * self.itemsize * at_once
+
+    def _layer_weights(self) -> float:
+        """Returns bytes of one layer's weights as a device multiplies with them."""
+        return sum(
+            math.prod(shape) * self.itemsize / self._parts(plan.held)
+            for _, shape, plan in self._weights()
+        )
+
+    # Work.
+
+    def _flops(self) -> tuple[float, float]:
+        """Returns FLOPs of weights and of attention on one device in a step."""
+        m = self.model
+        widths = self._widths()
+        heads = m.heads / self._split("act_heads", m.heads)
+        products = {
+            names.QKV: m.embed * widths[names.QKV],
+            names.ATTENTION_OUT: m.embed * heads * m.head_dim,
+            names.MLP: m.embed * widths[names.MLP],
+            names.MLP_OUT: m.embed * widths[names.MLP] / 2,
+        }
+        remat = self.config.model.remat
+        again: set[str] = set()
+        if remat not in ("none", "dots"):
+            # Nothing reads the last product of a layer once more.
+            again = set(products) - self.kept - {names.MLP_OUT}
+        forward = sum(products.values())
+        layer = 3 * forward + sum(products[name] for name in again)
+        of_layers = 2 * self.tokens * self.layers * layer
+        # Forward, its logits once more, and two gradients.
+        head = 2 * self.tokens * 4 * m.embed * m.vocab / self._split("act_vocab", m.vocab)
+        length = self.config.data.max_length
+        windows = [m.kinds[i].window or length for i in m.pattern]
+        seen = sum(min(w, length) * (1 - min(w, length) / (2 * length)) for w in windows)
+        pairs = self.tokens * seen / len(windows)
+        repeated = names.ATTENTION not in self.kept and remat != "none"
+        attention = 2 * (2 + 5 + (2 if repeated else 0)) * pairs * heads * m.head_dim * self.layers
+        return (of_layers + head) * self.passes, attention * self.passes
+
+    def _passed_bytes(self) -> float:
+        m = self.model
+        widths = self._widths()
+        passes = 2 + (self.config.model.remat not in ("none", "dots"))
+        of_token = _PASSED[0] * widths[names.INPUTS] + _PASSED[1] * widths[names.MLP] / 2
+        layers = self.tokens * self.layers * passes * self.itemsize * of_token
+        logits = 4 * 4 * self.tokens * m.vocab / self._split("act_vocab", m.vocab)
+        state = 2 * self._held(None) + 4 * self._held(self.placement.moment_rules)
+        sums = 3 * self._held(self.placement.gradient_rules)
+        return (layers + logits + sums) * self.passes + state
+
+    # Communication.
+
+    def _weights(self) -> list[tuple[str, tuple[int, ...], WeightPlan]]:
+        """Returns path, shape and plan of each weight of one layer, and of the head."""
+        found = []
+        tokens = (self.rows, self.config.data.max_length)
+        with self.placement.activate():
+            for path, spec in self.abstract.params.items():
+                axes, shape = self.abstract.axes[path], tuple(spec.shape)
+                if axes[0] != "layers" or len(shape) < 3:
+                    continue
+                found.append((path, shape[1:], plan_weight(axes[1:], shape[1:], tokens)))
+        return found
+
+    def _head(self) -> tuple[tuple[int, ...], WeightPlan]:
+        shape = (self.model.vocab, self.model.embed)
+        with self.placement.activate():
+            plan = plan_weight(("vocab", "embed"), shape, (self.rows, self.config.data.max_length))
+        return shape, plan
+
+    def _parts(self, cut: tuple[tuple[str, ...], ...]) -> int:
+        return math.prod(self.placement.mesh.shape[name] for group in cut for name in group)
+
+    def _exchanges(self) -> tuple[tuple[Collective, float, float], ...]:
+        """Returns what is exchanged by kind and axes, its seconds, and the share that is hidden."""
+        mesh = self.placement.mesh
+        of_weights: dict[tuple[str, tuple[str, ...]], float] = {}
+        of_tokens: dict[tuple[str, tuple[str, ...]], float] = {}
+
+        def add(
+            table: dict[tuple[str, tuple[str, ...]], float],
+            kind: str,
+            axes: tuple[str, ...],
+            payload: float,
+        ) -> None:
+            axes = tuple(a for a in mesh.axis_names if a in axes and mesh.shape[a] > 1)
+            if axes and payload:
+                table[kind, axes] = table.get((kind, axes), 0.0) + payload
+
+        self._of_weights(functools.partial(add, of_weights))
+        self._of_tokens(functools.partial(add, of_tokens))
+        hidden = _HIDDEN["tpu" if self.is_tpu else "gpu"]
+        return tuple(
+            (one, self._seconds(one), share)
+            for table, share in ((of_weights, hidden), (of_tokens, 0.0))
+            for one in (self._collective(*key, payload) for key, payload in table.items())
+        )
+
+    def _seconds(self, one: Collective) -> float:
+        summed = one.kind in ("all-reduce", "reduce-scatter")
+        return self.network.seconds(one) / (self.rates.sums if summed else self.rates.links)
+
+    def _of_weights(self, add: Callable[[str, tuple[str, ...], float], None]) -> None:
+        """Adds what travels of weights and of their gradients."""
+        shape, plan = self._head()
+        uses = [(shape, self.layers * self.turns, plan) for _, shape, plan in self._weights()]
+        for size, times, of in [*uses, (shape, self.passes, plan)]:
+            whole = math.prod(size) * self.itemsize / self._parts(of.held)
+            gathered = tuple(name for group in of.gathered for name in group)
+            scattered = tuple(name for group in of.scattered for name in group)
+            rest = tuple(n for group in of.tokens for n in group if n not in scattered)
+            add("all-gather", gathered, 2 * whole * times)
+            add("reduce-scatter", scattered, whole * times)
+            add("all-reduce", rest, whole / self._parts(of.scattered) * times)
+
+    def _of_tokens(self, add: Callable[[str, tuple[str, ...], float], None]) -> None:
+        """Adds what travels of tokens: between parts of heads, of rows, of experts, of stages.
+
+        The formulas are those of docs/sharding.md.
+        """
+        m, length = self.model, self.config.data.max_length
+        stream = self.tokens * m.embed * self.itemsize
+        keys = self.tokens * m.kv_heads * m.head_dim * self.itemsize
+        times = self.layers * self.turns
+        add("all-reduce", self._axes("act_mlp", m.mlp), 4 * times * stream)
+        parts = self._split("seq", length)
+        hops = 8 * parts - 4 if self.itemsize == 2 else 6 * parts - 4
+        add("collective-permute", self._axes("seq", length), times * keys * hops)
+        if m.experts:
+            axes = self._axes("act_experts", m.experts.count)
+            add("all-to-all", axes, 4 * m.experts.chosen * times * stream)
+        stages = self._axes("layers", m.layers)
+        add("collective-permute", stages, 2 * self.turns * stream)
+        add("all-reduce", stages, 4 * self.passes * stream)
+
+    def _axes(self, axis: str, size: int) -> tuple[str, ...]:
+        [entry] = self.placement.spec((axis,), (size,), "an estimate") or (None,)
+        return as_names(entry)
+
+    def _collective(self, kind: str, axes: tuple[str, ...], payload: float) -> Collective:
+        mesh = self.placement.mesh
+        index = tuple(slice(None) if a in axes else 0 for a in mesh.axis_names)
+        places = np.arange(mesh.size).reshape(mesh.devices.shape)[index].reshape(-1)
+        slices = {getattr(mesh.devices.flat[i], "slice_index", 0) for i in places}
+        group = tuple(int(place) for place in places)
+        return Collective(
+            kind=kind,
+            axes=axes,
+            group_size=len(group),
+            count=1,
+            arrays=(round(payload),),
+            across_slices=len(slices) > 1,
+            groups=(group[:2],) if kind == "collective-permute" else (group,),
+        )

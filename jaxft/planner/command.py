@@ -1,0 +1,165 @@
+"""`jaxft plan`, from its arguments to the plans."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxft.config import RunConfig
+from jaxft.errors import ConfigError, JaxftError
+from jaxft.hf.load import read_config
+from jaxft.model import find_source
+from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.planner.plan import Plan, Planner
+from jaxft.planner.prices import read_prices
+from jaxft.planner.remedies import try_remedies
+from jaxft.planner.search import Search, config_file, search
+from jaxft.planner.topology import LOCAL, Topology, parse, use_compiler_alone
+from jaxft.workdir import write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be planned.
+
+    Attributes:
+      topologies: Names of slices.
+      strategies: Names; empty for the config's alone, in a search for all that suit the model.
+      search: Whether the fastest way to run is looked for.
+      evaluation: Whether the eval step is planned too.
+      remedies: Whether changes are tried where the run does not fit.
+      prices: File of prices; empty for those that come with jaxft.
+      cache: Folder of compiled programs; empty for the usual one, `off` for none.
+      count: How many candidates of a search are compiled.
+      jobs: Processes of a search; 0: as many as there are cores.
+      budget: Seconds after which a search begins no compilation.
+    """
+
+    topologies: Sequence[str]
+    strategies: Sequence[str] = ()
+    search: bool = False
+    evaluation: bool = True
+    remedies: bool = True
+    prices: str = ""
+    cache: str = ""
+    count: int = 8
+    jobs: int = 0
+    budget: float = 480.0
+
+
+def plan(
+    config: RunConfig, request: Request, *, on_log: Callable[[str], None] = lambda text: None
+) -> tuple[list[Plan], list[Search]]:
+    """Plans a run on each slice, with each strategy.
+
+    Args:
+      config: The run's.
+      request: What is to be planned.
+      on_log: Takes lines that say how far it is.
+
+    Raises:
+      ModelError: If there is no such model, or it is not supported.
+      ConfigError: For an unknown slice or strategy, and where no plan can be made at all.
+    """
+    if LOCAL not in request.topologies:
+        use_compiler_alone()
+    prices = read_prices(request.prices)
+    topologies = _topologies(request.topologies)
+    architecture = find_architecture(config)
+    planner = Planner(architecture=architecture, prices=prices, cache=request.cache)
+    plans: list[Plan] = []
+    searches: list[Search] = []
+    for topology in topologies:
+        if request.search:
+            searches.append(_searched(config, topology, planner, request, on_log))
+            best = searches[-1].best
+            plans += [best.plan] if best is not None and best.plan is not None else []
+        else:
+            plans += _planned(config, topology, planner, request, on_log)
+    return plans, searches
+
+
+def find_architecture(config: RunConfig) -> Architecture:
+    """Reads the model's config.json, from a folder or the hub; no weights are needed."""
+    source = find_source(config.model.path, revision=config.model.revision, weights=False)
+    return architecture_from_hf(read_config(source.folder))
+
+
+def _topologies(names: Sequence[str]) -> list[Topology]:
+    found, problems = [], []
+    for name in names:
+        try:
+            found.append(parse(name))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _searched(
+    config: RunConfig,
+    topology: Topology,
+    planner: Planner,
+    request: Request,
+    on_log: Callable[[str], None],
+) -> Search:
+    on_log(f"Searching on {topology.name}")
+    return search(
+        config,
+        topology,
+        planner,
+        names=request.strategies,
+        count=request.count,
+        jobs=request.jobs,
+        budget=request.budget,
+        on_log=on_log,
+    )
+
+
+def _planned(
+    config: RunConfig,
+    topology: Topology,
+    planner: Planner,
+    request: Request,
+    on_log: Callable[[str], None],
+) -> list[Plan]:
+    """Plans with each strategy; one that the run is refused with is said and left out."""
+    plans, problems = [], []
+    for name in request.strategies or [config.strategy]:
+        chosen = config if name == config.strategy else _with_strategy(config, name)
+        on_log(f"{'Compiling' if topology.can_compile else 'Estimating'} {name} on {topology.name}")
+        try:
+            if topology.can_compile:
+                found = planner.plan(chosen, topology, evaluation=request.evaluation)
+            else:
+                found = planner.estimate(chosen, topology)
+        except JaxftError as error:
+            problems += [f"{topology.name}, {name}: {problem}" for problem in error.problems]
+            continue
+        if not found.fits and topology.can_compile and request.remedies:
+            found = try_remedies(found, chosen, planner, on_log=on_log)
+        plans.append(found)
+    if not plans:
+        raise ConfigError(problems)
+    for problem in problems:
+        on_log(problem)
+    return plans
+
+
+def _with_strategy(config: RunConfig, name: str) -> RunConfig:
+    from jaxft.planner.search import with_flags
+
+    return with_flags(config, {"strategy": name})
+
+
+def write_config(file: str, config: RunConfig, found: Search) -> Path:
+    """Writes the config file of a search's best candidate and returns its path.
+
+    Raises:
+      ConfigError: If no candidate fits.
+    """
+    if found.best is None:
+        raise ConfigError(f"No candidate fits {found.topology.name}; {file} was not written.")
+    path = Path(file)
+    write_text(path, config_file(config, found.best, found.topology))
+    return path

@@ -1,0 +1,200 @@
+"""What one instruction of a compiled program computes and moves."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from jaxft.hlo import HBM, Array, Computation, Instruction, Module, arrays
+
+# Values that are the same bytes under another name.
+_VIEWS = ("bitcast", "get-tuple-element", "reshape", "convert", "copy", "transpose")
+_FREE = (
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
+    "opt-barrier iota add-dependency"
+).split()
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one run of an instruction on one device.
+
+    Attributes:
+      flops: Of matrix products, a multiplication and an addition counted as two.
+      bytes: To and from the device's main memory.
+      cycles: The compiler's own estimate; 0 if it made none.
+    """
+
+    flops: float = 0
+    bytes: float = 0
+    cycles: float = 0
+
+
+def cost_of(module: Module, computation: Computation, instruction: Instruction) -> Cost:
+    """Reads the cost of an instruction that calls no other program.
+
+    Bytes are those of operands and results that lie in main memory, tiles padded: of an operand
+    that is only sliced the slices, of a buffer that is updated in place the update.
+    """
+    if instruction.opcode in _FREE:
+        return Cost()
+    body = module.fused(instruction)
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+    return Cost(
+        flops=_flops(module, body) if body else product_flops(computation, instruction),
+        bytes=_bytes_read(module, computation, instruction)
+        + _bytes_written(module, computation, instruction),
+        cycles=int(cycles[1]) if cycles else 0,
+    )
+
+
+def in_hbm(shape: str) -> list[Array]:
+    """Returns the arrays of a shape that lie in main memory."""
+    return [array for array in arrays(shape) if array.space == HBM]
+
+
+def _flops(module: Module, body: Computation) -> float:
+    total = 0.0
+    for instruction in body.instructions.values():
+        inner = module.fused(instruction)
+        total += _flops(module, inner) if inner else product_flops(body, instruction)
+    return total
+
+
+def product_flops(computation: Computation, instruction: Instruction) -> float:
+    """Returns the FLOPs of a matrix product, `dot` or `convolution`; 0 for what is none."""
+    if instruction.opcode == "dot":
+        return _dot_flops(computation, instruction)
+    if instruction.opcode == "convolution":
+        return _convolution_flops(computation, instruction)
+    return 0.0
+
+
+def _sizes(computation: Computation, name: str) -> tuple[int, ...]:
+    return arrays(computation.instructions[name].shape)[0].sizes
+
+
+def _dot_flops(computation: Computation, dot: Instruction) -> float:
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
+    left = _sizes(computation, dot.operands[0])
+    inner = math.prod(left[int(i)] for i in (contracted[1] if contracted else "").split(",") if i)
+    return 2.0 * math.prod(arrays(dot.shape)[0].sizes) * inner
+
+
+def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
+    """Counts pairs of an output and a kernel's place that meet a number and not padding.
+
+    XLA for TPU writes matrix products as convolutions, batches of them with dilated inputs.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest)
+    assert labels is not None
+    inputs, kernel = (_sizes(computation, name) for name in convolution.operands[:2])
+    outputs = arrays(convolution.shape)[0].sizes
+    window = _window(convolution.rest)
+    pairs = 1.0
+    for place, digit in enumerate(c for c in sorted(labels[3]) if c.isdigit()):
+        setting = {name: values[place] for name, values in window.items()}
+        pairs *= _meetings(
+            inputs[labels[1].index(digit)],
+            kernel[labels[2].index(digit)],
+            outputs[labels[3].index(digit)],
+            **setting,
+        )
+    features = kernel[labels[2].index("i")] * outputs[labels[3].index("f")]
+    batch = outputs[labels[3].index("b")]
+    return 2.0 * pairs * features * batch
+
+
+def _window(attributes: str) -> dict[str, list]:
+    """Returns stride, padding before and dilations for each dimension of a convolution's window."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    settings = dict(part.split("=") for part in found[1].split()) if found else {}
+    count = len(settings["size"].split("x")) if "size" in settings else 0
+
+    def of(name: str, default: str) -> list[str]:
+        return settings[name].split("x") if name in settings else [default] * count
+
+    return {
+        "stride": [int(x) for x in of("stride", "1")],
+        "pad": [int(x.split("_")[0]) for x in of("pad", "0_0")],
+        "dilation": [int(x) for x in of("lhs_dilate", "1")],
+        "spread": [int(x) for x in of("rhs_dilate", "1")],
+    }
+
+
+def _meetings(
+    inputs: int, kernel: int, outputs: int, *, stride: int, pad: int, dilation: int, spread: int
+) -> int:
+    if (kernel, stride, pad, dilation) == (1, 1, 0, 1):
+        return min(outputs, inputs)
+    last = (inputs - 1) * dilation
+    return sum(
+        0 <= (place := o * stride - pad + k * spread) <= last and place % dilation == 0
+        for o in range(outputs)
+        for k in range(kernel)
+    )
+
+
+def _bytes_read(module: Module, computation: Computation, instruction: Instruction) -> float:
+    if instruction.opcode == "dynamic-slice":
+        return sum(array.padded_bytes for array in in_hbm(instruction.shape))
+    body = module.fused(instruction)
+    total = 0.0
+    for number, operand in enumerate(instruction.operands):
+        shape = computation.instructions[operand].shape
+        size = sum(array.padded_bytes for array in in_hbm(shape))
+        if instruction.opcode == "dynamic-update-slice" and number == 0:
+            continue
+        if body is not None and size and number in body.parameters:
+            size = min(size, _used(module, body, body.parameters[number].name))
+        total += size
+    return total
+
+
+def _used(module: Module, body: Computation, name: str) -> float:
+    """Returns the bytes of a value that the body of a fusion looks at."""
+    whole = sum(array.padded_bytes for array in arrays(body.instructions[name].shape))
+    total = 0.0
+    for user in body.users[name]:
+        inner = module.fused(user)
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            total += sum(array.padded_bytes for array in arrays(user.shape))
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue
+        elif user.opcode in _VIEWS:
+            total += _used(module, body, user.name) if body.users[user.name] else whole
+        elif inner is not None:
+            number = user.operands.index(name)
+            total += _used(module, inner, inner.parameters[number].name)
+        else:
+            return whole
+    return min(whole, total)
+
+
+def _bytes_written(module: Module, computation: Computation, instruction: Instruction) -> float:
+    body = module.fused(instruction)
+    if body is None:
+        return _written(module, computation, instruction.name, in_hbm(instruction.shape))
+    root = body.instructions[body.root]
+    parts = root.operands if root.opcode == "tuple" else (root.name,)
+    results = arrays(instruction.shape)
+    if len(parts) != len(results):
+        return sum(array.padded_bytes for array in in_hbm(instruction.shape))
+    return sum(
+        _written(module, body, part, [result])
+        for part, result in zip(parts, results, strict=True)
+        if result.space == HBM
+    )
+
+
+def _written(module: Module, body: Computation, name: str, whole: list[Array]) -> float:
+    """Returns the bytes of a result, of one that is updated in place those of the update."""
+    made = body.instructions[name]
+    while made.opcode in _VIEWS and made.operands:
+        made = body.instructions[made.operands[0]]
+    if made.opcode == "dynamic-update-slice":
+        update = body.instructions[made.operands[1]].shape
+        return sum(array.padded_bytes for array in arrays(update))
+    inner = module.fused(made)
+    if inner is not None:
+        return _written(module, inner, inner.root, whole)
+    return sum(array.padded_bytes for array in whole)

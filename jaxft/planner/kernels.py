@@ -1,0 +1,53 @@
+"""Work of attention: kernels, whose insides a compiled program does not show, by their shapes."""
+
+from jaxft.chips import Chip
+from jaxft.hlo import Computation, Instruction, arrays
+from jaxft.models.config import DecoderConfig
+
+# What share of a matrix unit's rate flash attention reaches if a head is as wide as the unit,
+# counting pairs of query and key that see each other. From a profile of Qwen3-8B on v6e-8: 1,177 ms
+# a step for two forward passes and a backward one of 2.5 times their work, 25 % of the peak, with
+# heads of 128 on a unit of 256 (github.com/vlasenkoalexey/tpu_performance_autoresearch_wiki,
+# wiki/analyses/2026-06-12-maxtext-vs-jax-bucket-diff.md).
+EFFICIENCY = 0.5
+# Matrix products over the pairs of query and key, of which the forward pass has two.
+_PRODUCTS = {"fwd": 2.0, "dkv": 4.0, "dq": 3.0}
+
+
+def efficiency(chip: Chip, head_dim: int) -> float:
+    """Returns the share of a chip's peak that flash attention reaches."""
+    return EFFICIENCY * min(1.0, head_dim / chip.lanes) if chip.lanes else EFFICIENCY
+
+
+def visible_pairs(length: int, window: int) -> float:
+    """Returns the pairs of query and key of a row that see each other, to within half a token."""
+    window = min(window or length, length)
+    return window * (length - window / 2)
+
+
+def splash_flops(
+    instruction: Instruction, computation: Computation, config: DecoderConfig, *, fused: bool
+) -> tuple[float, int] | None:
+    """Returns FLOPs of one run of a splash kernel and its head size, or None for another kernel.
+
+    Pairs that a block of the kernel scores and hides count as nothing.
+
+    Args:
+      instruction: The call.
+      computation: Where it stands.
+      config: Of the model, whose layers' windows hide pairs; the mean over layers.
+      fused: Count the backward pass as one kernel (5 products) rather than two (7).
+    """
+    kind = next((k for k in _PRODUCTS if f"splash_mha_{k}" in instruction.name), "")
+    if not kind:
+        return None
+    operands = [arrays(computation.instructions[name].shape)[0] for name in instruction.operands]
+    rows, heads, queries, size = next(a.sizes for a in operands if len(a.sizes) == 4)
+    keys = max(a.sizes[2] for a in operands if len(a.sizes) == 4)
+    windows = [config.kinds[i].window for i in config.pattern]
+    pairs = sum(visible_pairs(keys, window) for window in windows) / len(windows)
+    products = _PRODUCTS[kind]
+    if fused and kind != "fwd":
+        products *= 5 / 7
+    # Of a row that is split over devices each has its share of the queries.
+    return 2.0 * products * rows * heads * pairs * (queries / keys) * size, size

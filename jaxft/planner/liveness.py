@@ -1,0 +1,223 @@
+"""What lies in a device's memory when most does: a walk over the schedule of a program.
+
+The compiler says how much it allocates, not for what. Here each value of the scheduled program
+lives from where it is made to where it was last read; views, updates in place and what loops carry
+share the memory of what they come from. What is alive at the fullest moment is named by shape and
+origin.
+"""
+
+import collections
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxft.hlo import HBM, Computation, Instruction, Module, arrays
+
+# Instructions whose result is the memory of an operand.
+_ALIASES = (
+    "bitcast get-tuple-element tuple while optimization-barrier dynamic-update-slice "
+    "copy-done slice-done dynamic-slice-done dynamic-update-slice-done "
+    "dynamic-update-slice-start async-done all-gather-done all-reduce-done "
+    "collective-permute-done add-dependency"
+).split()
+
+
+class Buffer(NamedTuple):
+    """Memory of one array.
+
+    Attributes:
+      bytes: Its size, tiles padded.
+      dtype: As XLA writes it.
+      sizes: Of its dimensions.
+      origin: What of the traced function made it.
+      name: The instruction's.
+    """
+
+    bytes: int
+    dtype: str
+    sizes: tuple[int, ...]
+    origin: str
+    name: str
+
+
+@dataclass
+class Peak:
+    """The fullest moment of a computation.
+
+    Attributes:
+      bytes: Of all buffers, without what it was given.
+      buffers: That are alive then.
+    """
+
+    bytes: int = 0
+    buffers: tuple[Buffer, ...] = ()
+
+
+@dataclass
+class _Life:
+    """Values of one computation.
+
+    Attributes:
+      owners: For each value, the buffers that it is made of, by name; of a tuple for each element.
+      made: What each buffer is.
+      last: The last instruction that reads a buffer, by its number.
+      given: Names of what lives outside: the computation's parameters.
+    """
+
+    owners: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+    made: dict[str, tuple[Buffer, ...]] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
+
+
+def peak_of(module: Module) -> Peak:
+    """Returns what of a step's own memory is in use when most is, its arguments left out."""
+    return _peak(module, module.computations[module.entry], {})
+
+
+def _peak(module: Module, computation: Computation, known: dict[str, Peak]) -> Peak:
+    if computation.name in known:
+        return known[computation.name]
+    order = list(computation.instructions.values())
+    life = _lives(module, computation, order)
+    ends = collections.defaultdict(list)
+    for name, last in life.last.items():
+        ends[last].append(name)
+    alive: dict[str, tuple[Buffer, ...]] = {}
+    used, best = 0, Peak()
+    for number, instruction in enumerate(order):
+        made = life.made.get(instruction.name, ())
+        # A result takes the place of an operand of its size that nobody reads any more.
+        for name in _replaced(instruction, made, ends[number], alive):
+            used -= sum(buffer.bytes for buffer in alive.pop(name))
+        # What a branch or a function returns is counted inside of it until then.
+        for own, inner in ((), _inner(module, instruction, known)), (made, Peak()):
+            if own:
+                alive[instruction.name] = own
+                used += sum(buffer.bytes for buffer in own)
+            if used + inner.bytes > best.bytes:
+                buffers = [buffer for group in alive.values() for buffer in group]
+                best = Peak(used + inner.bytes, (*buffers, *inner.buffers))
+        for name in ends[number]:
+            used -= sum(buffer.bytes for buffer in alive.pop(name, ()))
+    known[computation.name] = best
+    return best
+
+
+def _replaced(
+    instruction: Instruction,
+    made: tuple[Buffer, ...],
+    ending: list[str],
+    alive: dict[str, tuple[Buffer, ...]],
+) -> list[str]:
+    if instruction.opcode not in ("fusion", "add", "multiply", "subtract", "convert"):
+        return []
+    sizes = collections.Counter(buffer.bytes for buffer in made)
+    found = []
+    for name in ending:
+        size = sum(buffer.bytes for buffer in alive.get(name, ()))
+        if name != instruction.name and size and sizes[size] > 0:
+            sizes[size] -= 1
+            found.append(name)
+    return found
+
+
+def _inner(module: Module, instruction: Instruction, known: dict[str, Peak]) -> Peak:
+    """Returns the peak of what an instruction runs, with its own memory."""
+    names: list[str] = []
+    if instruction.opcode == "while":
+        names = instruction.called("body")
+    elif instruction.opcode == "conditional":
+        names = module.branches(instruction)
+    elif instruction.opcode == "call":
+        names = instruction.called("to_apply")
+    peaks = [_peak(module, module.computations[name], known) for name in names]
+    return max(peaks, key=lambda peak: peak.bytes, default=Peak())
+
+
+def _lives(module: Module, computation: Computation, order: list[Instruction]) -> _Life:
+    life = _Life()
+    for number, instruction in enumerate(order):
+        owners = _owners(module, life, instruction)
+        if owners is None:
+            buffers = _buffers(instruction)
+            life.made[instruction.name] = buffers
+            owners = [(instruction.name,)]
+            life.last.setdefault(instruction.name, number)
+        life.owners[instruction.name] = owners
+        for operand in instruction.operands:
+            for names in life.owners.get(operand, []):
+                for name in names:
+                    life.last[name] = number
+    _carry(module, life, computation)
+    return life
+
+
+def _owners(module: Module, life: _Life, made: Instruction) -> list[tuple[str, ...]] | None:
+    """Returns whose memory a value is in, or None if it is in its own."""
+    if made.opcode in ("parameter", "constant", "partition-id", "replica-id", "iota"):
+        return [()]
+    if made.opcode == "tuple":
+        return [_all(life.owners.get(operand, [])) for operand in made.operands]
+    if made.opcode == "get-tuple-element":
+        parts = life.owners.get(made.operands[0], [])
+        index = int(made.rest.split("index=")[1].split(",")[0])
+        return [parts[index] if index < len(parts) and len(parts) > 1 else _all(parts)]
+    if made.opcode in ("while", "optimization-barrier"):
+        return life.owners.get(made.operands[0], [])
+    if made.opcode in _ALIASES:
+        return [_all(life.owners.get(made.operands[0], []))]
+    body = module.fused(made)
+    if body is not None:
+        return _updated(life, body, made)
+    return None
+
+
+def _updated(life: _Life, body: Computation, fusion: Instruction) -> list[tuple[str, ...]] | None:
+    """Returns whose memory a fusion writes into, if all it makes are updates in place."""
+    root = body.instructions[body.root]
+    parts = root.operands if root.opcode == "tuple" else (root.name,)
+    owners = []
+    for part in parts:
+        made = body.instructions[body.source(part)]
+        if made.opcode != "dynamic-update-slice":
+            return None
+        target = body.instructions[body.source(made.operands[0])]
+        if target.opcode != "parameter":
+            return None
+        owners.append(_all(life.owners.get(fusion.operands[int(target.literal)], [])))
+    return owners
+
+
+def _all(owners: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for names in owners for name in names))
+
+
+def _buffers(instruction: Instruction) -> tuple[Buffer, ...]:
+    made = arrays(instruction.shape)
+    if instruction.opcode.endswith("-start"):
+        # What is started names its operands, its results, and marks of its progress.
+        nested = instruction.shape.startswith("((")
+        first = (
+            len(instruction.operands) if nested else {"copy-start": 0}.get(instruction.opcode, 1)
+        )
+        made = made[first : first + 1]
+    return tuple(
+        Buffer(a.padded_bytes, a.dtype, a.sizes, instruction.origin, instruction.name)
+        for a in made
+        if a.sizes and a.space == HBM
+    )
+
+
+def _carry(module: Module, life: _Life, computation: Computation) -> None:
+    """Lets what is handed on take the memory of what was given in its place.
+
+    So does what a loop's body returns, and what a step returns of a state that it may overwrite.
+    """
+    root = computation.instructions.get(computation.root)
+    parameter = computation.parameters.get(0)
+    if root is None or root.opcode != "tuple" or parameter is None:
+        return
+    in_place = computation.name == module.entry or root.shape == parameter.shape
+    if in_place:
+        for name in {name for names in life.owners[root.name] for name in names}:
+            life.made[name] = ()

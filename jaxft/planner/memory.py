@@ -1,0 +1,129 @@
+"""A device's memory by what it is for."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxft.chips import Chip
+from jaxft.models.config import DecoderConfig
+from jaxft.planner.compilation import Compiled
+from jaxft.planner.liveness import Buffer, Peak
+
+KINDS = (
+    "parameters",
+    "optimizer",
+    "batch",
+    "gradients",
+    "activations",
+    "logits",
+    "weights",
+    "temporaries",
+    "program",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Of one device, in bytes.
+
+    Attributes:
+      limit: What a program can have; 0 if it is not known.
+      used: What the step takes; of one that does not fit, what the compiler says it would.
+      kinds: `used` by kind. The split of what only lives during the step follows the schedule to
+        its fullest moment, scaled to the compiler's sum; in what does not fit it is not known, and
+        `temporaries` are all of it.
+      host: Of the host's memory, for one device.
+    """
+
+    limit: int
+    used: int
+    kinds: dict[str, int]
+    host: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is enough."""
+        return not self.limit or self.used <= self.limit
+
+    @property
+    def headroom(self) -> int:
+        """What is left; negative for what is missing."""
+        return self.limit - self.used
+
+
+def memory_of(
+    compiled: Compiled,
+    peak: Peak,
+    held: Mapping[str, int],
+    chip: Chip,
+    *,
+    parameters: Mapping[str, tuple[int, ...]],
+    architecture: DecoderConfig,
+) -> Memory:
+    """Splits what a program takes.
+
+    Args:
+      compiled: The program.
+      peak: Its fullest moment.
+      held: Bytes of parameters, gradients and optimizer state on one device.
+      chip: One device's.
+      parameters: Shape of what a device holds of each parameter.
+      architecture: Of the model.
+    """
+    allocation = compiled.allocation
+    assert allocation is not None
+    kinds = dict.fromkeys(KINDS, 0)
+    kinds["parameters"], kinds["optimizer"] = held["parameters"], held["optimizer"]
+    kinds["batch"] = max(0, allocation.arguments - kinds["parameters"] - kinds["optimizer"])
+    kinds["program"] = allocation.program
+    found = dict.fromkeys(KINDS, 0)
+    shapes = set(parameters.values())
+    for buffer in peak.buffers:
+        found[_kind(buffer, shapes, architecture)] += buffer.bytes
+    inside = max(0, allocation.total - allocation.arguments - allocation.program)
+    total = sum(found.values())
+    # What the walk misses is room that the allocator leaves; what it counts twice is scaled away.
+    scale = min(1.0, inside / total) if total else 0.0
+    for kind, size in found.items():
+        kinds[kind] += round(size * scale)
+    kinds["temporaries"] += inside - sum(round(size * scale) for size in found.values())
+    return Memory(limit=chip.usable, used=allocation.total, kinds=kinds, host=allocation.host)
+
+
+def memory_without_program(compiled: Compiled, held: Mapping[str, int], chip: Chip) -> Memory:
+    """Splits what a program that does not fit would take, as far as it is known."""
+    kinds = dict.fromkeys(KINDS, 0)
+    for kind in ("parameters", "optimizer", "gradients"):
+        kinds[kind] = held[kind]
+    kinds["temporaries"] = max(0, compiled.needed - sum(kinds.values()))
+    return Memory(limit=compiled.available or chip.usable, used=compiled.needed, kinds=kinds)
+
+
+def _kind(buffer: Buffer, shapes: set[tuple[int, ...]], architecture: DecoderConfig) -> str:
+    """Names a buffer by its shape, which is that of a parameter, of a stack or of logits."""
+    sizes = tuple(size for size in buffer.sizes if size > 1)
+    own = {tuple(size for size in shape if size > 1) for shape in shapes}
+    if sizes in own:
+        return "gradients"
+    layer = {tuple(s for s in shape[1:] if s > 1) for shape in shapes if len(shape) > 1}
+    if sizes in layer:
+        return "gradients" if "transpose" in buffer.origin else "weights"
+    if len(sizes) >= 3 and buffer.sizes[0] == architecture.layers:
+        return "activations"
+    if _is_gathered(sizes, own | layer, architecture):
+        return "weights"
+    if architecture.vocab in sizes:
+        return "logits"
+    return "temporaries"
+
+
+def _is_gathered(
+    sizes: tuple[int, ...], shapes: set[tuple[int, ...]], architecture: DecoderConfig
+) -> bool:
+    """Whether a buffer is a parameter whose embedding dimension was put together."""
+    count = math.prod(sizes)
+    return architecture.embed in sizes and any(
+        len(shape) >= 2 and count % math.prod(shape) == 0 and set(shape) - set(sizes) != set(shape)
+        for shape in shapes
+        if len(shape) == len(sizes) and sum(a != b for a, b in zip(shape, sizes, strict=True)) == 1
+    )

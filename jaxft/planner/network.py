@@ -1,0 +1,100 @@
+"""How long devices take to exchange data: rings and lines of a TPU's torus, switches, DCN.
+
+The times are what links allow if each carries as much as the others, as
+https://jax-ml.github.io/scaling-book/sharding/ derives them.
+"""
+
+import collections
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.chips import Chip, Switch, Torus
+from jaxft.sharding.collectives import Collective
+
+# Of one message from one chip to the next (scaling book, question 5 of the chapter on TPUs).
+HOP_SECONDS = 1e-6
+
+
+@dataclass(frozen=True)
+class Network:
+    """The links between the devices of a mesh.
+
+    Attributes:
+      chip: Whose they are.
+      mesh: The devices.
+      shape: Chips of one slice along each dimension; empty where there is no torus.
+    """
+
+    chip: Chip
+    mesh: Mesh
+    shape: tuple[int, ...] = ()
+
+    def seconds(self, one: Collective) -> float:
+        """Returns the time of one run of a collective, alone in the network."""
+        if one.across_slices:
+            return self._between_slices(one)
+        if isinstance(self.chip.network, Torus):
+            return self._on_torus(one, self.chip.network)
+        return self._on_switch(one)
+
+    def _between_slices(self, one: Collective) -> float:
+        return one.wire_bytes / (self.chip.dcn / self.chip.cores)
+
+    def _on_switch(self, one: Collective) -> float:
+        """GPUs of one domain talk by its switch; of several each has its own way to the others."""
+        network = self.chip.network
+        if not isinstance(network, Switch):
+            return 0.0
+        inside = one.wire_bytes / network.link
+        groups = one.groups or (range(one.group_size),)
+        domains = [collections.Counter(place // network.size for place in g) for g in groups]
+        ways = [max(counts.values()) for counts in domains if len(counts) > 1]
+        if not ways:
+            return inside + HOP_SECONDS
+        return max(inside, one.wire_bytes / (min(ways) * self.chip.dcn)) + HOP_SECONDS
+
+    def _on_torus(self, one: Collective, torus: Torus) -> float:
+        extents = self._extents(one.groups)
+        if one.kind == "collective-permute":
+            hops = max((self._distance(pair) for pair in one.groups), default=1)
+            return one.bytes * max(1, hops) / torus.link + HOP_SECONDS * hops
+        wraps = torus.wraps(self.shape)
+        # Dimensions along which the group lies, and whether it closes a ring there.
+        sides = [
+            (size, wraps[i] and size == self.shape[i]) for i, size in enumerate(extents) if size > 1
+        ]
+        # Both directions of a ring; a line's end has one link.
+        links = sum(2 if ring else 1 for _, ring in sides)
+        hops = sum(size // 2 if ring else size - 1 for size, ring in sides)
+        rate = max(1, links) * torus.link
+        if one.kind in ("all-to-all", "ragged-all-to-all"):
+            # Half of what each half sends crosses the middle, of a ring in two places.
+            busiest = max((size / (8 if ring else 4) for size, ring in sides), default=1.0)
+            return one.bytes * busiest / torus.link + HOP_SECONDS * hops
+        return one.wire_bytes / rate + HOP_SECONDS * hops
+
+    def _extents(self, groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """Returns the chips along each dimension that a group's devices lie on."""
+        places = self._coordinates(groups[0])
+        return tuple(len(np.unique(places[:, i])) for i in range(len(self.shape)))
+
+    def _coordinates(self, group: Sequence[int]) -> np.ndarray:
+        devices: Any = self.mesh.devices.flat
+        return np.array([devices[i].coords[: len(self.shape)] for i in group])
+
+    def _distance(self, pair: Sequence[int]) -> int:
+        """Returns the hops between two chips."""
+        assert isinstance(self.chip.network, Torus)
+        places = self._coordinates(pair)
+        apart = np.abs(places[0] - places[1])
+        wraps = self.chip.network.wraps(self.shape)
+        return int(
+            sum(
+                min(d, size - d) if ring else d
+                for d, size, ring in zip(apart, self.shape, wraps, strict=True)
+            )
+        )

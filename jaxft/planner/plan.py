@@ -1,0 +1,665 @@
+"""A plan: what one run would cost on one slice, compiled where there is a compiler.
+
+Memory and collectives are what the compiled program says; times are estimates.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jaxft.config import RunConfig, to_dict
+from jaxft.data.batch import Batch
+from jaxft.hlo import Computation, Instruction, Module
+from jaxft.metrics import training_flops
+from jaxft.models.families import Architecture
+from jaxft.planner import timeline as lanes
+from jaxft.planner.analytic import Estimator
+from jaxft.planner.compilation import Compiled, compile_lowered
+from jaxft.planner.cost import cost_of
+from jaxft.planner.kernels import efficiency, splash_flops
+from jaxft.planner.liveness import peak_of
+from jaxft.planner.memory import Memory, memory_of, memory_without_program
+from jaxft.planner.network import Network
+from jaxft.planner.prices import Prices
+from jaxft.planner.timeline import Rates, Simulator, Timeline
+from jaxft.planner.topology import Topology
+from jaxft.program import Program, make_placement
+from jaxft.sharding.collectives import Collective, Frame, Reader
+from jaxft.shardings import cpu_devices, describe, make_program
+
+# Version of the JSON form; a field that changes its meaning or goes away raises it.
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """All collectives of one kind over the same mesh axes, in one step and per device.
+
+    Attributes:
+      kind: As XLA calls it.
+      axes: Mesh axes along which it goes.
+      network: `ici` within a slice or an NVLink domain, `dcn` between slices.
+      count: Runs in a step.
+      exact: Whether that is known, and not only the least it can be.
+      bytes: Payload.
+      wire_bytes: What a device sends if groups are rings.
+      seconds: That the links need for it; an estimate.
+      overlapped: Share of these in which the core has other work.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    network: str
+    count: int
+    exact: bool
+    bytes: int
+    wire_bytes: int
+    seconds: float
+    overlapped: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """How long a step takes; all of it estimates, in seconds.
+
+    Attributes:
+      seconds: Of the whole step, by the schedule.
+      terms: What each resource needs on its own: `compute`, `memory`, `ici`, `dcn`, `host`.
+      spent: What the core does during the step, its waits by what it waits for; adds up to
+        `seconds`.
+      by_cycles: Of the whole step if matrix products take what the compiler estimates, where that
+        is more than at the rate of large ones; 0 if it estimates nothing.
+      low: Of the interval in which published steps lie around their predictions.
+      high: As low.
+    """
+
+    seconds: float
+    terms: dict[str, float]
+    spent: dict[str, float]
+    by_cycles: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a step computes and moves, on one device.
+
+    Attributes:
+      model_flops: That the mathematics needs, attention once for each visible pair.
+      model_flops_full: As `model_flops`, attention counted in full.
+      flops: Of all matrix products that run, with what rematerialisation repeats.
+      bytes: To and from device memory.
+    """
+
+    model_flops: float
+    model_flops_full: float
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What follows from the time of a step; estimates.
+
+    Attributes:
+      tokens_per_second: Of all chips; every position of a row counts.
+      tokens_per_second_per_chip: Of one.
+      mfu: Model FLOPs over the peak, attention once for each visible pair.
+      mfu_full: Attention counted in full.
+      price_per_hour: Of all chips; 0 if no price is known.
+      price_per_million_tokens: As `price_per_hour`.
+      currency: Of both.
+      priced: The date of the price.
+    """
+
+    tokens_per_second: float
+    tokens_per_second_per_chip: float
+    mfu: float
+    mfu_full: float
+    price_per_hour: float
+    price_per_million_tokens: float
+    currency: str
+    priced: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedy:
+    """A change that was compiled to see whether the run then fits.
+
+    Attributes:
+      change: In words.
+      flags: That make it: config keys and values; `topology` for another slice.
+      fits: Whether it does.
+      used: Bytes that it takes.
+      seconds: Of a step, if it fits; an estimate.
+    """
+
+    change: str
+    flags: dict[str, Any]
+    fits: bool
+    used: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run on a slice.
+
+    Attributes:
+      model: Path or name.
+      parameters: Their number.
+      topology: The slice.
+      strategy: Its name.
+      mesh: Devices along each axis.
+      settings: Every key of the run's config.
+      source: `compiled`, or `estimate` where there is no compiler.
+      memory: Of one device.
+      work: Of one step and device.
+      time: None if the run does not fit.
+      speed: None if the run does not fit.
+      exchanges: Most wire bytes first; empty if the run does not fit.
+      evaluation: Time of the eval step, None if it does not fit or was not asked for.
+      evaluation_memory: Bytes that the eval step takes on a device.
+      remedies: What was tried where the run does not fit.
+      timeline: For pictures; None if the run does not fit.
+      compile_seconds: That compiling took.
+      notes: What a reader should know of this plan.
+    """
+
+    model: str
+    parameters: int
+    topology: Topology
+    strategy: str
+    mesh: dict[str, int]
+    settings: dict[str, Any]
+    source: str
+    memory: Memory
+    work: Work
+    time: StepTime | None = None
+    speed: Speed | None = None
+    exchanges: tuple[Exchange, ...] = ()
+    evaluation: StepTime | None = None
+    evaluation_memory: int = 0
+    remedies: tuple[Remedy, ...] = ()
+    timeline: Timeline | None = None
+    compile_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device's memory is enough."""
+        return self.memory.fits
+
+    def record(self) -> dict[str, Any]:
+        """Returns the plan in the form of its JSON, without the timeline."""
+        fields = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("timeline", "topology")
+        }
+        values = {name: _jsonable(value) for name, value in fields.items()}
+        topology = self.topology
+        return {
+            "schema": SCHEMA,
+            **values,
+            "fits": self.fits,
+            "topology": {
+                "name": topology.name,
+                "chip": topology.chip.name,
+                "shape": list(topology.shape),
+                "slices": topology.slices,
+                "chips": topology.chips,
+                "devices": topology.device_count,
+                "sold_as": topology.sold_as,
+            },
+        }
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_jsonable(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Makes plans of one model.
+
+    Attributes:
+      architecture: Of the model.
+      prices: Of chips.
+      cache: Folder of compiled programs; empty for the usual one, `off` for none.
+      rates: What share of published rates is reached.
+      fused_backward: Whether attention's backward pass is counted as one kernel in place of two.
+    """
+
+    architecture: Architecture
+    prices: Prices
+    cache: str = ""
+    rates: Rates = field(default_factory=Rates)
+    fused_backward: bool = False
+
+    def plan(self, config: RunConfig, topology: Topology, *, evaluation: bool = False) -> Plan:
+        """Compiles the trainer's own step and reads what it would cost.
+
+        Args:
+          config: The run's.
+          topology: Where; there must be a compiler for it.
+          evaluation: Whether the eval step is compiled too.
+
+        Raises:
+          ConfigError: If the strategy cannot place the model there, as a run would be refused.
+        """
+        placement = make_placement(config, topology.devices())
+        program = make_program(config, self.architecture, placement=placement)
+        compiled = self._compile(program.lower(), program, topology)
+        held = describe(config, self.architecture, placement=placement).bytes_per_device
+        common = {
+            "model": config.model.path,
+            "parameters": program.evaluator.parameters,
+            "topology": topology,
+            "strategy": placement.name,
+            "mesh": dict(placement.mesh.shape),
+            "settings": to_dict(config),
+            "source": "compiled",
+            "compile_seconds": compiled.seconds,
+        }
+        flops = model_flops(config, program.evaluator.multiplied_parameters, self.architecture)
+        needed = [total / placement.mesh.size for total in flops]
+        if not compiled.fits:
+            memory = memory_without_program(compiled, held, topology.chip.core)
+            work = Work(model_flops=needed[0], model_flops_full=needed[1], flops=0.0, bytes=0.0)
+            return Plan(**common, memory=memory, work=work)
+        found = self._read(compiled.text, topology, program)
+        time = step_time(found, topology)
+        shapes = {
+            path: leaf.sharding.shard_shape(leaf.shape)
+            for path, leaf in program.state.params.items()
+        }
+        memory = memory_of(
+            compiled,
+            peak_of(found.module),
+            held,
+            topology.chip.core,
+            parameters=shapes,
+            architecture=self.architecture.config,
+        )
+        work = Work(
+            model_flops=needed[0], model_flops_full=needed[1], flops=found.flops, bytes=found.bytes
+        )
+        tested, tested_memory = self._evaluation(config, program, topology, wanted=evaluation)
+        return Plan(
+            **common,
+            memory=memory,
+            work=work,
+            time=time,
+            speed=self.speed(config, topology, time, needed),
+            exchanges=exchanges(found),
+            evaluation=tested,
+            evaluation_memory=tested_memory,
+            timeline=found.step,
+            notes=_notes(topology),
+        )
+
+    def estimate(self, config: RunConfig, topology: Topology) -> Plan:
+        """Estimates in closed form what a run would cost, without a compiler.
+
+        Args:
+          config: The run's.
+          topology: Where; GPUs need not be here.
+
+        Raises:
+          ConfigError: If the strategy cannot place the model there, or the rows cannot be split.
+        """
+        placement = make_placement(config, estimated_devices(topology))
+        program = make_program(_anywhere(config), self.architecture, placement=placement)
+        estimator = Estimator(architecture=self.architecture, topology=topology, rates=self.rates)
+        found = estimator.estimate(config, placement)
+        flops = model_flops(config, program.evaluator.multiplied_parameters, self.architecture)
+        needed = [total / placement.mesh.size for total in flops]
+        chip = topology.chip.core
+        limit = chip.usable or round(_USABLE * chip.memory)
+        memory = Memory(limit=limit, used=found.bytes, kinds=found.kinds, host=found.host)
+        low, high = ESTIMATED_RANGE
+        time = StepTime(
+            seconds=found.seconds,
+            terms={key: value for key, value in found.terms.items() if key != "attention"}
+            | {"compute": found.terms["compute"] + found.terms["attention"]},
+            spent=found.terms,
+            by_cycles=0.0,
+            low=low * found.seconds,
+            high=high * found.seconds,
+        )
+        return Plan(
+            model=config.model.path,
+            parameters=program.evaluator.parameters,
+            topology=topology,
+            strategy=placement.name,
+            mesh=dict(placement.mesh.shape),
+            settings=to_dict(config),
+            source="estimate",
+            memory=memory,
+            work=Work(
+                model_flops=needed[0], model_flops_full=needed[1], flops=found.flops, bytes=0.0
+            ),
+            time=time if memory.fits else None,
+            speed=self.speed(config, topology, time, needed) if memory.fits else None,
+            exchanges=tuple(
+                Exchange(
+                    kind=one.kind,
+                    axes=one.axes,
+                    network=lanes.DCN if one.across_slices else lanes.ICI,
+                    count=0,
+                    exact=False,
+                    bytes=one.bytes,
+                    wire_bytes=one.wire_bytes,
+                    seconds=seconds,
+                    overlapped=hidden,
+                )
+                for one, seconds, hidden in found.exchanges
+            ),
+            notes=(
+                "A closed-form estimate: nothing was compiled. Attention is taken to be a flash "
+                "kernel; the exchange of weights and gradients to be hidden in part.",
+            ),
+        )
+
+    def _compile(self, lowered: Any, program: Program, topology: Topology) -> Compiled:
+        target = f"{topology.slices}x{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+        return compile_lowered(lowered, program.compiler_options, target=target, cache=self.cache)
+
+    def _kernel_flops(self, instruction: Any, computation: Any) -> tuple[float, int] | None:
+        return splash_flops(
+            instruction, computation, self.architecture.config, fused=self.fused_backward
+        )
+
+    def _simulate(
+        self,
+        module: Module,
+        reader: Reader,
+        topology: Topology,
+        program: Program,
+        *,
+        cycles: bool = False,
+    ) -> Timeline:
+        chip = topology.chip.core
+        mesh = program.evaluator.placement.mesh
+
+        def kernel_seconds(instruction: Any, computation: Any) -> float | None:
+            found = self._kernel_flops(instruction, computation)
+            if found is None or not chip.bfloat16:
+                return None
+            return found[0] / (chip.bfloat16 * efficiency(chip, found[1]))
+
+        network = Network(topology.chip, mesh, topology.shape)
+        rates = self.rates._replace(cycles=cycles)
+        return Simulator(module, reader, network, kernels=kernel_seconds, rates=rates).run()
+
+    def _read(self, text: str, topology: Topology, program: Program) -> "_Reading":
+        """Reads what a program computes and when."""
+        module = Module(text)
+        reader = Reader(module, program.evaluator.placement.mesh)
+        step = self._simulate(module, reader, topology, program)
+        slower = self._simulate(module, reader, topology, program, cycles=True)
+        flops, moved = totals(module, self._kernel_flops)
+        return _Reading(module, reader, step, slower.seconds, flops, moved)
+
+    def _evaluation(
+        self, config: RunConfig, program: Program, topology: Topology, *, wanted: bool
+    ) -> tuple[StepTime | None, int]:
+        if not wanted:
+            return None, 0
+        evaluator = program.evaluator
+        placement = evaluator.placement
+        rows = config.eval.batch_size or config.train.batch_size
+        rows = -(-rows // placement.row_multiple) * placement.row_multiple
+        batch = Batch(
+            *(
+                type(leaf)((rows, leaf.shape[-1]), leaf.dtype, sharding=placement.rows)
+                for leaf in program.batch
+            )
+        )
+        lowered = evaluator.eval_step.lower(program.state.params, batch)
+        compiled = self._compile(lowered, program, topology)
+        if compiled.allocation is None:
+            return None, compiled.needed
+        found = self._read(compiled.text, topology, program)
+        return step_time(found, topology), compiled.allocation.total
+
+    def speed(
+        self, config: RunConfig, topology: Topology, time: StepTime, flops: Sequence[float]
+    ) -> Speed | None:
+        """Returns what follows from the time of a step.
+
+        Args:
+          config: The run's.
+          topology: Where.
+          time: Of a step.
+          flops: Of a device, attention once for each visible pair, and in full.
+        """
+        if not time.seconds:
+            return None
+        tokens = config.train.batch_size * config.data.max_length
+        rate = tokens / time.seconds
+        peak = topology.chip.core.peak(
+            "float32" if config.model.dtypes == "float32" else "bfloat16"
+        )
+        price = self.prices.of(topology.chip.name)
+        hourly = price.per_chip_hour * topology.chips if price else 0.0
+        return Speed(
+            tokens_per_second=rate,
+            tokens_per_second_per_chip=rate / topology.chips,
+            mfu=flops[0] / (time.seconds * peak) if peak else 0.0,
+            mfu_full=flops[1] / (time.seconds * peak) if peak else 0.0,
+            price_per_hour=hourly,
+            price_per_million_tokens=hourly / 3600 / rate * 1e6,
+            currency=self.prices.currency,
+            priced=price.date if price else "",
+        )
+
+
+def estimated_devices(topology: Topology) -> Sequence[Any]:
+    """Returns devices for a mesh: of the slice, or made-up ones for GPUs that are not there."""
+    return topology.devices() if topology.can_compile else cpu_devices(topology.device_count)
+
+
+def _anywhere(config: RunConfig) -> RunConfig:
+    """Returns a config whose attention can be had on made-up devices."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+
+
+def model_flops(
+    config: RunConfig, multiplied: int, architecture: Architecture
+) -> tuple[float, float]:
+    """Returns the FLOPs that a step's mathematics needs, of full rows of one document each.
+
+    Args:
+      config: The run's.
+      multiplied: Parameters that a token is multiplied with.
+      architecture: Of the model.
+
+    Returns:
+      Attention counted once for each visible pair, and in full; of all devices.
+    """
+    model, length, rows = architecture.config, config.data.max_length, config.train.batch_size
+    windows = [model.kinds[i].window or length for i in model.pattern]
+    seen = sum(_squared(length, window) for window in windows) / len(windows)
+    found = training_flops(
+        multiplied,
+        layers=model.layers,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        tokens=rows * length,
+        squared_lengths=round(rows * seen),
+    )
+    return found.causal, found.full
+
+
+def _squared(length: int, window: int) -> float:
+    """Returns twice the visible pairs of a row, less its tokens: its square without a window."""
+    window = min(window, length)
+    return window**2 + (length - window) * (2 * window - 1)
+
+
+class _Reading(NamedTuple):
+    """What is read from a compiled program.
+
+    Attributes:
+      module: The program.
+      reader: Of its collectives.
+      step: Its timeline.
+      by_cycles: Length of the timeline in which matrix products take the compiler's cycles.
+      flops: Of matrix products on a device.
+      bytes: To and from its main memory.
+    """
+
+    module: Module
+    reader: Reader
+    step: Timeline
+    by_cycles: float
+    flops: float
+    bytes: float
+
+
+def step_time(found: _Reading, topology: Topology) -> StepTime:
+    """Adds a timeline up."""
+    chip, step = topology.chip.core, found.step
+    spent: dict[str, float] = {}
+    for span, times in step.every():
+        if span.lane == lanes.CORE:
+            spent[span.kind] = spent.get(span.kind, 0.0) + span.seconds * times
+    low, high = error_interval(step.seconds)
+    return StepTime(
+        seconds=step.seconds,
+        terms={
+            "compute": found.flops / chip.bfloat16 if chip.bfloat16 else 0.0,
+            "memory": found.bytes / chip.bandwidth if chip.bandwidth else 0.0,
+            **{lane: step.total(lane=lane) for lane in (lanes.ICI, lanes.DCN, lanes.TO_HOST)},
+        },
+        spent=spent,
+        by_cycles=found.by_cycles if chip.clock else 0.0,
+        low=low,
+        high=high,
+    )
+
+
+def totals(module: Module, kernel_flops: Any) -> tuple[float, float]:
+    """Returns FLOPs of matrix products and bytes of main memory of one step on a device."""
+
+    def visit(name: str, times: float) -> tuple[float, float]:
+        computation = module.computations[name]
+        flops = moved = 0.0
+        for instruction in computation.instructions.values():
+            called = _called(module, computation, instruction)
+            for inner, runs in called:
+                more = visit(inner, times * runs)
+                flops, moved = flops + more[0], moved + more[1]
+            if called or instruction.opcode.endswith(("-start", "-done")):
+                continue
+            cost = cost_of(module, computation, instruction)
+            kernel = kernel_flops(instruction, computation)
+            flops += times * (cost.flops + (kernel[0] if kernel else 0.0))
+            moved += times * cost.bytes
+        return flops, moved
+
+    return visit(module.entry, 1.0)
+
+
+def _called(
+    module: Module, computation: Computation, instruction: Instruction
+) -> list[tuple[str, float]]:
+    """Returns what an instruction runs, and how often; of branches each for its share."""
+    if instruction.opcode == "while":
+        trips = module.trips(computation, instruction) or 1
+        return [(instruction.called("body")[0], trips)]
+    if instruction.opcode == "conditional":
+        branches = module.branches(instruction)
+        return [(branch, 1 / len(branches)) for branch in branches]
+    if instruction.opcode == "call":
+        return [(name, 1) for name in instruction.called("to_apply")]
+    return []
+
+
+def exchanges(found: _Reading) -> tuple[Exchange, ...]:
+    """Adds the collectives of a program up, with the time they take and that is waited for them."""
+    taken: dict[str, float] = {}
+    waited: dict[str, float] = {}
+    for span, times in found.step.every():
+        if span.lane in (lanes.ICI, lanes.DCN):
+            taken[span.name] = taken.get(span.name, 0.0) + span.seconds * times
+        elif span.kind.startswith(lanes.WAIT):
+            waited[span.name] = waited.get(span.name, 0.0) + span.seconds * times
+    groups: dict[tuple, list[Collective]] = {}
+    for one in found.reader.visit(found.module.entry, Frame()):
+        network = lanes.DCN if one.across_slices else lanes.ICI
+        groups.setdefault((one.kind, one.axes, network), []).append(one)
+    return tuple(
+        sorted(
+            (_exchange(*key, group, taken, waited) for key, group in groups.items()),
+            key=lambda exchange: -exchange.wire_bytes,
+        )
+    )
+
+
+def _exchange(
+    kind: str,
+    axes: tuple[str, ...],
+    network: str,
+    group: Sequence[Collective],
+    taken: Mapping[str, float],
+    waited: Mapping[str, float],
+) -> Exchange:
+    names = {one.name for one in group}
+    seconds = sum(taken.get(name, 0.0) for name in names)
+    exposed = sum(waited.get(name, 0.0) for name in names)
+    return Exchange(
+        kind=kind,
+        axes=axes,
+        network=network,
+        count=sum(one.count for one in group),
+        exact=all(one.exact for one in group),
+        bytes=sum(one.count * one.bytes for one in group),
+        wire_bytes=sum(one.count * one.wire_bytes for one in group),
+        seconds=seconds,
+        overlapped=min(1.0, max(0.0, 1 - exposed / seconds)) if seconds else 0.0,
+    )
+
+
+# Least and most that published steps took of their predictions, and the root mean square of the
+# differences: benchmarks/published.py, whose table is in docs/planning.md. No constant was fitted
+# to them.
+PUBLISHED_RANGE, PUBLISHED_RMS = (0.85, 1.03), 0.09
+
+
+# Of a GPU's memory, what is left to programs where the driver and libraries have theirs.
+_USABLE = 0.92
+# As PUBLISHED_RANGE, of closed-form estimates. Not held against GPUs: a factor of 1.5 either way.
+ESTIMATED_RANGE = (1 / 1.5, 1.5)
+
+
+def error_interval(seconds: float) -> tuple[float, float]:
+    """Returns the interval in which published steps lie around their predictions."""
+    low, high = PUBLISHED_RANGE
+    return low * seconds, high * seconds
+
+
+def _notes(topology: Topology) -> tuple[str, ...]:
+    if topology.local and not topology.chip.bfloat16:
+        return ("No figures of this device are published: memory and collectives alone are known.",)
+    return ()
+
+
+def describe_shape(topology: Topology) -> str:
+    """Returns `2 slices of v5e 16x16 (256 chips each)` in words."""
+    shape = "x".join(map(str, topology.shape))
+    each = math.prod(topology.shape)
+    if topology.slices > 1:
+        return f"{topology.slices} slices of {topology.chip.name} {shape}, {each} chips each"
+    return f"{topology.chip.name} {shape}, {each} chip{'s' if each > 1 else ''}"

@@ -1,0 +1,111 @@
+"""What would make a run fit that does not: small changes, each compiled to see."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from jaxft.config import RunConfig
+from jaxft.errors import JaxftError
+from jaxft.planner.plan import Plan, Planner, Remedy
+from jaxft.planner.search import with_flags
+from jaxft.planner.topology import Topology, next_larger
+
+
+class Change(NamedTuple):
+    """Something to try.
+
+    Attributes:
+      words: What it is.
+      flags: Config keys and values.
+      topology: Where.
+    """
+
+    words: str
+    flags: dict[str, Any]
+    topology: Topology
+
+
+def try_remedies(
+    plan: Plan,
+    config: RunConfig,
+    planner: Planner,
+    *,
+    on_log: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Returns a plan that does not fit with what was tried: those that fit first, then by memory.
+
+    If no single change on the same slice is enough, all that concern memory are tried at once.
+    """
+    tried: list[Remedy] = []
+    for change in single_changes(config, plan.topology):
+        _try(change, config, planner, tried, on_log)
+    if not any(remedy.fits and "topology" not in remedy.flags for remedy in tried):
+        _try(together(config, plan.topology), config, planner, tried, on_log)
+    ranked = sorted(tried, key=lambda remedy: (not remedy.fits, "topology" in remedy.flags))
+    return dataclasses.replace(plan, remedies=tuple(ranked))
+
+
+def _try(
+    change: Change,
+    config: RunConfig,
+    planner: Planner,
+    tried: list[Remedy],
+    on_log: Callable[[str], None],
+) -> None:
+    try:
+        found = planner.plan(with_flags(config, change.flags), change.topology)
+    except (JaxftError, RuntimeError) as error:  # jaxlib's errors are RuntimeErrors
+        on_log(f"{change.words}: refused, {str(error).splitlines()[0]}")
+        return
+    flags = dict(change.flags)
+    if "slice" in change.words:
+        flags["topology"] = change.topology.name
+    seconds = found.time.seconds if found.time else 0.0
+    remedy = Remedy(
+        change=change.words, flags=flags, fits=found.fits, used=found.memory.used, seconds=seconds
+    )
+    on_log(f"{remedy.change}: {'fits' if remedy.fits else 'does not fit'}")
+    tried.append(remedy)
+
+
+def single_changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
+    """Yields changes of one thing, the least first."""
+    for words, flags in _memory_changes(config, topology):
+        yield Change(words, flags, topology)
+    for name, sizes in (("fsdp", {}), ("fsdp_tp_sp", {"mesh.tensor": 4})):
+        if config.strategy != name:
+            yield Change(f"strategy {name}", {"strategy": name, **sizes}, topology)
+    larger = next_larger(topology)
+    if larger is not None:
+        yield Change(f"the slice {larger.sold_as or larger.name}", {}, larger)
+
+
+def together(config: RunConfig, topology: Topology) -> Change:
+    """Returns all changes at once that cost no other mesh."""
+    flags: dict[str, Any] = {}
+    for _, more in _memory_changes(config, topology):
+        flags |= more
+    flags |= _smallest_micro_batches(config, topology)
+    words = ", ".join(f"{key}={value}" for key, value in flags.items())
+    return Change(words, flags, topology)
+
+
+def _memory_changes(config: RunConfig, topology: Topology) -> Iterator[tuple[str, dict[str, Any]]]:
+    model, train = config.model, config.train
+    if model.remat != "full":
+        yield "keep the layers' inputs alone", {"model.remat": "full", "model.offload": ""}
+    if train.batch_size // train.accumulation >= 2 * topology.device_count:
+        count = 2 * train.accumulation
+        yield f"{count} micro-batches", {"train.accumulation": count}
+    if config.objective.chunk > 64 or not config.objective.chunk:
+        yield "logits of 64 positions at a time", {"objective.chunk": 64}
+    if topology.chip.host and model.offload != "inputs":
+        flags = {"model.remat": "full", "model.offload": "inputs"}
+        yield "keep the layers' inputs alone, on the host", flags
+
+
+def _smallest_micro_batches(config: RunConfig, topology: Topology) -> dict[str, Any]:
+    rows = config.train.batch_size // topology.device_count
+    if rows <= 1 or config.train.batch_size % topology.device_count:
+        return {}
+    return {"train.accumulation": rows}

@@ -1,0 +1,414 @@
+"""Looking for the fastest way to run on a slice: mesh, strategy, what is kept, micro-batches.
+
+All candidates are estimated in closed form, which takes milliseconds. Those that should fit and be
+fast are compiled, in several processes, and ranked by what their programs say.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import multiprocessing
+import os
+import pkgutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.config import MeshConfig, RunConfig, from_dict, to_dict
+from jaxft.errors import ConfigError, JaxftError
+from jaxft.models.config import make_numerics
+from jaxft.models.families import Architecture
+from jaxft.models.module import AbstractModel
+from jaxft.planner.analytic import Estimate, Estimator
+from jaxft.planner.plan import Plan, Planner, estimated_devices
+from jaxft.planner.topology import Topology, use_compiler_alone
+from jaxft.program import check_strategy, check_weights, make_placement
+from jaxft.sharding import strategies
+from jaxft.sharding.rules import Placement, Strategy, load_strategy
+
+# What a layer keeps for its backward pass, from most memory to least.
+REMATS = ("none", "dots", "qkv+attention", "attention", "full")
+# Of what is kept, what waits in the host's memory.
+OFFLOADS = {"full": ("inputs",), "qkv+attention": ("inputs+qkv+attention",)}
+# How far an estimate of memory may be over what there is and still be worth compiling.
+_SLACK = 1.15
+# Largest parts along mesh axes that exchange within a layer, which no real run exceeds.
+_MOST = {"tensor": 16, "context": 16, "stage": 16, "expert": 64}
+# Strategies whose candidates are compiled though others are estimated faster: within this factor.
+_CLOSE = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to run.
+
+    Attributes:
+      flags: Config keys that make it, with their values.
+      estimate: Its closed-form memory and time; None if the strategy refuses the run.
+      plan: If it was compiled.
+      outcome: `compiled`, `does not fit`, `estimated not to fit`, `estimated slower`, or
+        `refused: …`.
+    """
+
+    flags: dict[str, Any]
+    estimate: Estimate | None
+    plan: Plan | None = None
+    outcome: str = ""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others, in words."""
+        flags = self.flags
+        mesh = " × ".join(
+            f"{key.removeprefix('mesh.')} {size}"
+            for key, size in flags.items()
+            if key.startswith("mesh.") and size > 1
+        )
+        parts = [f"{flags['strategy']} {mesh}".strip(), f"remat {flags['model.remat']}"]
+        if flags["model.offload"]:
+            parts.append(f"{flags['model.offload']} on the host")
+        if flags["train.accumulation"] > 1:
+            parts.append(f"{flags['train.accumulation']} micro-batches")
+        return ", ".join(parts)
+
+    @property
+    def estimate_seconds(self) -> float:
+        """Of a step, in closed form; infinite if it is refused."""
+        return self.estimate.seconds if self.estimate else math.inf
+
+    @property
+    def estimate_bytes(self) -> int:
+        """Of a device's memory, in closed form."""
+        return self.estimate.bytes if self.estimate else 0
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: by the compiled program, else by the estimate."""
+        if self.plan is not None and self.plan.time is not None:
+            return self.plan.time.seconds
+        return self.estimate_seconds
+
+    @property
+    def bytes(self) -> int:
+        """Of a device's memory: by the compiled program, else by the estimate."""
+        return self.plan.memory.used if self.plan is not None else self.estimate_bytes
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it was compiled and fits."""
+        return self.plan is not None and self.plan.fits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What was looked at on one slice.
+
+    Attributes:
+      topology: The slice.
+      candidates: Best first: what was compiled and fits by its time, then the rest.
+      seconds: That the search took.
+    """
+
+    topology: Topology
+    candidates: tuple[Candidate, ...]
+    seconds: float
+
+    @property
+    def considered(self) -> int:
+        """How many candidates were estimated."""
+        return len(self.candidates)
+
+    @property
+    def compiled(self) -> int:
+        """How many were compiled."""
+        return sum(candidate.plan is not None for candidate in self.candidates)
+
+    @property
+    def best(self) -> Candidate | None:
+        """The fastest of those that were compiled and fit."""
+        return next((c for c in self.candidates if c.is_compiled), None)
+
+
+def search(
+    config: RunConfig,
+    topology: Topology,
+    planner: Planner,
+    *,
+    names: Sequence[str] = (),
+    count: int = 8,
+    jobs: int = 0,
+    budget: float = 480.0,
+    on_log: Callable[[str], None] = lambda text: None,
+) -> Search:
+    """Finds the fastest candidate for a config's model, rows and batch size on a slice.
+
+    Args:
+      config: The run's; its batch size, row length and other keys stay.
+      topology: The slice.
+      planner: Makes plans.
+      names: Strategies to look at; by default all built-in ones that suit the model.
+      count: How many that fit are compiled.
+      jobs: Processes that compile; 0: as many as there are cores, 8 at most.
+      budget: Seconds after which no further compilation begins.
+      on_log: Takes lines that say how far it is.
+
+    Raises:
+      ConfigError: If no candidate can be had at all, with the reasons.
+    """
+    started = time.monotonic()
+    candidates = estimate_all(config, topology, planner.architecture, names=names)
+    limit = topology.chip.core.usable or topology.chip.core.memory
+    hopeful = [c for c in candidates if c.estimate and c.estimate_bytes <= _SLACK * limit]
+    on_log(
+        f"{len(candidates)} candidates, {len(hopeful)} of them may fit; compiling the most "
+        f"promising {min(count, len(hopeful))}."
+    )
+    if not any(c.estimate for c in candidates):
+        reasons = list(dict.fromkeys(c.outcome.removeprefix("refused: ") for c in candidates))
+        raise ConfigError(reasons[:5] or "There is no strategy to try.")
+    done: dict[int, Candidate] = {}
+    if topology.can_compile:
+        order = _promising(hopeful)
+        run = _Compiler(config, topology, planner, jobs=jobs)
+        done = run.compile(order, count=count, until=started + budget, on_log=on_log)
+    ranked = [
+        done.get(id(c)) or dataclasses.replace(c, outcome=_why_not(c, limit)) for c in candidates
+    ]
+    ranked.sort(key=lambda c: (not c.is_compiled, c.estimate is None, c.seconds))
+    return Search(topology=topology, candidates=tuple(ranked), seconds=time.monotonic() - started)
+
+
+def _why_not(candidate: Candidate, limit: int) -> str:
+    if candidate.estimate is None:
+        return candidate.outcome
+    fits = candidate.estimate_bytes <= _SLACK * limit
+    return "estimated slower" if fits else "estimated not to fit"
+
+
+def estimate_all(
+    config: RunConfig, topology: Topology, architecture: Architecture, *, names: Sequence[str] = ()
+) -> list[Candidate]:
+    """Returns every candidate with its estimate, the fastest first."""
+    abstract = architecture.abstract(make_numerics(config.model.dtypes))
+    estimator = Estimator(architecture=architecture, topology=topology)
+    devices = estimated_devices(topology)
+    placements: dict[tuple, Placement | str] = {}
+    found = []
+    for flags in variants(config, topology, architecture, names=names):
+        changed = with_flags(config, flags)
+        mesh = tuple((key, flags[key]) for key in flags if key.startswith("mesh."))
+        where = (flags["strategy"], *mesh)
+        try:
+            if where not in placements:
+                placements[where] = make_placement(changed, devices)
+            placement = placements[where]
+            _check(changed, architecture, abstract, placement)
+            estimate = estimator.estimate(changed, placement, abstract)
+            found.append(Candidate(flags=flags, estimate=estimate))
+        except JaxftError as error:
+            found.append(
+                Candidate(flags=flags, estimate=None, outcome=f"refused: {error.problems[0]}")
+            )
+    return sorted(found, key=lambda c: c.estimate_seconds)
+
+
+def _check(
+    config: RunConfig, architecture: Architecture, abstract: AbstractModel, placement: Placement
+) -> None:
+    """Raises ConfigError for what a run would be refused for."""
+    check_strategy(config, architecture, placement)
+    rows = config.train.batch_size // config.train.accumulation
+    if rows % placement.batch_shards:
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} in {config.train.accumulation} "
+            f"micro-batches cannot be split over {placement.batch_shards} devices."
+        )
+    check_weights(abstract, placement, (rows, config.data.max_length))
+
+
+def variants(
+    config: RunConfig, topology: Topology, architecture: Architecture, *, names: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yields the flags of each candidate."""
+    for name in names or _suitable(architecture):
+        for mesh in meshes(load_strategy(name), topology, architecture, config.data.max_length):
+            shares = math.prod(
+                size for axis, size in mesh.items() if axis in ("data", "fsdp", "expert")
+            )
+            for accumulation in _accumulations(config.train.batch_size, shares):
+                for remat in REMATS:
+                    for offload in ("", *OFFLOADS.get(remat, ())):
+                        yield {
+                            "strategy": name,
+                            **{f"mesh.{axis}": size for axis, size in mesh.items()},
+                            "model.remat": remat,
+                            "model.offload": offload,
+                            "train.accumulation": accumulation,
+                        }
+
+
+def _suitable(architecture: Architecture) -> list[str]:
+    known = [module.name for module in pkgutil.iter_modules(strategies.__path__)]
+    has_experts = architecture.config.experts is not None
+    # The programs of hsdp are those of fsdp but for which axis spans slices.
+    return [n for n in known if ("ep" in n.split("_")) <= has_experts]
+
+
+def meshes(
+    strategy: Strategy, topology: Topology, architecture: Architecture, length: int
+) -> Iterator[dict[str, int]]:
+    """Yields sizes of a strategy's axes that multiply to the devices."""
+    model, count = architecture.config, topology.device_count
+    wholes = {
+        "tensor": model.heads,
+        "context": length // 128,
+        "stage": model.layers,
+        "expert": model.experts.count if model.experts else 1,
+    }
+
+    def sizes(axes: tuple[str, ...], left: int) -> Iterator[dict[str, int]]:
+        axis, *rest = axes
+        for size in (d for d in range(1, left + 1) if left % d == 0):
+            if size > _MOST.get(axis, count) or wholes.get(axis, size) % size:
+                continue
+            if not rest:
+                if size == left:
+                    yield {axis: size}
+                continue
+            for others in sizes(tuple(rest), left // size):
+                yield {axis: size, **others}
+
+    for mesh in sizes(strategy.mesh_axes, count):
+        across = mesh.get(strategy.across_slices, 1)
+        if across % topology.slices == 0:
+            yield mesh
+
+
+def _accumulations(batch: int, shares: int) -> list[int]:
+    """Returns into how many micro-batches of 1, 2, 4, … rows a device's rows can be cut."""
+    rows = batch // shares
+    if batch % shares:
+        return [1]  # is refused, with the reason
+    return [rows // size for size in (1, 2, 4, 8, 16, 32) if rows % size == 0 and size <= rows] or [
+        1
+    ]
+
+
+def with_flags(config: RunConfig, flags: dict[str, Any]) -> RunConfig:
+    """Returns a copy of a config with some keys changed."""
+    values = to_dict(config)
+    if "strategy" in flags:  # sizes of another strategy's mesh say nothing here
+        values |= {f"mesh.{f.name}": 0 for f in dataclasses.fields(MeshConfig)}
+    return from_dict(values | flags)
+
+
+def _promising(candidates: list[Candidate]) -> list[Candidate]:
+    """Returns the candidates in the order in which they are compiled.
+
+    The best of each strategy comes first if it is not far behind: estimates tell strategies apart
+    less surely than variants of one.
+    """
+    ahead: dict[str, Candidate] = {}
+    for candidate in candidates:
+        if candidate.estimate_seconds <= _CLOSE * candidates[0].estimate_seconds:
+            ahead.setdefault(candidate.flags["strategy"], candidate)
+    first = list(ahead.values())
+    taken = {id(candidate) for candidate in first}
+    return first + [c for c in candidates if id(c) not in taken]
+
+
+class _Compiler:
+    """Compiles candidates in processes of their own."""
+
+    def __init__(self, config: RunConfig, topology: Topology, planner: Planner, *, jobs: int):
+        self.config, self.topology, self.planner = config, topology, planner
+        self.jobs = jobs or min(8, os.cpu_count() or 1)
+
+    def compile(
+        self,
+        order: list[Candidate],
+        *,
+        count: int,
+        until: float,
+        on_log: Callable[[str], None],
+    ) -> dict[int, Candidate]:
+        """Compiles until `count` fit or the time is over; returns those compiled, by identity."""
+        done: dict[int, Candidate] = {}
+        waiting, running = list(order), {}
+        with self._pool() as pool:
+            while waiting or running:
+                fitting = sum(c.is_compiled for c in done.values())
+                while (
+                    waiting
+                    and len(running) < self.jobs
+                    and fitting + len(running) < count
+                    and time.monotonic() < until
+                ):
+                    candidate = waiting.pop(0)
+                    config = with_flags(self.config, candidate.flags)
+                    future = pool.submit(_plan, to_dict(config), self.topology, self.planner)
+                    running[future] = candidate
+                if not running:
+                    break
+                finished, _ = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in finished:
+                    candidate = running.pop(future)
+                    done[id(candidate)] = found = _outcome(candidate, future)
+                    on_log(f"{len(done)}: {found.name}: {_result(found)}")
+        return done
+
+    def _pool(self) -> concurrent.futures.Executor:
+        if self.topology.local:  # this machine's devices belong to this process
+            return concurrent.futures.ThreadPoolExecutor(1)
+        context = multiprocessing.get_context("spawn")
+        return concurrent.futures.ProcessPoolExecutor(
+            self.jobs, mp_context=context, initializer=use_compiler_alone
+        )
+
+
+def _plan(values: dict[str, Any], topology: Topology, planner: Planner) -> Plan:
+    return planner.plan(from_dict(values), topology)
+
+
+def _outcome(candidate: Candidate, future: concurrent.futures.Future) -> Candidate:
+    try:
+        plan = future.result()
+    except Exception as error:  # the compiler refuses some programs; others may do
+        lines = str(error).splitlines() or [type(error).__name__]
+        return dataclasses.replace(candidate, outcome=f"refused: {lines[0]}")
+    outcome = "compiled" if plan.fits else "does not fit"
+    return dataclasses.replace(candidate, plan=plan, outcome=outcome)
+
+
+def _result(candidate: Candidate) -> str:
+    if candidate.plan is None:
+        return candidate.outcome
+    if candidate.plan.time is None:
+        return f"does not fit, by {-candidate.plan.memory.headroom / 2**30:.2f} GiB"
+    return f"{candidate.plan.time.seconds:.3g} s a step"
+
+
+def config_file(config: RunConfig, candidate: Candidate, topology: Topology) -> str:
+    """Returns the text of a config file that runs a candidate."""
+    chosen = with_flags(config, candidate.flags)
+    default = to_dict(RunConfig())
+    changed = {key: value for key, value in to_dict(chosen).items() if value != default[key]}
+    lines = [f"    config.{key} = {value!r}" for key, value in changed.items()]
+    plan = candidate.plan
+    predicted = ""
+    if plan is not None and plan.time is not None and plan.speed is not None:
+        predicted = (
+            f"\n\nPredicted by jaxft plan, not measured: {plan.time.seconds:.3g} s a step, "
+            f"{plan.speed.tokens_per_second_per_chip:,.0f} tokens/s a chip, "
+            f"{plan.memory.used / 2**30:.2f} of {plan.memory.limit / 2**30:.2f} GiB of memory."
+        )
+    return (
+        f'"""{candidate.name} on {topology.name}.{predicted}\n"""\n\n'
+        "from jaxft import RunConfig\n\n\n"
+        "def get_config() -> RunConfig:\n"
+        '    """Returns the run."""\n'
+        "    config = RunConfig()\n" + "\n".join(lines) + "\n    return config\n"
+    )

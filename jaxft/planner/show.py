@@ -1,0 +1,245 @@
+"""Plans and searches as tables for a terminal, and as JSON."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape
+from jaxft.planner.search import Candidate, Search
+from jaxft.shardings import format_bytes
+from jaxft.tables import output
+from jaxft.workdir import write_text
+
+# Rows of a search that are shown; all are in its JSON.
+_SHOWN = 12
+
+
+def print_plans(plans: Sequence[Plan]) -> None:
+    """Prints each plan, and a line for each where there are several."""
+    for plan in plans:
+        print_plan(plan)
+        output.print()
+    if len(plans) > 1:
+        _print_comparison(plans)
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints what a run would cost: facts of the compiled program first, then estimates."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    _say(
+        f"[bold]{plan.model}[/bold]: {plan.parameters:,} parameters, {plan.strategy} on "
+        f"{describe_shape(plan.topology)} ({mesh})"
+    )
+    _say(_verdict(plan))
+    output.print(_memory_table(plan))
+    if plan.memory.host:
+        _say(f"In the host's memory, for each device: {format_bytes(plan.memory.host)}.")
+    if plan.time is not None:
+        _print_time(plan, plan.time)
+        output.print(_exchange_table(plan))
+    if plan.evaluation is not None:
+        _say(
+            f"An evaluation step takes {format_seconds(plan.evaluation.seconds)} (estimate) and "
+            f"{format_bytes(plan.evaluation_memory)}."
+        )
+    elif plan.evaluation_memory:
+        _say(f"[red]An evaluation step does not fit: {format_bytes(plan.evaluation_memory)}.[/red]")
+    if plan.remedies:
+        output.print(_remedy_table(plan))
+    for note in plan.notes:
+        _say(f"[dim]{note}[/dim]")
+
+
+def _say(text: str) -> None:
+    output.print(text, highlight=False, soft_wrap=True)
+
+
+def _verdict(plan: Plan) -> str:
+    memory = plan.memory
+    said = "" if plan.source == "compiled" else " by estimate"
+    if not memory.limit:
+        return f"It takes {format_bytes(memory.used)} of a device; how much there is is not known."
+    if plan.fits:
+        return (
+            f"[green]Fits{said}[/green]: {format_bytes(memory.used)} of "
+            f"{format_bytes(memory.limit)}, {format_bytes(memory.headroom)} are left."
+        )
+    return (
+        f"[red]Does not fit{said}[/red]: {format_bytes(memory.used)} of "
+        f"{format_bytes(memory.limit)}, {format_bytes(-memory.headroom)} too much."
+    )
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = _table(["memory of a device", "", "share"], left=1)
+    for kind, size in plan.memory.kinds.items():
+        if size:
+            share = size / plan.memory.used if plan.memory.used else 0.0
+            table.add_row(kind, format_bytes(size), f"{share:.0%}")
+    return table
+
+
+def _print_time(plan: Plan, time: StepTime) -> None:
+    speed = plan.speed
+    _say(
+        f"A step takes about [bold]{format_seconds(time.seconds)}[/bold] (estimate; "
+        f"{format_seconds(time.low)} to {format_seconds(time.high)})"
+        + (f", {format_seconds(time.by_cycles)} by the compiler's cycles" if time.by_cycles else "")
+        + "."
+    )
+    terms = ", ".join(f"{k} {format_seconds(s)}" for k, s in time.terms.items() if s)
+    _say(f"  alone at full rate: {terms}")
+    spent = sorted(time.spent.items(), key=lambda item: -item[1])
+    _say(f"  spent: {', '.join(f'{k} {format_seconds(s)}' for k, s in spent if s > 1e-6)}")
+    if speed is not None:
+        _say(
+            f"  {speed.tokens_per_second:,.0f} tokens/s, "
+            f"{speed.tokens_per_second_per_chip:,.0f} a chip; "
+            f"MFU {speed.mfu:.1%}, attention in full {speed.mfu_full:.1%}"
+        )
+        if speed.price_per_hour:
+            _say(
+                f"  {speed.price_per_million_tokens:.3g} {speed.currency} a million tokens, "
+                f"{speed.price_per_hour:,.2f} an hour, at the list price of {speed.priced}"
+            )
+    _say(
+        f"  {plan.work.model_flops / 1e12:,.1f} TFLOP a device that the mathematics needs, "
+        f"{plan.work.flops / 1e12:,.1f} that run; {format_bytes(plan.work.bytes)} of memory traffic"
+    )
+
+
+def _exchange_table(plan: Plan) -> Table:
+    columns = ["collective", "mesh axes", "network", "count", "payload", "sent", "time", "hidden"]
+    table = _table(columns, left=3)
+    for one in plan.exchanges:
+        counted = f"{one.count:,}" if one.exact else f"at least {one.count:,}" if one.count else ""
+        table.add_row(
+            one.kind,
+            ", ".join(one.axes),
+            one.network.upper(),
+            counted,
+            format_bytes(one.bytes),
+            format_bytes(one.wire_bytes),
+            format_seconds(one.seconds),
+            f"{one.overlapped:.0%}",
+        )
+    return table
+
+
+def _remedy_table(plan: Plan) -> Table:
+    table = _table(["what was tried", "", "takes", "step (estimate)", "flags"], left=2)
+    for remedy in plan.remedies:
+        table.add_row(
+            remedy.change,
+            Text("fits", style="green") if remedy.fits else Text("too large", style="red"),
+            format_bytes(remedy.used),
+            format_seconds(remedy.seconds) if remedy.seconds else "",
+            " ".join(_flag(key, value) for key, value in remedy.flags.items()),
+        )
+    return table
+
+
+def _flag(key: str, value: Any) -> str:
+    return f"--{key}={value}" if key == "topology" else f"--config.{key}={value}"
+
+
+def _print_comparison(plans: Sequence[Plan]) -> None:
+    columns = ["slice", "strategy", "memory", "of", "step", "tokens/s/chip", "MFU", "$/M tokens"]
+    table = _table(columns, left=2)
+    for plan in plans:
+        speed = plan.speed
+        table.add_row(
+            plan.topology.name,
+            plan.strategy,
+            Text(format_bytes(plan.memory.used), style="" if plan.fits else "red"),
+            format_bytes(plan.memory.limit),
+            format_seconds(plan.time.seconds) if plan.time else "does not fit",
+            f"{speed.tokens_per_second_per_chip:,.0f}" if speed else "",
+            f"{speed.mfu:.1%}" if speed else "",
+            f"{speed.price_per_million_tokens:.3g}" if speed and speed.price_per_hour else "",
+        )
+    output.print(table)
+    _say("[dim]Memory is the compiler's; times and what follows from them are estimates.[/dim]")
+
+
+def print_search(found: Search) -> None:
+    """Prints the best candidates, and why others were left out."""
+    best = found.best
+    _say(
+        f"{found.considered:,} candidates on {describe_shape(found.topology)}, {found.compiled} "
+        f"compiled in {found.seconds:.0f} s."
+    )
+    table = _table(["", "candidate", "memory", "step", "tokens/s/chip", "by"], left=2)
+    for place, candidate in enumerate(found.candidates[:_SHOWN], start=1):
+        table.add_row(
+            str(place),
+            candidate.name,
+            format_bytes(candidate.bytes) if candidate.bytes else "",
+            format_seconds(candidate.seconds) if candidate.estimate else "",
+            _rate(candidate),
+            candidate.outcome,
+        )
+    output.print(table)
+    left = {}
+    for candidate in found.candidates[_SHOWN:]:
+        reason = candidate.outcome.partition(":")[0]
+        left[reason] = left.get(reason, 0) + 1
+    if left:
+        _say(f"[dim]Not shown: {', '.join(f'{n} {reason}' for reason, n in left.items())}.[/dim]")
+    if best is None:
+        _say("[red]None of those that were compiled fits.[/red] Take a larger slice.")
+
+
+def _rate(candidate: Candidate) -> str:
+    plan = candidate.plan
+    if plan is None or plan.speed is None:
+        return ""
+    return f"{plan.speed.tokens_per_second_per_chip:,.0f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Returns three digits and a unit."""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
+    return "0 s" if not seconds else f"{seconds * 1e9:.3g} ns"
+
+
+def _table(columns: list[str], *, left: int) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    return table
+
+
+def write_json(file: str, plans: Sequence[Plan], searches: Sequence[Search] = ()) -> Path:
+    """Writes plans and searches as JSON, `docs/planning.md` says in which form, and its path."""
+    content = {
+        "schema": SCHEMA,
+        "plans": [plan.record() for plan in plans],
+        "searches": [_search_record(found) for found in searches],
+    }
+    path = Path(file)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def _search_record(found: Search) -> dict[str, Any]:
+    return {
+        "topology": found.topology.name,
+        "seconds": found.seconds,
+        "candidates": [
+            {
+                "flags": candidate.flags,
+                "outcome": candidate.outcome,
+                "estimated_seconds": candidate.estimate and candidate.estimate.seconds,
+                "estimated_bytes": candidate.estimate and candidate.estimate.bytes,
+                "plan": candidate.plan and candidate.plan.record(),
+            }
+            for candidate in found.candidates
+        ],
+    }

@@ -1,0 +1,328 @@
+"""When each instruction of a compiled program would run, on hardware that is not there.
+
+A program is a sequence of instructions in the order in which the compiler scheduled them. The core
+runs one after the other; what was started runs beside it on the lane it takes (links between chips,
+the way to the host, copies between memories) until the core waits for its end. That is all the
+overlap there is: what is not written as a start and an end is waited for at once.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxft.chips import Chip
+from jaxft.hlo import HOST, Computation, Instruction, Module, arrays
+from jaxft.planner.cost import Cost, cost_of
+from jaxft.planner.network import Network
+from jaxft.sharding.collectives import Collective, Frame, Reader
+
+# What the core does; it waits for what runs on another lane, which the kind then names.
+MATMUL, ATTENTION, MEMORY, WAIT = "matmul", "attention", "memory", "wait"
+# Lanes beside the core.
+CORE, ICI, DCN, TO_HOST, COPY, SPARSE = "core", "ici", "dcn", "host", "copy", "sparsecore"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that takes time on one lane.
+
+    Attributes:
+      lane: Where it runs.
+      kind: On the core what it does, `wait ici` for a wait; of a collective its kind; else the
+        lane's name.
+      start: Seconds from the start of the timeline that it is part of.
+      seconds: How long it takes.
+      name: The instruction's; of a wait that of what it waits for.
+      origin: What of the traced function it came from.
+    """
+
+    lane: str
+    kind: str
+    start: float
+    seconds: float
+    name: str
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A loop, which runs the same timeline several times.
+
+    Attributes:
+      start: Seconds from the start of the timeline that it is part of.
+      trips: How often its body runs.
+      body: One run.
+    """
+
+    start: float
+    trips: int
+    body: "Timeline"
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One run of a computation.
+
+    Attributes:
+      seconds: Its length.
+      spans: What runs when, without what loops contain.
+      loops: In order.
+    """
+
+    seconds: float = 0.0
+    spans: tuple[Span, ...] = ()
+    loops: tuple[Loop, ...] = ()
+
+    def every(self, times: int = 1) -> Iterator[tuple[Span, int]]:
+        """Yields each span with how often it runs, those in loops included."""
+        for span in self.spans:
+            yield span, times
+        for loop in self.loops:
+            yield from loop.body.every(times * loop.trips)
+
+    def total(self, *, lane: str = "", kind: str = "") -> float:
+        """Returns the seconds of all spans of a lane or kind, those in loops included."""
+        return sum(
+            span.seconds * times
+            for span, times in self.every()
+            if (not lane or span.lane == lane) and (not kind or span.kind == kind)
+        )
+
+
+class Rates(NamedTuple):
+    """What share of published rates programs reach, measured by others on real hardware.
+
+    Attributes:
+      memory: Of the bandwidth of device memory, by what is no matrix product: 1,060 of 1,640 GB/s
+        in a profile of a step of Llama-3-8B on v6e-8 (github.com/vlasenkoalexey/
+        tpu_performance_autoresearch_wiki, experiment 28b).
+      links: Of that between chips, by gathers: 95 % on v5e (scaling book, chapter on sharding).
+      sums: Of that between chips, by sums: 235.8 of 360 GB/s on v6e-256 (github.com/
+        AI-Hypercomputer/tpu-recipes, microbenchmarks/trillium/collectives).
+      cycles: Take what the compiler estimates for matrix products where that is more than what
+        they take at the rate that large ones reach.
+    """
+
+    memory: float = 0.65
+    links: float = 0.95
+    sums: float = 0.65
+    cycles: bool = False
+
+
+class _Pending(NamedTuple):
+    """When something on another lane ends, and what it is."""
+
+    end: float
+    lane: str
+    name: str
+
+
+@dataclass
+class _State:
+    """Where a simulated run stands.
+
+    Attributes:
+      now: Seconds on the core.
+      free: When each lane has done what was given to it.
+      ends: When what was started ends, by the name of what started it.
+    """
+
+    now: float = 0.0
+    free: dict[str, float] = field(default_factory=dict)
+    ends: dict[str, _Pending] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    loops: list[Loop] = field(default_factory=list)
+
+    def begin(self, lane: str, kind: str, seconds: float, name: str, origin: str) -> "_Pending":
+        """Puts something on another lane and returns when it ends."""
+        start = max(self.now, self.free.get(lane, 0.0))
+        self.free[lane] = start + seconds
+        shown = lane.split(" ")[0]
+        self.spans.append(Span(shown, kind, start, seconds, name, origin))
+        return _Pending(start + seconds, shown, name)
+
+    def run(self, kind: str, seconds: float, instruction: Instruction) -> None:
+        """Lets the core do something."""
+        if seconds:
+            self.spans.append(
+                Span(CORE, kind, self.now, seconds, instruction.name, instruction.origin)
+            )
+        self.now += seconds
+
+    def wait(self, pending: "_Pending | None") -> None:
+        """Lets the core wait until something ends."""
+        if pending is not None and pending.end > self.now:
+            waited = pending.end - self.now
+            self.spans.append(Span(CORE, f"{WAIT} {pending.lane}", self.now, waited, pending.name))
+            self.now = pending.end
+
+
+class Simulator:
+    """Runs a program on paper.
+
+    Args:
+      module: The program.
+      reader: Reads its collectives.
+      network: Between its devices.
+      kernels: Returns the seconds that a kernel of attention takes, None for another call.
+      rates: What share of published rates is reached.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        reader: Reader,
+        network: Network,
+        *,
+        kernels: Callable[[Instruction, Computation], float | None],
+        rates: Rates,
+    ):
+        self.module, self.reader, self.network = module, reader, network
+        self.kernels, self.rates = kernels, rates
+        self.chip: Chip = network.chip.core
+
+    def run(self) -> Timeline:
+        """Returns the timeline of one step."""
+        return self._run(self.module.computations[self.module.entry])
+
+    def _run(self, computation: Computation) -> Timeline:
+        state, frame = _State(), Frame()
+        for instruction in computation.instructions.values():
+            self._step(state, frame, computation, instruction)
+        return Timeline(
+            max([state.now, *state.free.values()]), tuple(state.spans), tuple(state.loops)
+        )
+
+    def _step(
+        self, state: _State, frame: Frame, computation: Computation, instruction: Instruction
+    ) -> None:
+        opcode = instruction.opcode
+        if opcode == "while":
+            self._loop(state, computation, instruction)
+        elif opcode == "conditional":
+            runs = [
+                self._run(self.module.computations[b]) for b in self.module.branches(instruction)
+            ]
+            for run in runs:  # which one is not in the text: the mean of all
+                state.loops.append(Loop(state.now, 1, _scaled(run, 1 / len(runs))))
+                state.now += run.seconds / len(runs)
+        elif opcode == "call":
+            for name in instruction.called("to_apply"):
+                run = self._run(self.module.computations[name])
+                state.loops.append(Loop(state.now, 1, run))
+                state.now += run.seconds
+        elif opcode.endswith("-done"):
+            state.wait(state.ends.get(instruction.operands[0]))
+        elif (found := next(self.reader.at(computation, instruction, frame), None)) is not None:
+            self._exchange(state, found, instruction, waits=not opcode.endswith("-start"))
+        elif opcode in ("copy-start", "slice-start", "dynamic-slice-start") or (
+            opcode == "dynamic-update-slice-start"
+        ):
+            self._move(state, computation, instruction)
+        elif opcode in ("async-start", "call-start"):
+            self._beside(state, computation, instruction)
+        elif opcode == "fusion" and self._has_chain(instruction):
+            self._chained(state, frame, computation, instruction)
+        else:
+            self._compute(state, computation, instruction)
+
+    def _has_chain(self, fusion: Instruction) -> bool:
+        body = self.module.fused(fusion)
+        return body is not None and any("chain_id" in i.rest for i in body.instructions.values())
+
+    def _loop(self, state: _State, computation: Computation, loop: Instruction) -> None:
+        [name] = loop.called("body")
+        trips = self.module.trips(computation, loop) or 1
+        body = self._run(self.module.computations[name])
+        state.loops.append(Loop(state.now, trips, body))
+        state.now += trips * body.seconds
+
+    def _exchange(
+        self, state: _State, found: Collective, instruction: Instruction, *, waits: bool
+    ) -> None:
+        lane = DCN if found.across_slices else ICI
+        if found.kind == "collective-permute":  # the two directions of a link do not share it
+            lane += f" {found.groups[:1]}"
+        seconds = self._exchanged(found)
+        end = state.begin(lane, found.kind, seconds, found.name, found.origin)
+        if waits:
+            state.wait(end)
+        else:
+            state.ends[instruction.name] = end
+
+    def _exchanged(self, found: Collective) -> float:
+        summed = found.kind in ("all-reduce", "reduce-scatter") and not found.gathers
+        return self.network.seconds(found) / (self.rates.sums if summed else self.rates.links)
+
+    def _chained(
+        self, state: _State, frame: Frame, computation: Computation, instruction: Instruction
+    ) -> None:
+        """Runs a fusion that begins, carries on or ends a collective beside its own work."""
+        body = self.module.fused(instruction)
+        assert body is not None
+        inner = Frame(fused=True, chains=frame.chains)
+        kinds = {i.target for i in body.instructions.values() if i.opcode == "custom-call"}
+        for part in body.instructions.values():
+            chain = re.search(r'\bchain_id="(\d+)"', part.rest)
+            for found in self.reader.at(body, part, inner):
+                seconds = self._exchanged(found)
+                end = state.begin(ICI, found.kind, seconds, found.name, found.origin)
+                state.ends[f"chain {chain[1] if chain else ''}"] = end
+        self._compute(state, computation, instruction)
+        if "AsyncCollectiveDone" in kinds:
+            for part in body.instructions.values():
+                if chain := re.search(r'\bchain_id="(\d+)"', part.rest):
+                    state.wait(state.ends.get(f"chain {chain[1]}"))
+
+    def _move(self, state: _State, computation: Computation, instruction: Instruction) -> None:
+        """Starts a copy between memories; what moves is the smallest array of its tuple."""
+        parts = [a for a in arrays(instruction.shape) if len(a.sizes) and a.dtype != "u32"]
+        size = min((a.padded_bytes for a in parts if a.bytes > 4), default=0)
+        host = any(array.space == HOST for array in parts)
+        if host:
+            seconds = size / self.chip.host
+            way = "out" if arrays(instruction.shape)[-2].space == HOST else "in"
+            end = state.begin(
+                f"{TO_HOST} {way}", TO_HOST, seconds, instruction.name, instruction.origin
+            )
+        else:
+            seconds = size / (self.chip.bandwidth * self.rates.memory)
+            end = state.begin(COPY, COPY, seconds, instruction.name, instruction.origin)
+        state.ends[instruction.name] = end
+
+    def _beside(self, state: _State, computation: Computation, instruction: Instruction) -> None:
+        cost = cost_of(self.module, computation, instruction._replace(opcode="gather"))
+        seconds = cost.bytes / (self.chip.bandwidth * self.rates.memory)
+        state.ends[instruction.name] = state.begin(
+            SPARSE, SPARSE, seconds, instruction.name, instruction.origin
+        )
+
+    def _compute(self, state: _State, computation: Computation, instruction: Instruction) -> None:
+        if instruction.opcode == "custom-call":
+            seconds = self.kernels(instruction, computation)
+            if seconds is not None:
+                state.run(ATTENTION, seconds, instruction)
+                return
+        cost = cost_of(self.module, computation, instruction)
+        kind = MATMUL if cost.flops else MEMORY
+        state.run(kind, self._seconds(cost), instruction)
+
+    def _seconds(self, cost: Cost) -> float:
+        memory = cost.bytes / (self.chip.bandwidth * self.rates.memory)
+        if not cost.flops or not self.chip.bfloat16:
+            return memory
+        products = cost.flops / (self.chip.bfloat16 * self.chip.product_share)
+        cycles = self.rates.cycles and self.chip.clock and cost.cycles / self.chip.clock
+        return max(memory, products, cycles)
+
+
+def _scaled(timeline: Timeline, share: float) -> Timeline:
+    return Timeline(
+        timeline.seconds * share,
+        tuple(
+            Span(s.lane, s.kind, s.start * share, s.seconds * share, s.name, s.origin)
+            for s in timeline.spans
+        ),
+        tuple(Loop(x.start * share, x.trips, _scaled(x.body, share)) for x in timeline.loops),
+    )
