@@ -1,5 +1,7 @@
 """Programs read from their text: shapes, lines, loops and branches."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -61,7 +63,7 @@ def test_the_layout_names_the_memory(layout, space):
         ("f32[8,128]{1,0:T(8,128)}", 8 * 128),
         ("f32[9,100]{1,0:T(8,128)}", 16 * 128),
         # The dimension that varies fastest is named first.
-        ("f32[9,100]{0,1:T(8,128)}", 16 * 104),
+        ("f32[9,100]{0,1:T(8,128)}", 128 * 104),
         ("f32[3,9,100]{2,1,0:T(8,128)}", 3 * 16 * 128),
         ("f32[3,9,100]{0,1,2:T(8,128)}", 128 * 16 * 100),
         # A second pair orders elements within the tiles of the first and pads nothing.
@@ -77,7 +79,7 @@ def test_tiles_pad_the_dimensions_that_vary_fastest(shape, elements):
     [array] = arrays(shape)
     width = {"f32": 4, "bf16": 2, "s8": 1}[array.dtype]
     assert array.padded_bytes == elements * width
-    assert array.bytes == width * len(range(array.bytes // width)) <= array.padded_bytes
+    assert array.bytes == width * math.prod(array.sizes)
 
 
 def test_a_tuple_is_all_of_its_arrays_in_order():
@@ -218,13 +220,12 @@ def test_branches_of_a_compiled_choice_are_computations_of_it():
     assert len(found) == 3 and set(found) <= set(module.computations)
 
 
-@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("length", [2, 7])
 def test_a_scan_of_known_length_is_counted(length):
     def repeated(x):
         return jax.lax.scan(lambda c, _: (c @ c, None), x, length=length, unroll=1)[0]
 
-    found = trips_of(repeated, jnp.ones((8, 8)))
-    assert found == ([length] if length > 1 else found)
+    assert trips_of(repeated, jnp.ones((8, 8))) == [length]
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 5), (3, 5), (-2, 9)])

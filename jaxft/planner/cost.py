@@ -138,8 +138,11 @@ def _bytes_read(module: Module, computation: Computation, instruction: Instructi
     if instruction.opcode == "dynamic-slice":
         return sum(array.padded_bytes for array in in_hbm(instruction.shape))
     body = module.fused(instruction)
+    passed = set(_passed_on(instruction).values())
     total = 0.0
     for number, operand in enumerate(instruction.operands):
+        if number in passed:
+            continue
         shape = computation.instructions[operand].shape
         size = sum(array.padded_bytes for array in in_hbm(shape))
         if instruction.opcode == "dynamic-update-slice" and number == 0:
@@ -150,24 +153,42 @@ def _bytes_read(module: Module, computation: Computation, instruction: Instructi
     return total
 
 
+def _passed_on(instruction: Instruction) -> dict[int, int]:
+    """Returns which results are operands handed on: those of a collective that runs beside."""
+    found = re.search(r"output_to_operand_aliasing=\{(.*?)\}, calls", instruction.rest)
+    pairs = re.findall(r"\{(\d*)\}: \((\d+),", found[1]) if found else []
+    return {int(result or 0): int(operand) for result, operand in pairs}
+
+
 def _used(module: Module, body: Computation, name: str) -> float:
     """Returns the bytes of a value that the body of a fusion looks at."""
     whole = sum(array.padded_bytes for array in arrays(body.instructions[name].shape))
     total = 0.0
     for user in body.users[name]:
         inner = module.fused(user)
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+        if is_view(module, user):
+            total += _used(module, body, user.name) if body.users[user.name] else whole
+        elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             total += sum(array.padded_bytes for array in arrays(user.shape))
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             continue
-        elif user.opcode in _VIEWS:
-            total += _used(module, body, user.name) if body.users[user.name] else whole
         elif inner is not None:
             number = user.operands.index(name)
             total += _used(module, inner, inner.parameters[number].name)
         else:
             return whole
     return min(whole, total)
+
+
+def is_view(module: Module, instruction: Instruction) -> bool:
+    """Whether a value is the bytes of its operand under another name, type or layout."""
+    body = module.fused(instruction)
+    if body is None:
+        return instruction.opcode in _VIEWS
+    return len(instruction.operands) == 1 and all(
+        inner.opcode == "parameter" or inner.opcode in _VIEWS
+        for inner in body.instructions.values()
+    )
 
 
 def _bytes_written(module: Module, computation: Computation, instruction: Instruction) -> float:
@@ -179,17 +200,18 @@ def _bytes_written(module: Module, computation: Computation, instruction: Instru
     results = arrays(instruction.shape)
     if len(parts) != len(results):
         return sum(array.padded_bytes for array in in_hbm(instruction.shape))
+    passed = _passed_on(instruction)
     return sum(
         _written(module, body, part, [result])
-        for part, result in zip(parts, results, strict=True)
-        if result.space == HBM
+        for number, (part, result) in enumerate(zip(parts, results, strict=True))
+        if result.space == HBM and number not in passed
     )
 
 
 def _written(module: Module, body: Computation, name: str, whole: list[Array]) -> float:
     """Returns the bytes of a result, of one that is updated in place those of the update."""
     made = body.instructions[name]
-    while made.opcode in _VIEWS and made.operands:
+    while made.operands and is_view(module, made):
         made = body.instructions[made.operands[0]]
     if made.opcode == "dynamic-update-slice":
         update = body.instructions[made.operands[1]].shape

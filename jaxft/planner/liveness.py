@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxft.hlo import HBM, Computation, Instruction, Module, arrays
+from jaxft.planner.cost import is_view
 
 # Instructions whose result is the memory of an operand.
 _ALIASES = (
@@ -71,14 +72,18 @@ class _Life:
 
 def peak_of(module: Module) -> Peak:
     """Returns what of a step's own memory is in use when most is, its arguments left out."""
-    return _peak(module, module.computations[module.entry], {})
+    return _peak(module, module.computations[module.entry], {}, in_place=True)
 
 
-def _peak(module: Module, computation: Computation, known: dict[str, Peak]) -> Peak:
+def _peak(
+    module: Module, computation: Computation, known: dict[str, Peak], *, in_place: bool
+) -> Peak:
     if computation.name in known:
         return known[computation.name]
     order = list(computation.instructions.values())
-    life = _lives(module, computation, order)
+    life = _lives(module, order)
+    if in_place:
+        _carry(life, computation)
     ends = collections.defaultdict(list)
     for name, last in life.last.items():
         ends[last].append(name)
@@ -130,11 +135,12 @@ def _inner(module: Module, instruction: Instruction, known: dict[str, Peak]) -> 
         names = module.branches(instruction)
     elif instruction.opcode == "call":
         names = instruction.called("to_apply")
-    peaks = [_peak(module, module.computations[name], known) for name in names]
+    in_place = instruction.opcode == "while"
+    peaks = [_peak(module, module.computations[name], known, in_place=in_place) for name in names]
     return max(peaks, key=lambda peak: peak.bytes, default=Peak())
 
 
-def _lives(module: Module, computation: Computation, order: list[Instruction]) -> _Life:
+def _lives(module: Module, order: list[Instruction]) -> _Life:
     life = _Life()
     for number, instruction in enumerate(order):
         owners = _owners(module, life, instruction)
@@ -148,7 +154,6 @@ def _lives(module: Module, computation: Computation, order: list[Instruction]) -
             for names in life.owners.get(operand, []):
                 for name in names:
                     life.last[name] = number
-    _carry(module, life, computation)
     return life
 
 
@@ -168,24 +173,34 @@ def _owners(module: Module, life: _Life, made: Instruction) -> list[tuple[str, .
         return [_all(life.owners.get(made.operands[0], []))]
     body = module.fused(made)
     if body is not None:
-        return _updated(life, body, made)
+        return _updated(module, life, body, made)
     return None
 
 
-def _updated(life: _Life, body: Computation, fusion: Instruction) -> list[tuple[str, ...]] | None:
+def _updated(
+    module: Module, life: _Life, body: Computation, fusion: Instruction
+) -> list[tuple[str, ...]] | None:
     """Returns whose memory a fusion writes into, if all it makes are updates in place."""
     root = body.instructions[body.root]
     parts = root.operands if root.opcode == "tuple" else (root.name,)
     owners = []
     for part in parts:
-        made = body.instructions[body.source(part)]
+        made = _behind(module, body, part)
         if made.opcode != "dynamic-update-slice":
             return None
-        target = body.instructions[body.source(made.operands[0])]
+        target = _behind(module, body, made.operands[0])
         if target.opcode != "parameter":
             return None
         owners.append(_all(life.owners.get(fusion.operands[int(target.literal)], [])))
     return owners
+
+
+def _behind(module: Module, body: Computation, name: str) -> Instruction:
+    """Returns what a value is a view of."""
+    made = body.instructions[name]
+    while made.operands and is_view(module, made):
+        made = body.instructions[made.operands[0]]
+    return made
 
 
 def _all(owners: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
@@ -194,13 +209,11 @@ def _all(owners: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
 
 def _buffers(instruction: Instruction) -> tuple[Buffer, ...]:
     made = arrays(instruction.shape)
-    if instruction.opcode.endswith("-start"):
+    if instruction.opcode == "copy-start":
+        made = made[:1]
+    elif instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         # What is started names its operands, its results, and marks of its progress.
-        nested = instruction.shape.startswith("((")
-        first = (
-            len(instruction.operands) if nested else {"copy-start": 0}.get(instruction.opcode, 1)
-        )
-        made = made[first : first + 1]
+        made = made[len(instruction.operands) if instruction.shape.startswith("((") else 1 :]
     return tuple(
         Buffer(a.padded_bytes, a.dtype, a.sizes, instruction.origin, instruction.name)
         for a in made
@@ -208,16 +221,13 @@ def _buffers(instruction: Instruction) -> tuple[Buffer, ...]:
     )
 
 
-def _carry(module: Module, life: _Life, computation: Computation) -> None:
+def _carry(life: _Life, computation: Computation) -> None:
     """Lets what is handed on take the memory of what was given in its place.
 
     So does what a loop's body returns, and what a step returns of a state that it may overwrite.
     """
     root = computation.instructions.get(computation.root)
-    parameter = computation.parameters.get(0)
-    if root is None or root.opcode != "tuple" or parameter is None:
+    if root is None or root.opcode != "tuple" or not computation.parameters:
         return
-    in_place = computation.name == module.entry or root.shape == parameter.shape
-    if in_place:
-        for name in {name for names in life.owners[root.name] for name in names}:
-            life.made[name] = ()
+    for name in {name for names in life.owners[root.name] for name in names}:
+        life.made[name] = ()

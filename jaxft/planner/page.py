@@ -156,7 +156,9 @@ def _some_percent(share: float) -> str:
 
 
 def _interval(time: StepTime) -> str:
-    return f"{format_seconds(time.low)} to {format_seconds(time.high)}"
+    low, high = format_seconds(time.low), format_seconds(time.high)
+    number, _, unit = low.partition(" ")
+    return f"{number} to {high}" if high.endswith(f" {unit}") else f"{low} to {high}"
 
 
 def _fits(plan: Plan) -> str:
@@ -178,7 +180,7 @@ def _money(amount: float, currency: str) -> str:
 
 
 def _comparison(plans: Sequence[Plan]) -> str:
-    columns = ["Model", "Slice", "Strategy and mesh", "Memory of a device", ">Used / limit"]
+    columns = ["Model", "Slice", "Strategy and mesh", "Memory of a device"]
     columns += [">Step", ">Tokens/s a chip", ">MFU", ">A million tokens"]
     rows = [_compared(number, plan) for number, plan in enumerate(plans, start=1)]
     note = "Steps and what follows from them are estimates; MFU counts each visible pair once."
@@ -203,8 +205,8 @@ def _compared(number: int, plan: Plan) -> list[str]:
         f'<a href="#plan-{number}"><b>{_model(plan)}</b></a>',
         escape(plan.topology.name),
         f"{escape(plan.strategy)}<br><small>{escape(_mesh_words(plan))}</small>",
-        f'<span class="{"better" if plan.fits else "worse"}">{_fits(plan)}</span>',
-        f"{format_bytes(memory.used)} / {limit}",
+        f'<span class="{"better" if plan.fits else "worse"}">{_fits(plan)}</span>'
+        f"<br><small>{format_bytes(memory.used)} / {limit}</small>",
         *(step, rate, mfu, price),
     ]
 
@@ -448,7 +450,7 @@ def _longest(step: Timeline) -> list[tuple[Loop, int]]:
     chosen = [
         item
         for item in by_time[:_MOST_LOOPS]
-        if item[1] * item[0].trips * item[0].body.seconds > 0.01 * step.seconds
+        if item[1] * item[0].trips * item[0].body.seconds > 0.02 * step.seconds
     ]
     return [item for item in found if item in chosen]
 
@@ -664,11 +666,12 @@ def _time(plan: Plan) -> str:
             f'<p class="held">By the compiler\'s own cycles of matrix products a step would take '
             f"{format_seconds(time.by_cycles)}.</p>"
         )
+    title = f"What the core does, most first; adds up to the step, {format_seconds(time.seconds)}"
+    if (hidden := sum(share.size for share in spent) - time.seconds) > 0.01 * time.seconds:
+        title = f"What is in it; {format_seconds(hidden)} of it is hidden behind the rest"
     content = (
-        f'<div class="card"><h4>The core, in the order of size: adds up to the step, '
-        f"{format_seconds(time.seconds)}</h4>{bar}"
-        f"<h4>What each resource needs on its own"
-        f"</h4>{_terms(time)}{cycles}</div>"
+        f'<div class="card"><h4>{title}</h4>{bar}'
+        f"<h4>What each resource needs on its own</h4>{_terms(time)}{cycles}</div>"
     )
     return _part("Where the time goes", "", content, estimate=True)
 
@@ -693,7 +696,7 @@ def _exchanges(plan: Plan) -> str:
             f"<b>{escape(one.kind)}</b>",
             escape(", ".join(one.axes)) or "–",
             escape(one.network),
-            f"{'' if one.exact else 'at least '}{one.count:,}",
+            f"{'' if one.exact else 'at least '}{one.count:,}" if one.count else "–",
             format_bytes(one.bytes),
             format_bytes(one.wire_bytes),
             format_seconds(one.seconds),
@@ -707,7 +710,8 @@ def _exchanges(plan: Plan) -> str:
         "In one step, for each device. Overlapped is the share of the time in which the core has "
         "other work."
     )
-    return _part("Collectives", text, _table(columns, rows))
+    estimated = plan.source != "compiled"
+    return _part("Collectives", text, _table(columns, rows), estimate=estimated)
 
 
 class _Domains(NamedTuple):
@@ -745,7 +749,8 @@ def _domains(plan: Plan) -> _Domains | None:
             stride //= size
             parts[axis] = min(size, -(-size * stride // network.size))
         return _Domains("NVLink domain", "network between domains", "NVLink", parts)
-    found = _Domains("slice", "data centre network (dcn)", "links of the slice (ici)", parts)
+    links = "links of the slice (ici)" if network else "links of this machine"
+    found = _Domains("slice", "data centre network (dcn)", links, parts)
     if topology.slices == 1:
         return found
     try:
@@ -763,19 +768,19 @@ def _mesh(plan: Plan) -> str:
     if count == 1:
         return ""
     domains = _domains(plan)
-    rows = [
-        [f"<b>{escape(axis)}</b>", f"{size:,}", escape(_axis_words(axis, size, domains))]
+    axes = "".join(
+        f'<p class="held"><b>{escape(axis)} {size:,}</b>: '
+        f"{escape(_axis_words(axis, size, domains))}</p>"
         for axis, size in plan.mesh.items()
         if size > 1
-    ]
-    table = _table(["Axis", ">Devices", "Joined by"], rows, marks="axes")
+    )
     picture, caption = _mesh_picture(plan.mesh, domains)
-    return _part("Mesh", escape(caption), f'<div class="card">{picture}</div>{table}')
+    return _part("Mesh", escape(caption), f'<div class="card">{picture}{axes}</div>')
 
 
 def _axis_words(axis: str, size: int, domains: _Domains | None) -> str:
     if domains is None:
-        return "not known"
+        return "how it lies on slices is not known"
     parts = domains.parts[axis]
     if parts == 1:
         return domains.within
@@ -879,7 +884,7 @@ def _configuration(plan: Plan) -> str:
 
 
 def _literal(value: Any) -> str:
-    return escape(str(value)) if value not in ("", None) else "–"
+    return escape(str(value)).replace(",", ",<wbr>") if value not in ("", None) else "–"
 
 
 def _versions() -> str:
@@ -993,6 +998,7 @@ class _Frame(NamedTuple):
     """The region of memory and step time that is drawn, and where."""
 
     right: float
+    bottom: float
     top: float
     width: int = 760
     height: int = 380
@@ -1000,12 +1006,19 @@ class _Frame(NamedTuple):
     foot: int = 46
     head: int = 26
 
+    @classmethod
+    def around(cls, points: Sequence[_Point], limit: int) -> "_Frame":
+        low, high = min(p.y for p in points), max(p.y for p in points)
+        room = 0.1 * (high - low) or 0.2 * high
+        right = 1.06 * max([limit, *(p.x for p in points)])
+        return cls(right=right, bottom=max(0.0, low - 2 * room), top=high + room)
+
     def x(self, value: float) -> float:
         return self.left + (self.width - self.left - 16) * value / self.right
 
     def y(self, value: float) -> float:
         tall = self.height - self.foot - self.head
-        return self.head + tall * (1 - value / self.top)
+        return self.head + tall * (self.top - value) / (self.top - self.bottom)
 
 
 def _pareto_plot(found: "Search") -> str:
@@ -1017,9 +1030,8 @@ def _pareto_plot(found: "Search") -> str:
     ]
     if not points:
         return ""
-    frame = _frame(points, limit)
-    inside = [p for p in points if p.x <= frame.right and p.y <= frame.top]
-    drawn = sorted(inside, key=lambda p: (p.candidate.plan is None, p.y))[:_MOST_POINTS]
+    drawn = _nearest(points, limit)
+    frame = _Frame.around(drawn, limit)
     compiled = [p for p in drawn if _is_compiled(p.candidate)]
     of = compiled or [p for p in drawn if not p.over]
     front = [of[i] for i in pareto([(p.x, p.y) for p in of])]
@@ -1044,17 +1056,13 @@ def _is_over(one: "Candidate", limit: int) -> bool:
     return not one.plan.fits if one.plan is not None else bool(limit) and one.bytes > limit
 
 
-def _frame(points: Sequence[_Point], limit: int) -> _Frame:
-    """Cuts off what is far over the limit or far slower, as the rest would shrink to a spot."""
+def _nearest(points: Sequence[_Point], limit: int) -> list[_Point]:
+    """Leaves out what is far over the limit or far slower, as the rest would shrink to a spot."""
     compiled = [p for p in points if p.candidate.plan is not None]
-    fastest = min(p.y for p in points)
-    right = max([1.6 * limit, *(p.x for p in compiled)]) or max(p.x for p in points)
-    top = max([3 * fastest, *(p.y for p in compiled)])
-    inside = [p for p in points if p.x <= right and p.y <= top]
-    return _Frame(
-        right=1.06 * max([limit, *(p.x for p in inside)]),
-        top=1.08 * max([fastest, *(p.y for p in inside)]),
-    )
+    right = max([1.6 * limit, *(p.x for p in compiled)])
+    top = max([3 * min(p.y for p in points), *(p.y for p in compiled)])
+    inside = [p for p in points if (p.x <= right or not limit) and p.y <= top] or list(points)
+    return sorted(inside, key=lambda p: (p.candidate.plan is None, p.y))[:_MOST_POINTS]
 
 
 def _plot(drawn: Sequence[_Point], front: Sequence[_Point], frame: _Frame, limit: int) -> str:
@@ -1084,7 +1092,7 @@ def _grid(frame: _Frame) -> Iterator[str]:
     for value in charts.ticks(0.0, frame.right / gib, 7):
         x = frame.x(value * gib)
         yield f'<text class="x" x="{x:.1f}" y="{foot + 17}">{value:g}</text>'
-    for value in charts.ticks(0.0, frame.top, 6):
+    for value in charts.ticks(frame.bottom, frame.top, 6):
         y = frame.y(value)
         yield (
             f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.width - 16}"/>'
@@ -1142,20 +1150,21 @@ h4 { margin: 1.1rem 0 .45rem; font-size: .84rem; font-weight: 500; color: var(--
 .remark b { color: var(--ink); }
 .card { padding: 1.1rem 1.15rem; background: var(--surface); border-radius: 12px;
   box-shadow: 0 0 0 1px var(--grid); break-inside: avoid; }
-.card + .scroll { margin-top: 1rem; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 td small { color: var(--muted); } .compared small { white-space: nowrap; }
-.ranked td:nth-child(2) { min-width: 19rem; } .compared td:nth-child(4) { min-width: 9rem; }
-.axes { width: auto; } .axes td, .axes th { padding-right: 2.2rem; }
-.config td:first-child { white-space: nowrap; } .config td:nth-child(2) { overflow-wrap: anywhere; }
+.ranked td:nth-child(2) { min-width: 19rem; } .compared td:nth-child(4) { min-width: 11rem; }
+.compared td, .compared th { padding-right: 1rem; } .compared td:first-child { min-width: 7rem; }
+.config td:first-child { white-space: nowrap; } .config td:nth-child(2) { min-width: 17em;
+  overflow-wrap: anywhere; }
 a { color: inherit; text-decoration-color: var(--axis); }
 footer { margin-top: 2.6rem; font-size: .82rem; }
-.held { margin: .9rem 0 0; font-size: .84rem; color: var(--second); }
+.held { margin: .7rem 0 0; font-size: .84rem; color: var(--second); }
 .row { display: grid; grid-template-columns: 5.4em minmax(0, 1fr); align-items: center; }
 .row > b { font-size: .78rem; font-weight: 500; color: var(--second); }
 .k { --h: 0; background: oklch(var(--block) var(--depth) var(--h)); font-style: normal;
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-.k-parameters, .k-matmul { --h: 255; } .k-optimizer, .k-attention { --h: 305; }
+.k-parameters, .k-matmul, .k-compute { --h: 255; } .k-ici { --h: 50; } .k-dcn { --h: 350; }
+.k-optimizer, .k-attention { --h: 305; }
 .k-program { --h: 205; } .k-batch { --h: 340; } .k-gradients { --h: 45; }
 .k-activations, .k-memory { --h: 160; } .k-logits { --h: 10; } .k-weights { --h: 92; }
 .k-temporaries, .k-copy, .k-host { background: oklch(var(--block) .025 85); }
@@ -1166,7 +1175,7 @@ footer { margin-top: 2.6rem; font-size: .82rem; }
   box-shadow: inset 0 0 0 1px var(--over); }
 .k u { display: block; padding: 0 .4em; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; text-decoration: none; font-size: 11px; color: #000c; }
-.wait u { width: fit-content; max-width: 100%; background: var(--surface); color: var(--ink); }
+.wait u { margin-left: 4px; border-radius: 3px; background: var(--surface); color: var(--ink); }
 .bar { position: relative; display: flex; height: 34px; overflow: hidden; border-radius: 5px;
   background: var(--grid); }
 .bar > .k { flex: none; border-right: 1px solid var(--surface); }
@@ -1186,12 +1195,13 @@ footer { margin-top: 2.6rem; font-size: .82rem; }
   border-radius: 3px; vertical-align: -.08em; }
 .bar + .keys { margin-top: .6rem; }
 .lanes { padding-bottom: .3rem; } .lanes .row { align-items: baseline; padding: .1rem 0; }
-.track { margin-top: 1.3rem; overflow-x: auto; } .track .wide { min-width: 620px; }
+.track { margin-top: 1.5rem; overflow-x: auto; } .track h4 { margin-top: 0; }
+.track .wide { min-width: 620px; }
 .lane { position: relative; height: 17px; margin: 2px 0; background: var(--grid); }
 .lane.core { height: 46px; }
 .lane > * { position: absolute; top: 0; bottom: 0; min-width: 1px; overflow: hidden; }
 .lane > .k:hover, .loop:hover { outline: 2px solid var(--ink); z-index: 1; }
-.lane > .k u { line-height: 17px; } .lane.core > .k u { line-height: 46px; }
+.lane > .k { display: flex; align-items: center; } .lane > .k u { line-height: 1.5; }
 .lane > .k + .k { box-shadow: -1px 0 var(--surface); }
 .lane > .wait { box-shadow: inset 0 0 0 1px var(--over) !important; }
 .loop { display: flex; flex-direction: column-reverse; box-shadow: inset 0 0 0 1px var(--muted); }
@@ -1211,9 +1221,10 @@ footer { margin-top: 2.6rem; font-size: .82rem; }
 svg.mesh { max-width: 100%; height: auto; display: block; }
 svg.mesh rect { fill: oklch(var(--block) var(--depth) var(--h)); stroke: var(--surface); }
 svg.mesh rect:hover { stroke: var(--ink); stroke-width: 2; }
-svg.pareto { display: block; width: 100%; min-width: 560px; padding: .8rem 1rem .4rem; }
+svg.pareto { display: block; width: 100%; min-width: 680px; padding: .8rem 1rem .4rem; }
 .pareto text { font-size: 11.5px; fill: var(--muted); } .pareto .x { text-anchor: middle; }
-.pareto .y { text-anchor: end; } .pareto .rank { fill: var(--ink); font-weight: 600; }
+.pareto .y { text-anchor: end; } .pareto .rank { fill: var(--ink); font-weight: 600;
+  stroke: var(--surface); stroke-width: 3px; paint-order: stroke; pointer-events: none; }
 .pareto .grid { stroke: var(--grid); } .pareto path { fill: none; }
 .pareto path.limit { stroke: var(--over); stroke-dasharray: 5 3; stroke-width: 1.5; }
 .pareto text.limit { fill: var(--over); text-anchor: middle; }

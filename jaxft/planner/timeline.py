@@ -7,7 +7,7 @@ overlap there is: what is not written as a start and an end is waited for at onc
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -186,8 +186,14 @@ class Simulator:
         """Returns the timeline of one step."""
         return self._run(self.module.computations[self.module.entry])
 
-    def _run(self, computation: Computation) -> Timeline:
-        state, frame = _State(), Frame()
+    def _run(self, computation: Computation, chains: Iterable[str] = ()) -> Timeline:
+        """Runs a computation.
+
+        Args:
+          computation: The computation.
+          chains: Collectives that began before it.
+        """
+        state, frame = _State(), Frame(chains=set(chains))
         for instruction in computation.instructions.values():
             self._step(state, frame, computation, instruction)
         return Timeline(
@@ -199,7 +205,7 @@ class Simulator:
     ) -> None:
         opcode = instruction.opcode
         if opcode == "while":
-            self._loop(state, computation, instruction)
+            self._loop(state, frame, computation, instruction)
         elif opcode == "conditional":
             runs = [
                 self._run(self.module.computations[b]) for b in self.module.branches(instruction)
@@ -212,6 +218,8 @@ class Simulator:
                 run = self._run(self.module.computations[name])
                 state.loops.append(Loop(state.now, 1, run))
                 state.now += run.seconds
+        elif opcode.endswith("-update") and instruction.operands[0] in state.ends:
+            state.ends[instruction.name] = state.ends[instruction.operands[0]]
         elif opcode.endswith("-done"):
             state.wait(state.ends.get(instruction.operands[0]))
         elif (found := next(self.reader.at(computation, instruction, frame), None)) is not None:
@@ -221,7 +229,7 @@ class Simulator:
         ):
             self._move(state, computation, instruction)
         elif opcode in ("async-start", "call-start"):
-            self._beside(state, computation, instruction)
+            self._beside(state, frame, computation, instruction)
         elif opcode == "fusion" and self._has_chain(instruction):
             self._chained(state, frame, computation, instruction)
         else:
@@ -231,10 +239,12 @@ class Simulator:
         body = self.module.fused(fusion)
         return body is not None and any("chain_id" in i.rest for i in body.instructions.values())
 
-    def _loop(self, state: _State, computation: Computation, loop: Instruction) -> None:
+    def _loop(
+        self, state: _State, frame: Frame, computation: Computation, loop: Instruction
+    ) -> None:
         [name] = loop.called("body")
         trips = self.module.trips(computation, loop) or 1
-        body = self._run(self.module.computations[name])
+        body = self._run(self.module.computations[name], frame.chains)
         state.loops.append(Loop(state.now, trips, body))
         state.now += trips * body.seconds
 
@@ -291,12 +301,22 @@ class Simulator:
             end = state.begin(COPY, COPY, seconds, instruction.name, instruction.origin)
         state.ends[instruction.name] = end
 
-    def _beside(self, state: _State, computation: Computation, instruction: Instruction) -> None:
-        cost = cost_of(self.module, computation, instruction._replace(opcode="gather"))
-        seconds = cost.bytes / (self.chip.bandwidth * self.rates.memory)
-        state.ends[instruction.name] = state.begin(
-            SPARSE, SPARSE, seconds, instruction.name, instruction.origin
-        )
+    def _beside(
+        self, state: _State, frame: Frame, computation: Computation, instruction: Instruction
+    ) -> None:
+        """Starts what runs apart from the core: collectives and copies that SparseCores make."""
+        names = instruction.called("to_apply") or instruction.called("calls")
+        end = _Pending(state.now, SPARSE, instruction.name)
+        for body in (self.module.computations[name] for name in names):
+            for part in body.instructions.values():
+                found = next(self.reader.at(body, part, frame), None)
+                if found is not None:
+                    seconds = self._exchanged(found)
+                    end = state.begin(ICI, found.kind, seconds, found.name, found.origin)
+                elif seconds := cost_of(self.module, body, part).bytes:
+                    seconds /= self.chip.bandwidth * self.rates.memory
+                    end = state.begin(SPARSE, SPARSE, seconds, part.name, part.origin)
+        state.ends[instruction.name] = end
 
     def _compute(self, state: _State, computation: Computation, instruction: Instruction) -> None:
         if instruction.opcode == "custom-call":

@@ -194,7 +194,7 @@ class Reader:
             elif opcode == "conditional":
                 branches = [list(self.visit(b, frame)) for b in self.module.branches(instruction)]
                 yield from max(branches, key=_sent, default=[])
-            elif opcode in ("fusion", "call", "async-start", "custom-call"):
+            elif opcode in ("fusion", "call", "call-start", "async-start", "custom-call"):
                 inner = replace(frame, fused=opcode == "fusion")
                 for attribute in ("calls", "to_apply", "called_computations"):
                     for called in instruction.called(attribute):
@@ -209,7 +209,8 @@ class Reader:
         trips = self.module.trips(computation, loop)
         exact = frame.exact and trips is not None
         runs = 1 if trips is None else trips
-        inner = replace(frame, exact=exact, fused=False, chains=set())
+        # What was begun before the loop may go on in it; what begins in it ends in it.
+        inner = replace(frame, exact=exact, fused=False, chains=set(frame.chains))
         yield from self.visit(body, replace(inner, count=frame.count * runs))
         yield from self.visit(condition, replace(inner, count=frame.count * (runs + 1)))
 

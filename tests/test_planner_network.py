@@ -1,0 +1,281 @@
+"""Times of collectives against the closed forms of the scaling book, and against links counted.
+
+https://jax-ml.github.io/scaling-book/sharding/: V bytes, n chips, W bytes a second over one link in
+one direction.
+"""
+
+import collections
+import itertools
+import math
+
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxft.chips import Switch, Torus, chip_named
+from jaxft.planner.network import HOP_SECONDS, Network
+from jaxft.sharding.collectives import Collective
+
+# So much that nobody notices how long a message is under way.
+V = 1 << 40
+
+
+class Device:
+    """What a network asks of a device."""
+
+    def __init__(self, coords: tuple[int, ...], slice_index: int = 0):
+        self.coords = coords
+        self.slice_index = slice_index
+
+
+def network(chip: str, shape: tuple[int, ...], slices: int = 1, cores: int = 1) -> Network:
+    """Returns a torus whose devices are numbered with the last dimension first."""
+    found = chip_named(chip)
+    assert found is not None
+    places = [
+        Device((*place, 0, 0)[:3], number)
+        for number in range(slices)
+        for place in itertools.product(*map(range, shape))
+        for _ in range(cores)
+    ]
+    devices = np.empty(len(places), object)
+    devices[:] = places
+    return Network(found, Mesh(devices, ("all",)), shape)
+
+
+def collective(kind: str, groups, size: int = V, **fields) -> Collective:
+    groups = tuple(tuple(map(int, group)) for group in groups)
+    return Collective(
+        kind=kind,
+        axes=("all",),
+        group_size=fields.pop("group_size", len(groups[0]) if groups else 1),
+        count=1,
+        arrays=(size,),
+        groups=groups,
+        **fields,
+    )
+
+
+def link(chip: str) -> float:
+    found = chip_named(chip)
+    assert found is not None and isinstance(found.network, Torus | Switch)
+    return found.network.link
+
+
+def numbers(shape: tuple[int, ...]) -> np.ndarray:
+    return np.arange(math.prod(shape)).reshape(shape)
+
+
+# Chip, slice, the dimensions along which groups lie, and links that carry a device's share.
+GATHERED = [
+    # A ring: both directions.
+    ("v5e", (16, 16), (0,), 2),
+    ("v5e", (16, 16), (1,), 2),
+    ("v5p", (4, 4, 8), (2,), 2),
+    # A line: its end has one link.
+    ("v5e", (4, 8), (0,), 1),
+    ("v5e", (4, 8), (1,), 1),
+    ("v5p", (2, 2, 4), (2,), 1),
+    # Wrapped along one dimension only.
+    ("v5e", (8, 16), (0,), 1),
+    ("v5e", (8, 16), (1,), 2),
+    ("v5e", (8, 16), (0, 1), 3),
+    # Several rings, and several lines, at once.
+    ("v6e", (16, 16), (0, 1), 4),
+    ("v6e", (4, 4), (0, 1), 2),
+    ("v5p", (4, 4, 8), (0, 2), 4),
+    ("v5p", (4, 4, 8), (0, 1, 2), 6),
+    ("v4", (2, 2, 4), (0, 1, 2), 3),
+]
+
+
+def along(shape: tuple[int, ...], dimensions: tuple[int, ...]) -> np.ndarray:
+    """Returns the groups of all devices that differ in some dimensions alone."""
+    others = [i for i in range(len(shape)) if i not in dimensions]
+    size = math.prod(shape[i] for i in dimensions)
+    return numbers(shape).transpose(*others, *dimensions).reshape(-1, size)
+
+
+@pytest.mark.parametrize(("chip", "shape", "dimensions", "links"), GATHERED)
+@pytest.mark.parametrize(
+    ("kind", "times"), [("all-gather", 1), ("reduce-scatter", 1), ("all-reduce", 2)]
+)
+def test_a_torus_gathers_over_all_links_that_a_group_has(
+    chip, shape, dimensions, links, kind, times
+):
+    groups = along(shape, dimensions)
+    n = groups.shape[1]
+    seconds = network(chip, shape).seconds(collective(kind, groups))
+    assert seconds == pytest.approx(times * V * (n - 1) / n / (links * link(chip)), rel=1e-4)
+
+
+def test_a_part_of_a_ring_is_a_line():
+    groups = numbers((16, 16)).reshape(-1, 8)
+    seconds = network("v5e", (16, 16)).seconds(collective("all-gather", groups))
+    assert seconds == pytest.approx(V * 7 / 8 / link("v5e"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dimensions", "hops"),
+    [((16, 16), (0,), 8), ((4, 8), (1,), 7), ((16, 16), (0, 1), 16), ((4, 8), (0, 1), 10)],
+)
+def test_of_little_data_the_hops_take_the_time(shape, dimensions, hops):
+    """Half of a ring, or all of a line, is the way to the farthest chip."""
+    tiny = collective("all-gather", along(shape, dimensions), 1)
+    assert network("v5e", shape).seconds(tiny) == pytest.approx(hops * HOP_SECONDS, rel=1e-3)
+
+
+def test_devices_of_one_chip_are_one_place():
+    both = network("tpu7x", (4, 4, 4), cores=2)
+    groups = np.arange(128).reshape(1, 128)
+    seconds = both.seconds(collective("all-gather", groups))
+    assert seconds == pytest.approx(V * 127 / 128 / (6 * link("tpu7x")), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "shift", "hops"),
+    [
+        ((16, 16), 1, 1),
+        ((16, 16), 3, 3),
+        # The other way round is nearer.
+        ((16, 16), 15, 1),
+        ((16, 16), 13, 3),
+        ((16, 16), 8, 8),
+    ],
+)
+def test_a_permute_takes_as_long_as_its_hops_on_a_ring(shape, shift, hops):
+    pairs = [(i, 16 * (i // 16) + (i + shift) % 16) for i in range(256)]
+    seconds = network("v5e", shape).seconds(collective("collective-permute", pairs))
+    assert seconds == pytest.approx(hops * V / link("v5e"), rel=1e-4)
+
+
+def test_a_permute_is_as_slow_as_its_longest_way_and_ways_turn_at_corners():
+    near, corner = (0, 1), (0, 8 + 1)
+    net = network("v5e", (4, 8))
+    for pairs, hops in (([near], 1), ([corner], 2), ([near, corner], 2)):
+        seconds = net.seconds(collective("collective-permute", pairs))
+        assert seconds == pytest.approx(hops * V / link("v5e"), rel=1e-4)
+    tiny = net.seconds(collective("collective-permute", [corner], 1))
+    assert tiny == pytest.approx(2 * HOP_SECONDS, rel=1e-3)
+
+
+def busiest(shape: tuple[int, ...], wraps: tuple[bool, ...]) -> float:
+    """Sends one unit from each chip to each, along one dimension after the other.
+
+    Returns the most that one link carries in one direction; of two ways of one length each has a
+    half.
+    """
+    carried: dict[tuple, float] = collections.Counter()
+    everywhere = list(itertools.product(*map(range, shape)))
+    for source, target in itertools.product(everywhere, everywhere):
+        at = list(source)
+        for i, size in enumerate(shape):
+            ahead = target[i] - at[i]
+            ways = [(ahead, 1.0)]
+            if wraps[i]:
+                up, down = ahead % size, ahead % size - size
+                near = min(up, -down)
+                ways = [way for way in (up, down) if abs(way) == near]
+                ways = [(way, 1 / len(ways)) for way in ways]
+            for way, share in ways:
+                step = 1 if way > 0 else -1
+                for k in range(abs(way)):
+                    place = [*at]
+                    place[i] = (at[i] + step * k) % size
+                    carried[i, step, *place] += share
+            at[i] = target[i]
+    return max(carried.values())
+
+
+@pytest.mark.parametrize(
+    ("chip", "shape", "dimensions"),
+    [
+        ("v5p", (4, 4, 8), (0,)),
+        ("v5p", (4, 4, 8), (2,)),
+        ("v5p", (4, 4, 8), (0, 2)),
+        ("v5p", (4, 4, 8), (0, 1)),
+        ("v5e", (16, 16), (0,)),
+        ("v5e", (4, 4), (0,)),
+        ("v5e", (2, 4), (0,)),
+        ("v5e", (4, 8), (1,)),
+        ("v5e", (4, 8), (0, 1)),
+    ],
+)
+def test_an_all_to_all_takes_as_long_as_its_busiest_link(chip, shape, dimensions):
+    groups = along(shape, dimensions)
+    net = network(chip, shape)
+    found = chip_named(chip)
+    assert found is not None and isinstance(found.network, Torus)
+    wraps = found.network.wraps(shape)
+    size = groups.shape[1]
+    sides = tuple(shape[i] for i in dimensions)
+    load = busiest(sides, tuple(wraps[i] for i in dimensions)) * V / size
+    seconds = net.seconds(collective("all-to-all", groups))
+    assert seconds == pytest.approx(load / link(chip), rel=1e-4)
+
+
+def test_an_all_to_all_of_a_large_ring_is_a_quarter_of_an_all_gather():
+    """The scaling book's: V is what all devices of the ring have together."""
+    net, groups = network("v5e", (16, 16)), along((16, 16), (0,))
+    gathered = net.seconds(collective("all-gather", groups))
+    exchanged = net.seconds(collective("all-to-all", groups, V // 16))
+    assert exchanged / gathered == pytest.approx(16 / 15 / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "times"), [("all-gather", 1), ("all-reduce", 2)])
+def test_between_slices_each_chip_has_its_share_of_the_data_centres_network(kind, times):
+    net = network("v5e", (4, 4), slices=4)
+    one = collective(kind, [], group_size=4, across_slices=True)
+    seconds = net.seconds(one)
+    assert seconds == pytest.approx(times * V * 3 / 4 / 3.125e9, rel=1e-4)
+
+
+def test_devices_of_one_chip_share_the_way_to_other_slices():
+    one = collective("all-reduce", [], group_size=2, across_slices=True)
+    whole = network("v6e", (4, 4), slices=2).seconds(one)
+    shared = network("tpu7x", (4, 4, 4), slices=2, cores=2).seconds(one)
+    # Both chips have 100 Gbit/s.
+    assert shared == pytest.approx(2 * whole, rel=1e-4)
+
+
+def gpus(chip: str, count: int) -> Network:
+    found = chip_named(chip)
+    assert found is not None
+    devices = np.empty(count, object)
+    devices[:] = [Device(()) for _ in range(count)]
+    return Network(found, Mesh(devices, ("all",)))
+
+
+@pytest.mark.parametrize(("chip", "domain"), [("h100", 8), ("b200", 8), ("gb200", 72)])
+def test_gpus_of_one_domain_exchange_over_nvlink(chip, domain):
+    groups = np.arange(2 * domain).reshape(2, domain)
+    seconds = gpus(chip, 2 * domain).seconds(collective("all-gather", groups))
+    assert seconds == pytest.approx(V * (domain - 1) / domain / link(chip), rel=1e-4)
+
+
+def test_one_gpu_of_each_domain_exchange_over_infiniband():
+    groups = np.arange(64).reshape(8, 8).T
+    for kind, times in (("all-gather", 1), ("all-reduce", 2)):
+        seconds = gpus("h100", 64).seconds(collective(kind, groups))
+        assert seconds == pytest.approx(times * V * 7 / 8 / 50e9, rel=1e-4)
+
+
+def test_gpus_of_several_whole_domains_are_bound_by_what_enters_one():
+    """Of V each domain has an eighth, and the others come in by the eight ways of its GPUs."""
+    seconds = gpus("h100", 64).seconds(collective("all-gather", [range(64)]))
+    assert V * 7 / 8 / (8 * 50e9) < seconds < V / (8 * 50e9)
+
+
+def test_nvlink_binds_where_it_is_slower_than_all_ways_out():
+    """Of a GB200's domain of 72 each GPU receives less from outside than over its own links."""
+    seconds = gpus("gb200", 144).seconds(collective("all-gather", [range(144)]))
+    assert seconds == pytest.approx(V * 143 / 144 / 900e9, rel=1e-4)
+
+
+def test_a_permute_of_gpus_is_as_slow_as_the_pair_that_leaves_its_domain():
+    ring = [(i, (i + 1) % 16) for i in range(16)]
+    seconds = gpus("h100", 16).seconds(collective("collective-permute", ring))
+    assert seconds == pytest.approx(V / 50e9, rel=1e-4)
+    inside = [(i, 8 * (i // 8) + (i + 1) % 8) for i in range(16)]
+    seconds = gpus("h100", 16).seconds(collective("collective-permute", inside))
+    assert seconds == pytest.approx(V / 450e9, rel=1e-4)
