@@ -2,7 +2,15 @@
 
 import pytest
 
-from jaxft.config import RunConfig, describe, from_dict, to_dict, unknown_key, walk
+from jaxft.config import (
+    RunConfig,
+    compiler_options,
+    describe,
+    from_dict,
+    to_dict,
+    unknown_key,
+    walk,
+)
 from jaxft.errors import ConfigError
 
 
@@ -107,3 +115,50 @@ def test_description_marks_what_is_not_default():
     lines = describe(complete()).splitlines()
     assert "* model.path = 'model'" in lines
     assert "  train.seed = 0" in lines
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", {}),
+        ("xla_a=1", {"xla_a": "1"}),
+        ("xla_a=98304,xla_b=true", {"xla_a": "98304", "xla_b": True}),
+        ("--xla_a=False, --xla_b=x", {"xla_a": False, "xla_b": "x"}),
+        ("xla_a=b=c", {"xla_a": "b=c"}),
+        ("xla_a=1,xla_a=2", {"xla_a": "2"}),
+    ],
+)
+def test_compiler_options_are_names_and_values(text, options):
+    assert compiler_options(text) == options
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("xla_a", "xla_a"),
+        ("xla_a=", "xla_a="),
+        ("=1", "=1"),
+        ("xla_a=1,", ""),
+        ("xla_a=1,,xla_b=2", ""),
+    ],
+)
+def test_a_compiler_option_without_name_or_value_is_refused(text, part):
+    config = complete()
+    config.train.compiler_options = text
+    [problem] = problems_of(config)
+    assert f"train.compiler_options has {part!r}; expected 'xla_name=value'" in problem
+
+
+def test_what_layers_keep_and_move_is_checked_with_the_rest():
+    config = complete()
+    config.model.remat, config.model.offload = "qkv+atention", ""
+    config.train.compiler_options = "xla_a"
+    text = "\n".join(problems_of(config))
+    assert "model.remat is 'qkv+atention'" in text and "Did you mean 'attention'?" in text
+    assert "train.compiler_options has 'xla_a'" in text
+    config = complete()
+    config.model.remat, config.model.offload = "qkv+attention", "inputs+mlp"
+    [problem] = problems_of(config)
+    assert "model.offload names mlp, which model.remat=qkv+attention does not keep" in problem
+    config.model.offload = "inputs+attention"
+    config.validate()

@@ -254,5 +254,9 @@ def test_a_loop_whose_length_is_data_is_not_counted():
     def until(x):
         return jax.lax.while_loop(lambda c: c[0, 0] < 100, lambda c: c @ c, x)
 
+    def until_both(x):
+        return jax.lax.while_loop(lambda c: (c[0, 0] < 9) & (c[1, 1] < 9), lambda c: c @ c, x)
+
     assert trips_of(repeated, 3, jnp.ones((8, 8))) == [None]
     assert trips_of(until, jnp.ones((8, 8))) == [None]
+    assert trips_of(until_both, jnp.ones((8, 8))) == [None]

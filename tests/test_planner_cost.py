@@ -93,6 +93,7 @@ T = "T(8,128)(2,1)"
         # A part of the contracted dimension is the window's.
         (f"4,{M},5", f"4,5,{N}", f"{M},{N},1", "window={size=4}, dim_labels=0bf_0io->bf0"),
         (f"4,5,{M}", f"4,5,{N}", f"{M},{N},1", "window={size=4}, dim_labels=0fb_0io->bf0"),
+        (f"4,{M},5", f"5,4,{N}", f"{M},{N},1", "window={size=4}, dim_labels=0bf_i0o->bf0"),
         # A part of the outputs is: a window that slides over one place, its padding left out.
         (
             f"{M},{K},1",
@@ -129,7 +130,9 @@ def test_a_batch_written_as_a_dilated_convolution_counts_each_product_once():
         ("window={size=3 pad=1_1}", 10, 3, 10, 10 * 3 - 2),
         ("window={size=3 pad=2_0}", 10, 3, 10, 10 * 3 - 3),
         ("window={size=3 stride=2}", 9, 3, 4, 4 * 3),
+        ("window={size=3 stride=2 pad=1_1}", 9, 3, 5, 5 * 3 - 2),
         ("window={size=2 rhs_dilate=3}", 10, 2, 7, 7 * 2),
+        ("window={size=2 pad=2_2 rhs_dilate=3}", 10, 2, 11, 11 * 2 - 4),
         # Every second input is a zero that was put in.
         ("window={size=2 lhs_dilate=2}", 5, 2, 8, 8),
         ("window={size=1 pad=0_4}", 3, 1, 7, 3),
@@ -194,9 +197,7 @@ def test_a_gradient_of_a_product_is_two_more():
 
 def cost(computations: str, entry: str) -> Cost:
     """Returns the cost of `%result` in a program; `entry` are the lines of its computation."""
-    module = Module(
-        f"HloModule step\n\n{computations}\nENTRY %main () -> f32[] {{\n{entry}\n}}\n"
-    )
+    module = Module(f"HloModule step\n\n{computations}\nENTRY %main () -> f32[] {{\n{entry}\n}}\n")
     main = module.computations["main"]
     return cost_of(module, main, main.instructions["result"])
 
@@ -213,7 +214,8 @@ def test_a_dot_outside_of_a_fusion_has_both():
     entry = """\
   %a = bf16[128,256]{1,0} parameter(0)
   %b = bf16[256,512]{1,0} parameter(1)
-  ROOT %result = bf16[128,512]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"""
+  ROOT %result = bf16[128,512]{1,0} dot(%a, %b), \
+lhs_contracting_dims={1}, rhs_contracting_dims={0}"""
     expected = 2 * (128 * 256 + 256 * 512 + 128 * 512)
     assert cost("", entry) == Cost(flops=2 * 128 * 256 * 512, bytes=expected)
 
@@ -227,7 +229,12 @@ def test_padding_of_tiles_is_moved_too():
 
 @pytest.mark.parametrize(
     ("first", "second", "result", "arrays"),
-    [("", "S(1)", "", 2), ("S(1)", "S(1)", "", 1), ("S(1)", "S(1)", "S(1)", 0), ("", "", "S(1)", 2)],
+    [
+        ("", "S(1)", "", 2),
+        ("S(1)", "S(1)", "", 1),
+        ("S(1)", "S(1)", "S(1)", 0),
+        ("", "", "S(1)", 2),
+    ],
 )
 def test_what_lies_in_vmem_is_not_moved(first, second, result, arrays):
     entry = f"""\
@@ -329,7 +336,9 @@ def test_two_slices_of_an_operand_are_both_read_but_no_more_than_there_is():
 
 
 def test_a_slice_in_a_fusion_inside_a_fusion_is_found():
-    nested = SLICED + """
+    nested = (
+        SLICED
+        + """
 %around (stack: f32[32,1024], i: s32[], other: f32[1024]) -> f32[1024] {
   %stack.1 = f32[32,1024]{1,0} parameter(0)
   %i.1 = s32[] parameter(1)
@@ -337,6 +346,7 @@ def test_a_slice_in_a_fusion_inside_a_fusion_is_found():
   ROOT %f = f32[1024]{0} fusion(%stack.1, %i.1, %other.1), kind=kLoop, calls=%take
 }
 """
+    )
     assert cost(nested, SLICING.replace("%take", "%around")).bytes == 3 * 4096 + 4
 
 
@@ -356,6 +366,26 @@ def test_an_update_in_place_moves_the_update():
   ROOT %result = f32[32,1024]{1,0} dynamic-update-slice(%a, %b, %i, %i)"""
     indices = 2 * 4
     assert cost("", entry).bytes == 2 * 4096 + indices
+
+
+@pytest.mark.parametrize("opcode", ["copy", "convert", "transpose"])
+def test_a_copy_of_what_was_updated_moves_all_of_it(opcode):
+    entry = f"""\
+  %a = f32[32,1024]{{1,0}} parameter(0)
+  %b = f32[1,1024]{{1,0}} parameter(1)
+  %i = s32[] parameter(2)
+  %updated = f32[32,1024]{{1,0}} dynamic-update-slice(%a, %b, %i, %i)
+  ROOT %result = f32[32,1024]{{0,1}} {opcode}(%updated)"""
+    assert cost("", entry).bytes == 2 * 32 * 4096
+
+
+def test_an_update_in_vmem_reads_the_update_alone():
+    entry = """\
+  %a = f32[32,1024]{1,0:S(1)} parameter(0)
+  %b = f32[1,1024]{1,0} parameter(1)
+  %i = s32[]{:S(2)} parameter(2)
+  ROOT %result = f32[32,1024]{1,0:S(1)} dynamic-update-slice(%a, %b, %i, %i)"""
+    assert cost("", entry).bytes == 4096
 
 
 UPDATED = """\
@@ -381,9 +411,7 @@ def test_an_update_in_place_at_the_root_of_a_fusion_moves_the_update():
 
 
 def test_of_several_results_each_counts_as_it_is_written():
-    both = UPDATED.replace(
-        "  ROOT %put.1", "  %put.1"
-    ).replace(
+    both = UPDATED.replace("  ROOT %put.1", "  %put.1").replace(
         "%i, %zero)\n",
         "%i, %zero)\n  ROOT %both = (f32[32,1024]{1,0}, f32[1024]{0}) tuple(%put.1, %twice)\n",
     )
@@ -392,3 +420,41 @@ def test_of_several_results_each_counts_as_it_is_written():
     assert cost(both, entry).bytes == 3 * 4096 + 4
     in_vmem = entry.replace("f32[1024]{0})", "f32[1024]{0:S(1)})")
     assert cost(both, in_vmem).bytes == 2 * 4096 + 4
+
+
+def test_a_fusion_of_views_is_a_view():
+    """XLA for TPU nests a change of type or layout in a fusion of its own."""
+    views = """\
+%viewed (v: f32[32,1024]) -> f32[32,1024] {
+  %v = f32[32,1024]{1,0} parameter(0)
+  ROOT %same = f32[32,1024]{1,0} bitcast(%v)
+}
+
+"""
+    inside = "  %view = f32[32,1024]{1,0} fusion(%stack), kind=kLoop, calls=%viewed\n"
+    sliced = SLICED.replace("  %i =", inside + "  %i =").replace("slice(%stack", "slice(%view")
+    assert cost(views + sliced, SLICING).bytes == 3 * 4096 + 4
+    updated = UPDATED.replace("  ROOT %put.1", "  %put.1").replace(
+        "%i, %zero)\n",
+        "%i, %zero)\n  ROOT %r = f32[32,1024]{1,0} fusion(%put.1), kind=kLoop, calls=%viewed\n",
+    )
+    assert cost(views + updated, UPDATING).bytes == 2 * 4096 + 4
+
+
+def test_what_a_fusion_hands_on_is_not_moved():
+    """So does a fusion beside which a collective runs: with what the collective reads."""
+    computations = """\
+%beside (a: f32[1024], b: f32[2048]) -> (f32[1024], f32[2048]) {
+  %a = f32[1024]{0} parameter(0)
+  %b = f32[2048]{0} parameter(1)
+  %sum = f32[1024]{0} add(%a, %a)
+  %last = f32[2048]{0} custom-call(%b), custom_call_target="ContinueGather"
+  ROOT %both = (f32[1024]{0}, f32[2048]{0}) tuple(%sum, %last)
+}
+"""
+    entry = """\
+  %a = f32[1024]{0} parameter(0)
+  %b = f32[2048]{0} parameter(1)
+  ROOT %result = (f32[1024]{0}, f32[2048]{0}) fusion(%a, %b), kind=kCustom, \
+output_to_operand_aliasing={{1}: (1, {})}, calls=%beside"""
+    assert cost(computations, entry).bytes == 2 * 4096

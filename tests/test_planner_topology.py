@@ -180,7 +180,9 @@ def test_local_tpus_are_laid_out_by_their_coordinates(monkeypatch):
     assert found.device_count == len(devices)
 
 
-@pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v5e:4y4", ":4x4", "4x4", "v5p 64", "-8", "v5e:-4"])
+@pytest.mark.parametrize(
+    "name", ["", "v5e", "v5e:", "v5e:4y4", ":4x4", "4x4", "v5p 64", "-8", "v5e:-4"]
+)
 def test_what_is_no_name_comes_with_examples(name):
     problem = refused(name)
     for example in ("v5e:4x4", "v5p-64", "2xv5e:16x16", "h100:64", "local"):
@@ -205,7 +207,7 @@ def test_a_chip_whose_links_are_not_known_is_refused(name):
 @pytest.mark.parametrize(
     ("name", "what", "nearest", "layout"),
     [
-        ("v5e-12", "12 chips", "v5e-4, v5e-8, v5e-16", "v5e:AxB"),
+        ("v5e-12", "12 chips", "v5e-8, v5e-16, v5e-32", "v5e:AxB"),
         ("v6e:512", "512 chips", "v6e:64, v6e:128, v6e:256", "v6e:AxB"),
         ("v5p-100", "100 cores, two a chip", "v5p-64, v5p-128, v5p-256", "v5p:AxBxC"),
         # One half of a chip.

@@ -75,30 +75,79 @@ class Estimator:
     topology: Topology
     rates: Rates = field(default_factory=Rates)
 
-    def estimate(
-        self, config: RunConfig, placement: Placement, abstract: AbstractModel | None = None
-    ) -> Estimate:
+    def estimate(self, config: RunConfig, placed: "Placed") -> Estimate:
         """Returns memory and time of a run.
 
         Args:
           config: The run's.
-          placement: Its strategy on a mesh.
-          abstract: Of the architecture; made if it is not given.
+          placed: The model where the run's strategy puts it.
 
         Raises:
           ConfigError: If the strategy cannot place the model.
         """
-        model = abstract or self.architecture.abstract(make_numerics(config.model.dtypes))
-        return _Run(self, config, placement, model).estimate()
+        return _Run(self, config, placed).estimate()
+
+
+class Placed:
+    """A model under a strategy on a mesh: what does not depend on how it is trained.
+
+    Args:
+      placement: The strategy on a mesh.
+      abstract: The model.
+      length: Positions of a row.
+    """
+
+    def __init__(self, placement: Placement, abstract: AbstractModel, length: int):
+        self.placement, self.abstract, self.length = placement, abstract, length
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Bytes of parameters on a device."""
+        return self._held(None)
+
+    @functools.cached_property
+    def gradients(self) -> int:
+        """Bytes of gradients on a device, in the parameters' type."""
+        return self._held(self.placement.gradient_rules)
+
+    @functools.cached_property
+    def moments(self) -> int:
+        """Bytes of one of the optimizer's two moments on a device."""
+        return self._held(self.placement.moment_rules)
+
+    def _held(self, rules: Mapping[str, Any] | None) -> int:
+        shardings = self.placement.shardings(self.abstract.params, self.abstract.axes, rules=rules)
+        return sum(
+            math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
+            for path, spec in self.abstract.params.items()
+        )
+
+    @functools.cached_property
+    def weights(self) -> list[tuple[tuple[int, ...], WeightPlan]]:
+        """Shape and plan of each weight of one layer."""
+        layers = [
+            (axes[1:], tuple(self.abstract.params[path].shape)[1:])
+            for path, axes in self.abstract.axes.items()
+            if axes[0] == "layers" and len(axes) >= 3
+        ]
+        return [(shape, self._plan(axes, shape)) for axes, shape in layers]
+
+    def head(self, vocab: int, embed: int) -> tuple[tuple[int, ...], WeightPlan]:
+        """Returns shape and plan of the head."""
+        return (vocab, embed), self._plan(("vocab", "embed"), (vocab, embed))
+
+    def _plan(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> WeightPlan:
+        # How many rows there are does not matter, only how they are split.
+        with self.placement.activate():
+            return plan_weight(axes, shape, (self.placement.batch_shards, self.length))
 
 
 class _Run:
     """One run: sizes that several parts of the estimate need."""
 
-    def __init__(
-        self, estimator: Estimator, config: RunConfig, placement: Placement, model: AbstractModel
-    ):
-        self.config, self.placement, self.abstract = config, placement, model
+    def __init__(self, estimator: Estimator, config: RunConfig, placed: Placed):
+        self.config, self.placed, self.placement = config, placed, placed.placement
+        placement = placed.placement
         self.model = estimator.architecture.config
         self.topology, self.chip = estimator.topology, estimator.topology.chip.core
         self.rates = estimator.rates
@@ -155,10 +204,7 @@ class _Run:
     # Memory.
 
     def _memory(self) -> tuple[dict[str, int], int]:
-        values, gradients, moments = (
-            self._held(rules)
-            for rules in (None, self.placement.gradient_rules, self.placement.moment_rules)
-        )
+        gradients = self.placed.gradients
         summed = 4 / self.param_itemsize if self.passes > 1 else 1.0
         kept, host = self._kept_bytes()
         head = self.model.vocab * self.model.embed / self._split("act_vocab", self.model.vocab)
@@ -169,8 +215,8 @@ class _Run:
         )
         in_flight = min(self.passes, 2 * self.stages - 1) if self.stages > 1 else 1
         kinds = {
-            "parameters": values,
-            "optimizer": 2 * moments,
+            "parameters": self.placed.parameters,
+            "optimizer": 2 * self.placed.moments,
             "batch": 20 * self.tokens * self.passes,
             "gradients": gradients * (summed + (1 if self.passes > 1 else 0)),
             "activations": kept * in_flight,
@@ -180,13 +226,6 @@ class _Run:
             "program": 50 << 20,
         }
         return {kind: round(size) for kind, size in kinds.items()}, round(host)
-
-    def _held(self, rules: Mapping[str, Any] | None) -> float:
-        shardings = self.placement.shardings(self.abstract.params, self.abstract.axes, rules=rules)
-        return sum(
-            math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
-            for path, spec in self.abstract.params.items()
-        )
 
     def _widths(self) -> dict[str, float]:
         """Returns numbers that a device makes of each token in one layer, by activation."""
@@ -229,7 +268,7 @@ class _Run:
         """Returns bytes of one layer's weights as a device multiplies with them."""
         return sum(
             math.prod(shape) * self.itemsize / self._parts(plan.held)
-            for _, shape, plan in self._weights()
+            for shape, plan in self.placed.weights
         )
 
     # Work.
@@ -270,29 +309,11 @@ class _Run:
         of_token = _PASSED[0] * widths[names.INPUTS] + _PASSED[1] * widths[names.MLP] / 2
         layers = self.tokens * self.layers * passes * self.itemsize * of_token
         logits = 4 * 4 * self.tokens * m.vocab / self._split("act_vocab", m.vocab)
-        state = 2 * self._held(None) + 4 * self._held(self.placement.moment_rules)
-        sums = 3 * self._held(self.placement.gradient_rules)
+        state = 2 * self.placed.parameters + 4 * self.placed.moments
+        sums = 3 * self.placed.gradients
         return (layers + logits + sums) * self.passes + state
 
     # Communication.
-
-    def _weights(self) -> list[tuple[str, tuple[int, ...], WeightPlan]]:
-        """Returns path, shape and plan of each weight of one layer, and of the head."""
-        found = []
-        tokens = (self.rows, self.config.data.max_length)
-        with self.placement.activate():
-            for path, spec in self.abstract.params.items():
-                axes, shape = self.abstract.axes[path], tuple(spec.shape)
-                if axes[0] != "layers" or len(shape) < 3:
-                    continue
-                found.append((path, shape[1:], plan_weight(axes[1:], shape[1:], tokens)))
-        return found
-
-    def _head(self) -> tuple[tuple[int, ...], WeightPlan]:
-        shape = (self.model.vocab, self.model.embed)
-        with self.placement.activate():
-            plan = plan_weight(("vocab", "embed"), shape, (self.rows, self.config.data.max_length))
-        return shape, plan
 
     def _parts(self, cut: tuple[tuple[str, ...], ...]) -> int:
         return math.prod(self.placement.mesh.shape[name] for group in cut for name in group)
@@ -328,8 +349,8 @@ class _Run:
 
     def _of_weights(self, add: Callable[[str, tuple[str, ...], float], None]) -> None:
         """Adds what travels of weights and of their gradients."""
-        shape, plan = self._head()
-        uses = [(shape, self.layers * self.turns, plan) for _, shape, plan in self._weights()]
+        shape, plan = self.placed.head(self.model.vocab, self.model.embed)
+        uses = [(size, self.layers * self.turns, of) for size, of in self.placed.weights]
         for size, times, of in [*uses, (shape, self.passes, plan)]:
             whole = math.prod(size) * self.itemsize / self._parts(of.held)
             gathered = tuple(name for group in of.gathered for name in group)

@@ -194,7 +194,10 @@ def is_view(module: Module, instruction: Instruction) -> bool:
 def _bytes_written(module: Module, computation: Computation, instruction: Instruction) -> float:
     body = module.fused(instruction)
     if body is None:
-        return _written(module, computation, instruction.name, in_hbm(instruction.shape))
+        whole = in_hbm(instruction.shape)
+        if whole and instruction.opcode == "dynamic-update-slice":
+            return _written(module, computation, instruction.name, whole)
+        return sum(array.padded_bytes for array in whole)
     root = body.instructions[body.root]
     parts = root.operands if root.opcode == "tuple" else (root.name,)
     results = arrays(instruction.shape)

@@ -1,5 +1,7 @@
 """Work of attention: kernels, whose insides a compiled program does not show, by their shapes."""
 
+import math
+
 from jaxft.chips import Chip
 from jaxft.hlo import Computation, Instruction, arrays
 from jaxft.models.config import DecoderConfig
@@ -42,12 +44,13 @@ def splash_flops(
     if not kind:
         return None
     operands = [arrays(computation.instructions[name].shape)[0] for name in instruction.operands]
-    rows, heads, queries, size = next(a.sizes for a in operands if len(a.sizes) == 4)
-    keys = max(a.sizes[2] for a in operands if len(a.sizes) == 4)
+    # Queries, keys and values `[rows, heads, positions, size]`, rows left out where there is one.
+    tables = [a.sizes for a in operands if a.dtype in ("bf16", "f32") and len(a.sizes) >= 3]
+    (*rows, heads, queries, size), keys = tables[0], max(table[-2] for table in tables)
     windows = [config.kinds[i].window for i in config.pattern]
     pairs = sum(visible_pairs(keys, window) for window in windows) / len(windows)
     products = _PRODUCTS[kind]
     if fused and kind != "fwd":
         products *= 5 / 7
     # Of a row that is split over devices each has its share of the queries.
-    return 2.0 * products * rows * heads * pairs * (queries / keys) * size, size
+    return 2.0 * products * math.prod(rows) * heads * pairs * (queries / keys) * size, size

@@ -404,8 +404,9 @@ def _remedies(plan: Plan) -> str:
         for remedy in plan.remedies
     ]
     columns = ["Change", "Flags", "Then", ">Memory", ">Step, estimate"]
-    text = "Each was compiled to see whether the run then fits."
-    return _part("What would make it fit", text, _table(columns, rows))
+    how = "compiled" if plan.source == "compiled" else "estimated"
+    text = f"Each was {how} to see whether the run then fits."
+    return _part("What would make it fit", text, _table(columns, rows, marks="remedies"))
 
 
 def _flag(key: str, value: Any) -> str:
@@ -1154,6 +1155,7 @@ h4 { margin: 1.1rem 0 .45rem; font-size: .84rem; font-weight: 500; color: var(--
 td small { color: var(--muted); } .compared small { white-space: nowrap; }
 .ranked td:nth-child(2) { min-width: 19rem; } .compared td:nth-child(4) { min-width: 11rem; }
 .compared td, .compared th { padding-right: 1rem; } .compared td:first-child { min-width: 7rem; }
+.remedies td:first-child { min-width: 11rem; } .remedies td:nth-child(2) { min-width: 17rem; }
 .config td:first-child { white-space: nowrap; } .config td:nth-child(2) { min-width: 17em;
   overflow-wrap: anywhere; }
 a { color: inherit; text-decoration-color: var(--axis); }

@@ -15,7 +15,7 @@ from jaxft.hlo import Computation, Instruction, Module
 from jaxft.metrics import training_flops
 from jaxft.models.families import Architecture
 from jaxft.planner import timeline as lanes
-from jaxft.planner.analytic import Estimator
+from jaxft.planner.analytic import Estimator, Placed
 from jaxft.planner.compilation import Compiled, compile_lowered
 from jaxft.planner.cost import cost_of
 from jaxft.planner.kernels import efficiency, splash_flops
@@ -321,7 +321,8 @@ class Planner:
         placement = make_placement(config, estimated_devices(topology))
         program = make_program(_anywhere(config), self.architecture, placement=placement)
         estimator = Estimator(architecture=self.architecture, topology=topology, rates=self.rates)
-        found = estimator.estimate(config, placement)
+        abstract = program.evaluator.abstract
+        found = estimator.estimate(config, Placed(placement, abstract, config.data.max_length))
         flops = model_flops(config, program.evaluator.multiplied_parameters, self.architecture)
         needed = [total / placement.mesh.size for total in flops]
         chip = topology.chip.core

@@ -68,15 +68,15 @@ def read_prices(file: str = "") -> Prices:
             problems.append(f"--prices={name}: no chip {chip!r} is known.{nearest(chip, known)}")
             continue
         per_hour = entry.get("per_chip_hour") if isinstance(entry, dict) else None
-        number = isinstance(per_hour, int | float) and not isinstance(per_hour, bool)
-        if not number or not 0 <= per_hour < math.inf:
+        number = per_hour if isinstance(per_hour, int | float) else -1
+        if isinstance(per_hour, bool) or not 0 <= number < math.inf:
             problems.append(
                 f"--prices={name}: chips.{chip}.per_chip_hour is {per_hour!r}; expected a number."
             )
             continue
         looked_up = entry.get("date", "")
         when = looked_up.isoformat() if isinstance(looked_up, date) else str(looked_up)
-        chips[chip] = Price(float(per_hour), when, str(entry.get("source", "")))
+        chips[chip] = Price(float(number), when, str(entry.get("source", "")))
     if not chips and not problems:
         problems.append(f"--prices={name} has no table [chips.NAME] with per_chip_hour.")
     if problems:

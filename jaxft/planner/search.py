@@ -20,12 +20,19 @@ from jaxft.errors import ConfigError, JaxftError
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
-from jaxft.planner.analytic import Estimate, Estimator
+from jaxft.planner.analytic import Estimate, Estimator, Placed
 from jaxft.planner.plan import Plan, Planner, estimated_devices
 from jaxft.planner.topology import Topology, use_compiler_alone
 from jaxft.program import check_strategy, check_weights, make_placement
 from jaxft.sharding import strategies
-from jaxft.sharding.rules import Placement, Strategy, load_strategy
+from jaxft.sharding.rules import (
+    IfDivisible,
+    Placement,
+    Strategy,
+    Target,
+    as_names,
+    load_strategy,
+)
 
 # What a layer keeps for its backward pass, from most memory to least.
 REMATS = ("none", "dots", "qkv+attention", "attention", "full")
@@ -193,19 +200,22 @@ def estimate_all(
     abstract = architecture.abstract(make_numerics(config.model.dtypes))
     estimator = Estimator(architecture=architecture, topology=topology)
     devices = estimated_devices(topology)
-    placements: dict[tuple, Placement | str] = {}
+    known: dict[tuple, Placed | JaxftError | None] = {}
+    signatures: set[tuple] = set()
     found = []
     for flags in variants(config, topology, architecture, names=names):
         changed = with_flags(config, flags)
-        mesh = tuple((key, flags[key]) for key in flags if key.startswith("mesh."))
-        where = (flags["strategy"], *mesh)
+        where = tuple(item for item in flags.items() if item[0].startswith(("mesh.", "strategy")))
+        if where not in known:
+            known[where] = _placed(changed, architecture, abstract, devices, signatures)
+        placed = known[where]
+        if placed is None:
+            continue
         try:
-            if where not in placements:
-                placements[where] = make_placement(changed, devices)
-            placement = placements[where]
-            _check(changed, architecture, abstract, placement)
-            estimate = estimator.estimate(changed, placement, abstract)
-            found.append(Candidate(flags=flags, estimate=estimate))
+            if isinstance(placed, JaxftError):
+                raise placed
+            _check_rows(changed, placed.placement)
+            found.append(Candidate(flags=flags, estimate=estimator.estimate(changed, placed)))
         except JaxftError as error:
             found.append(
                 Candidate(flags=flags, estimate=None, outcome=f"refused: {error.problems[0]}")
@@ -213,18 +223,59 @@ def estimate_all(
     return sorted(found, key=lambda c: c.estimate_seconds)
 
 
-def _check(
-    config: RunConfig, architecture: Architecture, abstract: AbstractModel, placement: Placement
-) -> None:
-    """Raises ConfigError for what a run would be refused for."""
-    check_strategy(config, architecture, placement)
+def _placed(
+    config: RunConfig,
+    architecture: Architecture,
+    abstract: AbstractModel,
+    devices: Sequence[Any],
+    signatures: set[tuple],
+) -> Placed | JaxftError | None:
+    """Returns the model under a strategy, why it is refused, or None if it was looked at before.
+
+    Where an axis has one device, a strategy may be another one by another name.
+    """
+    try:
+        placement = make_placement(config, devices)
+        check_strategy(config, architecture, placement)
+        check_weights(abstract, placement, (placement.batch_shards, config.data.max_length))
+        signature = _signature(placement, abstract)
+    except JaxftError as error:
+        return error
+    if signature in signatures:
+        return None
+    signatures.add(signature)
+    return Placed(placement, abstract, config.data.max_length)
+
+
+def _signature(placement: Placement, abstract: AbstractModel) -> tuple:
+    """Returns what a placement does to this model: two of the same make the same program."""
+    rules = (placement.strategy.rules, placement.gradient_rules, placement.moment_rules)
+    shardings = [placement.shardings(abstract.params, abstract.axes, rules=r) for r in rules]
+    of_activations = tuple(
+        (axis, tuple(name for name in _targets(target) if placement.mesh.shape[name] > 1))
+        for axis, target in sorted(placement.strategy.rules.items())
+        if axis.startswith("act_") or axis in ("batch", "seq", "stream_seq")
+    )
+    mesh = tuple((axis, size) for axis, size in placement.mesh.shape.items() if size > 1)
+    return (
+        mesh,
+        tuple(str(found[path].spec) for found in shardings for path in abstract.params),
+        tuple(entry for entry in of_activations if entry[1]),
+    )
+
+
+def _targets(target: Target) -> tuple[str, ...]:
+    return as_names(target.mesh_axes if isinstance(target, IfDivisible) else target)
+
+
+def _check_rows(config: RunConfig, placement: Placement) -> None:
+    """Raises ConfigError if a micro-batch cannot be split."""
     rows = config.train.batch_size // config.train.accumulation
     if rows % placement.batch_shards:
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} in {config.train.accumulation} "
             f"micro-batches cannot be split over {placement.batch_shards} devices."
         )
-    check_weights(abstract, placement, (rows, config.data.max_length))
 
 
 def variants(
@@ -307,13 +358,15 @@ def _promising(candidates: list[Candidate]) -> list[Candidate]:
     """Returns the candidates in the order in which they are compiled.
 
     The best of each strategy comes first if it is not far behind: estimates tell strategies apart
-    less surely than variants of one.
+    less surely than variants of one. Those that keep something on the host, which take the compiler
+    several times as long, come after those that do not.
     """
-    ahead: dict[str, Candidate] = {}
+    ahead: dict[tuple[bool, str], Candidate] = {}
     for candidate in candidates:
         if candidate.estimate_seconds <= _CLOSE * candidates[0].estimate_seconds:
-            ahead.setdefault(candidate.flags["strategy"], candidate)
-    first = list(ahead.values())
+            key = bool(candidate.flags["model.offload"]), candidate.flags["strategy"]
+            ahead.setdefault(key, candidate)
+    first = [ahead[key] for key in sorted(ahead, key=lambda key: key[0])]
     taken = {id(candidate) for candidate in first}
     return first + [c for c in candidates if id(c) not in taken]
 
