@@ -62,6 +62,6 @@ def _names(key: str, text: str, known: tuple[str, ...], rules: tuple[str, ...]) 
         either = f"one of {', '.join(rules)}, or " if rules else ""
         raise ConfigError(
             f"{key} is {text!r}; expected {either}names joined by '+' out of {', '.join(known)}."
-            f"{nearest(unknown[0], (*known, *rules))}"
+            f"{nearest(unknown[0], (*known, *rules), cutoff=0.6)}"
         )
     return frozenset(names)

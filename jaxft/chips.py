@@ -30,20 +30,22 @@ class Torus:
       dimensions: 2 or 3; a chip has two links in each.
       link: Of one link in one direction. Google names the sum over all links and both directions;
         a tenth is taken off it, as the scaling book does, for what transfers reach.
+      pod: Chips along a side of the largest slice in two dimensions.
     """
 
     dimensions: int
     link: float
+    pod: int = 16
 
     def wraps(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
         """Returns for each dimension of a slice whether its last chip is linked with its first.
 
-        Slices in two dimensions wrap where they are 16 long, those in three only if every
+        Slices in two dimensions wrap where they are as long as a pod, those in three only if every
         dimension is a multiple of 4 (Google's pages v5e, v6e, v5p).
         """
         if self.dimensions == 3:
             return (all(size % 4 == 0 for size in shape),) * len(shape)
-        return tuple(size == 16 for size in shape)
+        return tuple(size == self.pod for size in shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +182,7 @@ CHIPS: tuple[Chip, ...] = (
         memory=32 * _GIB,
         usable=2 * round(15.48 * _GIB),
         bandwidth=900 * _GIGA,
-        network=Torus(dimensions=2, link=63 * _GIGA),
+        network=Torus(dimensions=2, link=63 * _GIGA, pod=32),
         host=16 * _GIGA,
         clock=0.94 * _GIGA,
         lanes=128,

@@ -447,7 +447,7 @@ def compiler_options(text: str) -> dict[str, str | bool]:
     options: dict[str, str | bool] = {}
     for part in text.split(",") if text else []:
         name, equals, value = part.strip().removeprefix("--").partition("=")
-        if not (name and equals and value):
+        if not (name and equals and value) or " " in value:
             raise ConfigError(
                 f"train.compiler_options has {part!r}; expected 'xla_name=value', comma-separated."
             )

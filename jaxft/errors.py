@@ -53,7 +53,13 @@ def collected(problems: list[str]) -> Iterator[None]:
         problems += error.problems
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """Returns " Did you mean 'x'?" for the candidate closest to `name`, or an empty string."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.7)
+def nearest(name: str, candidates: Iterable[str], *, cutoff: float = 0.7) -> str:
+    """Returns " Did you mean 'x'?" for the candidate closest to `name`, or an empty string.
+
+    Args:
+      name: What was written.
+      candidates: What might have been meant.
+      cutoff: How alike they are at least, from 0 to 1; less for short names.
+    """
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
     return f" Did you mean {matches[0]!r}?" if matches else ""

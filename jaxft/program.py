@@ -5,10 +5,11 @@ know what it would cost compiles it.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,19 @@ class Program:
         Raises:
           ConfigError: If the compiler does not know one of the options, or its value.
         """
-        try:
+        with refused_options():
             return (lowered or self.lower()).compile(compiler_options=self.compiler_options)
-        except jax.errors.JaxRuntimeError as error:
-            if "No such compile option" in str(error) or "While setting option" in str(error):
-                raise ConfigError(f"train.compiler_options: {error}") from error
-            raise
+
+
+@contextlib.contextmanager
+def refused_options() -> Iterator[None]:
+    """Turns what the compiler says of `train.compiler_options` into a ConfigError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" in str(error) or "While setting option" in str(error):
+            raise ConfigError(f"train.compiler_options: {error}") from error
+        raise
 
 
 def make_placement(config: RunConfig, devices: Sequence[Any] | None = None) -> Placement:

@@ -144,6 +144,11 @@ def test_a_convolution_counts_what_meets_a_number(attributes, left, right, resul
     assert flops_of(*texts, call) == 2 * (2 * 3 * 5) * pairs
 
 
+def test_the_window_is_the_dimension_of_the_kernel_that_its_labels_name():
+    call = "convolution(%a, %b), window={size=2}, dim_labels=b0f_i0o->b0f"
+    assert flops_of("f32[3,10,7]", "f32[7,2,5]", "f32[3,9,5]", call) == 2 * 3 * 9 * 2 * 7 * 5
+
+
 def test_groups_of_a_convolution_see_their_part_of_features_or_batch():
     features = "convolution(%a, %b), window={size=1}, dim_labels=b0f_0io->b0f, "
     by_feature = features + "feature_group_count=3"

@@ -87,6 +87,9 @@ def test_an_update_in_place_takes_no_room_of_its_own():
 """
     fused = "%updated = f32[4,256]{1,0} fusion(%stack, %row, %zero), kind=kLoop, calls=%put"
     assert peak(lines.replace("UPDATE", fused), body).bytes == (4 + 1) * KIB
+    # Nor does one of an argument.
+    argument = lines.replace("broadcast(%zero), dimensions={}", "parameter(1)")
+    assert peak(argument.replace("UPDATE", fused), body).bytes == 1 * KIB  # the row
     # Another fusion of such a shape has a result of its own.
     body = body.replace("ROOT %put.1", "%put.1").replace(
         "%i, %i)\n", "%i, %i)\n  ROOT %r = f32[4,256]{1,0} reverse(%put.1), dimensions={0}\n"

@@ -125,6 +125,13 @@ def test_of_little_data_the_hops_take_the_time(shape, dimensions, hops):
     assert network("v5e", shape).seconds(tiny) == pytest.approx(hops * HOP_SECONDS, rel=1e-3)
 
 
+def test_cores_of_a_chip_that_are_apart_share_its_links():
+    both = network("tpu7x", (4, 4, 4), cores=2)
+    whole, apart = np.arange(128).reshape(1, 128), np.arange(0, 128, 2).reshape(1, 64)
+    of_all, of_half = (both.seconds(collective("all-gather", g)) for g in (whole, apart))
+    assert of_half == pytest.approx(2 * of_all * (63 / 64) / (127 / 128), rel=1e-3)
+
+
 def test_devices_of_one_chip_are_one_place():
     both = network("tpu7x", (4, 4, 4), cores=2)
     groups = np.arange(128).reshape(1, 128)
@@ -149,14 +156,28 @@ def test_a_permute_takes_as_long_as_its_hops_on_a_ring(shape, shift, hops):
     assert seconds == pytest.approx(hops * V / link("v5e"), rel=1e-4)
 
 
-def test_a_permute_is_as_slow_as_its_longest_way_and_ways_turn_at_corners():
-    near, corner = (0, 1), (0, 8 + 1)
+def test_a_permute_is_as_slow_as_its_busiest_link():
     net = network("v5e", (4, 8))
-    for pairs, hops in (([near], 1), ([corner], 2), ([near, corner], 2)):
+    for pairs, messages in (
+        ([(0, 1)], 1),
+        ([(0, 8 + 1)], 1),  # round a corner, on two links
+        ([(0, 2), (1, 2)], 2),  # both pass from chip 1 to chip 2
+        ([(0, 2), (2, 0)], 1),  # the two directions of a link do not share it
+    ):
         seconds = net.seconds(collective("collective-permute", pairs))
-        assert seconds == pytest.approx(hops * V / link("v5e"), rel=1e-4)
-    # From end to end of a line there is one way.
-    for pair, hops in ((corner, 2), ((0, 7), 7), ((0, 31), 10)):
+        assert seconds == pytest.approx(messages * V / link("v5e"), rel=1e-4)
+
+
+def test_a_ring_on_a_line_goes_back_the_way_it_came():
+    """The message from the last chip to the first has each link's other direction to itself."""
+    pairs = [(i, (i + 1) % 8) for i in range(8)]
+    seconds = network("v5e", (4, 8)).seconds(collective("collective-permute", pairs))
+    assert seconds == pytest.approx(V / link("v5e"), rel=1e-4)
+
+
+def test_a_message_takes_its_time_for_each_hop():
+    net = network("v5e", (4, 8))
+    for pair, hops in (((0, 9), 2), ((0, 7), 7), ((0, 31), 10)):
         tiny = net.seconds(collective("collective-permute", [pair], 1))
         assert tiny == pytest.approx(hops * HOP_SECONDS, rel=1e-3)
 

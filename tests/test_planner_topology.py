@@ -228,7 +228,6 @@ def test_an_unknown_size_lists_the_nearest(name, what, nearest, layout):
     ("name", "dimensions", "example"),
     [
         ("v5e:4x4x4", 2, "v5e:4x4"),
-        ("v5e:0x4", 2, "v5e:4x4"),
         ("v6e:4x", 2, "v6e:4x4"),
         ("v5p:4x4", 3, "v5p:4x4x4"),
         ("tpu7x:2x2x1x1", 3, "tpu7x:4x4x4"),
@@ -237,6 +236,11 @@ def test_an_unknown_size_lists_the_nearest(name, what, nearest, layout):
 def test_a_wrong_number_of_dimensions_is_named(name, dimensions, example):
     problem = refused(name)
     assert f"have {dimensions} dimensions, such as {example}." in problem
+
+
+def test_sizes_are_one_at_least_and_no_more_than_a_pod():
+    assert "1 or more" in refused("v5e:0x4")
+    assert "1024 chips; a slice of v5e has 256 at most" in refused("v5e:32x32")
 
 
 @pytest.mark.parametrize("name", ["v5e:3x4", "v5e:1x4", "v5p:4x5x4"])
@@ -280,14 +284,18 @@ def test_there_is_none_larger_than_the_largest_nor_of_what_is_not_sold_in_slices
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """A compiler that records what it is asked for, in place of libtpu's."""
+    """A compiler that records what it is asked for, at a path; libtpu is not installed."""
     asked = []
+    found = importlib.util.find_spec
 
     def answer(platform, topology_name, **options):
         asked.append((platform, topology_name, options))
         return SimpleNamespace(devices=[object()])
 
     monkeypatch.setenv("TPU_LIBRARY_PATH", "/nowhere/libtpu.so")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else found(name, *a)
+    )
     monkeypatch.setattr(topologies, "get_topology_desc", answer)
     topology._tpu_devices.cache_clear()
     yield asked
@@ -318,13 +326,15 @@ def test_one_chip_has_a_host_of_its_own(compiler):
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch, compiler):
     monkeypatch.delenv("TPU_LIBRARY_PATH")
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else found(name, *a)
-    )
     with pytest.raises(ConfigError, match=r"pip install 'jaxft\[tpu\]', or set TPU_LIBRARY_PATH"):
         parse("v5e:4x4").devices()
     assert not compiler
+
+
+def test_libtpu_that_is_installed_is_enough(monkeypatch, compiler):
+    monkeypatch.delenv("TPU_LIBRARY_PATH")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object())
+    assert len(parse("v5e:4x4").devices()) == 1
 
 
 def test_gpus_are_only_estimated():

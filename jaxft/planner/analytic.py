@@ -132,6 +132,24 @@ class Placed:
         ]
         return [(shape, self._plan(axes, shape)) for axes, shape in layers]
 
+    @functools.cached_property
+    def updated(self) -> dict[str, tuple[str, ...]]:
+        """Mesh axes over which updated parameters are gathered, as moments are cut further."""
+        values, moments = (
+            self.placement.shardings(self.abstract.params, self.abstract.axes, rules=rules)
+            for rules in (None, self.placement.moment_rules)
+        )
+        return {
+            path: tuple(name for name in _names(moments[path]) if name not in _names(values[path]))
+            for path in self.abstract.params
+        }
+
+    def bytes_of(self, path: str) -> int:
+        """Returns the bytes of a parameter as a device holds it."""
+        spec = self.abstract.params[path]
+        sharding = self.placement.shardings({path: spec}, self.abstract.axes)[path]
+        return math.prod(sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
+
     def head(self, vocab: int, embed: int) -> tuple[tuple[int, ...], WeightPlan]:
         """Returns shape and plan of the head."""
         return (vocab, embed), self._plan(("vocab", "embed"), (vocab, embed))
@@ -140,6 +158,20 @@ class Placed:
         # How many rows there are does not matter, only how they are split.
         with self.placement.activate():
             return plan_weight(axes, shape, (self.placement.batch_shards, self.length))
+
+
+def _names(sharding: Any) -> tuple[str, ...]:
+    return tuple(name for entry in sharding.spec for name in as_names(entry))
+
+
+def _reduced(plan: WeightPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the mesh axes over which a gradient is scattered, and those it is summed over else.
+
+    Devices along an axis that cuts the product itself, as of experts, have gradients of their own.
+    """
+    scattered = tuple(name for group in plan.scattered for name in group)
+    own = {*scattered, *(name for group in plan.held for name in group)}
+    return scattered, tuple(n for group in plan.tokens for n in group if n not in own)
 
 
 class _Run:
@@ -349,16 +381,24 @@ class _Run:
 
     def _of_weights(self, add: Callable[[str, tuple[str, ...], float], None]) -> None:
         """Adds what travels of weights and of their gradients."""
-        shape, plan = self.placed.head(self.model.vocab, self.model.embed)
-        uses = [(size, self.layers * self.turns, of) for size, of in self.placed.weights]
-        for size, times, of in [*uses, (shape, self.passes, plan)]:
-            whole = math.prod(size) * self.itemsize / self._parts(of.held)
-            gathered = tuple(name for group in of.gathered for name in group)
-            scattered = tuple(name for group in of.scattered for name in group)
-            rest = tuple(n for group in of.tokens for n in group if n not in scattered)
-            add("all-gather", gathered, 2 * whole * times)
+        uses = [(*weight, self.layers * self.turns, 2) for weight in self.placed.weights]
+        # The head is gathered once: its backward pass finds it there.
+        uses.append((*self.placed.head(self.model.vocab, self.model.embed), self.passes, 1))
+        for shape, plan, times, gathers in uses:
+            whole = math.prod(shape) * self.itemsize / self._parts(plan.held)
+            gathered = tuple(name for group in plan.gathered for name in group)
+            scattered, rest = _reduced(plan)
+            add("all-gather", gathered, gathers * whole * times)
             add("reduce-scatter", scattered, whole * times)
-            add("all-reduce", rest, whole / self._parts(of.scattered) * times)
+            add("all-reduce", rest, whole / self._parts(plan.scattered) * times)
+        # Rows of the embedding travel, and its gradient in the parameters' type.
+        shape, plan = self.placed.head(self.model.vocab, self.model.embed)
+        cut = self._parts(plan.held) * self._parts(plan.gathered)
+        columns = tuple(name for group in plan.gathered for name in group)
+        rest = tuple(name for name in _reduced(plan)[1] if name not in columns)
+        add("all-reduce", rest, self.passes * math.prod(shape) * self.param_itemsize / cut)
+        for path, extra in self.placed.updated.items():
+            add("all-gather", extra, self.placed.bytes_of(path))
 
     def _of_tokens(self, add: Callable[[str, tuple[str, ...], float], None]) -> None:
         """Adds what travels of tokens: between parts of heads, of rows, of experts, of stages.

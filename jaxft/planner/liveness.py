@@ -92,7 +92,7 @@ def _peak(
     for number, instruction in enumerate(order):
         made = life.made.get(instruction.name, ())
         # A result takes the place of an operand of its size that nobody reads any more.
-        for name in _replaced(instruction, made, ends[number], alive):
+        for name in _replaced(module, instruction, made, ends[number], alive):
             used -= sum(buffer.bytes for buffer in alive.pop(name))
         # What a branch or a function returns is counted inside of it until then.
         for own, inner in ((), _inner(module, instruction, known)), (made, Peak()):
@@ -109,12 +109,18 @@ def _peak(
 
 
 def _replaced(
+    module: Module,
     instruction: Instruction,
     made: tuple[Buffer, ...],
     ending: list[str],
     alive: dict[str, tuple[Buffer, ...]],
 ) -> list[str]:
+    body = module.fused(instruction)
+    # A product still reads what it would overwrite.
+    products = {inner.opcode for inner in body.instructions.values()} if body else set()
     if instruction.opcode not in ("fusion", "add", "multiply", "subtract", "convert"):
+        return []
+    if products & {"dot", "convolution"}:
         return []
     sizes = collections.Counter(buffer.bytes for buffer in made)
     found = []

@@ -58,10 +58,10 @@ class Network:
         return max(inside, one.wire_bytes / (min(ways) * self.chip.dcn)) + HOP_SECONDS
 
     def _on_torus(self, one: Collective, torus: Torus) -> float:
-        extents = self._extents(one.groups)
         if one.kind == "collective-permute":
-            hops = max((self._distance(pair) for pair in one.groups), default=1)
-            return one.bytes * max(1, hops) / torus.link + HOP_SECONDS * hops
+            messages, hops = self._busiest_link(one.groups, torus)
+            return one.bytes * messages / torus.link + HOP_SECONDS * hops
+        extents = self._extents(one.groups)
         wraps = torus.wraps(self.shape)
         # Dimensions along which the group lies, and whether it closes a ring there.
         sides = [
@@ -70,7 +70,7 @@ class Network:
         # Both directions of a ring; a line's end has one link.
         links = sum(2 if ring else 1 for _, ring in sides)
         hops = sum(size // 2 if ring else size - 1 for size, ring in sides)
-        rate = max(1, links) * torus.link
+        rate = max(1, links) * torus.link / self._sharing(one.groups[0])
         if one.kind in ("all-to-all", "ragged-all-to-all"):
             # Half of what each half sends crosses the middle, of a ring in two places.
             busiest = max((size / (8 if ring else 4) for size, ring in sides), default=1.0)
@@ -86,15 +86,28 @@ class Network:
         devices: Any = self.mesh.devices.flat
         return np.array([devices[i].coords[: len(self.shape)] for i in group])
 
-    def _distance(self, pair: Sequence[int]) -> int:
-        """Returns the hops between two chips."""
-        assert isinstance(self.chip.network, Torus)
-        places = self._coordinates(pair)
-        apart = np.abs(places[0] - places[1])
-        wraps = self.chip.network.wraps(self.shape)
-        return int(
-            sum(
-                min(d, size - d) if ring else d
-                for d, size, ring in zip(apart, self.shape, wraps, strict=True)
-            )
-        )
+    def _sharing(self, group: Sequence[int]) -> int:
+        """Returns how many groups use the same links at a time: cores of a chip that are apart."""
+        chips = {tuple(place) for place in self._coordinates(group)}
+        return self.chip.cores if len(chips) == len(group) else 1
+
+    def _busiest_link(self, pairs: Sequence[Sequence[int]], torus: Torus) -> tuple[int, int]:
+        """Returns the most messages on one link in one direction, and the hops of the longest way.
+
+        Messages go along one dimension after the other, the shorter way round where there are two.
+        """
+        loads: collections.Counter[tuple] = collections.Counter()
+        longest = 0
+        wraps = torus.wraps(self.shape)
+        for pair in pairs:
+            here, there = self._coordinates(pair).tolist()
+            hops = 0
+            for i, (size, ring) in enumerate(zip(self.shape, wraps, strict=True)):
+                ahead = (there[i] - here[i]) % size if ring else there[i] - here[i]
+                step = -1 if ahead < 0 or (ring and ahead > size // 2) else 1
+                while here[i] != there[i]:
+                    loads[(*here, i, step)] += 1
+                    here[i] = (here[i] + step) % size
+                    hops += 1
+            longest = max(longest, hops)
+        return max(loads.values(), default=1), longest

@@ -25,7 +25,7 @@ from jaxft.planner.network import Network
 from jaxft.planner.prices import Prices
 from jaxft.planner.timeline import Rates, Simulator, Timeline
 from jaxft.planner.topology import Topology
-from jaxft.program import Program, make_placement
+from jaxft.program import Program, make_placement, refused_options
 from jaxft.sharding.collectives import Collective, Frame, Reader
 from jaxft.shardings import cpu_devices, describe, make_program
 
@@ -158,13 +158,13 @@ class Plan:
       source: `compiled`, or `estimate` where there is no compiler.
       memory: Of one device.
       work: Of one step and device.
-      time: None if the run does not fit.
-      speed: None if the run does not fit.
+      time: None if the run does not fit, or nothing is published of the device.
+      speed: As `time`.
       exchanges: Most wire bytes first; empty if the run does not fit.
-      evaluation: Time of the eval step, None if it does not fit or was not asked for.
+      evaluation: Time of the eval step; None where it does not fit, is not known or not asked for.
       evaluation_memory: Bytes that the eval step takes on a device.
       remedies: What was tried where the run does not fit.
-      timeline: For pictures; None if the run does not fit.
+      timeline: For pictures; None where `time` is.
       compile_seconds: That compiling took.
       notes: What a reader should know of this plan.
     """
@@ -278,7 +278,7 @@ class Planner:
             work = Work(model_flops=needed[0], model_flops_full=needed[1], flops=0.0, bytes=0.0)
             return Plan(**common, memory=memory, work=work)
         found = self._read(compiled.text, topology, program)
-        time = step_time(found, topology)
+        time = step_time(found, topology) if topology.chip.bfloat16 else None
         shapes = {
             path: leaf.sharding.shard_shape(leaf.shape)
             for path, leaf in program.state.params.items()
@@ -300,11 +300,11 @@ class Planner:
             memory=memory,
             work=work,
             time=time,
-            speed=self.speed(config, topology, time, needed),
+            speed=self.speed(config, topology, time, needed) if time else None,
             exchanges=exchanges(found),
             evaluation=tested,
             evaluation_memory=tested_memory,
-            timeline=found.step,
+            timeline=found.step if time else None,
             notes=_notes(topology),
         )
 
@@ -374,7 +374,10 @@ class Planner:
 
     def _compile(self, lowered: Any, program: Program, topology: Topology) -> Compiled:
         target = f"{topology.slices}x{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
-        return compile_lowered(lowered, program.compiler_options, target=target, cache=self.cache)
+        with refused_options():
+            return compile_lowered(
+                lowered, program.compiler_options, target=target, cache=self.cache
+            )
 
     def _kernel_flops(self, instruction: Any, computation: Any) -> tuple[float, int] | None:
         return splash_flops(
@@ -432,11 +435,12 @@ class Planner:
         if compiled.allocation is None:
             return None, compiled.needed
         found = self._read(compiled.text, topology, program)
-        return step_time(found, topology), compiled.allocation.total
+        time = step_time(found, topology) if topology.chip.bfloat16 else None
+        return time, compiled.allocation.total
 
     def speed(
         self, config: RunConfig, topology: Topology, time: StepTime, flops: Sequence[float]
-    ) -> Speed | None:
+    ) -> Speed:
         """Returns what follows from the time of a step.
 
         Args:
@@ -445,8 +449,6 @@ class Planner:
           time: Of a step.
           flops: Of a device, attention once for each visible pair, and in full.
         """
-        if not time.seconds:
-            return None
         tokens = config.train.batch_size * config.data.max_length
         rate = tokens / time.seconds
         peak = topology.chip.core.peak(

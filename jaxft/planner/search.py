@@ -6,10 +6,12 @@ fast are compiled, in several processes, and ranked by what their programs say.
 
 import concurrent.futures
 import dataclasses
+import json
 import math
 import multiprocessing
 import os
 import pkgutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -164,6 +166,11 @@ def search(
       ConfigError: If no candidate can be had at all, with the reasons.
     """
     started = time.monotonic()
+    if not topology.chip.bfloat16:
+        raise ConfigError(
+            f"A search ranks by time, and no figures of {topology.chip.name!r} are published. Plan "
+            "single runs on it, or search on a slice."
+        )
     candidates = estimate_all(config, topology, planner.architecture, names=names)
     limit = topology.chip.core.usable or topology.chip.core.memory
     hopeful = [c for c in candidates if c.estimate and c.estimate_bytes <= _SLACK * limit]
@@ -418,8 +425,24 @@ class _Compiler:
             return concurrent.futures.ThreadPoolExecutor(1)
         context = multiprocessing.get_context("spawn")
         return concurrent.futures.ProcessPoolExecutor(
-            self.jobs, mp_context=context, initializer=use_compiler_alone
+            self.jobs, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)
         )
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _begin_worker(parent: int) -> None:
+    """Prepares a process that compiles, and lets it end with the one that started it."""
+    use_compiler_alone()
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # nobody waits for the result; the compiler cannot be interrupted
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _plan(values: dict[str, Any], topology: Topology, planner: Planner) -> Plan:
@@ -449,12 +472,12 @@ def config_file(config: RunConfig, candidate: Candidate, topology: Topology) -> 
     chosen = with_flags(config, candidate.flags)
     default = to_dict(RunConfig())
     changed = {key: value for key, value in to_dict(chosen).items() if value != default[key]}
-    lines = [f"    config.{key} = {value!r}" for key, value in changed.items()]
+    lines = [f"    config.{key} = {_literal(value)}" for key, value in changed.items()]
     plan = candidate.plan
     predicted = ""
     if plan is not None and plan.time is not None and plan.speed is not None:
         predicted = (
-            f"\n\nPredicted by jaxft plan, not measured: {plan.time.seconds:.3g} s a step, "
+            f"\n\nPredicted by jaxft plan, not measured: {plan.time.seconds:.3g} s a step,\n"
             f"{plan.speed.tokens_per_second_per_chip:,.0f} tokens/s a chip, "
             f"{plan.memory.used / 2**30:.2f} of {plan.memory.limit / 2**30:.2f} GiB of memory."
         )

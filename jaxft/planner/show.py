@@ -40,6 +40,7 @@ def print_plan(plan: Plan) -> None:
         _say(f"In the host's memory, for each device: {format_bytes(plan.memory.host)}.")
     if plan.time is not None:
         _print_time(plan, plan.time)
+    if plan.exchanges:
         output.print(_exchange_table(plan))
     if plan.evaluation is not None:
         _say(
@@ -212,7 +213,9 @@ def format_seconds(seconds: float) -> str:
 def _table(columns: list[str], *, left: int) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+        # A name that is cut in two cannot be searched for; the other columns give way.
+        justify = "left" if i < left else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=i == 0)
     return table
 
 

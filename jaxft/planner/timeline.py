@@ -291,7 +291,7 @@ class Simulator:
         size = min((a.padded_bytes for a in parts if a.bytes > 4), default=0)
         host = any(array.space == HOST for array in parts)
         if host:
-            seconds = size / self.chip.host
+            seconds = size / self.chip.host if self.chip.host else 0.0
             way = "out" if arrays(instruction.shape)[-2].space == HOST else "in"
             end = state.begin(
                 f"{TO_HOST} {way}", TO_HOST, seconds, instruction.name, instruction.origin
@@ -313,8 +313,7 @@ class Simulator:
                 if found is not None:
                     seconds = self._exchanged(found)
                     end = state.begin(ICI, found.kind, seconds, found.name, found.origin)
-                elif seconds := cost_of(self.module, body, part).bytes:
-                    seconds /= self.chip.bandwidth * self.rates.memory
+                elif seconds := self._moving(cost_of(self.module, body, part).bytes):
                     end = state.begin(SPARSE, SPARSE, seconds, part.name, part.origin)
         state.ends[instruction.name] = end
 
@@ -328,8 +327,12 @@ class Simulator:
         kind = MATMUL if cost.flops else MEMORY
         state.run(kind, self._seconds(cost), instruction)
 
+    def _moving(self, size: float) -> float:
+        bandwidth = self.chip.bandwidth * self.rates.memory
+        return size / bandwidth if bandwidth else 0.0
+
     def _seconds(self, cost: Cost) -> float:
-        memory = cost.bytes / (self.chip.bandwidth * self.rates.memory)
+        memory = self._moving(cost.bytes)
         if not cost.flops or not self.chip.bfloat16:
             return memory
         products = cost.flops / (self.chip.bfloat16 * self.chip.product_share)

@@ -170,7 +170,9 @@ def _dimensions(chip: Chip) -> int:
 
 
 def _check_shape(name: str, chip: Chip, torus: Torus, shape: tuple[int, ...]) -> None:
-    if len(shape) != torus.dimensions or min(shape) < 1:
+    if min(shape, default=0) < 1:
+        raise ConfigError(f"--topology is {name!r}; every size is 1 or more.")
+    if len(shape) != torus.dimensions:
         example = ":4x4x4" if torus.dimensions == 3 else ":4x4"
         raise ConfigError(
             f"--topology is {name!r}, but slices of {chip.name} have {torus.dimensions} "
@@ -180,6 +182,12 @@ def _check_shape(name: str, chip: Chip, torus: Torus, shape: tuple[int, ...]) ->
     if odd and math.prod(shape) > 1:
         raise ConfigError(
             f"--topology is {name!r}, but a host has 2 x 2 chips: the first two sizes are even."
+        )
+    largest = _LARGEST.get(chip.name, 256)
+    if math.prod(shape) > largest:
+        raise ConfigError(
+            f"--topology is {name!r}, {math.prod(shape)} chips; a slice of {chip.name} has "
+            f"{largest} at most. Join several: 2x{chip.name}:…"
         )
 
 

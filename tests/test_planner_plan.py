@@ -1,0 +1,322 @@
+"""Plans of programs compiled for this machine's CPU devices, against what these programs are."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxft import cli
+from jaxft.chips import chip_named
+from jaxft.config import RunConfig, to_dict
+from jaxft.errors import ConfigError
+from jaxft.flags import read_config
+from jaxft.models.families import architecture_from_hf
+from jaxft.planner import command, show
+from jaxft.planner.memory import KINDS
+from jaxft.planner.plan import SCHEMA, Plan, Planner, model_flops
+from jaxft.planner.prices import read_prices
+from jaxft.planner.search import Search, _promising, config_file, estimate_all, search, with_flags
+from jaxft.planner.topology import parse
+from jaxft.program import make_placement
+from jaxft.sharding.collectives import collectives, summary
+from jaxft.shardings import make_program
+from tests.oracle.cases import CASES
+
+LAYERS, EMBED, MLP, HEADS, KEYS, SIZE, VOCAB = 2, 32, 64, 4, 2, 8, 128
+LENGTH = 64
+MODEL = CASES["gqa"] | {
+    "vocab_size": VOCAB,
+    "hidden_size": EMBED,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEYS,
+    "head_dim": SIZE,
+    "intermediate_size": MLP,
+    "tie_word_embeddings": False,
+}
+TINY = architecture_from_hf(MODEL)
+
+
+def run(**changes: Any) -> RunConfig:
+    config = RunConfig()
+    config.model.path, config.model.dtypes = "tiny", "float32"
+    config.model.remat = "none"
+    config.data.max_length, config.train.batch_size = LENGTH, 16
+    config.objective.chunk = 16
+    for key, value in changes.items():
+        group, _, leaf = key.rpartition("__")
+        setattr(getattr(config, group) if group else config, leaf, value)
+    return config
+
+
+# This machine's devices, with the figures of a chip that has some: a search ranks by time.
+LOCAL = dataclasses.replace(parse("local"), chip=chip_named("h100"))  # pyright: ignore
+
+
+def planner() -> Planner:
+    return Planner(architecture=TINY, prices=read_prices(), cache="off")
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return planner().plan(run(), parse("local"), evaluation=True)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    config = run()
+    program = make_program(config, TINY, placement=make_placement(config))
+    return program.compile()
+
+
+def test_memory_is_the_compilers(plan, compiled):
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+    assert plan.memory.used == pytest.approx(held, rel=1e-3)
+    assert sum(plan.memory.kinds.values()) == plan.memory.used
+    assert set(plan.memory.kinds) == set(KINDS)
+
+
+def test_state_is_what_its_arrays_take(plan):
+    per_layer = EMBED * SIZE * (2 * HEADS + 2 * KEYS) + 3 * EMBED * MLP + 2 * EMBED
+    count = LAYERS * per_layer + 2 * VOCAB * EMBED + EMBED
+    assert plan.parameters == count
+    norms = (2 * LAYERS + 1) * EMBED  # whole on each of eight devices
+    held = 4 * ((count - norms) // 8 + norms)
+    assert plan.memory.kinds["parameters"] == held
+    assert plan.memory.kinds["optimizer"] == pytest.approx(2 * held, abs=64)
+
+
+def test_flops_that_run_are_those_of_every_matrix_product(plan):
+    """Without rematerialisation: thrice the forward pass, and the logits once more."""
+    tokens = 16 * LENGTH // 8
+    weights = EMBED * SIZE * (2 * HEADS + 2 * KEYS) + 3 * EMBED * MLP
+    scores = 2 * LENGTH * HEADS * SIZE  # XLA's attention scores the pairs that are hidden, too
+    exact = 2 * tokens * (LAYERS * 3 * (weights + scores) + 4 * VOCAB * EMBED)
+    assert plan.work.flops == pytest.approx(exact, rel=1e-6)
+
+
+def test_flops_that_are_needed_count_pairs_that_see_each_other(plan):
+    tokens = 16 * LENGTH
+    weights = LAYERS * (EMBED * SIZE * (2 * HEADS + 2 * KEYS) + 3 * EMBED * MLP + 2 * EMBED)
+    multiplied = weights + EMBED + VOCAB * EMBED
+    attention = 12 * LAYERS * LENGTH * HEADS * SIZE
+    assert plan.work.model_flops_full == pytest.approx(
+        tokens * (6 * multiplied + attention) / 8, rel=1e-6
+    )
+    assert plan.work.model_flops == pytest.approx(
+        tokens * (6 * multiplied + attention / 2) / 8, rel=1e-6
+    )
+
+
+def test_a_window_takes_from_attention_what_it_hides():
+    windowed = architecture_from_hf(CASES["window"]) if "window" in CASES else None
+    config = run()
+    plain = model_flops(config, 0, TINY)[1]
+    assert plain == 12 * LAYERS * HEADS * SIZE * 16 * LENGTH**2
+    if windowed is not None:
+        assert model_flops(config, 0, windowed)[1] < plain
+
+
+def test_exchanges_are_the_collectives_of_the_program(plan, compiled):
+    mesh = make_placement(run()).mesh
+    totals = summary(collectives(compiled.as_text(), mesh))
+    expected = {(t.kind, t.axes): (t.count, t.bytes, t.wire_bytes) for t in totals}
+    found = {(e.kind, e.axes): (e.count, e.bytes, e.wire_bytes) for e in plan.exchanges}
+    assert found == expected
+
+
+def test_the_eval_step_is_planned_too(plan):
+    assert 0 < plan.evaluation_memory < plan.memory.used
+    known = planner().plan(run(), LOCAL, evaluation=True)
+    assert known.time is not None and known.evaluation is not None
+    assert 0 < known.evaluation.seconds < known.time.seconds
+
+
+def test_unknown_devices_have_no_time_and_say_so(plan):
+    assert plan.time is plan.speed is plan.timeline is None
+    assert plan.fits
+    assert any("No figures" in note for note in plan.notes)
+
+
+def test_the_record_is_json_and_names_its_version(plan):
+    record = json.loads(json.dumps(plan.record()))
+    assert record["schema"] == SCHEMA
+    assert record["settings"]["data.max_length"] == LENGTH
+    assert record["topology"]["devices"] == 8
+    assert record["memory"]["kinds"] == plan.memory.kinds
+    assert "timeline" not in record
+
+
+def test_a_plan_is_found_again_without_compiling(tmp_path, monkeypatch):
+    cached = Planner(architecture=TINY, prices=read_prices(), cache=str(tmp_path))
+    first = cached.plan(run(), parse("local"))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
+    assert cached.plan(run(), parse("local")).record() == first.record()
+    monkeypatch.undo()
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])  # as a full disk leaves it
+    assert cached.plan(run(), parse("local")).memory == first.memory
+
+
+def test_another_batch_or_option_is_another_program(tmp_path):
+    cached = Planner(architecture=TINY, prices=read_prices(), cache=str(tmp_path))
+    cached.plan(run(), parse("local"))
+    cached.plan(run(train__batch_size=32), parse("local"))
+    options = "xla_cpu_enable_fast_math=true"
+    cached.plan(run(train__compiler_options=options), parse("local"))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_run_that_would_be_refused_is_refused():
+    with pytest.raises(ConfigError, match="cannot be split"):
+        planner().plan(run(train__batch_size=12), parse("local"))
+    with pytest.raises(ConfigError, match="No such compile option"):
+        planner().plan(run(train__compiler_options="xla_no_such_thing=1"), parse("local"))
+
+
+# Search.
+
+
+def test_candidates_fill_the_slice_and_are_all_different():
+    found = estimate_all(run(), LOCAL, TINY)
+    assert len(found) > 100
+    for candidate in found:
+        sizes = [v for key, v in candidate.flags.items() if key.startswith("mesh.")]
+        assert math.prod(sizes) == 8
+    effects = [json.dumps(candidate.flags, sort_keys=True) for candidate in found]
+    assert len(set(effects)) == len(effects)
+
+
+def test_no_candidate_is_another_by_another_name():
+    """`fsdp_tp` with one device on `tensor` is `fsdp`, `hsdp` on one slice is `fsdp`."""
+    found = estimate_all(run(), LOCAL, TINY)
+    whole = [
+        c.flags["strategy"]
+        for c in found
+        if c.flags.get("mesh.fsdp") == 8 and c.flags["train.accumulation"] == 1
+    ]
+    assert len(set(whole)) == 1
+
+
+def test_the_rows_of_a_step_stay_what_they_are():
+    for candidate in estimate_all(run(), LOCAL, TINY, names=["fsdp"]):
+        changed = with_flags(run(), candidate.flags)
+        assert changed.train.batch_size == 16
+        assert changed.data.max_length == LENGTH
+
+
+@pytest.fixture(scope="module")
+def found() -> Search:
+    return search(run(), LOCAL, planner(), names=["fsdp", "ddp"], count=2)
+
+
+def test_the_best_of_each_strategy_is_compiled_first():
+    hopeful = estimate_all(run(), LOCAL, TINY)
+    order = _promising(hopeful)
+    assert sorted(map(id, order)) == sorted(map(id, hopeful))
+    close = [c for c in hopeful if c.estimate_seconds <= 1.5 * hopeful[0].estimate_seconds]
+    expected = {c.flags["strategy"] for c in close if not c.flags["model.offload"]}
+    assert {c.flags["strategy"] for c in order[: len(expected)]} == expected
+
+
+def test_a_search_compiles_and_ranks(found):
+    done = [c for c in found.candidates if c.plan is not None]
+    assert found.compiled == len(done) == 2
+    assert found.best is found.candidates[0]
+    assert all(c.outcome for c in found.candidates)
+
+
+def test_the_best_is_written_as_a_config_that_runs(found, tmp_path):
+    file = command.write_config(str(tmp_path / "best.py"), run(), found)
+    best = found.best
+    assert best is not None
+    assert to_dict(read_config(str(file), [])) == to_dict(with_flags(run(), best.flags))
+    assert best.name in config_file(run(), best, found.topology)
+
+
+def test_why_nothing_can_be_tried_is_said():
+    with pytest.raises(ConfigError, match="cannot be split"):
+        search(run(train__batch_size=3), LOCAL, planner(), names=["ddp"])
+
+
+def test_a_search_needs_figures_to_rank_by():
+    with pytest.raises(ConfigError, match="no figures of 'cpu'"):
+        search(run(), parse("local"), planner())
+
+
+# The command.
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    return str(tmp_path)
+
+
+def plan_command(folder: str, *more: str) -> int:
+    keys = [
+        f"--config.model.path={folder}",
+        f"--config.data.max_length={LENGTH}",
+        "--config.train.batch_size=16",
+    ]
+    return cli.main(["plan", *keys, "--cache=off", *more])
+
+
+def test_the_command_prints_facts_and_estimates(folder, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    page = tmp_path / "plan.html"
+    more = [f"--json={file}", f"--html={page}"]
+    assert plan_command(folder, "--topology=local", *more) == 0
+    printed = capsys.readouterr().out
+    assert "parameters" in printed
+    assert "all-gather" in printed
+    assert json.loads(file.read_text())["plans"][0]["model"] == folder
+    assert page.read_text().lower().startswith("<!doctype html>")
+
+
+def test_gpus_that_are_not_there_are_estimated_and_labelled(folder, capsys):
+    assert plan_command(folder, "--topology=h100:8", "--strategy=fsdp,ddp") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("by estimate") == 2
+    assert "nothing was compiled" in printed
+    assert "$/M tokens" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--topology=v5e:4x4"),
+        (["--topology=v9e-8"], "no chip 'v9e' is known"),
+        (["--topology=v5e-12,v6e-3"], "no slice of 3 chips"),
+        (["--topology=local", "--output=best.py"], "add --search"),
+        (["--topology=local", "--strategy=fdsp"], "Did you mean 'fsdp'?"),
+        (["--topology=local", "--prices=none.toml"], "none.toml cannot be read"),
+        (["--topology=local", "--config.mesh.tensor=3"], "has no axis 'tensor'"),
+        (["--topology=local", "--config.mesh.fsdp=3"], "does not fit 8 devices"),
+        (["--topology=local", "--config.model.remat=qvk"], "Did you mean 'qkv'?"),
+        (["--topology=local", "--html=no/such/plan.html"], "there is no folder"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_words(folder, capsys, arguments, said):
+    assert plan_command(folder, *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_all_unknown_slices_are_named_at_once(folder, capsys):
+    plan_command(folder, "--topology=v5e-12", "--topology=v9e-8")
+    said = capsys.readouterr().err
+    assert "v5e-12" in said
+    assert "v9e-8" in said
+
+
+def test_seconds_have_three_digits_and_a_unit():
+    numbers = [0, 2.5e-9, 0.0000123456, 0.0987654, 1.23456, 123.456, 98765]
+    shown = [show.format_seconds(number) for number in numbers]
+    assert shown == ["0 s", "2.5 ns", "12.3 µs", "98.8 ms", "1.23 s", "123 s", "98,765 s"]
+    assert np.all([len(text) <= 8 for text in shown])

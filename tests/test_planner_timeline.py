@@ -1,0 +1,226 @@
+"""When instructions run: what overlaps and what is waited for, in programs written by hand."""
+
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxft.chips import Chip, Torus
+from jaxft.hlo import Module
+from jaxft.planner.network import HOP_SECONDS, Network
+from jaxft.planner.timeline import Rates, Simulator, Timeline
+from jaxft.sharding.collectives import Reader
+
+# A device that multiplies 1e12 times, and reads 1e9 bytes, a second; its links carry 1e9.
+CHIP = Chip(
+    name="test",
+    kind="test",
+    bfloat16=1e12,
+    float32=1e12,
+    memory=1 << 40,
+    bandwidth=1e9,
+    network=Torus(dimensions=2, link=1e9),
+    host=1e8,
+    clock=1e9,
+)
+# 4 MB in float32.
+ARRAY = "f32[1000,1000]{1,0}"
+COPY_SECONDS = 2 * 4e6 / 1e9
+# An all-gather of a line of four chips brings each three quarters of 4 MB over one link.
+GATHER_SECONDS = 3e6 / 1e9 + 3 * HOP_SECONDS
+
+
+class FakeChip:
+    """A chip in a line of four."""
+
+    slice_index, platform, process_index = 0, "tpu", 0
+
+    def __init__(self, number: int):
+        self.id, self.coords = number, (number, 0, 0)
+
+
+def run(body: str, *others: str, **rates: bool) -> Timeline:
+    """Plays a program of four devices whose entry is `body`."""
+    lines = "\n".join(f"  {line}" for line in body.strip().splitlines())
+    text = "HloModule test, is_scheduled=true, num_partitions=4\n\n"
+    text += "\n\n".join(others)
+    text += f"\n\nENTRY %main (p: f32[1000,1000]) -> f32[1000,1000] {{\n{lines}\n}}\n"
+    mesh = Mesh(np.array([FakeChip(i) for i in range(4)]), ("fsdp",))
+    module = Module(text)
+    network = Network(CHIP, mesh, (4, 1))
+    simulator = Simulator(
+        module,
+        Reader(module, mesh),
+        network,
+        kernels=lambda instruction, _: 0.5 if "kernel" in instruction.name else None,
+        rates=Rates(memory=1.0, links=1.0, sums=1.0, **rates),
+    )
+    return simulator.run()
+
+
+GROUPS = "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
+
+
+def test_instructions_run_one_after_the_other():
+    found = run(
+        f"""
+        %p = {ARRAY} parameter(0)
+        %a = {ARRAY} copy({ARRAY} %p)
+        ROOT %b = {ARRAY} negate({ARRAY} %a)
+        """
+    )
+    assert found.seconds == pytest.approx(2 * COPY_SECONDS)
+    assert [span.kind for span in found.spans] == ["memory", "memory"]
+
+
+def test_a_product_takes_its_flops_or_its_bytes_whichever_is_longer():
+    dot = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    found = run(
+        f"""
+        %p = {ARRAY} parameter(0)
+        ROOT %a = {ARRAY} dot({ARRAY} %p, {ARRAY} %p), {dot}
+        """
+    )
+    assert found.total(kind="matmul") == pytest.approx(max(2e9 / 1e12, 3 * 4e6 / 1e9))
+
+
+def test_the_compilers_cycles_count_where_they_are_asked_for():
+    dot = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    cycles = 'backend_config={"estimated_cycles":"50000000"}'
+    body = f"""
+        %p = {ARRAY} parameter(0)
+        ROOT %a = {ARRAY} dot({ARRAY} %p, {ARRAY} %p), {dot}, {cycles}
+        """
+    assert run(body).seconds == pytest.approx(0.012)
+    assert run(body, cycles=True).seconds == pytest.approx(0.05)
+
+
+def test_a_collective_without_start_and_end_is_waited_for():
+    found = run(
+        f"""
+        %p = f32[250,1000]{{1,0}} parameter(0)
+        ROOT %g = {ARRAY} all-gather(f32[250,1000]{{1,0}} %p), {GROUPS}
+        """
+    )
+    assert found.seconds == pytest.approx(GATHER_SECONDS)
+    assert found.total(kind="wait ici") == pytest.approx(GATHER_SECONDS)
+    assert found.total(lane="ici") == pytest.approx(GATHER_SECONDS)
+
+
+def started(*between: str) -> str:
+    work = "\n".join(between)
+    return f"""
+        %p = f32[250,1000]{{1,0}} parameter(0)
+        %x = {ARRAY} broadcast(f32[250,1000]{{1,0}} %p), dimensions={{}}
+        %s = (f32[250,1000]{{1,0}}, {ARRAY}) all-gather-start(f32[250,1000]{{1,0}} %p), {GROUPS}
+        {work}
+        ROOT %d = {ARRAY} all-gather-done((f32[250,1000]{{1,0}}, {ARRAY}) %s)
+        """
+
+
+def test_what_is_started_runs_beside_other_work():
+    nothing = run(started())
+    some = run(started(f"%a = {ARRAY} negate({ARRAY} %x)"))
+    assert nothing.total(kind="wait ici") == pytest.approx(GATHER_SECONDS)
+    # The copy takes longer than the exchange, which is hidden wholly.
+    assert some.total(kind="wait ici") == 0
+    assert some.seconds == pytest.approx(nothing.seconds - GATHER_SECONDS + COPY_SECONDS)
+
+
+def test_a_wait_names_what_it_waits_for():
+    [wait] = [span for span in run(started()).spans if span.kind == "wait ici"]
+    assert wait.name == "s"
+
+
+def test_two_exchanges_share_the_links():
+    small = "f32[250,1000]{1,0}"
+    found = run(
+        f"""
+        %p = {small} parameter(0)
+        %s = ({small}, {ARRAY}) all-gather-start({small} %p), {GROUPS}
+        %t = ({small}, {ARRAY}) all-gather-start({small} %p), {GROUPS.replace("=1", "=2")}
+        %d = {ARRAY} all-gather-done(({small}, {ARRAY}) %s)
+        ROOT %e = {ARRAY} all-gather-done(({small}, {ARRAY}) %t)
+        """
+    )
+    assert found.seconds == pytest.approx(2 * GATHER_SECONDS)
+
+
+LOOP = (
+    f"""%body (p: (s32[], f32[1000,1000])) -> (s32[], f32[1000,1000]) {{
+  %p = (s32[], {ARRAY}) parameter(0)
+  %i = s32[]{{:S(2)}} get-tuple-element((s32[], {ARRAY}) %p), index=0
+  %one = s32[]{{:S(2)}} constant(1)
+  %next = s32[]{{:S(2)}} add(s32[] %i, s32[] %one)
+  %x = {ARRAY} get-tuple-element((s32[], {ARRAY}) %p), index=1
+  %y = {ARRAY} negate({ARRAY} %x)
+  ROOT %t = (s32[], {ARRAY}) tuple(s32[] %next, {ARRAY} %y)
+}}""",
+    f"""%condition (p: (s32[], f32[1000,1000])) -> pred[] {{
+  %p = (s32[], {ARRAY}) parameter(0)
+  %i = s32[] get-tuple-element((s32[], {ARRAY}) %p), index=0
+  %n = s32[] constant(7)
+  ROOT %c = pred[] compare(s32[] %i, s32[] %n), direction=LT
+}}""",
+)
+
+
+def test_a_loop_takes_its_body_as_often_as_it_runs():
+    found = run(
+        f"""
+        %p = {ARRAY} parameter(0)
+        %zero = s32[]{{:S(2)}} constant(0)
+        %t = (s32[], {ARRAY}) tuple(s32[] %zero, {ARRAY} %p)
+        %w = (s32[], {ARRAY}) while((s32[], {ARRAY}) %t), condition=%condition, body=%body
+        ROOT %r = {ARRAY} get-tuple-element((s32[], {ARRAY}) %w), index=1
+        """,
+        *LOOP,
+    )
+    [loop] = found.loops
+    assert loop.trips == 7
+    assert found.seconds == pytest.approx(7 * COPY_SECONDS)
+    assert found.total(kind="memory") == pytest.approx(7 * COPY_SECONDS)
+
+
+def test_kernels_take_what_the_caller_says():
+    found = run(
+        f"""
+        %p = {ARRAY} parameter(0)
+        ROOT %kernel = {ARRAY} custom-call({ARRAY} %p), custom_call_target="tpu_custom_call"
+        """
+    )
+    assert found.total(kind="attention") == 0.5
+
+
+def test_copies_to_the_host_go_both_ways_at_once():
+    host = "f32[1000,1000]{1,0:S(5)}"
+    found = run(
+        f"""
+        %p = {ARRAY} parameter(0)
+        %h = {host} parameter(1)
+        %s = ({host}, {ARRAY}, u32[]) copy-start({ARRAY} %p)
+        %t = ({ARRAY}, {host}, u32[]) copy-start({host} %h)
+        %d = {host} copy-done(({host}, {ARRAY}, u32[]) %s)
+        ROOT %e = {ARRAY} copy-done(({ARRAY}, {host}, u32[]) %t)
+        """
+    )
+    assert found.total(lane="host") == pytest.approx(2 * 4e6 / 1e8)
+    assert found.seconds == pytest.approx(4e6 / 1e8)
+
+
+def test_of_branches_the_mean_counts():
+    def branch(name: str, what: str) -> str:
+        return (
+            f"%{name} (p: f32[1000,1000]) -> f32[1000,1000] {{\n"
+            f"  %p = {ARRAY} parameter(0)\n  ROOT %r = {ARRAY} {what}({ARRAY} %p)\n}}"
+        )
+
+    found = run(
+        f"""
+        %p = {ARRAY} parameter(0)
+        %i = s32[]{{:S(2)}} constant(0)
+        ROOT %c = {ARRAY} conditional(s32[] %i, {ARRAY} %p, {ARRAY} %p), """
+        "branch_computations={%b0, %b1}",
+        branch("b0", "negate"),
+        branch("b1", "bitcast"),
+    )
+    assert found.seconds == pytest.approx(COPY_SECONDS / 2)
