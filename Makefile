@@ -19,7 +19,7 @@ test: .venv/.installed
 	@$(PYTEST)
 
 test-all: .venv/.installed
-	@$(PYTEST) -m 'not tpu_aot'
+	@$(PYTEST) -m ''
 
 check: .venv/.installed
 	@$(PYTHON) -m ruff check

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 
+from jaxft.planner.topology import parse
+
 _HAS_LIBTPU = bool(os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu"))
 
 
 def compiles_for_tpu(test: Callable) -> Callable:
-    """Marks a test that needs libtpu, which one process at a time can use."""
+    """Marks a test that needs libtpu; it is skipped, with the reason, where that is missing."""
     marks = (
         pytest.mark.tpu_aot,
         pytest.mark.skipif(
-            not _HAS_LIBTPU, reason="needs libtpu, or TPU_LIBRARY_PATH that names it"
+            not _HAS_LIBTPU,
+            reason="needs libtpu (pip install 'jaxft[tpu]'), or TPU_LIBRARY_PATH that names it",
         ),
         pytest.mark.filterwarnings("ignore"),  # libtpu warns that this machine has no TPU
     )
@@ -24,8 +27,6 @@ def compiles_for_tpu(test: Callable) -> Callable:
     return test
 
 
-def tpu_devices(name: str, **options: Any) -> Sequence[Any]:
-    """Returns the devices of a slice such as `v5e:2x2`, or of several with `num_slices`."""
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+def tpu_devices(name: str, *, num_slices: int = 1) -> Sequence[Any]:
+    """Returns the devices of a slice such as `v5e:2x2`, or of several."""
+    return parse(f"{num_slices}x{name}").devices()

@@ -34,20 +34,24 @@ def try_remedies(
 ) -> Plan:
     """Returns a plan that does not fit with what was tried: those that fit first, then by memory.
 
-    If no single change on the same slice is enough, all that concern memory are tried at once.
+    If no single change is enough, those that concern memory are tried together, then on the next
+    larger slice.
     """
     tried: list[Remedy] = []
     for change in single_changes(config, plan.topology):
-        _try(change, config, planner, tried, on_log)
-    if not any(remedy.fits and "topology" not in remedy.flags for remedy in tried):
-        _try(together(config, plan.topology), config, planner, tried, on_log)
-    ranked = sorted(tried, key=lambda remedy: (not remedy.fits, "topology" in remedy.flags))
+        _try(change, config, plan.topology, planner, tried, on_log)
+    for change in together(config, plan.topology):
+        if any(remedy.fits for remedy in tried):
+            break
+        _try(change, config, plan.topology, planner, tried, on_log)
+    ranked = sorted(tried, key=lambda r: (not r.fits, "topology" in r.flags, r.used))
     return dataclasses.replace(plan, remedies=tuple(ranked))
 
 
 def _try(
     change: Change,
     config: RunConfig,
+    topology: Topology,
     planner: Planner,
     tried: list[Remedy],
     on_log: Callable[[str], None],
@@ -58,7 +62,7 @@ def _try(
         on_log(f"{change.words}: refused, {str(error).splitlines()[0]}")
         return
     flags = dict(change.flags)
-    if "slice" in change.words:
+    if change.topology.name != topology.name:
         flags["topology"] = change.topology.name
     seconds = found.time.seconds if found.time else 0.0
     remedy = Remedy(
@@ -80,14 +84,24 @@ def single_changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
         yield Change(f"the slice {larger.sold_as or larger.name}", {}, larger)
 
 
-def together(config: RunConfig, topology: Topology) -> Change:
-    """Returns all changes at once that cost no other mesh."""
+def together(config: RunConfig, topology: Topology) -> Iterator[Change]:
+    """Yields changes of several things that cost no other mesh, then with a larger slice."""
     flags: dict[str, Any] = {}
     for _, more in _memory_changes(config, topology):
         flags |= more
-    flags |= _smallest_micro_batches(config, topology)
-    words = ", ".join(f"{key}={value}" for key, value in flags.items())
-    return Change(words, flags, topology)
+    # Sums over micro-batches take memory of their own.
+    whole = {key: value for key, value in flags.items() if key != "train.accumulation"}
+    smallest = whole | _smallest_micro_batches(config, topology)
+    for tried in (whole, smallest) if whole != smallest else (whole,):
+        yield Change(_in_words(tried), tried, topology)
+    if (larger := next_larger(topology)) is not None:
+        yield Change(
+            f"the slice {larger.sold_as or larger.name}, {_in_words(whole)}", whole, larger
+        )
+
+
+def _in_words(flags: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in flags.items())
 
 
 def _memory_changes(config: RunConfig, topology: Topology) -> Iterator[tuple[str, dict[str, Any]]]:

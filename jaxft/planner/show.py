@@ -50,7 +50,7 @@ def print_plan(plan: Plan) -> None:
     elif plan.evaluation_memory:
         _say(f"[red]An evaluation step does not fit: {format_bytes(plan.evaluation_memory)}.[/red]")
     if plan.remedies:
-        output.print(_remedy_table(plan))
+        _print_remedies(plan)
     for note in plan.notes:
         _say(f"[dim]{note}[/dim]")
 
@@ -131,17 +131,15 @@ def _exchange_table(plan: Plan) -> Table:
     return table
 
 
-def _remedy_table(plan: Plan) -> Table:
-    table = _table(["what was tried", "", "takes", "step (estimate)", "flags"], left=2)
+def _print_remedies(plan: Plan) -> None:
+    _say("What was compiled to see whether it would fit:")
     for remedy in plan.remedies:
-        table.add_row(
-            remedy.change,
-            Text("fits", style="green") if remedy.fits else Text("too large", style="red"),
-            format_bytes(remedy.used),
-            format_seconds(remedy.seconds) if remedy.seconds else "",
-            " ".join(_flag(key, value) for key, value in remedy.flags.items()),
-        )
-    return table
+        verdict = "[green]fits[/green]     " if remedy.fits else "[red]too large[/red]"
+        step = f", a step {format_seconds(remedy.seconds)} (estimate)" if remedy.seconds else ""
+        flags = " ".join(_flag(key, value) for key, value in remedy.flags.items())
+        _say(f"  {verdict} {remedy.change}: {format_bytes(remedy.used)}{step}")
+        if remedy.fits:
+            _say(f"            {flags}")
 
 
 def _flag(key: str, value: Any) -> str:
