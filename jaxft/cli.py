@@ -359,12 +359,16 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError("--output takes the config of a search; add --search.")
     config = _config(options)
     from jaxft.planner import command
+    from jaxft.planner.topology import LOCAL, use_compiler_alone
     from jaxft.progress import log
     from jaxft.shardings import check_outputs
 
     check_outputs(html=options.html, json=options.json, output=options.output)
+    topologies = _listed(options.topology)
+    if topologies != [LOCAL]:
+        use_compiler_alone()
     request = command.Request(
-        topologies=_listed(options.topology),
+        topologies=topologies,
         strategies=_listed(options.strategy or []),
         search=options.search,
         evaluation=not options.no_eval,

@@ -295,6 +295,7 @@ def test_gpus_that_are_not_there_are_estimated_and_labelled(folder, capsys):
         (["--topology=v9e-8"], "no chip 'v9e' is known"),
         (["--topology=v5e-12,v6e-3"], "no slice of 3 chips"),
         (["--topology=local", "--output=best.py"], "add --search"),
+        (["--topology=local,h100:8"], "plan it by itself"),
         (["--topology=local", "--strategy=fdsp"], "Did you mean 'fsdp'?"),
         (["--topology=local", "--prices=none.toml"], "none.toml cannot be read"),
         (["--topology=local", "--config.mesh.tensor=3"], "has no axis 'tensor'"),

@@ -13,7 +13,7 @@ from jaxft.planner.plan import Plan, Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.remedies import try_remedies
 from jaxft.planner.search import Search, config_file, search
-from jaxft.planner.topology import LOCAL, Topology, parse, use_compiler_alone
+from jaxft.planner.topology import LOCAL, Topology, parse
 from jaxft.workdir import write_text
 
 
@@ -60,8 +60,6 @@ def plan(
       ModelError: If there is no such model, or it is not supported.
       ConfigError: For an unknown slice or strategy, and where no plan can be made at all.
     """
-    if LOCAL not in request.topologies:
-        use_compiler_alone()
     prices = read_prices(request.prices)
     topologies = _topologies(request.topologies)
     architecture = find_architecture(config)
@@ -86,6 +84,8 @@ def find_architecture(config: RunConfig) -> Architecture:
 
 def _topologies(names: Sequence[str]) -> list[Topology]:
     found, problems = [], []
+    if LOCAL in names and len(names) > 1:
+        problems.append("--topology=local uses this machine's devices; plan it by itself.")
     for name in names:
         try:
             found.append(parse(name))

@@ -232,10 +232,16 @@ def next_larger(topology: Topology) -> Topology | None:
 
 
 def use_compiler_alone() -> None:
-    """Keeps jax off accelerators, so that a program for one can be compiled without having it.
+    """Keeps jax off accelerators for the rest of this process, which only compiles.
 
     Call it before anything uses jax.
     """
+    _prepare_libtpu()
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _prepare_libtpu() -> None:
+    """Sets what libtpu reads from the environment when it is loaded."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # Compiling opens no chip: another process may use them, or compile, too.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -246,7 +252,6 @@ def use_compiler_alone() -> None:
     ):
         if os.environ.get(name, "WARNING").startswith("WARNING"):
             os.environ[name] = value
-    jax.config.update("jax_platforms", "cpu")
 
 
 def compiler_version() -> str:
@@ -268,6 +273,7 @@ def _tpu_devices(chip: str, shape: tuple[int, ...], slices: int) -> Sequence[Any
             "Planning for TPUs needs their compiler, libtpu, but no TPU: "
             "pip install 'jaxft[tpu]', or set TPU_LIBRARY_PATH to a libtpu.so."
         )
+    _prepare_libtpu()
     torus = chip_named(chip)
     assert torus is not None and isinstance(torus.network, Torus)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
