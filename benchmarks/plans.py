@@ -59,7 +59,7 @@ CASES = (
         name="llama-3.1-70b",
         title="Llama-3.1-70B",
         folder="meta-llama--Meta-Llama-3.1-70B",
-        slices=(("v5e:16x16", 1), ("v5p-128", 4), ("v6e:8x8", 2)),
+        slices=(("v5e:16x16", 1), ("v5p-128", 4), ("v6e:8x8", 1)),
     ),
     Case(
         name="qwen3-30b-a3b",

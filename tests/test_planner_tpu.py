@@ -119,6 +119,57 @@ def test_an_option_that_the_compiler_does_not_know_is_refused_in_words():
         plan("v5e-4", train__compiler_options="xla_tpu_no_such_thing=1")
 
 
+def exchanged(found: Plan) -> dict[tuple[str, tuple[str, ...]], int]:
+    """Payload bytes by kind and mesh axes."""
+    return {(e.kind, e.axes): e.bytes for e in found.exchanges}
+
+
+@pytest.mark.slow
+@compiles_for_tpu
+def test_tensor_parallel_devices_sum_the_stream_five_times_a_layer():
+    """After each half of a layer, before each in the backward pass, and once when it is made again.
+
+    The last sum of a layer is not repeated: nothing but the next layer's input depends on it. One
+    more is of the embedding's rows, one of the gradient of what the head reads.
+    """
+    found = plan(
+        "v5p-8",
+        MODELS["llama_8b"],
+        strategy="tp",
+        mesh__tensor=4,
+        model__dtypes="bfloat16",
+        data__max_length=2048,
+        train__batch_size=1,
+    )
+    stream = 2048 * 4096 * 2
+    [(key, payload)] = exchanged(found).items()
+    assert key == ("all-reduce", ("tensor",))
+    assert payload == pytest.approx((5 * 32 + 2) * stream, rel=1e-4)
+
+
+@pytest.mark.slow
+@compiles_for_tpu
+def test_experts_get_their_tokens_and_give_them_back():
+    """Three times, with capacity of an even share: forward, made again, and backward."""
+    found = plan(
+        "v5p-128",
+        MODELS["qwen3_30b_a3b"],
+        strategy="ep",
+        mesh__expert=64,
+        model__dtypes="bfloat16",
+        model__expert_capacity=1.0,
+        data__max_length=2048,
+    )
+    stream, layers, chosen = 2048 * 2048 * 2, 48, 8
+    sent = exchanged(found)
+    assert sent["all-to-all", ("expert",)] == 6 * chosen * layers * stream
+    # Gradients of all but the experts, in the type of the products; the router's is float32.
+    attention, router = 2048 * 128 * (2 * 32 + 2 * 4), 2048 * 128
+    tables = 2 * 151936 * 2048
+    exact = 2 * (layers * attention + tables) + 4 * layers * router
+    assert sent["all-reduce", ("expert",)] == pytest.approx(exact, rel=1e-3)
+
+
 def test_a_slice_without_its_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
