@@ -4,7 +4,7 @@ r"""What a plan says of memory, beside what a run of the same step takes.
         --output benchmarks/results/plan_memory.jsonl
 
 Each strategy runs in a process of its own: the step is compiled for eight CPU devices of this
-machine, the state is made, and three steps run. Eight times what the plan says of a device is held
+machine, the state is made, and two steps run. Eight times what the plan says of a device is held
 against the growth of the process's memory from before the state was made to its peak, of which the
 kernel keeps account. On a GPU (`--devices=local`) it is held against the peak that the device
 reports.
@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_DEVICES, _LENGTH, _ROWS = 8, 512, 8
+_DEVICES, _LENGTH, _ROWS = 8, 256, 8
 _MESHES = {
     "fsdp": {"fsdp": 8},
     "zero2": {"data": 8},
@@ -67,7 +67,7 @@ def measure(folder: str, strategy: str, remat: str, *, local: bool) -> dict:
     batch = Batch(*ones)
     jax.block_until_ready(state)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's account of the peak begins anew
-    for _ in range(3):
+    for _ in range(2):
         state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
     memory = device_memory(jax.devices()[0])

@@ -2,22 +2,20 @@
 
 from jaxft.errors import ConfigError, nearest
 
-# The layer's input is always kept, on the device or on the host.
+# The residual stream that enters a layer; it is always kept, on the device or on the host.
 INPUTS = "inputs"
+# Queries, keys and values, turned by their positions.
 QKV = "qkv"
+# What attention returns, and its log-sums where a kernel makes them.
 ATTENTION = "attention"
+# The output projection of attention.
 ATTENTION_OUT = "attention_out"
+# Products of the feed-forward part with its first weights; of experts all products.
 MLP = "mlp"
+# What the feed-forward part adds to the stream.
 MLP_OUT = "mlp_out"
 
-MEANINGS = {
-    INPUTS: "the residual stream that enters a layer",
-    QKV: "queries, keys and values, turned by their positions",
-    ATTENTION: "what attention returns, and its log-sums where a kernel makes them",
-    ATTENTION_OUT: "the output projection of attention",
-    MLP: "products of the feed-forward part with its first weights; of experts, all products",
-    MLP_OUT: "the output projection of the feed-forward part",
-}
+ALL = (INPUTS, QKV, ATTENTION, ATTENTION_OUT, MLP, MLP_OUT)
 # Settings that say by a rule, and not by names, what is kept.
 RULES = ("none", "dots", "full")
 
@@ -30,7 +28,7 @@ def kept(remat: str) -> frozenset[str]:
     """
     if remat in RULES:
         return frozenset()
-    return _names("model.remat", remat, tuple(MEANINGS)[1:], RULES)
+    return _names("model.remat", remat, ALL[1:], RULES)
 
 
 def offloaded(remat: str, offload: str) -> frozenset[str]:
@@ -41,7 +39,7 @@ def offloaded(remat: str, offload: str) -> frozenset[str]:
     """
     if not offload:
         return frozenset()
-    found = _names("model.offload", offload, tuple(MEANINGS), ())
+    found = _names("model.offload", offload, ALL, ())
     if remat in ("none", "dots"):
         raise ConfigError(
             f"model.offload is {offload!r}, but model.remat={remat} keeps activations that have no "

@@ -83,7 +83,7 @@ class Chip:
       clock: Cycles a second of the TensorCore, in which the TPU compiler estimates.
       lanes: Columns of a TPU's matrix unit.
       product_share: Share of the peak that large matrix products reach.
-      vmem: On-chip memory of a jax device that a TPU program manages itself.
+      host_memory: Of the host's memory, the share of one chip in the largest machine sold.
       sources: Of the figures.
     """
 
@@ -103,7 +103,7 @@ class Chip:
     clock: float = 0
     lanes: int = 0
     product_share: float = 1.0
-    vmem: int = 0
+    host_memory: int = 0
     sources: tuple[str, ...] = ()
 
     @property
@@ -112,13 +112,20 @@ class Chip:
         return isinstance(self.network, Torus)
 
     @property
+    def limit(self) -> int:
+        """What a program can have: of GPUs, where drivers and libraries take a share, 92 %."""
+        return self.usable or round(0.92 * self.memory)
+
+    @property
     def core(self) -> "Chip":
         """The share of one jax device; links stay whole, as devices of a chip share them."""
         share = {
             name: getattr(self, name) / self.cores
             for name in ("bfloat16", "float32", "int8", "float8", "bandwidth", "dcn", "host")
         }
-        sizes = {name: getattr(self, name) // self.cores for name in ("memory", "usable")}
+        sizes = {
+            name: getattr(self, name) // self.cores for name in ("memory", "usable", "host_memory")
+        }
         return replace(self, cores=1, **share, **sizes)
 
     def peak(self, dtype: str) -> float:
@@ -146,6 +153,8 @@ def _gpu(
         product_share=0.73,
         sources=(
             "NVIDIA data sheet, without the factor two of structured sparsity",
+            "dcn: InfiniBand of one network card a GPU, 400 Gb/s (200 with A100), as Azure's ND "
+            "machines have; host: PCIe 5 x16 (4 with A100), of GB200 NVLink-C2C, from memory",
             "product_share: about 720 of 989 TFLOP/s on H100, taken for all "
             "(newsletter.semianalysis.com, MI300X vs H100 vs H200, 2024-12)",
         ),
@@ -168,7 +177,6 @@ CHIPS: tuple[Chip, ...] = (
         clock=0.7 * _GIGA,
         lanes=128,
         product_share=_V5E_PRODUCTS,
-        vmem=16 << 20,
         sources=(
             "Google v2 page; links, memory: Norrie et al., 10.1109/MM.2021.3058217",
             "usable: compiler",
@@ -187,7 +195,6 @@ CHIPS: tuple[Chip, ...] = (
         clock=0.94 * _GIGA,
         lanes=128,
         product_share=_V5E_PRODUCTS,
-        vmem=16 << 20,
         sources=("Google v3 page", f"links, clock: {_V4_PAPER}", "usable: compiler"),
     ),
     _tpu(
@@ -212,7 +219,6 @@ CHIPS: tuple[Chip, ...] = (
         clock=1.05 * _GIGA,
         lanes=128,
         product_share=_V5E_PRODUCTS,
-        vmem=32 << 20,
         sources=("Google v4 page", f"clock: {_V4_PAPER}", f"links: {_BOOK}", "usable: compiler"),
     ),
     _tpu(
@@ -228,8 +234,8 @@ CHIPS: tuple[Chip, ...] = (
         host=16 * _GIGA,
         clock=1.5 * _GIGA,
         lanes=128,
+        host_memory=48 * _GIB,
         product_share=_V5E_PRODUCTS,
-        vmem=128 << 20,
         sources=("Google v5e page", f"links, clock, host, dcn: {_BOOK}", "usable: compiler"),
     ),
     _tpu(
@@ -246,8 +252,8 @@ CHIPS: tuple[Chip, ...] = (
         host=16 * _GIGA,
         clock=1.75 * _GIGA,
         lanes=128,
+        host_memory=112 * _GIB,
         product_share=_V5E_PRODUCTS,
-        vmem=128 << 20,
         sources=(
             "Google v5p page, which rounds 95.7 GiB that programs can have down to 95",
             f"links, clock, host, dcn: {_BOOK}",
@@ -269,8 +275,8 @@ CHIPS: tuple[Chip, ...] = (
         # Not published. Four products of 256 x 256 in a cycle at v5p's clock give the peak.
         clock=1.75 * _GIGA,
         lanes=256,
+        host_memory=180 * _GIB,
         product_share=0.78,
-        vmem=128 << 20,
         sources=(
             "Google v6e page",
             f"links, host, dcn: {_BOOK}",
@@ -295,8 +301,8 @@ CHIPS: tuple[Chip, ...] = (
         # Not published. As v6e: a core of it has four products of 256 x 256 in a cycle.
         clock=2307 * _TERA / 2 / (4 * 256 * 256 * 2),
         lanes=256,
+        host_memory=240 * _GIB,
         product_share=0.83,
-        vmem=64 << 20,
         sources=(
             "Google tpu7x page",
             "usable: compiler",

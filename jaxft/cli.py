@@ -150,7 +150,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--prices", default="", metavar="FILE", help="your own table of prices")
     plan.add_argument("--cache", default="", metavar="FOLDER", help="of compiled programs, or off")
     plan.add_argument("--count", type=int, default=8, help="candidates that a search compiles")
-    plan.add_argument("--jobs", type=int, default=0, help="processes of a search; 0: all cores")
+    plan.add_argument(
+        "--jobs", type=int, default=0, help="processes of a search; 0: a core each, 8 at most"
+    )
     plan.add_argument("--budget", type=float, default=480.0, help="seconds for a search")
     plan.add_argument("--output", default="", metavar="FILE", help="config file of the best found")
     plan.add_argument("--json", default="", metavar="FILE", help="write all as JSON")
@@ -357,6 +359,8 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError("Name one or more slices: --topology=v5e:4x4. See `jaxft plan --help`.")
     if options.output and not options.search:
         raise ConfigError("--output takes the config of a search; add --search.")
+    if options.count < 1 or options.jobs < 0 or options.budget <= 0:
+        raise ConfigError("--count is 1 or more, --jobs 0 or more, --budget more than 0 seconds.")
     config = _config(options)
     from jaxft.planner import command
     from jaxft.planner.topology import LOCAL, use_compiler_alone
@@ -365,6 +369,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     check_outputs(html=options.html, json=options.json, output=options.output)
     topologies = _listed(options.topology)
+    if options.output and len(topologies) > 1:
+        raise ConfigError("--output takes the best of one search; name one --topology.")
     if topologies != [LOCAL]:
         use_compiler_alone()
     request = command.Request(

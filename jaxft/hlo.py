@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 # Number of the memory that an array is in, `S(n)` in its layout; without one it is in the device's
 # main memory. These are those of XLA for TPU.
-HBM, VMEM, HOST = 0, 1, 5
+HBM, HOST = 0, 5
 
 
 class Array(NamedTuple):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxft.activations import MEANINGS, RULES, kept, offloaded
+from jaxft.activations import ALL, RULES, kept, offloaded
 from jaxft.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def test_a_rule_names_no_activation(rule):
         ("mlp_out", {"mlp_out"}),
         ("qkv+attention", {"qkv", "attention"}),
         ("attention+qkv", {"qkv", "attention"}),
-        ("qkv+attention+attention_out+mlp+mlp_out", set(MEANINGS) - {"inputs"}),
+        ("qkv+attention+attention_out+mlp+mlp_out", set(ALL) - {"inputs"}),
         ("qkv+qkv", {"qkv"}),
     ],
 )

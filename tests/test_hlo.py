@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft.hlo import HBM, HOST, VMEM, Instruction, Module, arrays, shape_bytes
+from jaxft.hlo import HBM, HOST, Instruction, Module, arrays, shape_bytes
+
+# Memory on the chip, next to the core.
+VMEM = 1
 
 
 def trips_of(function, *arguments) -> list[int | None]:

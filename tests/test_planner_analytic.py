@@ -26,7 +26,7 @@ def estimate(config: RunConfig, model: str = "llama_8b") -> Estimate:
     architecture = architecture_from_hf(MODELS[model])
     placement = make_placement(config)
     abstract = architecture.abstract(make_numerics(config.model.dtypes))
-    placed = Placed(placement, abstract, config.data.max_length)
+    placed = Placed(placement, abstract, config.data.max_length, config.optim.freeze)
     return Estimator(architecture=architecture, topology=EIGHT).estimate(config, placed)
 
 
@@ -150,6 +150,18 @@ def test_stages_of_a_pipeline_wait_for_the_first_and_the_last_micro_batch():
 
     assert idle(2) == pytest.approx(3 / 2)
     assert idle(8) == pytest.approx(9 / 8)
+
+
+def test_what_is_frozen_has_no_gradients_and_no_moments():
+    config = single("fsdp")
+    config.optim.freeze = "layers|embed"
+    frozen = estimate(config).kinds
+    config.optim.freeze = ""
+    free = estimate(config).kinds
+    assert frozen["parameters"] == free["parameters"]
+    head_and_norm = 4 * (128256 * 4096 + 4096) // 4
+    assert frozen["gradients"] == pytest.approx(head_and_norm, rel=1e-4)
+    assert frozen["optimizer"] == pytest.approx(2 * head_and_norm, rel=1e-4)
 
 
 def test_a_strategy_that_cannot_place_the_model_is_refused():

@@ -463,3 +463,20 @@ def test_what_a_fusion_hands_on_is_not_moved():
   ROOT %result = (f32[1024]{0}, f32[2048]{0}) fusion(%a, %b), kind=kCustom, \
 output_to_operand_aliasing={{1}: (1, {})}, calls=%beside"""
     assert cost(computations, entry).bytes == 2 * 4096
+
+
+def test_a_product_that_is_left_to_cublas_counts():
+    """XLA for GPU writes `[128,64] x [64,256]` as a call that says what it contracts."""
+    config = (
+        '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
+    )
+    lines = f"""
+ENTRY %main (a: bf16[128,64], b: bf16[64,256]) -> (bf16[128,256], s8[1024]) {{
+  %a = bf16[128,64]{{1,0}} parameter(0)
+  %b = bf16[64,256]{{1,0}} parameter(1)
+  ROOT %c = {result} custom-call(bf16[128,64]{{1,0}} %a, bf16[64,256]{{1,0}} %b), {attributes}
+}}
+"""
+    module = Module("HloModule test\n" + lines)
+    entry = module.computations[module.entry]
+    assert product_flops(entry, entry.instructions["c"]) == 2 * 128 * 64 * 256

@@ -5,6 +5,7 @@ one direction.
 """
 
 import collections
+import dataclasses
 import itertools
 import math
 
@@ -302,3 +303,15 @@ def test_a_permute_of_gpus_is_as_slow_as_the_pair_that_leaves_its_domain():
     inside = [(i, 8 * (i // 8) + (i + 1) % 8) for i in range(16)]
     seconds = gpus("h100", 16).seconds(collective("collective-permute", inside))
     assert seconds == pytest.approx(V / 450e9, rel=1e-4)
+
+
+def test_a_group_that_is_named_over_slices_sends_what_its_slice_has():
+    """Each of 16 devices of a slice sends a 16th of the payload; within the slice it is a sum."""
+    net = network("v5e", (4, 4), slices=2)
+    group = np.arange(32).reshape(1, 32)
+    one = dataclasses.replace(collective("all-reduce", group), across_slices=True)
+    inside = dataclasses.replace(
+        one, across_slices=False, groups=(tuple(range(16)),), group_size=16
+    )
+    between = 2 * V * 31 / 32 / 16 / net.chip.dcn
+    assert net.seconds(one) == pytest.approx(between + net.seconds(inside), rel=1e-6)

@@ -20,6 +20,7 @@ CHIP = Chip(
     bandwidth=1e9,
     network=Torus(dimensions=2, link=1e9),
     host=1e8,
+    dcn=2e8,
     clock=1e9,
 )
 # 4 MB in float32.
@@ -32,19 +33,20 @@ GATHER_SECONDS = 3e6 / 1e9 + 3 * HOP_SECONDS
 class FakeChip:
     """A chip in a line of four."""
 
-    slice_index, platform, process_index = 0, "tpu", 0
+    platform, process_index = "tpu", 0
 
-    def __init__(self, number: int):
-        self.id, self.coords = number, (number, 0, 0)
+    def __init__(self, number: int, slice_index: int):
+        self.id, self.coords, self.slice_index = number, (number % 4, 0, 0), slice_index
 
 
-def run(body: str, *others: str, **rates: bool) -> Timeline:
-    """Plays a program of four devices whose entry is `body`."""
+def run(body: str, *others: str, slices: int = 1, **rates: bool) -> Timeline:
+    """Plays a program of four devices, or of several slices of them, whose entry is `body`."""
     lines = "\n".join(f"  {line}" for line in body.strip().splitlines())
     text = "HloModule test, is_scheduled=true, num_partitions=4\n\n"
     text += "\n\n".join(others)
     text += f"\n\nENTRY %main (p: f32[1000,1000]) -> f32[1000,1000] {{\n{lines}\n}}\n"
-    mesh = Mesh(np.array([FakeChip(i) for i in range(4)]), ("fsdp",))
+    chips = [[FakeChip(4 * j + i, j) for i in range(4)] for j in range(slices)]
+    mesh = Mesh(np.array(chips), ("data", "fsdp"))
     module = Module(text)
     network = Network(CHIP, mesh, (4, 1))
     simulator = Simulator(
@@ -143,6 +145,52 @@ def test_two_exchanges_share_the_links():
         """
     )
     assert found.seconds == pytest.approx(2 * GATHER_SECONDS)
+
+
+def test_what_goes_to_another_slice_runs_beside_other_work():
+    meeting = 'frontend_attributes={_xla_host_transfer_rendezvous="m",'
+    kind = '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    transfer = f"is_host_transfer=true, {meeting}{kind}"
+    pair = f"({ARRAY}, u32[], token[])"
+
+    def step(*between: str) -> Timeline:
+        work = "\n".join(between)
+        return run(
+            f"""
+            %p = {ARRAY} parameter(0)
+            %token = token[] after-all()
+            %s = {pair} send({ARRAY} %p, token[] %token), channel_id=2, {transfer}
+            %r = {pair} recv(token[] %token), channel_id=3, {transfer}
+            %sent = token[] send-done({pair} %s), channel_id=2
+            {work}
+            %d = ({ARRAY}, token[]) recv-done({pair} %r), channel_id=3
+            ROOT %x = {ARRAY} get-tuple-element(({ARRAY}, token[]) %d), index=0
+            """,
+            slices=2,
+        )
+
+    alone = step()
+    beside = step(f"%a = {ARRAY} negate({ARRAY} %p)")
+    seconds = 4e6 / CHIP.dcn  # half of the sum goes each way: 2 (2 - 1) / 2 of the payload
+    assert alone.total(lane="dcn") == alone.total(kind="wait dcn") == pytest.approx(seconds)
+    assert beside.total(kind="wait dcn") == pytest.approx(seconds - COPY_SECONDS)
+    assert beside.seconds == pytest.approx(alone.seconds)
+
+
+def test_whole_float32_takes_a_tpu_six_products():
+    dot = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    large = "f32[100000,1000]{1,0}"
+
+    def seconds(more: str) -> float:
+        return run(
+            f"""
+            %p = f32[1000,1000]{{1,0:S(1)}} parameter(0)
+            %q = f32[100000,1000]{{1,0:S(1)}} parameter(1)
+            ROOT %a = f32[100000,1000]{{1,0:S(1)}} dot({large} %q, {ARRAY} %p), {dot}{more}
+            """
+        ).seconds
+
+    assert seconds(", operand_precision={highest,highest}") == pytest.approx(6 * seconds(""))
 
 
 LOOP = (

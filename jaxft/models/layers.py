@@ -233,7 +233,7 @@ class GatedMLP(nnx.Module):
         x = constrain(x, "batch", "seq", "act_embed")
         gate, up = (checkpoint_name(w(x), activations.MLP) for w in (self.gate, self.up))
         hidden = constrain(self.activation(gate) * up, "batch", "seq", "act_mlp")
-        return checkpoint_name(self.down(hidden), activations.MLP_OUT), None
+        return self.down(hidden), None
 
 
 class MLP(nnx.Module):
@@ -260,7 +260,7 @@ class MLP(nnx.Module):
         x = constrain(x, "batch", "seq", "act_embed")
         up = checkpoint_name(self.up(x), activations.MLP)
         hidden = constrain(self.activation(up), "batch", "seq", "act_mlp")
-        return checkpoint_name(self.down(hidden), activations.MLP_OUT), None
+        return self.down(hidden), None
 
 
 class ResidualBlock(nnx.Module):
@@ -299,6 +299,7 @@ class ResidualBlock(nnx.Module):
         out, cache = self.attn(_maybe(self.attn_norm, x), inputs, cache)
         x = constrain(x + _maybe(self.attn_post_norm, out), "batch", "stream_seq", "act_embed")
         out, routing = self.mlp(_maybe(self.mlp_norm, x), inputs.real)
+        out = checkpoint_name(out, activations.MLP_OUT)
         x = constrain(x + _maybe(self.mlp_post_norm, out), "batch", "stream_seq", "act_embed")
         return x, cache, routing
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,6 +26,7 @@ from jaxft.planner.topology import Topology
 from jaxft.sharding.collectives import Collective
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, as_names
+from jaxft.state import partition
 
 # Share of the exchange of weights and gradients that runs beside the layers' work. The TPU compiler
 # hides little of it unless told to; that of XLA for GPU is an assumption.
@@ -95,31 +97,37 @@ class Placed:
       placement: The strategy on a mesh.
       abstract: The model.
       length: Positions of a row.
+      freeze: As `optim.freeze`: what it matches has no gradient and no moments.
     """
 
-    def __init__(self, placement: Placement, abstract: AbstractModel, length: int):
+    def __init__(
+        self, placement: Placement, abstract: AbstractModel, length: int, freeze: str = ""
+    ):
         self.placement, self.abstract, self.length = placement, abstract, length
+        self.trainable, _ = partition(abstract.params, freeze)
 
     @functools.cached_property
     def parameters(self) -> int:
         """Bytes of parameters on a device."""
-        return self._held(None)
+        return self._held(None, self.abstract.params)
 
     @functools.cached_property
     def gradients(self) -> int:
         """Bytes of gradients on a device, in the parameters' type."""
-        return self._held(self.placement.gradient_rules)
+        return self._held(self.placement.gradient_rules, self.trainable)
 
     @functools.cached_property
     def moments(self) -> int:
         """Bytes of one of the optimizer's two moments on a device."""
-        return self._held(self.placement.moment_rules)
+        return self._held(self.placement.moment_rules, self.trainable)
 
-    def _held(self, rules: Mapping[str, Any] | None) -> int:
-        shardings = self.placement.shardings(self.abstract.params, self.abstract.axes, rules=rules)
+    def _held(
+        self, rules: Mapping[str, Any] | None, params: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> int:
+        shardings = self.placement.shardings(params, self.abstract.axes, rules=rules)
         return sum(
             math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
-            for path, spec in self.abstract.params.items()
+            for path, spec in params.items()
         )
 
     @functools.cached_property
@@ -240,7 +248,8 @@ class _Run:
         summed = 4 / self.param_itemsize if self.passes > 1 else 1.0
         kept, host = self._kept_bytes()
         head = self.model.vocab * self.model.embed / self._split("act_vocab", self.model.vocab)
-        chunk = min(self.config.objective.chunk or self.config.data.max_length, 10**9)
+        length = self.config.data.max_length
+        chunk = min(self.config.objective.chunk or length, length)
         rows = self.rows / self._split("batch", self.rows)
         logits = (
             3 * 4 * chunk * rows * self.model.vocab / self._split("act_vocab", self.model.vocab)
@@ -437,5 +446,7 @@ class _Run:
             count=1,
             arrays=(round(payload),),
             across_slices=len(slices) > 1,
-            groups=(group[:2],) if kind == "collective-permute" else (group,),
+            groups=tuple(zip(group, (*group[1:], group[0]), strict=True))
+            if kind == "collective-permute"
+            else (group,),
         )

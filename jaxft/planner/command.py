@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, JaxftError
 from jaxft.hf.load import read_config
@@ -12,8 +14,9 @@ from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.planner.plan import Plan, Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.remedies import try_remedies
-from jaxft.planner.search import Search, config_file, search
+from jaxft.planner.search import Search, config_file, search, with_flags
 from jaxft.planner.topology import LOCAL, Topology, parse
+from jaxft.shardings import cpu_devices
 from jaxft.workdir import write_text
 
 
@@ -62,6 +65,9 @@ def plan(
     """
     prices = read_prices(request.prices)
     topologies = _topologies(request.topologies)
+    made_up = [topology.device_count for topology in topologies if not topology.can_compile]
+    if made_up:
+        cpu_devices(max(made_up))  # their number cannot change later
     architecture = find_architecture(config)
     planner = Planner(architecture=architecture, prices=prices, cache=request.cache)
     plans: list[Plan] = []
@@ -69,8 +75,7 @@ def plan(
     for topology in topologies:
         if request.search:
             searches.append(_searched(config, topology, planner, request, on_log))
-            best = searches[-1].best
-            plans += [best.plan] if best is not None and best.plan is not None else []
+            plans += _best(config, topology, planner, request, searches[-1])
         else:
             plans += _planned(config, topology, planner, request, on_log)
     return plans, searches
@@ -80,6 +85,18 @@ def find_architecture(config: RunConfig) -> Architecture:
     """Reads the model's config.json, from a folder or the hub; no weights are needed."""
     source = find_source(config.model.path, revision=config.model.revision, weights=False)
     return architecture_from_hf(read_config(source.folder))
+
+
+def _best(
+    config: RunConfig, topology: Topology, planner: Planner, request: Request, found: Search
+) -> list[Plan]:
+    """Returns the plan of a search's best candidate, with its evaluation."""
+    if found.best is None or found.best.plan is None:
+        return []
+    if not (request.evaluation and topology.can_compile):
+        return [found.best.plan]
+    chosen = with_flags(config, found.best.flags)
+    return [planner.plan(chosen, topology, evaluation=True)]
 
 
 def _topologies(names: Sequence[str]) -> list[Topology]:
@@ -126,7 +143,7 @@ def _planned(
     """Plans with each strategy; one that the run is refused with is said and left out."""
     plans, problems = [], []
     for name in request.strategies or [config.strategy]:
-        chosen = config if name == config.strategy else _with_strategy(config, name)
+        chosen = config if name == config.strategy else with_flags(config, {"strategy": name})
         on_log(f"{'Compiling' if topology.can_compile else 'Estimating'} {name} on {topology.name}")
         try:
             if topology.can_compile:
@@ -135,6 +152,10 @@ def _planned(
                 found = planner.estimate(chosen, topology)
         except JaxftError as error:
             problems += [f"{topology.name}, {name}: {problem}" for problem in error.problems]
+            continue
+        except jax.errors.JaxRuntimeError as error:
+            said = (str(error).splitlines() or ["no reason"])[0]
+            problems.append(f"{topology.name}, {name}: the compiler failed: {said}")
             continue
         if not found.fits and topology.can_compile and request.remedies:
             found = try_remedies(found, chosen, planner, on_log=on_log)
@@ -146,12 +167,6 @@ def _planned(
     return plans
 
 
-def _with_strategy(config: RunConfig, name: str) -> RunConfig:
-    from jaxft.planner.search import with_flags
-
-    return with_flags(config, {"strategy": name})
-
-
 def write_config(file: str, config: RunConfig, found: Search) -> Path:
     """Writes the config file of a search's best candidate and returns its path.
 
@@ -159,7 +174,9 @@ def write_config(file: str, config: RunConfig, found: Search) -> Path:
       ConfigError: If no candidate fits.
     """
     if found.best is None:
-        raise ConfigError(f"No candidate fits {found.topology.name}; {file} was not written.")
+        raise ConfigError(
+            f"No candidate was found to fit {found.topology.name}; {file} was not written."
+        )
     path = Path(file)
     write_text(path, config_file(config, found.best, found.topology))
     return path

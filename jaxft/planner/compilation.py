@@ -8,6 +8,7 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from jaxft.planner.topology import compiler_version
 
 # Changes when what is kept of a compilation does.
 _FORM = 1
+# Of the environment, what compilers read.
+_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS", "TPU_LIBRARY_PATH")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,6 @@ def compile_lowered(lowered: Any, options: dict[str, Any], *, target: str, cache
             return known
     started = time.monotonic()
     try:
-        # What jax itself keeps of programs is no use for hardware that is not there.
         compiled = lowered.compile(compiler_options=options)
         found = Compiled(compiled.as_text(), _allocation(compiled.memory_analysis()))
     except jax.errors.JaxRuntimeError as error:
@@ -97,7 +99,9 @@ def compile_lowered(lowered: Any, options: dict[str, Any], *, target: str, cache
 
 
 def _key(lowered: Any, options: dict[str, Any], target: str) -> str:
-    versions = [jax.__version__, compiler_version(), str(_FORM), target]
+    flags = [os.environ.get(name, "") for name in _FLAGS]
+    versions = [jax.__version__, metadata.version("jaxlib"), compiler_version(), str(_FORM), target]
+    versions += flags
     digest = hashlib.sha256("\n".join(versions).encode())
     digest.update(json.dumps(sorted(options.items())).encode())
     digest.update(lowered.as_text().encode())

@@ -10,7 +10,8 @@ from jaxft.hlo import HBM, Array, Computation, Instruction, Module, arrays
 _VIEWS = ("bitcast", "get-tuple-element", "reshape", "convert", "copy", "transpose")
 _FREE = (
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
-    "opt-barrier iota add-dependency"
+    "opt-barrier optimization-barrier iota add-dependency send recv send-done recv-done "
+    "call-update async-update"
 ).split()
 
 
@@ -22,11 +23,14 @@ class Cost:
       flops: Of matrix products, a multiplication and an addition counted as two.
       bytes: To and from the device's main memory.
       cycles: The compiler's own estimate; 0 if it made none.
+      passes: Products of bfloat16 that a TPU makes for each product that is asked for: of whole
+        float32 six.
     """
 
     flops: float = 0
     bytes: float = 0
     cycles: float = 0
+    passes: int = 1
 
 
 def cost_of(module: Module, computation: Computation, instruction: Instruction) -> Cost:
@@ -44,7 +48,36 @@ def cost_of(module: Module, computation: Computation, instruction: Instruction) 
         bytes=_bytes_read(module, computation, instruction)
         + _bytes_written(module, computation, instruction),
         cycles=int(cycles[1]) if cycles else 0,
+        passes=_passes(module, body) if body else _PASSES.get(_precision(instruction), 1),
     )
+
+
+# By the precision that a product is asked for with.
+_PASSES = {"": 1, "default": 1, "high": 3, "highest": 6}
+
+
+def _precision(instruction: Instruction) -> str:
+    found = re.search(r"operand_precision=\{(\w+)", instruction.rest)
+    return found[1] if found else ""
+
+
+def _passes(module: Module, body: Computation) -> int:
+    found = 1
+    for instruction in body.instructions.values():
+        inner = module.fused(instruction)
+        passes = _passes(module, inner) if inner else _PASSES.get(_precision(instruction), 1)
+        found = max(found, passes)
+    return found
+
+
+# Instructions that start a copy between memories.
+MOVES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+
+
+def moved_bytes(instruction: Instruction) -> int:
+    """Returns what an instruction of `MOVES` brings from one memory to another."""
+    parts = [a for a in arrays(instruction.shape) if a.sizes and a.dtype != "u32"]
+    return min((a.padded_bytes for a in parts if a.bytes > 4), default=0)
 
 
 def in_hbm(shape: str) -> list[Array]:
@@ -61,11 +94,13 @@ def _flops(module: Module, body: Computation) -> float:
 
 
 def product_flops(computation: Computation, instruction: Instruction) -> float:
-    """Returns the FLOPs of a matrix product, `dot` or `convolution`; 0 for what is none."""
+    """Returns the FLOPs of a matrix product: `dot`, `convolution`, cuBLAS; 0 for what is none."""
     if instruction.opcode == "dot":
         return _dot_flops(computation, instruction)
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
+    if instruction.target.startswith("__cublas$"):
+        return _library_flops(computation, instruction)
     return 0.0
 
 
@@ -78,6 +113,15 @@ def _dot_flops(computation: Computation, dot: Instruction) -> float:
     left = _sizes(computation, dot.operands[0])
     inner = math.prod(left[int(i)] for i in (contracted[1] if contracted else "").split(",") if i)
     return 2.0 * math.prod(arrays(dot.shape)[0].sizes) * inner
+
+
+def _library_flops(computation: Computation, call: Instruction) -> float:
+    """Counts a product that XLA for GPU leaves to cuBLAS, which says what it contracts."""
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.rest)
+    left = _sizes(computation, call.operands[0])
+    places = re.findall(r"\d+", contracted[1]) if contracted else []
+    inner = math.prod(left[int(place)] for place in places)
+    return 2.0 * math.prod(arrays(call.shape)[0].sizes) * inner
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:

@@ -62,7 +62,6 @@ class _Life:
       owners: For each value, the buffers that it is made of, by name; of a tuple for each element.
       made: What each buffer is.
       last: The last instruction that reads a buffer, by its number.
-      given: Names of what lives outside: the computation's parameters.
     """
 
     owners: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)

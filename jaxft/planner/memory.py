@@ -9,7 +9,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.planner.compilation import Compiled
 from jaxft.planner.liveness import Buffer, Peak
 
-KINDS = (
+KINDS: tuple[str, ...] = (
     "parameters",
     "optimizer",
     "batch",
@@ -33,17 +33,20 @@ class Memory:
         its fullest moment, scaled to the compiler's sum; in what does not fit it is not known, and
         `temporaries` are all of it.
       host: Of the host's memory, for one device.
+      host_limit: What there is of it; 0 if it is not known.
     """
 
     limit: int
     used: int
     kinds: dict[str, int]
     host: int = 0
+    host_limit: int = 0
 
     @property
     def fits(self) -> bool:
-        """Whether it is enough."""
-        return not self.limit or self.used <= self.limit
+        """Whether it is enough, on the device and on the host."""
+        enough = not self.limit or self.used <= self.limit
+        return enough and (not self.host_limit or self.host <= self.host_limit)
 
     @property
     def headroom(self) -> int:
@@ -87,7 +90,13 @@ def memory_of(
     for kind, size in found.items():
         kinds[kind] += round(size * scale)
     kinds["temporaries"] += inside - sum(round(size * scale) for size in found.values())
-    return Memory(limit=chip.usable, used=allocation.total, kinds=kinds, host=allocation.host)
+    return Memory(
+        limit=chip.limit,
+        used=allocation.total,
+        kinds=kinds,
+        host=allocation.host,
+        host_limit=chip.host_memory,
+    )
 
 
 def memory_without_program(compiled: Compiled, held: Mapping[str, int], chip: Chip) -> Memory:
@@ -96,7 +105,7 @@ def memory_without_program(compiled: Compiled, held: Mapping[str, int], chip: Ch
     for kind in ("parameters", "optimizer", "gradients"):
         kinds[kind] = held[kind]
     kinds["temporaries"] = max(0, compiled.needed - sum(kinds.values()))
-    return Memory(limit=compiled.available or chip.usable, used=compiled.needed, kinds=kinds)
+    return Memory(limit=compiled.available or chip.limit, used=compiled.needed, kinds=kinds)
 
 
 def _kind(buffer: Buffer, shapes: set[tuple[int, ...]], architecture: DecoderConfig) -> str:

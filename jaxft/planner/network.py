@@ -5,6 +5,7 @@ https://jax-ml.github.io/scaling-book/sharding/ derives them.
 """
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,27 @@ class Network:
         return self._on_switch(one)
 
     def _between_slices(self, one: Collective) -> float:
-        return one.wire_bytes / (self.chip.dcn / self.chip.cores)
+        """Slices exchange over the data centre's network what they have put together within.
+
+        A program says what leaves a slice; of a group that is only named, as in an estimate, each
+        device sends its share of what its slice has.
+        """
+        rate = self.chip.dcn / self.chip.cores
+        if not one.groups:
+            return one.wire_bytes / rate
+        devices: Any = self.mesh.devices.flat
+        slices = collections.defaultdict(list)
+        for place in one.groups[0]:
+            slices[getattr(devices[place], "slice_index", 0)].append(place)
+        within = next(iter(slices.values()))
+        seconds = one.wire_bytes / len(within) / rate
+        if len(within) > 1:
+            seconds += self.seconds(
+                dataclasses.replace(
+                    one, across_slices=False, groups=(tuple(within),), group_size=len(within)
+                )
+            )
+        return seconds
 
     def _on_switch(self, one: Collective) -> float:
         """GPUs of one domain talk by its switch; of several each has its own way to the others."""
@@ -55,6 +76,10 @@ class Network:
         ways = [max(counts.values()) for counts in domains if len(counts) > 1]
         if not ways:
             return inside + HOP_SECONDS
+        if one.kind in ("all-to-all", "ragged-all-to-all"):
+            # What a GPU has for those elsewhere goes its own way.
+            away = 1 - min(ways) / one.group_size
+            return max(inside, one.bytes * away / self.chip.dcn) + HOP_SECONDS
         return max(inside, one.wire_bytes / (min(ways) * self.chip.dcn)) + HOP_SECONDS
 
     def _on_torus(self, one: Collective, torus: Torus) -> float:

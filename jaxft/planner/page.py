@@ -17,6 +17,7 @@ from jaxft.config import RunConfig, to_dict, walk
 from jaxft.errors import ConfigError
 from jaxft.planner import timeline as lanes
 from jaxft.planner.plan import Plan, StepTime, describe_shape
+from jaxft.planner.show import flag, format_seconds
 from jaxft.planner.timeline import Loop, Span, Timeline
 from jaxft.report import page, short_name, tile
 from jaxft.sharding.rules import load_strategy
@@ -136,15 +137,6 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, marks: str 
         f'<div class="scroll"><table class="{marks}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-
-
-def format_seconds(seconds: float) -> str:
-    """Returns three digits and the unit that suits."""
-    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= size:
-            value = seconds / size
-            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
 
 
 def _percent(share: float, digits: int = 0) -> str:
@@ -393,7 +385,7 @@ def _remedies(plan: Plan) -> str:
         [
             escape(remedy.change),
             " ".join(
-                f"<code>{escape(_flag(key, value))}</code>" for key, value in remedy.flags.items()
+                f"<code>{escape(flag(key, value))}</code>" for key, value in remedy.flags.items()
             ),
             '<span class="better">fits</span>'
             if remedy.fits
@@ -407,10 +399,6 @@ def _remedies(plan: Plan) -> str:
     how = "compiled" if plan.source == "compiled" else "estimated"
     text = f"Each was {how} to see whether the run then fits."
     return _part("What would make it fit", text, _table(columns, rows, marks="remedies"))
-
-
-def _flag(key: str, value: Any) -> str:
-    return f"--topology={value}" if key == "topology" else f"--config.{key}={value}"
 
 
 def _timeline(plan: Plan) -> str:

@@ -17,7 +17,7 @@ from jaxft.models.families import Architecture
 from jaxft.planner import timeline as lanes
 from jaxft.planner.analytic import Estimator, Placed
 from jaxft.planner.compilation import Compiled, compile_lowered
-from jaxft.planner.cost import cost_of
+from jaxft.planner.cost import MOVES, cost_of, moved_bytes
 from jaxft.planner.kernels import efficiency, splash_flops
 from jaxft.planner.liveness import peak_of
 from jaxft.planner.memory import Memory, memory_of, memory_without_program
@@ -190,8 +190,14 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a device's memory is enough."""
-        return self.memory.fits
+        """Whether a device's memory is enough, for evaluating too if that was planned."""
+        return self.memory.fits and self.evaluation_fits
+
+    @property
+    def evaluation_fits(self) -> bool:
+        """Whether the eval step fits beside the optimizer's state, which a training run keeps."""
+        beside = self.memory.kinds.get("optimizer", 0)
+        return not self.memory.limit or self.evaluation_memory + beside <= self.memory.limit
 
     def record(self) -> dict[str, Any]:
         """Returns the plan in the form of its JSON, without the timeline."""
@@ -259,7 +265,7 @@ class Planner:
         """
         placement = make_placement(config, topology.devices())
         program = make_program(config, self.architecture, placement=placement)
-        compiled = self._compile(program.lower(), program, topology)
+        compiled = self._compile(program.lower(), program.compiler_options, topology)
         held = describe(config, self.architecture, placement=placement).bytes_per_device
         common = {
             "model": config.model.path,
@@ -305,7 +311,7 @@ class Planner:
             evaluation=tested,
             evaluation_memory=tested_memory,
             timeline=found.step if time else None,
-            notes=_notes(topology),
+            notes=_notes(topology, found.module),
         )
 
     def estimate(self, config: RunConfig, topology: Topology) -> Plan:
@@ -322,12 +328,18 @@ class Planner:
         program = make_program(_anywhere(config), self.architecture, placement=placement)
         estimator = Estimator(architecture=self.architecture, topology=topology, rates=self.rates)
         abstract = program.evaluator.abstract
-        found = estimator.estimate(config, Placed(placement, abstract, config.data.max_length))
+        placed = Placed(placement, abstract, config.data.max_length, config.optim.freeze)
+        found = estimator.estimate(config, placed)
         flops = model_flops(config, program.evaluator.multiplied_parameters, self.architecture)
         needed = [total / placement.mesh.size for total in flops]
         chip = topology.chip.core
-        limit = chip.usable or round(_USABLE * chip.memory)
-        memory = Memory(limit=limit, used=found.bytes, kinds=found.kinds, host=found.host)
+        memory = Memory(
+            limit=chip.limit,
+            used=found.bytes,
+            kinds=found.kinds,
+            host=found.host,
+            host_limit=chip.host_memory,
+        )
         low, high = ESTIMATED_RANGE
         time = StepTime(
             seconds=found.seconds,
@@ -372,12 +384,10 @@ class Planner:
             ),
         )
 
-    def _compile(self, lowered: Any, program: Program, topology: Topology) -> Compiled:
+    def _compile(self, lowered: Any, options: dict[str, Any], topology: Topology) -> Compiled:
         target = f"{topology.slices}x{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
         with refused_options():
-            return compile_lowered(
-                lowered, program.compiler_options, target=target, cache=self.cache
-            )
+            return compile_lowered(lowered, options, target=target, cache=self.cache)
 
     def _kernel_flops(self, instruction: Any, computation: Any) -> tuple[float, int] | None:
         return splash_flops(
@@ -431,7 +441,7 @@ class Planner:
             )
         )
         lowered = evaluator.eval_step.lower(program.state.params, batch)
-        compiled = self._compile(lowered, program, topology)
+        compiled = self._compile(lowered, {}, topology)  # as the trainer does
         if compiled.allocation is None:
             return None, compiled.needed
         found = self._read(compiled.text, topology, program)
@@ -538,7 +548,7 @@ def step_time(found: _Reading, topology: Topology) -> StepTime:
     for span, times in step.every():
         if span.lane == lanes.CORE:
             spent[span.kind] = spent.get(span.kind, 0.0) + span.seconds * times
-    low, high = error_interval(step.seconds)
+    low, high = PUBLISHED_RANGE if topology.chip.is_tpu else ESTIMATED_RANGE
     return StepTime(
         seconds=step.seconds,
         terms={
@@ -548,8 +558,8 @@ def step_time(found: _Reading, topology: Topology) -> StepTime:
         },
         spent=spent,
         by_cycles=found.by_cycles if chip.clock else 0.0,
-        low=low,
-        high=high,
+        low=low * step.seconds,
+        high=high * step.seconds,
     )
 
 
@@ -564,6 +574,8 @@ def totals(module: Module, kernel_flops: Any) -> tuple[float, float]:
             for inner, runs in called:
                 more = visit(inner, times * runs)
                 flops, moved = flops + more[0], moved + more[1]
+            if instruction.opcode in MOVES:
+                moved += times * moved_bytes(instruction)
             if called or instruction.opcode.endswith(("-start", "-done")):
                 continue
             cost = cost_of(module, computation, instruction)
@@ -580,8 +592,8 @@ def _called(
 ) -> list[tuple[str, float]]:
     """Returns what an instruction runs, and how often; of branches each for its share."""
     if instruction.opcode == "while":
-        trips = module.trips(computation, instruction) or 1
-        return [(instruction.called("body")[0], trips)]
+        trips = module.trips(computation, instruction)
+        return [(instruction.called("body")[0], 1 if trips is None else trips)]
     if instruction.opcode == "conditional":
         branches = module.branches(instruction)
         return [(branch, 1 / len(branches)) for branch in branches]
@@ -599,13 +611,16 @@ def exchanges(found: _Reading) -> tuple[Exchange, ...]:
             taken[span.name] = taken.get(span.name, 0.0) + span.seconds * times
         elif span.kind.startswith(lanes.WAIT):
             waited[span.name] = waited.get(span.name, 0.0) + span.seconds * times
-    groups: dict[tuple, list[Collective]] = {}
+    groups: dict[tuple[str, tuple[str, ...], str], list[Collective]] = {}
     for one in found.reader.visit(found.module.entry, Frame()):
         network = lanes.DCN if one.across_slices else lanes.ICI
         groups.setdefault((one.kind, one.axes, network), []).append(one)
     return tuple(
         sorted(
-            (_exchange(*key, group, taken, waited) for key, group in groups.items()),
+            (
+                _exchange(kind, axes, network, group, taken, waited)
+                for (kind, axes, network), group in groups.items()
+            ),
             key=lambda exchange: -exchange.wire_bytes,
         )
     )
@@ -635,28 +650,31 @@ def _exchange(
     )
 
 
-# Least and most that published steps took of their predictions, and the root mean square of the
-# differences: benchmarks/published.py, whose table is in docs/planning.md. No constant was fitted
-# to them.
-PUBLISHED_RANGE, PUBLISHED_RMS = (0.85, 1.03), 0.09
+# Least and most that published training steps on TPU slices took of their predictions:
+# benchmarks/published.py, whose table is in docs/planning.md.
+PUBLISHED_RANGE = (0.85, 1.04)
 
 
-# Of a GPU's memory, what is left to programs where the driver and libraries have theirs.
-_USABLE = 0.92
 # As PUBLISHED_RANGE, of closed-form estimates. Not held against GPUs: a factor of 1.5 either way.
 ESTIMATED_RANGE = (1 / 1.5, 1.5)
 
 
-def error_interval(seconds: float) -> tuple[float, float]:
-    """Returns the interval in which published steps lie around their predictions."""
-    low, high = PUBLISHED_RANGE
-    return low * seconds, high * seconds
-
-
-def _notes(topology: Topology) -> tuple[str, ...]:
-    if topology.local and not topology.chip.bfloat16:
-        return ("No figures of this device are published: memory and collectives alone are known.",)
-    return ()
+def _notes(topology: Topology, module: Module) -> tuple[str, ...]:
+    found = []
+    if not topology.chip.bfloat16:
+        found.append(
+            "No figures of this device are published: memory and collectives alone are known."
+        )
+    elif not topology.chip.is_tpu:
+        found.append("Times of GPU programs were not held against a GPU.")
+    unknown = sum(
+        instruction.opcode == "while" and module.trips(computation, instruction) is None
+        for computation in module.computations.values()
+        for instruction in computation.instructions.values()
+    )
+    if unknown:
+        found.append(f"How often {unknown} loops run is not in the program: they count once.")
+    return tuple(found)
 
 
 def describe_shape(topology: Topology) -> str:

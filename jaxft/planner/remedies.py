@@ -1,6 +1,7 @@
 """What would make a run fit that does not: small changes, each compiled to see."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from jaxft.errors import JaxftError
 from jaxft.planner.plan import Plan, Planner, Remedy
 from jaxft.planner.search import with_flags
 from jaxft.planner.topology import Topology, next_larger
+from jaxft.sharding.rules import as_names, load_strategy
 
 
 class Change(NamedTuple):
@@ -38,13 +40,16 @@ def try_remedies(
     larger slice.
     """
     tried: list[Remedy] = []
-    for change in single_changes(config, plan.topology):
+    for change in single_changes(config, plan):
         _try(change, config, plan.topology, planner, tried, on_log)
-    for change in together(config, plan.topology):
+    for change in together(config, plan):
         if any(remedy.fits for remedy in tried):
             break
         _try(change, config, plan.topology, planner, tried, on_log)
-    ranked = sorted(tried, key=lambda r: (not r.fits, "topology" in r.flags, r.used))
+    # Those that fit in the order of what they change, the others by what they miss.
+    ranked = sorted(
+        tried, key=lambda r: (not r.fits, "topology" in r.flags, 0 if r.fits else r.used)
+    )
     return dataclasses.replace(plan, remedies=tuple(ranked))
 
 
@@ -72,9 +77,10 @@ def _try(
     tried.append(remedy)
 
 
-def single_changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
+def single_changes(config: RunConfig, plan: Plan) -> Iterator[Change]:
     """Yields changes of one thing, the least first."""
-    for words, flags in _memory_changes(config, topology):
+    topology = plan.topology
+    for words, flags in _memory_changes(config, plan):
         yield Change(words, flags, topology)
     for name, sizes in (("fsdp", {}), ("fsdp_tp_sp", {"mesh.tensor": 4})):
         if config.strategy != name:
@@ -84,14 +90,15 @@ def single_changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
         yield Change(f"the slice {larger.sold_as or larger.name}", {}, larger)
 
 
-def together(config: RunConfig, topology: Topology) -> Iterator[Change]:
+def together(config: RunConfig, plan: Plan) -> Iterator[Change]:
     """Yields changes of several things that cost no other mesh, then with a larger slice."""
+    topology = plan.topology
     flags: dict[str, Any] = {}
-    for _, more in _memory_changes(config, topology):
+    for _, more in _memory_changes(config, plan):
         flags |= more
     # Sums over micro-batches take memory of their own.
     whole = {key: value for key, value in flags.items() if key != "train.accumulation"}
-    smallest = whole | _smallest_micro_batches(config, topology)
+    smallest = whole | _smallest_micro_batches(config, plan)
     for tried in (whole, smallest) if whole != smallest else (whole,):
         yield Change(_in_words(tried), tried, topology)
     if (larger := next_larger(topology)) is not None:
@@ -104,22 +111,27 @@ def _in_words(flags: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in flags.items())
 
 
-def _memory_changes(config: RunConfig, topology: Topology) -> Iterator[tuple[str, dict[str, Any]]]:
+def _memory_changes(config: RunConfig, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     model, train = config.model, config.train
     if model.remat != "full":
         yield "keep the layers' inputs alone", {"model.remat": "full", "model.offload": ""}
-    if train.batch_size // train.accumulation >= 2 * topology.device_count:
+    if train.batch_size // train.accumulation >= 2 * _shards(plan):
         count = 2 * train.accumulation
         yield f"{count} micro-batches", {"train.accumulation": count}
     if config.objective.chunk > 64 or not config.objective.chunk:
         yield "logits of 64 positions at a time", {"objective.chunk": 64}
-    if topology.chip.host and model.offload != "inputs":
+    if plan.topology.chip.host and model.offload != "inputs":
         flags = {"model.remat": "full", "model.offload": "inputs"}
         yield "keep the layers' inputs alone, on the host", flags
 
 
-def _smallest_micro_batches(config: RunConfig, topology: Topology) -> dict[str, Any]:
-    rows = config.train.batch_size // topology.device_count
-    if rows <= 1 or config.train.batch_size % topology.device_count:
-        return {}
-    return {"train.accumulation": rows}
+def _smallest_micro_batches(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    rows, left = divmod(config.train.batch_size, _shards(plan))
+    return {"train.accumulation": rows} if rows > 1 and not left else {}
+
+
+def _shards(plan: Plan) -> int:
+    """Returns how many devices have rows of their own."""
+    strategy = load_strategy(plan.strategy)
+    split = as_names(strategy.rules["batch"])  # pyright: ignore[reportArgumentType]
+    return math.prod(plan.mesh[axis] for axis in split)

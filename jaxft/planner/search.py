@@ -14,8 +14,11 @@ import pkgutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from jaxft.config import MeshConfig, RunConfig, from_dict, to_dict
 from jaxft.errors import ConfigError, JaxftError
@@ -44,6 +47,7 @@ OFFLOADS = {"full": ("inputs",), "qkv+attention": ("inputs+qkv+attention",)}
 _SLACK = 1.15
 # Largest parts along mesh axes that exchange within a layer, which no real run exceeds.
 _MOST = {"tensor": 16, "context": 16, "stage": 16, "expert": 64}
+_BROKEN = "a process that compiled was killed, for memory perhaps; try --jobs=1"
 # Strategies whose candidates are compiled though others are estimated faster: within this factor.
 _CLOSE = 1.5
 
@@ -56,8 +60,8 @@ class Candidate:
       flags: Config keys that make it, with their values.
       estimate: Its closed-form memory and time; None if the strategy refuses the run.
       plan: If it was compiled.
-      outcome: `compiled`, `does not fit`, `estimated not to fit`, `estimated slower`, or
-        `refused: …`.
+      outcome: `compiled`, `does not fit`, `estimated`, `estimated not to fit`,
+        `estimated slower`, or `refused: …`.
     """
 
     flags: dict[str, Any]
@@ -105,7 +109,7 @@ class Candidate:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether it was compiled and fits."""
+        """Whether it was compiled, or planned where there is no compiler, and fits."""
         return self.plan is not None and self.plan.fits
 
 
@@ -130,7 +134,7 @@ class Search:
 
     @property
     def compiled(self) -> int:
-        """How many were compiled."""
+        """How many were compiled, or planned where there is no compiler."""
         return sum(candidate.plan is not None for candidate in self.candidates)
 
     @property
@@ -166,31 +170,42 @@ def search(
       ConfigError: If no candidate can be had at all, with the reasons.
     """
     started = time.monotonic()
-    if not topology.chip.bfloat16:
+    if not (topology.chip.bfloat16 and topology.chip.bandwidth):
         raise ConfigError(
             f"A search ranks by time, and no figures of {topology.chip.name!r} are published. Plan "
             "single runs on it, or search on a slice."
         )
     candidates = estimate_all(config, topology, planner.architecture, names=names)
-    limit = topology.chip.core.usable or topology.chip.core.memory
+    limit = topology.chip.core.limit
     hopeful = [c for c in candidates if c.estimate and c.estimate_bytes <= _SLACK * limit]
+    what = "compiling" if topology.can_compile else "planning by estimate"
     on_log(
-        f"{len(candidates)} candidates, {len(hopeful)} of them may fit; compiling the most "
-        f"promising {min(count, len(hopeful))}."
+        f"{len(candidates)} candidates, {len(hopeful)} of them may fit; {what} the most promising "
+        f"{min(count, len(hopeful))}."
     )
     if not any(c.estimate for c in candidates):
         reasons = list(dict.fromkeys(c.outcome.removeprefix("refused: ") for c in candidates))
         raise ConfigError(reasons[:5] or "There is no strategy to try.")
     done: dict[int, Candidate] = {}
+    order = _promising(hopeful)
     if topology.can_compile:
-        order = _promising(hopeful)
         run = _Compiler(config, topology, planner, jobs=jobs)
         done = run.compile(order, count=count, until=started + budget, on_log=on_log)
+    else:
+        done = {id(c): _estimated(c, config, topology, planner) for c in hopeful[:count]}
     ranked = [
         done.get(id(c)) or dataclasses.replace(c, outcome=_why_not(c, limit)) for c in candidates
     ]
     ranked.sort(key=lambda c: (not c.is_compiled, c.estimate is None, c.seconds))
     return Search(topology=topology, candidates=tuple(ranked), seconds=time.monotonic() - started)
+
+
+def _estimated(
+    candidate: Candidate, config: RunConfig, topology: Topology, planner: Planner
+) -> Candidate:
+    plan = planner.estimate(with_flags(config, candidate.flags), topology)
+    outcome = "estimated" if plan.fits else "estimated not to fit"
+    return dataclasses.replace(candidate, plan=plan, outcome=outcome)
 
 
 def _why_not(candidate: Candidate, limit: int) -> str:
@@ -246,12 +261,14 @@ def _placed(
         check_strategy(config, architecture, placement)
         check_weights(abstract, placement, (placement.batch_shards, config.data.max_length))
         signature = _signature(placement, abstract)
+        if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+            signature = (*signature, placement.strategy.across_slices)
     except JaxftError as error:
         return error
     if signature in signatures:
         return None
     signatures.add(signature)
-    return Placed(placement, abstract, config.data.max_length)
+    return Placed(placement, abstract, config.data.max_length, config.optim.freeze)
 
 
 def _signature(placement: Placement, abstract: AbstractModel) -> tuple:
@@ -309,7 +326,6 @@ def variants(
 def _suitable(architecture: Architecture) -> list[str]:
     known = [module.name for module in pkgutil.iter_modules(strategies.__path__)]
     has_experts = architecture.config.experts is not None
-    # The programs of hsdp are those of fsdp but for which axis spans slices.
     return [n for n in known if ("ep" in n.split("_")) <= has_experts]
 
 
@@ -356,8 +372,10 @@ def _accumulations(batch: int, shares: int) -> list[int]:
 def with_flags(config: RunConfig, flags: dict[str, Any]) -> RunConfig:
     """Returns a copy of a config with some keys changed."""
     values = to_dict(config)
-    if "strategy" in flags:  # sizes of another strategy's mesh say nothing here
-        values |= {f"mesh.{f.name}": 0 for f in dataclasses.fields(MeshConfig)}
+    if "strategy" in flags:  # sizes of axes that the strategy does not have say nothing here
+        known = load_strategy(flags["strategy"]).mesh_axes
+        others = [f.name for f in dataclasses.fields(MeshConfig) if f.name not in known]
+        values |= {f"mesh.{name}": 0 for name in others}
     return from_dict(values | flags)
 
 
@@ -383,7 +401,7 @@ class _Compiler:
 
     def __init__(self, config: RunConfig, topology: Topology, planner: Planner, *, jobs: int):
         self.config, self.topology, self.planner = config, topology, planner
-        self.jobs = jobs or min(8, os.cpu_count() or 1)
+        self.jobs = jobs or min(8, len(os.sched_getaffinity(0)))
 
     def compile(
         self,
@@ -407,7 +425,11 @@ class _Compiler:
                 ):
                     candidate = waiting.pop(0)
                     config = with_flags(self.config, candidate.flags)
-                    future = pool.submit(_plan, to_dict(config), self.topology, self.planner)
+                    try:
+                        future = pool.submit(_plan, to_dict(config), self.topology, self.planner)
+                    except BrokenProcessPool:
+                        on_log(_BROKEN)
+                        return done
                     running[future] = candidate
                 if not running:
                     break
@@ -452,7 +474,9 @@ def _plan(values: dict[str, Any], topology: Topology, planner: Planner) -> Plan:
 def _outcome(candidate: Candidate, future: concurrent.futures.Future) -> Candidate:
     try:
         plan = future.result()
-    except Exception as error:  # the compiler refuses some programs; others may do
+    except BrokenProcessPool:
+        return dataclasses.replace(candidate, outcome=f"refused: {_BROKEN}")
+    except (JaxftError, jax.errors.JaxRuntimeError) as error:  # others may still do
         lines = str(error).splitlines() or [type(error).__name__]
         return dataclasses.replace(candidate, outcome=f"refused: {lines[0]}")
     outcome = "compiled" if plan.fits else "does not fit"

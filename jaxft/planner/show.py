@@ -42,17 +42,25 @@ def print_plan(plan: Plan) -> None:
         _print_time(plan, plan.time)
     if plan.exchanges:
         output.print(_exchange_table(plan))
-    if plan.evaluation is not None:
-        _say(
-            f"An evaluation step takes {format_seconds(plan.evaluation.seconds)} (estimate) and "
-            f"{format_bytes(plan.evaluation_memory)}."
-        )
-    elif plan.evaluation_memory:
-        _say(f"[red]An evaluation step does not fit: {format_bytes(plan.evaluation_memory)}.[/red]")
+    if plan.evaluation_memory:
+        _print_evaluation(plan)
     if plan.remedies:
         _print_remedies(plan)
     for note in plan.notes:
         _say(f"[dim]{note}[/dim]")
+
+
+def _print_evaluation(plan: Plan) -> None:
+    beside = plan.memory.kinds["optimizer"]
+    takes = f"{format_bytes(plan.evaluation_memory)} beside {format_bytes(beside)} of optimizer"
+    if not plan.evaluation_fits:
+        _say(
+            f"[red]An evaluation step does not fit[/red]: {takes}. Set eval.batch_size to fewer "
+            f"rows than {plan.settings['eval.batch_size'] or plan.settings['train.batch_size']}."
+        )
+        return
+    seconds = f"{format_seconds(plan.evaluation.seconds)} (estimate), " if plan.evaluation else ""
+    _say(f"An evaluation step takes {seconds}{takes}.")
 
 
 def _say(text: str) -> None:
@@ -64,10 +72,15 @@ def _verdict(plan: Plan) -> str:
     said = "" if plan.source == "compiled" else " by estimate"
     if not memory.limit:
         return f"It takes {format_bytes(memory.used)} of a device; how much there is is not known."
-    if plan.fits:
+    if memory.fits:
         return (
             f"[green]Fits{said}[/green]: {format_bytes(memory.used)} of "
             f"{format_bytes(memory.limit)}, {format_bytes(memory.headroom)} are left."
+        )
+    if memory.headroom >= 0:
+        return (
+            f"[red]Does not fit the host{said}[/red]: {format_bytes(memory.host)} of its memory "
+            f"for each device, of {format_bytes(memory.host_limit)}."
         )
     return (
         f"[red]Does not fit{said}[/red]: {format_bytes(memory.used)} of "
@@ -93,7 +106,7 @@ def _print_time(plan: Plan, time: StepTime) -> None:
         + "."
     )
     terms = ", ".join(f"{k} {format_seconds(s)}" for k, s in time.terms.items() if s)
-    _say(f"  alone at full rate: {terms}")
+    _say(f"  each on its own: {terms}")
     spent = sorted(time.spent.items(), key=lambda item: -item[1])
     _say(f"  spent: {', '.join(f'{k} {format_seconds(s)}' for k, s in spent if s > 1e-6)}")
     if speed is not None:
@@ -136,18 +149,21 @@ def _print_remedies(plan: Plan) -> None:
     for remedy in plan.remedies:
         verdict = "[green]fits[/green]     " if remedy.fits else "[red]too large[/red]"
         step = f", a step {format_seconds(remedy.seconds)} (estimate)" if remedy.seconds else ""
-        flags = " ".join(_flag(key, value) for key, value in remedy.flags.items())
+        flags = " ".join(flag(key, value) for key, value in remedy.flags.items())
         _say(f"  {verdict} {remedy.change}: {format_bytes(remedy.used)}{step}")
         if remedy.fits:
             _say(f"            {flags}")
 
 
-def _flag(key: str, value: Any) -> str:
+def flag(key: str, value: Any) -> str:
+    """Returns the flag of the command that sets something."""
     return f"--{key}={value}" if key == "topology" else f"--config.{key}={value}"
 
 
 def _print_comparison(plans: Sequence[Plan]) -> None:
-    columns = ["slice", "strategy", "memory", "of", "step", "tokens/s/chip", "MFU", "$/M tokens"]
+    currencies = {plan.speed.currency for plan in plans if plan.speed}
+    price = f"{'/'.join(sorted(currencies)) or 'price'}/M tokens"
+    columns = ["slice", "strategy", "memory", "of", "step", "tokens/s/chip", "MFU", price]
     table = _table(columns, left=2)
     for plan in plans:
         speed = plan.speed
@@ -162,15 +178,19 @@ def _print_comparison(plans: Sequence[Plan]) -> None:
             f"{speed.price_per_million_tokens:.3g}" if speed and speed.price_per_hour else "",
         )
     output.print(table)
-    _say("[dim]Memory is the compiler's; times and what follows from them are estimates.[/dim]")
+    if all(plan.source == "compiled" for plan in plans):
+        _say("[dim]Memory is the compiler's; times and what follows are estimates.[/dim]")
+    else:
+        _say("[dim]All of it are estimates where nothing was compiled.[/dim]")
 
 
 def print_search(found: Search) -> None:
     """Prints the best candidates, and why others were left out."""
     best = found.best
+    made = "compiled" if found.topology.can_compile else "planned by estimate"
     _say(
         f"{found.considered:,} candidates on {describe_shape(found.topology)}, {found.compiled} "
-        f"compiled in {found.seconds:.0f} s."
+        f"{made} in {found.seconds:.0f} s."
     )
     table = _table(["", "candidate", "memory", "step", "tokens/s/chip", "by"], left=2)
     for place, candidate in enumerate(found.candidates[:_SHOWN], start=1):
@@ -189,8 +209,10 @@ def print_search(found: Search) -> None:
         left[reason] = left.get(reason, 0) + 1
     if left:
         _say(f"[dim]Not shown: {', '.join(f'{n} {reason}' for reason, n in left.items())}.[/dim]")
-    if best is None:
+    if best is None and found.compiled:
         _say("[red]None of those that were compiled fits.[/red] Take a larger slice.")
+    elif best is None:
+        _say("[red]None can be had.[/red] The table says why.")
 
 
 def _rate(candidate: Candidate) -> str:
@@ -201,11 +223,12 @@ def _rate(candidate: Candidate) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns three digits and a unit."""
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= factor:
-            return f"{seconds / factor:.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
-    return "0 s" if not seconds else f"{seconds * 1e9:.3g} ns"
+    """Returns three digits and the unit that suits."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= size:
+            value = seconds / size
+            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
 
 
 def _table(columns: list[str], *, left: int) -> Table:

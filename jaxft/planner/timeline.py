@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from jaxft.chips import Chip
 from jaxft.hlo import HOST, Computation, Instruction, Module, arrays
-from jaxft.planner.cost import Cost, cost_of
+from jaxft.planner.cost import MOVES, Cost, cost_of, moved_bytes
 from jaxft.planner.network import Network
 from jaxft.sharding.collectives import Collective, Frame, Reader
 
@@ -220,13 +220,18 @@ class Simulator:
                 state.now += run.seconds
         elif opcode.endswith("-update") and instruction.operands[0] in state.ends:
             state.ends[instruction.name] = state.ends[instruction.operands[0]]
+        elif opcode == "recv-done":
+            # What comes back was asked for by the send of the same meeting.
+            started = computation.instructions.get(instruction.operands[0])
+            state.wait(state.ends.get(_meeting(started) if started else ""))
+        elif opcode == "send-done":
+            pass  # that it has left says nothing of when the answer comes
         elif opcode.endswith("-done"):
             state.wait(state.ends.get(instruction.operands[0]))
         elif (found := next(self.reader.at(computation, instruction, frame), None)) is not None:
-            self._exchange(state, found, instruction, waits=not opcode.endswith("-start"))
-        elif opcode in ("copy-start", "slice-start", "dynamic-slice-start") or (
-            opcode == "dynamic-update-slice-start"
-        ):
+            waits = not opcode.endswith("-start") and opcode != "send"
+            self._exchange(state, found, instruction, waits=waits)
+        elif opcode in MOVES:
             self._move(state, computation, instruction)
         elif opcode in ("async-start", "call-start"):
             self._beside(state, frame, computation, instruction)
@@ -243,7 +248,8 @@ class Simulator:
         self, state: _State, frame: Frame, computation: Computation, loop: Instruction
     ) -> None:
         [name] = loop.called("body")
-        trips = self.module.trips(computation, loop) or 1
+        trips = self.module.trips(computation, loop)
+        trips = 1 if trips is None else trips  # the plan says so
         body = self._run(self.module.computations[name], frame.chains)
         state.loops.append(Loop(state.now, trips, body))
         state.now += trips * body.seconds
@@ -259,7 +265,7 @@ class Simulator:
         if waits:
             state.wait(end)
         else:
-            state.ends[instruction.name] = end
+            state.ends[_meeting(instruction) or instruction.name] = end
 
     def _exchanged(self, found: Collective) -> float:
         summed = found.kind in ("all-reduce", "reduce-scatter") and not found.gathers
@@ -286,20 +292,17 @@ class Simulator:
                     state.wait(state.ends.get(f"chain {chain[1]}"))
 
     def _move(self, state: _State, computation: Computation, instruction: Instruction) -> None:
-        """Starts a copy between memories; what moves is the smallest array of its tuple."""
-        parts = [a for a in arrays(instruction.shape) if len(a.sizes) and a.dtype != "u32"]
-        size = min((a.padded_bytes for a in parts if a.bytes > 4), default=0)
-        host = any(array.space == HOST for array in parts)
-        if host:
+        """Starts a copy between memories."""
+        size, places = moved_bytes(instruction), [a.space for a in arrays(instruction.shape)]
+        lane, kind, seconds = COPY, COPY, self._moving(size)
+        if HOST in places:
+            # Of a copy the result comes first, of a slice or an update before the last.
+            result = places[0] if instruction.opcode == "copy-start" else places[-2]
+            lane, kind = f"{TO_HOST} {'out' if result == HOST else 'in'}", TO_HOST
             seconds = size / self.chip.host if self.chip.host else 0.0
-            way = "out" if arrays(instruction.shape)[-2].space == HOST else "in"
-            end = state.begin(
-                f"{TO_HOST} {way}", TO_HOST, seconds, instruction.name, instruction.origin
-            )
-        else:
-            seconds = size / (self.chip.bandwidth * self.rates.memory)
-            end = state.begin(COPY, COPY, seconds, instruction.name, instruction.origin)
-        state.ends[instruction.name] = end
+        state.ends[instruction.name] = state.begin(
+            lane, kind, seconds, instruction.name, instruction.origin
+        )
 
     def _beside(
         self, state: _State, frame: Frame, computation: Computation, instruction: Instruction
@@ -335,9 +338,19 @@ class Simulator:
         memory = self._moving(cost.bytes)
         if not cost.flops or not self.chip.bfloat16:
             return memory
-        products = cost.flops / (self.chip.bfloat16 * self.chip.product_share)
+        rate = self.chip.bfloat16 / cost.passes if self.chip.is_tpu else self.chip.bfloat16
+        products = cost.flops / (rate * self.chip.product_share)
         cycles = self.rates.cycles and self.chip.clock and cost.cycles / self.chip.clock
         return max(memory, products, cycles)
+
+
+def _meeting(instruction: Instruction) -> str:
+    """Returns what names both ends of a transfer between slices; empty for anything else."""
+    if instruction.opcode not in ("send", "recv"):
+        return ""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.rest)
+    channel = re.search(r"\bchannel_id=(\d+)", instruction.rest)
+    return found[1] if found else f"channel {channel[1]}" if channel else ""
 
 
 def _scaled(timeline: Timeline, share: float) -> Timeline:

@@ -105,8 +105,9 @@ def parse(name: str) -> Topology:
     if chip is None or chip.network is None:
         known = [chip.name for chip in CHIPS if chip.network]
         raise ConfigError(
-            f"--topology is {name!r}, and no chip {kind!r} is known; known are "
-            f"{', '.join(known)}.{nearest(kind.lower(), known)}"
+            f"--topology is {name!r}, and {'no links of' if chip else 'no chip'} {kind!r} "
+            f"{'are' if chip else 'is'} known; known are {', '.join(known)}."
+            f"{nearest(kind.lower(), known)}"
         )
     slices = int(count or 1)
     if slices < 1 or (slices > 1 and not chip.dcn):
@@ -301,4 +302,5 @@ def _refused(name: str, reason: str) -> ConfigError:
             f"libtpu cannot be used: {who} keeps its lock {LIBTPU_LOCK}. End that process, or set "
             "ALLOW_MULTIPLE_LIBTPU_LOAD=1; delete the file if nobody is left."
         )
-    return ConfigError(f"The compiler for TPU knows no slice {name}: {reason.splitlines()[0]}")
+    first = (reason.splitlines() or ["it gives no reason"])[0]
+    return ConfigError(f"libtpu gives no devices for {name}: {first}")
