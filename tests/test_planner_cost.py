@@ -467,9 +467,9 @@ output_to_operand_aliasing={{1}: (1, {})}, calls=%beside"""
 
 def test_a_product_that_is_left_to_cublas_counts():
     """XLA for GPU writes `[128,64] x [64,256]` as a call that says what it contracts."""
-    config = (
-        '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
-    )
+    numbers = '{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}'
+    attributes = f'custom_call_target="__cublas$gemm", backend_config={numbers}'
+    result = "(bf16[128,256]{1,0}, s8[1024]{0})"
     lines = f"""
 ENTRY %main (a: bf16[128,64], b: bf16[64,256]) -> (bf16[128,256], s8[1024]) {{
   %a = bf16[128,64]{{1,0}} parameter(0)
