@@ -105,6 +105,7 @@ def main() -> None:
     if options.devices == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={_DEVICES}"
+    os.environ |= environment  # jax is asked for its version here, too
     from jaxft.workdir import environment as describe
 
     for strategy in _MESHES if options.devices == "cpu" else ("fsdp",):
