@@ -258,7 +258,14 @@ def _value_and_gradients(module: Any, params: Any, x: Any, *, real: Any) -> Any:
 
 
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_tp", "ep", "fsdp_ep"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "fsdp_tp")),
+        "ep",
+        "fsdp_ep",
+    ],
+)
 def test_experts_on_a_mesh_give_the_same_and_have_the_same_gradients(strategy, capacity):
     compare_on(strategy, capacity)
 

@@ -16,6 +16,7 @@ from jaxft.errors import ConfigError
 from jaxft.flags import read_config
 from jaxft.models.families import architecture_from_hf
 from jaxft.planner import command, show
+from jaxft.planner.compilation import _key
 from jaxft.planner.memory import KINDS
 from jaxft.planner.plan import SCHEMA, Plan, Planner, model_flops
 from jaxft.planner.prices import read_prices
@@ -164,13 +165,16 @@ def test_a_plan_is_found_again_without_compiling(tmp_path, monkeypatch):
     assert cached.plan(run(), parse("local")).memory == first.memory
 
 
-def test_another_batch_or_option_is_another_program(tmp_path):
-    cached = Planner(architecture=TINY, prices=read_prices(), cache=str(tmp_path))
-    cached.plan(run(), parse("local"))
-    cached.plan(run(train__batch_size=32), parse("local"))
-    options = "xla_cpu_enable_fast_math=true"
-    cached.plan(run(train__compiler_options=options), parse("local"))
-    assert len(list(tmp_path.iterdir())) == 3
+def test_another_program_option_flag_or_target_is_kept_apart(monkeypatch):
+    def lowered(size: int):
+        return jax.jit(lambda x: x * 2).lower(jax.ShapeDtypeStruct((size,), np.float32))
+
+    keys = [_key(lowered(3), {}, "a"), _key(lowered(3), {}, "a"), _key(lowered(4), {}, "a")]
+    keys += [_key(lowered(3), {"xla_a": "1"}, "a"), _key(lowered(3), {}, "b")]
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_a=1")
+    keys.append(_key(lowered(3), {}, "a"))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 5
 
 
 def test_a_run_that_would_be_refused_is_refused():
@@ -290,6 +294,19 @@ def test_the_command_prints_facts_and_estimates(folder, tmp_path, capsys):
     assert "all-gather" in printed
     assert json.loads(file.read_text())["plans"][0]["model"] == folder
     assert page.read_text().lower().startswith("<!doctype html>")
+
+
+def test_attention_that_a_gpu_cannot_have_is_refused_or_held_whole():
+    config = run(model__dtypes="mixed", model__attention="splash")
+    with pytest.raises(ConfigError, match="it runs on TPUs"):
+        planner().estimate(config, parse("h100:8"))
+    config.model.attention = "auto"
+    new, old = (planner().estimate(config, parse(name)) for name in ("h100:8", "a100:8"))
+    assert any("cudnn" in note for note in new.notes)
+    assert any("xla" in note and "9.0" in note for note in old.notes)
+    scores = 16 * LENGTH // 8 * HEADS * LENGTH * (4 + 4 + 2)
+    difference = old.memory.kinds["temporaries"] - new.memory.kinds["temporaries"]
+    assert difference == scores
 
 
 def test_gpus_that_are_not_there_are_searched_by_estimate(folder, tmp_path, capsys):

@@ -54,7 +54,9 @@ def is_new(strategy: str) -> bool:
     return same[0] == strategy
 
 
-IN_DEFAULT = ("zero1", "zero2", "fsdp", "fsdp_tp_sp", "fsdp_cp", "ep", "pp")
+# Of these one family runs in the default suite, or with the long tests.
+IN_DEFAULT = ("zero2", "fsdp", "fsdp_tp_sp", "ep")
+IN_LONG = ("zero1", "fsdp_cp", "pp")
 
 
 def pairs() -> list:
@@ -65,8 +67,10 @@ def pairs() -> list:
         for strategy in BUILT_IN
         if family in families_of(strategy) and (is_new(strategy) or family == turn_of(strategy))
     ]
-    short = [pair for pair in found if pair[0] in IN_DEFAULT and pair[1] == turn_of(pair[0])]
-    long = [pair for pair in found if pair not in short]
+    turns = [pair for pair in found if pair[1] == turn_of(pair[0])]
+    short = [pair for pair in turns if pair[0] in IN_DEFAULT]
+    short += [pytest.param(*p, marks=pytest.mark.slow) for p in turns if p[0] in IN_LONG]
+    long = [pair for pair in found if pair not in turns or pair[0] not in IN_DEFAULT + IN_LONG]
     # Steps of a third of the matrix, so that days that follow one another run other pairs.
     start = int(os.environ.get("JAXFT_MATRIX_START", "0")) * 41 % len(long)
     return short + [

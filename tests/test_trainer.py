@@ -398,7 +398,7 @@ def test_the_loop_dispatches_a_period_before_it_reads_the_one_before(home, confi
             def lower(self, *_):
                 return self
 
-            def compile(self):
+            def compile(self, **_):
                 return step
 
         return trainer.dataclasses.replace(program, train_step=Lowered())

@@ -71,11 +71,13 @@ class Estimator:
       architecture: Of the model.
       topology: Where.
       rates: What share of published rates is reached.
+      flash: Whether attention's scores are made a block at a time, and not of whole rows.
     """
 
     architecture: Architecture
     topology: Topology
     rates: Rates = field(default_factory=Rates)
+    flash: bool = True
 
     def estimate(self, config: RunConfig, placed: "Placed") -> Estimate:
         """Returns memory and time of a run.
@@ -209,6 +211,7 @@ class _Run:
         self.kept = names.kept(config.model.remat)
         self.offloaded = names.offloaded(config.model.remat, config.model.offload)
         self.is_tpu = estimator.topology.chip.is_tpu
+        self.flash = estimator.flash
 
     def estimate(self) -> Estimate:
         kinds, host = self._memory()
@@ -303,7 +306,10 @@ class _Run:
         """Returns bytes that the backward pass of one layer has in hand."""
         widths = self._widths()
         at_once = 3 * widths[names.MLP] / 2 + 6 * widths[names.INPUTS] + 2 * widths[names.QKV]
-        return self.tokens * self.itemsize * at_once
+        heads = self.model.heads / self._split("act_heads", self.model.heads)
+        # Scores and their gradient, float32, and weights of values.
+        scores = 0.0 if self.flash else heads * self.config.data.max_length * (8 + self.itemsize)
+        return self.tokens * (self.itemsize * at_once + scores)
 
     def _layer_weights(self) -> float:
         """Returns bytes of one layer's weights as a device multiplies with them."""

@@ -13,6 +13,8 @@ from jaxft.config import RunConfig, to_dict
 from jaxft.data.batch import Batch
 from jaxft.hlo import Computation, Instruction, Module
 from jaxft.metrics import training_flops
+from jaxft.models.attention import Choice, choose_backend
+from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.planner import timeline as lanes
 from jaxft.planner.analytic import Estimator, Placed
@@ -27,6 +29,7 @@ from jaxft.planner.timeline import Rates, Simulator, Timeline
 from jaxft.planner.topology import Topology
 from jaxft.program import Program, make_placement, refused_options
 from jaxft.sharding.collectives import Collective, Frame, Reader
+from jaxft.sharding.rules import Placement
 from jaxft.shardings import cpu_devices, describe, make_program
 
 # Version of the JSON form; a field that changes its meaning or goes away raises it.
@@ -326,7 +329,13 @@ class Planner:
         """
         placement = make_placement(config, estimated_devices(topology))
         program = make_program(_anywhere(config), self.architecture, placement=placement)
-        estimator = Estimator(architecture=self.architecture, topology=topology, rates=self.rates)
+        choice = attention_on(config, self.architecture, topology, placement)
+        estimator = Estimator(
+            architecture=self.architecture,
+            topology=topology,
+            rates=self.rates,
+            flash=choice.backend != "xla",
+        )
         abstract = program.evaluator.abstract
         placed = Placed(placement, abstract, config.data.max_length, config.optim.freeze)
         found = estimator.estimate(config, placed)
@@ -379,8 +388,9 @@ class Planner:
                 for one, seconds, hidden in found.exchanges
             ),
             notes=(
-                "A closed-form estimate: nothing was compiled. Attention is taken to be a flash "
-                "kernel; the exchange of weights and gradients to be hidden in part.",
+                "A closed-form estimate: nothing was compiled. The exchange of weights and "
+                "gradients is taken to be hidden in part.",
+                f"Attention: {choice.backend} ({choice.reason}).",
             ),
         )
 
@@ -481,6 +491,31 @@ class Planner:
 def estimated_devices(topology: Topology) -> Sequence[Any]:
     """Returns devices for a mesh: of the slice, or made-up ones for GPUs that are not there."""
     return topology.devices() if topology.can_compile else cpu_devices(topology.device_count)
+
+
+# Compute capability of the GPUs that can be planned for.
+_CAPABILITY = {"a100": "8.0", "a100-40": "8.0", "h100": "9.0", "h200": "9.0"}
+_CAPABILITY |= {"b200": "10.0", "gb200": "10.0"}
+
+
+def attention_on(
+    config: RunConfig, architecture: Architecture, topology: Topology, placement: Placement
+) -> Choice:
+    """Returns the back end of attention that a run on GPUs which are not here would use.
+
+    Raises:
+      ConfigError: If the one that is asked for cannot be had there.
+    """
+    return choose_backend(
+        config.model.attention,
+        architecture.config,
+        platform="gpu",
+        length=config.data.max_length,
+        compute_dtype=make_numerics(config.model.dtypes).compute_dtype,
+        max_segments=1,
+        compute_capability=_CAPABILITY.get(topology.chip.name, ""),
+        parts=placement.parts("seq"),
+    )
 
 
 def _anywhere(config: RunConfig) -> RunConfig:
