@@ -120,9 +120,11 @@ def _print_time(plan: Plan, time: StepTime) -> None:
                 f"  {speed.price_per_million_tokens:.3g} {speed.currency} a million tokens, "
                 f"{speed.price_per_hour:,.2f} an hour, at the list price of {speed.priced}"
             )
+    work = plan.work
+    traffic = f"; {format_bytes(work.bytes)} of memory traffic" if work.bytes else ""
     _say(
-        f"  {plan.work.model_flops / 1e12:,.1f} TFLOP a device that the mathematics needs, "
-        f"{plan.work.flops / 1e12:,.1f} that run; {format_bytes(plan.work.bytes)} of memory traffic"
+        f"  {work.model_flops / 1e12:,.1f} TFLOP a device that the mathematics needs, "
+        f"{work.flops / 1e12:,.1f} that run{traffic}"
     )
 
 
@@ -134,7 +136,7 @@ def _exchange_table(plan: Plan) -> Table:
         table.add_row(
             one.kind,
             ", ".join(one.axes),
-            one.network.upper(),
+            one.network.upper() if plan.topology.chip.is_tpu else "links",
             counted,
             format_bytes(one.bytes),
             format_bytes(one.wire_bytes),
