@@ -143,7 +143,7 @@ def evaluate_rows(
       max_rows: Only the first rows; 0 for all.
     """
     placement = evaluator.placement
-    batch_size = -(-batch_size // placement.row_multiple) * placement.row_multiple
+    batch_size = placement.whole_rows(batch_size)
     places = placement.held_rows(batch_size)
     count = min(max_rows, len(rows)) if max_rows else len(rows)
     parts, waiting = [], None

@@ -244,6 +244,23 @@ def check_weights(abstract: AbstractModel, placement: Placement, tokens: tuple[i
         raise ConfigError(list(problems))
 
 
+def check_rows(config: RunConfig, placement: Placement) -> int:
+    """Returns the rows of a micro-batch.
+
+    Raises:
+      ConfigError: If they cannot be split over the mesh.
+    """
+    train = config.train
+    rows = train.batch_size // train.accumulation
+    if rows % placement.batch_shards:
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} in {train.accumulation} micro-batches gives "
+            f"{rows} rows, which cannot be split over {placement.batch_shards} devices. Use a "
+            f"multiple of {placement.batch_shards * train.accumulation}."
+        )
+    return rows
+
+
 def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     """Adds optimizer, abstract state and the training step.
 
@@ -257,13 +274,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     """
     abstract, placement = evaluator.abstract, evaluator.placement
     train = config.train
-    rows = train.batch_size // train.accumulation
-    if rows % placement.batch_shards:
-        raise ConfigError(
-            f"train.batch_size {train.batch_size} in {train.accumulation} micro-batches gives "
-            f"{rows} rows, which cannot be split over {placement.batch_shards} devices. Use a "
-            f"multiple of {placement.batch_shards * train.accumulation}."
-        )
+    rows = check_rows(config, placement)
     if not steps:
         raise ConfigError(
             f"train.epochs {train.epochs} of this data is less than one step of "

@@ -201,18 +201,30 @@ def describe_run(
         a training run would be refused.
     """
     placement = make_placement(config, devices)
-    source = find_source(config.model.path, revision=config.model.revision, weights=False)
-    architecture = architecture_from_hf(read_config(source.folder))
+    architecture = find_architecture(config)
     if devices is not None and not compiled and config.model.attention in ("splash", "cudnn"):
         # Made-up devices have no kernels; where arrays live is the same with others.
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, attention="auto")
-        )
+        config = with_any_attention(config)
     program = make_program(config, architecture, placement=placement)
     description = describe(config, architecture, placement=placement)
     if not compiled:
         return description
     return dataclasses.replace(description, communication=compile_step(program))
+
+
+def find_architecture(config: RunConfig) -> Architecture:
+    """Reads the model's config.json, from a folder or the hub; no weights are needed.
+
+    Raises:
+      ModelError: If there is no such model, or it is not supported.
+    """
+    source = find_source(config.model.path, revision=config.model.revision, weights=False)
+    return architecture_from_hf(read_config(source.folder))
+
+
+def with_any_attention(config: RunConfig) -> RunConfig:
+    """Returns a config whose attention can be had on made-up devices."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
 
 
 def make_program(config: RunConfig, architecture: Architecture, *, placement: Placement) -> Program:
@@ -341,7 +353,7 @@ def print_description(found: Description) -> None:
         markup=False,
         soft_wrap=True,
     )
-    table = _table(["parameter", "shape", "dtype", "split over", "a device", "copies"], left=4)
+    table = make_table(["parameter", "shape", "dtype", "split over", "a device", "copies"], left=4)
     for parameter in found.parameters:
         for name, layout in parameter.layouts.items():
             _add_layout(table, parameter.path if name == "parameter" else f"  {name}", layout)
@@ -377,7 +389,7 @@ def _totals(found: Description) -> str:
 
 def _print_communication(found: Communication) -> None:
     columns = ["collective", "mesh axes", "count", "payload", "sent in rings"]
-    table = _table(columns, left=2)
+    table = make_table(columns, left=2)
     for total in found.totals:
         table.add_row(
             total.kind,
@@ -398,7 +410,8 @@ def _print_communication(found: Communication) -> None:
     )
 
 
-def _table(columns: Iterable[str], *, left: int) -> Table:
+def make_table(columns: Iterable[str], *, left: int) -> Table:
+    """Returns a table without rows, of which the first `left` columns are of text."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
         # A name that is cut in two cannot be searched for; the other columns give way.

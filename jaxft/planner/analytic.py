@@ -19,7 +19,7 @@ from jaxft.config import RunConfig
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
-from jaxft.planner.kernels import efficiency
+from jaxft.planner.kernels import efficiency, mean_visible_pairs
 from jaxft.planner.network import Network
 from jaxft.planner.timeline import DCN, ICI, TO_HOST, Rates
 from jaxft.planner.topology import Topology
@@ -111,20 +111,20 @@ class Placed:
     @functools.cached_property
     def parameters(self) -> int:
         """Bytes of parameters on a device."""
-        return self._held(None, self.abstract.params)
+        return self._held(self.abstract.params)
 
     @functools.cached_property
     def gradients(self) -> int:
         """Bytes of gradients on a device, in the parameters' type."""
-        return self._held(self.placement.gradient_rules, self.trainable)
+        return self._held(self.trainable, self.placement.gradient_rules)
 
     @functools.cached_property
     def moments(self) -> int:
         """Bytes of one of the optimizer's two moments on a device."""
-        return self._held(self.placement.moment_rules, self.trainable)
+        return self._held(self.trainable, self.placement.moment_rules)
 
     def _held(
-        self, rules: Mapping[str, Any] | None, params: Mapping[str, jax.ShapeDtypeStruct]
+        self, params: Mapping[str, jax.ShapeDtypeStruct], rules: Mapping[str, Any] | None = None
     ) -> int:
         shardings = self.placement.shardings(params, self.abstract.axes, rules=rules)
         return sum(
@@ -156,9 +156,7 @@ class Placed:
 
     def bytes_of(self, path: str) -> int:
         """Returns the bytes of a parameter as a device holds it."""
-        spec = self.abstract.params[path]
-        sharding = self.placement.shardings({path: spec}, self.abstract.axes)[path]
-        return math.prod(sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
+        return self._held({path: self.abstract.params[path]})
 
     def head(self, vocab: int, embed: int) -> tuple[tuple[int, ...], WeightPlan]:
         """Returns shape and plan of the head."""
@@ -191,7 +189,7 @@ class _Run:
         self.config, self.placed, self.placement = config, placed, placed.placement
         placement = placed.placement
         self.model = estimator.architecture.config
-        self.topology, self.chip = estimator.topology, estimator.topology.chip.core
+        self.chip = estimator.topology.chip.core
         self.rates = estimator.rates
         self.network = Network(estimator.topology.chip, placement.mesh, estimator.topology.shape)
         numerics = make_numerics(config.model.dtypes)
@@ -241,8 +239,12 @@ class _Run:
 
     def _split(self, axis: str, size: int) -> int:
         """Returns how many parts a named dimension of a size is cut into."""
-        [entry] = self.placement.spec((axis,), (size,), "an estimate") or (None,)
-        return math.prod(self.placement.mesh.shape[name] for name in as_names(entry))
+        return math.prod(self.placement.mesh.shape[name] for name in self._axes(axis, size))
+
+    def _axes(self, axis: str, size: int) -> tuple[str, ...]:
+        """Returns the mesh axes that cut a named dimension of a size."""
+        [entry] = self.placement.spec((axis,), (size,), "an estimate")
+        return as_names(entry)
 
     # Memory.
 
@@ -342,9 +344,7 @@ class _Run:
         # Forward, its logits once more, and two gradients.
         head = 2 * self.tokens * 4 * m.embed * m.vocab / self._split("act_vocab", m.vocab)
         length = self.config.data.max_length
-        windows = [m.kinds[i].window or length for i in m.pattern]
-        seen = sum(min(w, length) * (1 - min(w, length) / (2 * length)) for w in windows)
-        pairs = self.tokens * seen / len(windows)
+        pairs = self.tokens / length * mean_visible_pairs(m, length)
         repeated = names.ATTENTION not in self.kept and remat != "none"
         attention = 2 * (2 + 5 + (2 if repeated else 0)) * pairs * heads * m.head_dim * self.layers
         return (of_layers + head) * self.passes, attention * self.passes
@@ -434,10 +434,6 @@ class _Run:
         stages = self._axes("layers", m.layers)
         add("collective-permute", stages, 2 * self.turns * stream)
         add("all-reduce", stages, 4 * self.passes * stream)
-
-    def _axes(self, axis: str, size: int) -> tuple[str, ...]:
-        [entry] = self.placement.spec((axis,), (size,), "an estimate") or (None,)
-        return as_names(entry)
 
     def _collective(self, kind: str, axes: tuple[str, ...], payload: float) -> Collective:
         mesh = self.placement.mesh

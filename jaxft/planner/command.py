@@ -8,15 +8,12 @@ import jax
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, JaxftError
-from jaxft.hf.load import read_config
-from jaxft.model import find_source
-from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.planner.plan import Plan, Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.remedies import try_remedies
 from jaxft.planner.search import Search, config_file, search, with_flags
 from jaxft.planner.topology import LOCAL, Topology, parse
-from jaxft.shardings import cpu_devices
+from jaxft.shardings import cpu_devices, find_architecture
 from jaxft.workdir import write_text
 
 
@@ -79,12 +76,6 @@ def plan(
         else:
             plans += _planned(config, topology, planner, request, on_log)
     return plans, searches
-
-
-def find_architecture(config: RunConfig) -> Architecture:
-    """Reads the model's config.json, from a folder or the hub; no weights are needed."""
-    source = find_source(config.model.path, revision=config.model.revision, weights=False)
-    return architecture_from_hf(read_config(source.folder))
 
 
 def _best(

@@ -109,19 +109,20 @@ def _sizes(computation: Computation, name: str) -> tuple[int, ...]:
 
 
 def _dot_flops(computation: Computation, dot: Instruction) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
-    left = _sizes(computation, dot.operands[0])
-    inner = math.prod(left[int(i)] for i in (contracted[1] if contracted else "").split(",") if i)
-    return 2.0 * math.prod(arrays(dot.shape)[0].sizes) * inner
+    return _product_flops(computation, dot, r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
 def _library_flops(computation: Computation, call: Instruction) -> float:
     """Counts a product that XLA for GPU leaves to cuBLAS, which says what it contracts."""
-    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.rest)
-    left = _sizes(computation, call.operands[0])
-    places = re.findall(r"\d+", contracted[1]) if contracted else []
-    inner = math.prod(left[int(place)] for place in places)
-    return 2.0 * math.prod(arrays(call.shape)[0].sizes) * inner
+    return _product_flops(computation, call, r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+
+
+def _product_flops(computation: Computation, product: Instruction, contracted: str) -> float:
+    """Counts 2 of each output and place of the left operand's dimensions that a pattern finds."""
+    found = re.search(contracted, product.rest)
+    left = _sizes(computation, product.operands[0])
+    inner = math.prod(left[int(i)] for i in re.findall(r"\d+", found[1] if found else ""))
+    return 2.0 * math.prod(arrays(product.shape)[0].sizes) * inner
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:

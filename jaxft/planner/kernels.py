@@ -27,6 +27,12 @@ def visible_pairs(length: int, window: int) -> float:
     return window * (length - window / 2)
 
 
+def mean_visible_pairs(config: DecoderConfig, length: int) -> float:
+    """Returns `visible_pairs` of a row in a layer, the mean over the model's layers."""
+    windows = [config.kinds[i].window for i in config.pattern]
+    return sum(visible_pairs(length, window) for window in windows) / len(windows)
+
+
 def splash_flops(
     instruction: Instruction, computation: Computation, config: DecoderConfig, *, fused: bool
 ) -> tuple[float, int] | None:
@@ -47,8 +53,7 @@ def splash_flops(
     # Queries, keys and values `[rows, heads, positions, size]`, rows left out where there is one.
     tables = [a.sizes for a in operands if a.dtype in ("bf16", "f32") and len(a.sizes) >= 3]
     (*rows, heads, queries, size), keys = tables[0], max(table[-2] for table in tables)
-    windows = [config.kinds[i].window for i in config.pattern]
-    pairs = sum(visible_pairs(keys, window) for window in windows) / len(windows)
+    pairs = mean_visible_pairs(config, keys)
     products = _PRODUCTS[kind]
     if fused and kind != "fwd":
         products *= 5 / 7

@@ -132,7 +132,7 @@ def _is_gathered(
     """Whether a buffer is a parameter whose embedding dimension was put together."""
     count = math.prod(sizes)
     return architecture.embed in sizes and any(
-        len(shape) >= 2 and count % math.prod(shape) == 0 and set(shape) - set(sizes) != set(shape)
+        len(shape) >= 2 and count % math.prod(shape) == 0
         for shape in shapes
         if len(shape) == len(sizes) and sum(a != b for a, b in zip(shape, sizes, strict=True)) == 1
     )

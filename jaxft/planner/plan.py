@@ -30,10 +30,16 @@ from jaxft.planner.topology import Topology
 from jaxft.program import Program, make_placement, refused_options
 from jaxft.sharding.collectives import Collective, Frame, Reader
 from jaxft.sharding.rules import Placement
-from jaxft.shardings import cpu_devices, describe, make_program
+from jaxft.shardings import cpu_devices, describe, make_program, with_any_attention
 
 # Version of the JSON form; a field that changes its meaning or goes away raises it.
 SCHEMA = 1
+
+# Least and most that published training steps on TPU slices took of their predictions:
+# benchmarks/published.py, whose table is in docs/planning.md.
+PUBLISHED_RANGE = (0.85, 1.04)
+# As PUBLISHED_RANGE, of closed-form estimates. Not held against GPUs: a factor of 1.5 either way.
+ESTIMATED_RANGE = (1 / 1.5, 1.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,18 +276,11 @@ class Planner:
         program = make_program(config, self.architecture, placement=placement)
         compiled = self._compile(program.lower(), program.compiler_options, topology)
         held = describe(config, self.architecture, placement=placement).bytes_per_device
-        common = {
-            "model": config.model.path,
-            "parameters": program.evaluator.parameters,
-            "topology": topology,
-            "strategy": placement.name,
-            "mesh": dict(placement.mesh.shape),
-            "settings": to_dict(config),
+        common = _header(config, topology, program) | {
             "source": "compiled",
             "compile_seconds": compiled.seconds,
         }
-        flops = model_flops(config, program.evaluator.multiplied_parameters, self.architecture)
-        needed = [total / placement.mesh.size for total in flops]
+        needed = self._needed(config, program)
         if not compiled.fits:
             memory = memory_without_program(compiled, held, topology.chip.core)
             work = Work(model_flops=needed[0], model_flops_full=needed[1], flops=0.0, bytes=0.0)
@@ -328,7 +327,7 @@ class Planner:
           ConfigError: If the strategy cannot place the model there, or the rows cannot be split.
         """
         placement = make_placement(config, estimated_devices(topology))
-        program = make_program(_anywhere(config), self.architecture, placement=placement)
+        program = make_program(with_any_attention(config), self.architecture, placement=placement)
         choice = attention_on(config, self.architecture, topology, placement)
         estimator = Estimator(
             architecture=self.architecture,
@@ -339,8 +338,7 @@ class Planner:
         abstract = program.evaluator.abstract
         placed = Placed(placement, abstract, config.data.max_length, config.optim.freeze)
         found = estimator.estimate(config, placed)
-        flops = model_flops(config, program.evaluator.multiplied_parameters, self.architecture)
-        needed = [total / placement.mesh.size for total in flops]
+        needed = self._needed(config, program)
         chip = topology.chip.core
         memory = Memory(
             limit=chip.limit,
@@ -360,12 +358,7 @@ class Planner:
             high=high * found.seconds,
         )
         return Plan(
-            model=config.model.path,
-            parameters=program.evaluator.parameters,
-            topology=topology,
-            strategy=placement.name,
-            mesh=dict(placement.mesh.shape),
-            settings=to_dict(config),
+            **_header(config, topology, program),
             source="estimate",
             memory=memory,
             work=Work(
@@ -393,6 +386,13 @@ class Planner:
                 f"Attention: {choice.backend} ({choice.reason}).",
             ),
         )
+
+    def _needed(self, config: RunConfig, program: Program) -> tuple[float, float]:
+        """Returns a device's share of `model_flops`."""
+        evaluator = program.evaluator
+        causal, full = model_flops(config, evaluator.multiplied_parameters, self.architecture)
+        devices = evaluator.placement.mesh.size
+        return causal / devices, full / devices
 
     def _compile(self, lowered: Any, options: dict[str, Any], topology: Topology) -> Compiled:
         target = f"{topology.slices}x{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
@@ -443,7 +443,7 @@ class Planner:
         evaluator = program.evaluator
         placement = evaluator.placement
         rows = config.eval.batch_size or config.train.batch_size
-        rows = -(-rows // placement.row_multiple) * placement.row_multiple
+        rows = placement.whole_rows(rows)
         batch = Batch(
             *(
                 type(leaf)((rows, leaf.shape[-1]), leaf.dtype, sharding=placement.rows)
@@ -488,6 +488,19 @@ class Planner:
         )
 
 
+def _header(config: RunConfig, topology: Topology, program: Program) -> dict[str, Any]:
+    """Returns the fields of a plan that say what was planned."""
+    placement = program.evaluator.placement
+    return {
+        "model": config.model.path,
+        "parameters": program.evaluator.parameters,
+        "topology": topology,
+        "strategy": placement.name,
+        "mesh": dict(placement.mesh.shape),
+        "settings": to_dict(config),
+    }
+
+
 def estimated_devices(topology: Topology) -> Sequence[Any]:
     """Returns devices for a mesh: of the slice, or made-up ones for GPUs that are not there."""
     return topology.devices() if topology.can_compile else cpu_devices(topology.device_count)
@@ -516,11 +529,6 @@ def attention_on(
         compute_capability=_CAPABILITY.get(topology.chip.name, ""),
         parts=placement.parts("seq"),
     )
-
-
-def _anywhere(config: RunConfig) -> RunConfig:
-    """Returns a config whose attention can be had on made-up devices."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
 
 
 def model_flops(
@@ -683,15 +691,6 @@ def _exchange(
         seconds=seconds,
         overlapped=min(1.0, max(0.0, 1 - exposed / seconds)) if seconds else 0.0,
     )
-
-
-# Least and most that published training steps on TPU slices took of their predictions:
-# benchmarks/published.py, whose table is in docs/planning.md.
-PUBLISHED_RANGE = (0.85, 1.04)
-
-
-# As PUBLISHED_RANGE, of closed-form estimates. Not held against GPUs: a factor of 1.5 either way.
-ESTIMATED_RANGE = (1 / 1.5, 1.5)
 
 
 def _notes(topology: Topology, module: Module) -> tuple[str, ...]:

@@ -1,16 +1,15 @@
 """What would make a run fit that does not: small changes, each compiled to see."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxft.config import RunConfig
 from jaxft.errors import JaxftError
 from jaxft.planner.plan import Plan, Planner, Remedy
-from jaxft.planner.search import with_flags
+from jaxft.planner.search import batch_shards, with_flags
 from jaxft.planner.topology import Topology, next_larger
-from jaxft.sharding.rules import as_names, load_strategy
+from jaxft.sharding.rules import load_strategy
 
 
 class Change(NamedTuple):
@@ -131,7 +130,4 @@ def _smallest_micro_batches(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 
 def _shards(plan: Plan) -> int:
-    """Returns how many devices have rows of their own."""
-    strategy = load_strategy(plan.strategy)
-    split = as_names(strategy.rules["batch"])  # pyright: ignore[reportArgumentType]
-    return math.prod(plan.mesh[axis] for axis in split)
+    return batch_shards(load_strategy(plan.strategy), plan.mesh)

@@ -13,7 +13,7 @@ import os
 import pkgutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +28,13 @@ from jaxft.models.module import AbstractModel
 from jaxft.planner.analytic import Estimate, Estimator, Placed
 from jaxft.planner.plan import Plan, Planner, estimated_devices
 from jaxft.planner.topology import Topology, use_compiler_alone
-from jaxft.program import check_strategy, check_weights, make_placement
+from jaxft.program import check_rows, check_strategy, check_weights, make_placement
 from jaxft.sharding import strategies
 from jaxft.sharding.rules import (
-    IfDivisible,
     Placement,
     Strategy,
-    Target,
-    as_names,
     load_strategy,
+    mesh_axes_of,
 )
 
 # What a layer keeps for its backward pass, from most memory to least.
@@ -187,10 +185,9 @@ def search(
         reasons = list(dict.fromkeys(c.outcome.removeprefix("refused: ") for c in candidates))
         raise ConfigError(reasons[:5] or "There is no strategy to try.")
     done: dict[int, Candidate] = {}
-    order = _promising(hopeful)
     if topology.can_compile:
         run = _Compiler(config, topology, planner, jobs=jobs)
-        done = run.compile(order, count=count, until=started + budget, on_log=on_log)
+        done = run.compile(_promising(hopeful), count=count, until=started + budget, on_log=on_log)
     else:
         done = {id(c): _estimated(c, config, topology, planner) for c in hopeful[:count]}
     ranked = [
@@ -236,7 +233,7 @@ def estimate_all(
         try:
             if isinstance(placed, JaxftError):
                 raise placed
-            _check_rows(changed, placed.placement)
+            check_rows(changed, placed.placement)
             found.append(Candidate(flags=flags, estimate=estimator.estimate(changed, placed)))
         except JaxftError as error:
             found.append(
@@ -276,7 +273,7 @@ def _signature(placement: Placement, abstract: AbstractModel) -> tuple:
     rules = (placement.strategy.rules, placement.gradient_rules, placement.moment_rules)
     shardings = [placement.shardings(abstract.params, abstract.axes, rules=r) for r in rules]
     of_activations = tuple(
-        (axis, tuple(name for name in _targets(target) if placement.mesh.shape[name] > 1))
+        (axis, tuple(name for name in mesh_axes_of(target) if placement.mesh.shape[name] > 1))
         for axis, target in sorted(placement.strategy.rules.items())
         if axis.startswith("act_") or axis in ("batch", "seq", "stream_seq")
     )
@@ -288,30 +285,15 @@ def _signature(placement: Placement, abstract: AbstractModel) -> tuple:
     )
 
 
-def _targets(target: Target) -> tuple[str, ...]:
-    return as_names(target.mesh_axes if isinstance(target, IfDivisible) else target)
-
-
-def _check_rows(config: RunConfig, placement: Placement) -> None:
-    """Raises ConfigError if a micro-batch cannot be split."""
-    rows = config.train.batch_size // config.train.accumulation
-    if rows % placement.batch_shards:
-        raise ConfigError(
-            f"train.batch_size {config.train.batch_size} in {config.train.accumulation} "
-            f"micro-batches cannot be split over {placement.batch_shards} devices."
-        )
-
-
 def variants(
     config: RunConfig, topology: Topology, architecture: Architecture, *, names: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Yields the flags of each candidate."""
     for name in names or _suitable(architecture):
-        for mesh in meshes(load_strategy(name), topology, architecture, config.data.max_length):
-            shares = math.prod(
-                size for axis, size in mesh.items() if axis in ("data", "fsdp", "expert")
-            )
-            for accumulation in _accumulations(config.train.batch_size, shares):
+        strategy = load_strategy(name)
+        for mesh in meshes(strategy, topology, architecture, config.data.max_length):
+            shards = batch_shards(strategy, mesh)
+            for accumulation in _accumulations(config.train.batch_size, shards):
                 for remat in REMATS:
                     for offload in ("", *OFFLOADS.get(remat, ())):
                         yield {
@@ -359,14 +341,17 @@ def meshes(
             yield mesh
 
 
-def _accumulations(batch: int, shares: int) -> list[int]:
+def batch_shards(strategy: Strategy, mesh: Mapping[str, int]) -> int:
+    """Returns how many devices have rows of their own on a mesh of these sizes."""
+    return math.prod(mesh[axis] for axis in mesh_axes_of(strategy.rules.get("batch", ())))
+
+
+def _accumulations(batch: int, shards: int) -> list[int]:
     """Returns into how many micro-batches of 1, 2, 4, … rows a device's rows can be cut."""
-    rows = batch // shares
-    if batch % shares:
+    rows, left = divmod(batch, shards)
+    if left:
         return [1]  # is refused, with the reason
-    return [rows // size for size in (1, 2, 4, 8, 16, 32) if rows % size == 0 and size <= rows] or [
-        1
-    ]
+    return [rows // size for size in (1, 2, 4, 8, 16, 32) if rows % size == 0]
 
 
 def with_flags(config: RunConfig, flags: dict[str, Any]) -> RunConfig:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape
 from jaxft.planner.search import Candidate, Search
-from jaxft.shardings import format_bytes
+from jaxft.shardings import format_bytes, make_table
 from jaxft.tables import output
 from jaxft.workdir import write_text
 
@@ -89,7 +89,7 @@ def _verdict(plan: Plan) -> str:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = _table(["memory of a device", "", "share"], left=1)
+    table = make_table(["memory of a device", "", "share"], left=1)
     for kind, size in plan.memory.kinds.items():
         if size:
             share = size / plan.memory.used if plan.memory.used else 0.0
@@ -130,7 +130,7 @@ def _print_time(plan: Plan, time: StepTime) -> None:
 
 def _exchange_table(plan: Plan) -> Table:
     columns = ["collective", "mesh axes", "network", "count", "payload", "sent", "time", "hidden"]
-    table = _table(columns, left=3)
+    table = make_table(columns, left=3)
     for one in plan.exchanges:
         counted = f"{one.count:,}" if one.exact else f"at least {one.count:,}" if one.count else ""
         table.add_row(
@@ -166,7 +166,7 @@ def _print_comparison(plans: Sequence[Plan]) -> None:
     currencies = {plan.speed.currency for plan in plans if plan.speed}
     price = f"{'/'.join(sorted(currencies)) or 'price'}/M tokens"
     columns = ["slice", "strategy", "memory", "of", "step", "tokens/s/chip", "MFU", price]
-    table = _table(columns, left=2)
+    table = make_table(columns, left=2)
     for plan in plans:
         speed = plan.speed
         table.add_row(
@@ -194,7 +194,7 @@ def print_search(found: Search) -> None:
         f"{found.considered:,} candidates on {describe_shape(found.topology)}, {found.compiled} "
         f"{made} in {found.seconds:.0f} s."
     )
-    table = _table(["", "candidate", "memory", "step", "tokens/s/chip", "by"], left=2)
+    table = make_table(["", "candidate", "memory", "step", "tokens/s/chip", "by"], left=2)
     for place, candidate in enumerate(found.candidates[:_SHOWN], start=1):
         table.add_row(
             str(place),
@@ -231,15 +231,6 @@ def format_seconds(seconds: float) -> str:
             value = seconds / size
             return f"{value:,.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
-
-
-def _table(columns: list[str], *, left: int) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        # A name that is cut in two cannot be searched for; the other columns give way.
-        justify = "left" if i < left else "right"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=i == 0)
-    return table
 
 
 def write_json(file: str, plans: Sequence[Plan], searches: Sequence[Search] = ()) -> Path:

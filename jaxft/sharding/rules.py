@@ -65,7 +65,7 @@ class Strategy:
         tables = (self.rules, self.gradients, self.moments)
         for table in tables:
             check_axes(tuple(table), "strategy rules")
-        named = {a for table in tables for target in table.values() for a in _mesh_axes_of(target)}
+        named = {a for table in tables for target in table.values() for a in mesh_axes_of(target)}
         if not self.across_slices:
             default = "data" if "data" in self.mesh_axes else self.mesh_axes[0]
             object.__setattr__(self, "across_slices", default)
@@ -83,7 +83,8 @@ def as_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _mesh_axes_of(target: Target) -> tuple[str, ...]:
+def mesh_axes_of(target: Target) -> tuple[str, ...]:
+    """Returns the mesh axes that a rule names, whether it insists on them or not."""
     return as_names(target.mesh_axes if isinstance(target, IfDivisible) else target)
 
 
@@ -155,7 +156,7 @@ class Placement:
         self, axis: str, size: int, path: str, rules: Mapping[str, Target]
     ) -> tuple[str, ...]:
         target = rules.get(axis, ())
-        names = tuple(name for name in _mesh_axes_of(target) if self.mesh.shape[name] > 1)
+        names = tuple(name for name in mesh_axes_of(target) if self.mesh.shape[name] > 1)
         count = math.prod(self.mesh.shape[name] for name in names)
         if size % count == 0:
             return names
@@ -223,7 +224,7 @@ class Placement:
             raise ConfigError(
                 f"strategy {self.name!r} maps {axis!r} to if_divisible; name the mesh axes instead."
             )
-        return _mesh_axes_of(target)
+        return mesh_axes_of(target)
 
     def parts(self, axis: str) -> int:
         """Returns how many parts a named dimension is split into."""
@@ -265,6 +266,10 @@ class Placement:
     def row_multiple(self) -> int:
         """What the rows of an evaluation step are a multiple of, so that every device has some."""
         return self.batch_shards * self.parts("layers")
+
+    def whole_rows(self, rows: int) -> int:
+        """Returns the rows of an evaluation step, rounded up to what the mesh splits evenly."""
+        return -(-rows // self.row_multiple) * self.row_multiple
 
     @property
     def rows(self) -> NamedSharding:
