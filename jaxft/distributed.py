@@ -31,7 +31,7 @@ from jaxft.errors import CheckpointError, ConfigError, JaxftError, TrainingError
 _START = 300
 # Seconds without a sign of life after which a host counts as lost: ours, which names the host, and
 # jax's, which ends processes with a stack trace, sometimes after half of the time.
-_LOST = 45
+_LOST = 40
 _LOST_TO_JAX = 110
 # Seconds between signs of life, and between looks at how the others are.
 _PULSE = 1.0
@@ -698,13 +698,14 @@ _sentinel: subprocess.Popen[bytes] | None = None
 def _start_sentinel() -> None:
     """Starts a small process that speaks if this one ends without a word.
 
-    jax ends a process from below Python when its coordinator is gone, and schedulers kill.
+    jax ends a process from below Python when its coordinator is gone, gloo may when another host
+    is, and schedulers kill.
     """
     global _sentinel
     text = (
         f"jaxft: {socket.gethostname()}: this process was ended from outside Python. As a rule "
-        "host 0 was lost, or this one was killed for memory or by the scheduler: the first error "
-        f"in the logs of all hosts is the cause. {_AGAIN}\n"
+        "another host was lost, host 0 or one that its log names, or this one was killed for "
+        f"memory or by the scheduler: the first error in all logs is the cause. {_AGAIN}\n"
     )
     _sentinel = subprocess.Popen(
         [sys.executable, "-ISc", _SENTINEL, text], stdin=subprocess.PIPE, start_new_session=True

@@ -1,6 +1,7 @@
 """Runs of several real processes: equal results, checkpoints, and the ways in which they end."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -170,12 +171,13 @@ def test_when_a_host_is_killed_the_others_say_so_within_a_minute_and_the_run_res
         others = [i for i in range(count) if i != killed]
         assert all(status[i] for i in others)
         for i in others:
-            lost = "host 0 was lost" if killed == 0 else "host 1 ("
-            hosts.expect(i, lost)
-            assert "Complete checkpoints are intact" in hosts.text(i)
-            if killed:
-                assert "no sign of life" in hosts.text(i)
-                assert "*** Check failure stack trace" not in hosts.text(i)
+            # Gloo may end a host before its watch can: then its sentinel points to host 0's log.
+            hosts.expect(i, "Complete checkpoints are intact")
+            said = hosts.text(i)
+            assert f"host {killed}" in said or "host 0 or one that its log names" in said
+        if killed:
+            assert re.search(r"host 1 \(.*\) was lost: no sign of life", hosts.text(0))
+            assert "*** Check failure stack trace" not in hosts.text(0)
     saved = max(saved_steps(folder))
     config.train.steps, config.mesh.data = saved + 2, 4
     train(config, resume=True)
