@@ -11,8 +11,10 @@ import pytest
 
 from jaxft.config import RunConfig, to_dict
 from jaxft.planner.memory import KINDS, Memory
-from jaxft.planner.page import format_seconds, pareto, write_page
+from jaxft.planner.page import write_page
+from jaxft.planner.page.search import pareto
 from jaxft.planner.plan import Exchange, Plan, Remedy, Speed, StepTime, Work
+from jaxft.planner.show import format_seconds
 from jaxft.planner.timeline import Loop, Span, Timeline
 from jaxft.planner.topology import parse
 
