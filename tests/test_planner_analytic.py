@@ -9,12 +9,13 @@ from jaxft.chips import chip_named
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
 from jaxft.models.config import make_numerics
-from jaxft.models.families import architecture_from_hf
+from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.planner.analytic import Estimate, Estimator, Placed
 from jaxft.planner.topology import Topology
 from jaxft.program import make_placement
 from jaxft.sharding.collectives import _WIRE
 from jaxft.shardings import describe
+from tests.oracle.cases import CASES
 from tests.strategies import BUILT_IN, FOR_EXPERTS
 from tests.write_golden import MODELS, config_of
 
@@ -22,8 +23,8 @@ GOLDEN = Path(__file__).parent / "golden"
 EIGHT = Topology("h100:8", chip_named("h100"), (8,))  # pyright: ignore
 
 
-def estimate(config: RunConfig, model: str = "llama_8b") -> Estimate:
-    architecture = architecture_from_hf(MODELS[model])
+def estimate(config: RunConfig, model: str | Architecture = "llama_8b") -> Estimate:
+    architecture = architecture_from_hf(MODELS[model]) if isinstance(model, str) else model
     placement = make_placement(config)
     abstract = architecture.abstract(make_numerics(config.model.dtypes))
     placed = Placed(placement, abstract, config.data.max_length, config.optim.freeze)
@@ -127,6 +128,20 @@ def test_flops_are_those_of_the_mathematics_and_of_what_is_repeated():
     down = 4096 * 14336
     again = 2 * tokens * 32 * (layer - down) + 2 * 2 * pairs * 4096 * 32
     assert estimate(config).flops == pytest.approx(exact + again, rel=1e-9)
+
+
+def test_a_feed_forward_part_without_a_gate_has_one_product_less():
+    config = single("fsdp")
+    config.model.remat = "none"
+    architecture = architecture_from_hf(
+        CASES["gpt2_tied"] | {"n_embd": 512, "n_head": 8, "n_layer": 2, "vocab_size": 4096}
+    )
+    found = estimate(config, architecture)
+    tokens, vocab = 128, architecture.config.vocab
+    layer = 4 * 512 * 512 + 2 * 512 * 2048
+    attention = 2 * 7 * (tokens * tokens / 2) * 512 * 2
+    exact = 6 * tokens * 2 * layer + 4 * 2 * tokens * 512 * vocab + attention
+    assert found.flops == pytest.approx(exact, rel=1e-9)
 
 
 def test_twice_the_rows_take_twice_the_work_of_tokens():

@@ -143,6 +143,12 @@ class Placed:
         return [(shape, self._plan(axes, shape)) for axes, shape in layers]
 
     @functools.cached_property
+    def expansions(self) -> int:
+        """How many products lead to the hidden width of the feed-forward part: two if gated."""
+        wide = sum({"layers", "mlp", "embed"} <= set(axes) for axes in self.abstract.axes.values())
+        return wide - 1  # one leads back
+
+    @functools.cached_property
     def updated(self) -> dict[str, tuple[str, ...]]:
         """Mesh axes over which updated parameters are gathered, as moments are cut further."""
         values, moments = (
@@ -205,7 +211,9 @@ class _Run:
         self.stages = max(1, self._split("layers", self.model.layers))
         self.layers = self.model.layers / self.stages
         self.turns = self.passes + (self.stages - 1 if self.stages > 1 else 0)
-        self.chosen = self.model.experts.chosen if self.model.experts else 1
+        chosen = self.model.experts.chosen if self.model.experts else 1
+        # Numbers of each token at the hidden width of the feed-forward part.
+        self.hidden = self.model.mlp * chosen / self._split("act_mlp", self.model.mlp)
         self.kept = names.kept(config.model.remat)
         self.offloaded = names.offloaded(config.model.remat, config.model.offload)
         self.is_tpu = estimator.topology.chip.is_tpu
@@ -278,7 +286,6 @@ class _Run:
         m = self.model
         heads = m.heads / self._split("act_heads", m.heads)
         keys = m.kv_heads / self._split("act_kv_heads", m.kv_heads)
-        hidden = m.mlp * self.chosen / self._split("act_mlp", m.mlp)
         stream = m.embed * self._split("seq", self.config.data.max_length)
         stream /= self._split("stream_seq", self.config.data.max_length)
         return {
@@ -286,7 +293,7 @@ class _Run:
             names.QKV: (heads + 2 * keys) * m.head_dim,
             names.ATTENTION: heads * (m.head_dim + 4 / self.itemsize),
             names.ATTENTION_OUT: stream,
-            names.MLP: 2 * hidden,
+            names.MLP: self.placed.expansions * self.hidden,
             names.MLP_OUT: stream,
         }
 
@@ -298,7 +305,7 @@ class _Run:
         if remat in ("dots", "none"):
             kept = set(widths) - ({names.ATTENTION} if remat == "dots" else set())
         # Without rematerialisation norms and activations stay as well.
-        more = widths[names.MLP] / 2 + 4 * widths[names.INPUTS] if remat == "none" else 0.0
+        more = self.hidden + 4 * widths[names.INPUTS] if remat == "none" else 0.0
         of_token = self.tokens * self.layers * self.itemsize
         there = sum(widths[name] for name in self.offloaded)
         here = sum(widths[name] for name in kept - self.offloaded) + more
@@ -307,7 +314,7 @@ class _Run:
     def _layer_working_set(self) -> float:
         """Returns bytes that the backward pass of one layer has in hand."""
         widths = self._widths()
-        at_once = 3 * widths[names.MLP] / 2 + 6 * widths[names.INPUTS] + 2 * widths[names.QKV]
+        at_once = widths[names.MLP] + self.hidden + 6 * widths[names.INPUTS] + 2 * widths[names.QKV]
         heads = self.model.heads / self._split("act_heads", self.model.heads)
         # Scores and their gradient, float32, and weights of values.
         scores = 0.0 if self.flash else heads * self.config.data.max_length * (8 + self.itemsize)
@@ -331,7 +338,7 @@ class _Run:
             names.QKV: m.embed * widths[names.QKV],
             names.ATTENTION_OUT: m.embed * heads * m.head_dim,
             names.MLP: m.embed * widths[names.MLP],
-            names.MLP_OUT: m.embed * widths[names.MLP] / 2,
+            names.MLP_OUT: m.embed * self.hidden,
         }
         remat = self.config.model.remat
         again: set[str] = set()
@@ -353,7 +360,7 @@ class _Run:
         m = self.model
         widths = self._widths()
         passes = 2 + (self.config.model.remat not in ("none", "dots"))
-        of_token = _PASSED[0] * widths[names.INPUTS] + _PASSED[1] * widths[names.MLP] / 2
+        of_token = _PASSED[0] * widths[names.INPUTS] + _PASSED[1] * self.hidden
         layers = self.tokens * self.layers * passes * self.itemsize * of_token
         logits = 4 * 4 * self.tokens * m.vocab / self._split("act_vocab", m.vocab)
         state = 2 * self.placed.parameters + 4 * self.placed.moments
