@@ -26,6 +26,16 @@ hypothesis.settings.load_profile("untimed")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with what takes longest, so that it does not run alone at the end."""
+
+    def seconds(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("slow")
+        return mark.kwargs.get("seconds", 0) if mark else 0
+
+    items.sort(key=seconds, reverse=True)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what there is no time for, where a time is set."""
     if time.time() > float(os.environ.get("JAXFT_TESTS_UNTIL", "inf")):

@@ -319,7 +319,7 @@ def test_results_show_what_was_measured():
         assert figure in text
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=190)
 def test_the_demo_learns_the_task_and_keeps_what_the_model_knew(tmp_path, monkeypatch):
     root = Path(__file__).parents[1]
     (tmp_path / "configs").symlink_to(root / "configs")

@@ -101,7 +101,7 @@ def test_two_hosts_train_as_one_process_does_and_the_first_alone_speaks(
     assert len(list((folder / "events").iterdir())) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @pytest.mark.parametrize(
     ("count", "strategy", "mesh"),
     [
@@ -120,7 +120,7 @@ def test_hosts_train_as_one_process_does(configure, reference, tmp_path, count, 
     assert_same_run(Path(config.train.workdir), reference)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=80)
 def test_a_run_of_four_hosts_goes_on_with_two_and_with_one(configure, reference, tmp_path):
     config = configure("fewer", strategy="fsdp", mesh__fsdp=8)
 
@@ -149,7 +149,7 @@ def test_a_run_of_four_hosts_goes_on_with_two_and_with_one(configure, reference,
     assert position(STEPS) == last
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @pytest.mark.parametrize(("count", "killed"), [(2, 0), (3, 1)])
 def test_when_a_host_is_killed_the_others_say_so_within_a_minute_and_the_run_resumes(
     configure, tmp_path, count, killed

@@ -27,7 +27,13 @@ from jaxft.program import make_placement
 from jaxft.state import abstract_state
 from tests.oracle.cases import CASES, FAMILY_CASES, load_case, load_published_sizes, write_folder
 
-ONE_STEP = [name for names in FAMILY_CASES.values() for name in names]
+# Those that compile longest and differ least from others.
+IN_LONG = {"gpt_oss_default_rope", "gpt_oss_truncate_mha", "qwen3_moe_unnormalised_mha"}
+ONE_STEP = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in IN_LONG))
+    for names in FAMILY_CASES.values()
+    for name in names
+]
 
 
 def load_folder(folder: Path) -> tuple[Architecture, AbstractModel, Params]:

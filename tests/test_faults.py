@@ -148,11 +148,11 @@ def test_a_second_interrupt_stops_at_once(home, tmp_path, start, where):
     before = time.monotonic()
     run.send(signal.SIGINT)
     assert run.wait() == 130, run.log
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 30  # the save would take 60
     assert "Traceback" not in run.log
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow(seconds=250))])
 def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save(
     home, tmp_path, start, kills
 ):
@@ -233,7 +233,7 @@ def small_disk(tmp_path):
 
 
 # A checkpoint has 235 kB of arrays and 50 kB beside them: with 250 kB it fails while it is written.
-@pytest.mark.parametrize("room", [0, 100_000, 250_000])
+@pytest.mark.parametrize("room", [0, pytest.param(100_000, marks=pytest.mark.slow), 250_000])
 def test_a_disk_that_fills_up_is_an_error_and_leaves_older_checkpoints(
     home, small_disk, monkeypatch, capfd, room
 ):

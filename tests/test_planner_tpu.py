@@ -124,7 +124,7 @@ def exchanged(found: Plan) -> dict[tuple[str, tuple[str, ...]], int]:
     return {(e.kind, e.axes): e.bytes for e in found.exchanges}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=120)
 @compiles_for_tpu
 def test_tensor_parallel_devices_sum_the_stream_five_times_a_layer():
     """After each half of a layer, before each in the backward pass, and once when it is made again.
@@ -147,7 +147,7 @@ def test_tensor_parallel_devices_sum_the_stream_five_times_a_layer():
     assert payload == pytest.approx((5 * 32 + 2) * stream, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=120)
 @compiles_for_tpu
 def test_experts_get_their_tokens_and_give_them_back():
     """Three times, with capacity of an even share: forward, made again, and backward."""

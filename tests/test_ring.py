@@ -171,7 +171,7 @@ def test_a_row_too_long_for_one_device_fits_when_it_is_split():
     assert not [shape for shape in sizes if len(shape) > 1 and shape[-2] > 1024]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=80)
 def test_memory_of_a_device_falls_with_the_parts_of_a_row():
     length = 131072
     taken = [
