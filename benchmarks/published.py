@@ -17,6 +17,7 @@ theirs as far as the compiler still takes them: libtpu 0.0.50 refuses
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -29,7 +30,8 @@ from jaxft.config import RunConfig
 from jaxft.hf.load import read_config
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
-from jaxft.planner.analytic import Estimator, Placed
+from jaxft.planner.analytic import Estimator
+from jaxft.planner.placed import Placed
 from jaxft.planner.plan import Planner, estimated_devices
 from jaxft.planner.prices import read_prices
 from jaxft.planner.topology import Topology, parse, use_compiler_alone
@@ -40,7 +42,7 @@ from jaxft.workdir import environment
 
 def predict(run: Run, models: Path) -> dict[str, Any]:
     """Returns one line of the result file: what is predicted at a published run's settings."""
-    topology = parse(run.topology)
+    topology = _topology(run)
     architecture = _architecture(run, models)
     predicted = _compiled if topology.can_compile else _estimated
     found = predicted(_config(run, topology), topology, architecture)
@@ -54,6 +56,13 @@ def predict(run: Run, models: Path) -> dict[str, Any]:
         "group": run.group,
         "source": run.source,
     }
+
+
+def _topology(run: Run) -> Topology:
+    topology = parse(run.topology)
+    if not run.dcn:
+        return topology
+    return dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, dcn=run.dcn))
 
 
 def _config(run: Run, topology: Topology) -> RunConfig:

@@ -61,6 +61,10 @@ class Switch:
     link: float
 
 
+# Figures of a chip that its cores share.
+_RATES = ("bfloat16", "float32", "single", "int8", "float8", "bandwidth", "dcn", "host")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chip:
     """Published figures of a chip.
@@ -72,6 +76,7 @@ class Chip:
       bfloat16: Dense matrix FLOP/s with 16-bit inputs and float32 sums.
       float32: FLOP/s of float32 matrix products at jax's default precision: one bfloat16 pass on
         TPU, TF32 on NVIDIA from Ampere on.
+      single: FLOP/s of float32 without matrix units, which whole float32 products take on NVIDIA.
       int8: Dense matrix operations a second.
       float8: As int8.
       memory: Device memory.
@@ -92,6 +97,7 @@ class Chip:
     cores: int = 1
     bfloat16: float
     float32: float
+    single: float = 0
     int8: float = 0
     float8: float = 0
     memory: int
@@ -119,14 +125,16 @@ class Chip:
     @property
     def core(self) -> "Chip":
         """The share of one jax device; links stay whole, as devices of a chip share them."""
-        share = {
-            name: getattr(self, name) / self.cores
-            for name in ("bfloat16", "float32", "int8", "float8", "bandwidth", "dcn", "host")
-        }
+        share = {name: getattr(self, name) / self.cores for name in _RATES}
         sizes = {
             name: getattr(self, name) // self.cores for name in ("memory", "usable", "host_memory")
         }
         return replace(self, cores=1, **share, **sizes)
+
+    @property
+    def exact(self) -> float:
+        """FLOP/s of float32 products at jax's precision `highest`: six of bfloat16 on TPU."""
+        return self.bfloat16 / 6 if self.is_tpu else self.single or self.float32
 
     def peak(self, dtype: str) -> float:
         """Returns the rate of dense matrix products of a dtype by name; 0 if it has none."""
@@ -318,6 +326,7 @@ CHIPS: tuple[Chip, ...] = (
         2500,
         186,
         float32=1250,
+        single=80 * _TERA,
         float8=5000 * _TERA,
         bandwidth=8000 * _GIGA,
         network=Switch(size=72, link=900 * _GIGA),
@@ -330,12 +339,14 @@ CHIPS: tuple[Chip, ...] = (
         2250,
         180,
         float32=1100,
+        single=75 * _TERA,
         float8=4500 * _TERA,
         bandwidth=8000 * _GIGA,
         network=Switch(size=8, link=900 * _GIGA),
         dcn=50 * _GIGA,
         host=64 * _GIGA,
     ),
+    _gpu("gh200-144", r"\bGH200 144G\b", 989.4, 144, bandwidth=4900 * _GIGA),
     _gpu("gh200", r"\bGH200\b", 989.4, 96, bandwidth=4000 * _GIGA),
     _gpu("h200-nvl", r"\bH200 NVL\b", 835.5, 141),
     _gpu(
@@ -343,6 +354,7 @@ CHIPS: tuple[Chip, ...] = (
         r"\bH200\b",
         989.4,
         141,
+        single=67 * _TERA,
         float8=1979 * _TERA,
         bandwidth=4800 * _GIGA,
         network=Switch(size=8, link=450 * _GIGA),
@@ -356,6 +368,7 @@ CHIPS: tuple[Chip, ...] = (
         r"\bH100\b",
         989.4,
         80,
+        single=67 * _TERA,
         float8=1979 * _TERA,
         bandwidth=3350 * _GIGA,
         network=Switch(size=8, link=450 * _GIGA),
@@ -368,6 +381,7 @@ CHIPS: tuple[Chip, ...] = (
         r"\bA100\b.*\b80GB\b",
         312,
         80,
+        single=19.5 * _TERA,
         int8=624 * _TERA,
         bandwidth=2039 * _GIGA,
         network=Switch(size=8, link=300 * _GIGA),
@@ -379,6 +393,7 @@ CHIPS: tuple[Chip, ...] = (
         r"\bA100\b",
         312,
         40,
+        single=19.5 * _TERA,
         int8=624 * _TERA,
         bandwidth=1555 * _GIGA,
         network=Switch(size=8, link=300 * _GIGA),
@@ -398,6 +413,7 @@ CHIPS: tuple[Chip, ...] = (
     _gpu("rtx-4090", r"\bRTX 4090\b", 165.2, 24),
     _gpu("rtx-3090", r"\bRTX 3090\b(?! Ti)", 71, 24),
     # No bfloat16 and no TF32 in hardware: the float16 rate, and the plain float32 one.
+    _gpu("v100-sxm-32", r"\bV100-SXM\d-32GB\b", 125, 32, float32=15.7),
     _gpu("v100-sxm", r"\bV100-SXM", 125, 16, float32=15.7),
     _gpu("v100", r"\bV100\b", 112, 16, float32=14),
     _gpu("t4", r"\bT4\b", 65, 16, float32=8.1),

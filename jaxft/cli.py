@@ -355,11 +355,12 @@ def _shardings(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    if not options.topology:
+    topologies = _listed(options.topology or [])
+    if not topologies:
         raise ConfigError("Name one or more slices: --topology=v5e:4x4. See `jaxft plan --help`.")
     if options.output and not options.search:
         raise ConfigError("--output takes the config of a search; add --search.")
-    if options.count < 1 or options.jobs < 0 or options.budget <= 0:
+    if options.count < 1 or options.jobs < 0 or not options.budget > 0:
         raise ConfigError("--count is 1 or more, --jobs 0 or more, --budget more than 0 seconds.")
     config = _config(options)
     from jaxft.planner import command
@@ -368,7 +369,6 @@ def _plan(options: argparse.Namespace) -> int:
     from jaxft.shardings import check_outputs
 
     check_outputs(html=options.html, json=options.json, output=options.output)
-    topologies = _listed(options.topology)
     if options.output and len(topologies) > 1:
         raise ConfigError("--output takes the best of one search; name one --topology.")
     if topologies != [LOCAL]:

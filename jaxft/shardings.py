@@ -427,9 +427,14 @@ def check_outputs(**files: str) -> None:
       **files: Path by the flag's name; an empty one is not wanted.
 
     Raises:
-      ConfigError: If a folder is missing or read-only, or the path is a folder; all at once.
+      ConfigError: If a folder is missing or read-only, the path is a folder, or two are the same
+        file; all at once.
     """
     problems = []
+    paths = [Path(file).resolve() for file in files.values() if file]
+    if len(set(paths)) < len(paths):
+        flags = ", ".join(f"--{flag}={file}" for flag, file in files.items() if file)
+        problems.append(f"{flags}: one would replace the other. Name a file for each.")
     for flag, file in files.items():
         folder = Path(file).absolute().parent
         if not file:

@@ -298,7 +298,7 @@ def _json(value: dict[str, Any]) -> str:
 def _write_error(path: Path, error: OSError) -> TrainingError:
     return TrainingError(
         f"{path} cannot be written: {error.strerror}. Free some disk space or mend the folder's "
-        "permissions, then continue with --resume."
+        "permissions, then run it again; a training run goes on with --resume."
     )
 
 

@@ -238,6 +238,13 @@ def test_an_all_to_all_takes_as_long_as_its_busiest_link(chip, shape, dimensions
     assert seconds == pytest.approx(load / link(chip), rel=1e-4)
 
 
+def test_each_core_of_a_chip_sends_its_part_of_an_all_to_all():
+    one, two = (network("tpu7x", (4, 4, 4), cores=cores) for cores in (1, 2))
+    exchanged = one.seconds(collective("all-to-all", [range(64)]))
+    # A chip has as much for each other chip, from each of its cores.
+    assert two.seconds(collective("all-to-all", [range(128)])) == pytest.approx(exchanged, rel=1e-4)
+
+
 def test_an_all_to_all_of_a_large_ring_is_a_quarter_of_an_all_gather():
     """The scaling book's: V is what all devices of the ring have together."""
     net, groups = network("v5e", (16, 16)), along((16, 16), (0,))

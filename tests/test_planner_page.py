@@ -227,7 +227,7 @@ def test_figures_are_told_and_times_are_called_estimates(page):
     assert "Tokens/s a chip 10,000 estimate, 80,000 of all chips" in words
     assert "MFU 41.2 % estimate, attention once a visible pair; 45.6 % in full" in words
     assert "0.075 USD estimate, 21.6 USD an hour by the price of 2026-09-17" in words
-    assert "all-gather fsdp ici at least 450 27 GiB 24 GiB 150 ms 93 %" in words
+    assert "all-gather fsdp ICI at least 450 27 GiB 24 GiB 150 ms 93 %" in words
     for title in ("Timeline of a step", "Where the time goes"):
         assert f"{title} estimate" in words
     assert "Facts of the compiled program, as is the total: parameters, optimizer" in words

@@ -10,21 +10,25 @@ import numpy as np
 import pytest
 
 from jaxft import cli
-from jaxft.chips import chip_named
+from jaxft.chips import Switch, chip_named
 from jaxft.config import RunConfig, to_dict
 from jaxft.errors import ConfigError
 from jaxft.flags import read_config
+from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
 from jaxft.planner import command, show
+from jaxft.planner.analytic import Estimator
 from jaxft.planner.compilation import _key
 from jaxft.planner.memory import KINDS
+from jaxft.planner.placed import Placed
 from jaxft.planner.plan import SCHEMA, Plan, Planner, model_flops
 from jaxft.planner.prices import read_prices
 from jaxft.planner.search import Search, _promising, config_file, estimate_all, search, with_flags
-from jaxft.planner.topology import parse
+from jaxft.planner.show import print_plans
+from jaxft.planner.topology import Topology, parse
 from jaxft.program import make_placement
 from jaxft.sharding.collectives import collectives, summary
-from jaxft.shardings import make_program
+from jaxft.shardings import cpu_devices, make_program
 from tests.oracle.cases import CASES
 
 LAYERS, EMBED, MLP, HEADS, KEYS, SIZE, VOCAB = 2, 32, 64, 4, 2, 8, 128
@@ -200,7 +204,7 @@ def test_a_run_that_needs_more_of_the_host_than_there_is_does_not_fit(plan):
 
 
 def test_candidates_fill_the_slice_and_are_all_different():
-    found = estimate_all(run(), LOCAL, TINY)
+    found = estimate_all(run(), LOCAL, planner())
     assert len(found) > 100
     for candidate in found:
         sizes = [v for key, v in candidate.flags.items() if key.startswith("mesh.")]
@@ -211,7 +215,7 @@ def test_candidates_fill_the_slice_and_are_all_different():
 
 def test_no_candidate_is_another_by_another_name():
     """`fsdp_tp` with one device on `tensor` is `fsdp`, `hsdp` on one slice is `fsdp`."""
-    found = estimate_all(run(), LOCAL, TINY)
+    found = estimate_all(run(), LOCAL, planner())
     whole = [
         c.flags["strategy"]
         for c in found
@@ -221,7 +225,7 @@ def test_no_candidate_is_another_by_another_name():
 
 
 def test_the_rows_of_a_step_stay_what_they_are():
-    for candidate in estimate_all(run(), LOCAL, TINY, names=["fsdp"]):
+    for candidate in estimate_all(run(), LOCAL, planner(), names=["fsdp"]):
         changed = with_flags(run(), candidate.flags)
         assert changed.train.batch_size == 16
         assert changed.data.max_length == LENGTH
@@ -233,7 +237,7 @@ def found() -> Search:
 
 
 def test_the_best_of_each_strategy_is_compiled_first():
-    hopeful = estimate_all(run(), LOCAL, TINY)
+    hopeful = estimate_all(run(), LOCAL, planner())
     order = _promising(hopeful)
     assert sorted(map(id, order)) == sorted(map(id, hopeful))
     close = [c for c in hopeful if c.estimate_seconds <= 1.5 * hopeful[0].estimate_seconds]
@@ -304,7 +308,8 @@ def test_attention_that_a_gpu_cannot_have_is_refused_or_held_whole():
     new, old = (planner().estimate(config, parse(name)) for name in ("h100:8", "a100:8"))
     assert any("cudnn" in note for note in new.notes)
     assert any("xla" in note and "9.0" in note for note in old.notes)
-    scores = 16 * LENGTH // 8 * HEADS * LENGTH * (4 + 4 + 2)
+    # Scores and their gradient in float32, weights of values, and which scores are hidden.
+    scores = 16 * LENGTH // 8 * HEADS * LENGTH * (4 + 4 + 2 + 1)
     difference = old.memory.kinds["temporaries"] - new.memory.kinds["temporaries"]
     assert difference == scores
 
@@ -371,3 +376,71 @@ def test_seconds_have_three_digits_and_a_unit():
     shown = [show.format_seconds(number) for number in numbers]
     assert shown == ["0 s", "2.5 ns", "12.3 µs", "98.8 ms", "1.23 s", "123 s", "98,765 s"]
     assert np.all([len(text) <= 8 for text in shown])
+
+
+def test_a_search_where_scores_are_held_whole_finds_what_fits(folder):
+    config, topology = run(), parse("a100:8")
+    found = estimate_all(config, topology, planner(), names=["fsdp"])
+    least = min(c.estimate_bytes for c in found if c.estimate)
+    assert least < found[0].estimate_bytes  # which is the fastest
+    chip = dataclasses.replace(topology.chip, usable=least)
+    narrow = dataclasses.replace(topology, chip=chip)
+    best = search(config, narrow, planner(), names=["fsdp"], count=1).best
+    assert best is not None and best.plan is not None
+    assert best.plan.memory.used == best.estimate_bytes == least
+
+
+def test_the_eval_step_of_gpus_is_estimated_and_may_not_fit():
+    config = run()
+    few = planner().estimate(config, parse("h100:8"), evaluation=True)
+    assert few.fits and few.evaluation is not None and few.time is not None
+    assert few.evaluation.seconds < few.time.seconds / 2
+    config.eval.batch_size = 80_000_000
+    many = planner().estimate(config, parse("h100:8"), evaluation=True)
+    assert many.memory.fits and not many.fits
+
+
+def test_gpus_of_several_machines_are_joined_by_the_slow_network():
+    def networks(count: int) -> set[str]:
+        devices = cpu_devices(8)[:8]
+        chip = chip_named("h100")
+        assert chip is not None
+        domain = dataclasses.replace(chip, network=Switch(size=count, link=450e9))
+        topology = Topology("h100:8", domain, (8,))
+        config = run(strategy="fsdp")
+        placement = make_placement(config, devices)
+        abstract = TINY.abstract(make_numerics(config.model.dtypes))
+        estimator = Estimator(architecture=TINY, topology=topology)
+        found = estimator.estimate(config, Placed(placement, abstract, LENGTH))
+        return {one.network for one in found.exchanges}
+
+    assert networks(8) == {"ici"}
+    assert networks(4) == {"dcn"}
+
+
+def test_a_gpu_run_that_does_not_fit_is_told_what_would(folder, capsys):
+    rows = ["--config.train.batch_size=40000000", "--no_eval", "--config.model.remat=none"]
+    assert plan_command(folder, "--topology=h100:8", "--strategy=fsdp", *rows) == 1
+    printed = capsys.readouterr().out
+    assert "What was estimated to see whether it would fit" in printed
+    assert "keep the layers' inputs alone" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--topology="], "Name one or more slices"),
+        (["--topology=h100:8", "--budget=nan", "--search"], "--budget more than 0 seconds"),
+        (["--topology=h100:8", "--json=same", "--html=same"], "one would replace the other"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_at_once(folder, capsys, options, said):
+    assert plan_command(folder, *options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_names_are_printed_as_they_are(capsys):
+    config = run()
+    config.model.path = "models/[red]m[/x]"
+    print_plans([planner().estimate(config, parse("h100:8"))])
+    assert "models/[red]m[/x]: " in capsys.readouterr().out

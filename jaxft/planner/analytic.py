@@ -6,11 +6,10 @@ model's shape and from where the strategy puts its arrays; what compilers make o
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,15 +17,14 @@ from jaxft import activations as names
 from jaxft.config import RunConfig
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
-from jaxft.models.module import AbstractModel
 from jaxft.planner.kernels import efficiency, mean_visible_pairs
 from jaxft.planner.network import Network
-from jaxft.planner.timeline import DCN, ICI, TO_HOST, Rates
+from jaxft.planner.placed import Placed
+from jaxft.planner.timeline import ATTENTION, DCN, ICI, MATMUL, MEMORY, TO_HOST, WAIT, Rates
 from jaxft.planner.topology import Topology
 from jaxft.sharding.collectives import Collective
-from jaxft.sharding.reduce import WeightPlan, plan_weight
-from jaxft.sharding.rules import Placement, as_names
-from jaxft.state import partition
+from jaxft.sharding.reduce import WeightPlan
+from jaxft.sharding.rules import as_names
 
 # Share of the exchange of weights and gradients that runs beside the layers' work. The TPU compiler
 # hides little of it unless told to; that of XLA for GPU is an assumption.
@@ -34,6 +32,24 @@ _HIDDEN = {"tpu": 0.0, "gpu": 0.7}
 # Memory traffic of norms, activations, rotary embedding and residual adds, of each token, layer and
 # pass: numbers read and written for each of the stream's width and of the hidden width.
 _PASSED = (15.0, 2.5)
+# Bytes of a program.
+_PROGRAM = 50 << 20
+
+
+class Exchanged(NamedTuple):
+    """All that is exchanged in one way in a step.
+
+    Attributes:
+      collective: Kind, mesh axes and bytes, as one collective.
+      seconds: That links need for it.
+      hidden: Share of these that runs beside other work.
+      network: `ici` within a slice or an NVLink domain, `dcn` between them.
+    """
+
+    collective: Collective
+    seconds: float
+    hidden: float
+    network: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,24 +59,42 @@ class Estimate:
     Attributes:
       kinds: Bytes of memory by kind, as `planner.memory.KINDS`.
       host: Bytes in the host's memory.
-      seconds: Of a step.
-      terms: Seconds of what is in it: `compute`, `attention`, `memory`, `ici`, `dcn`, `host`.
+      terms: Seconds that each resource needs on its own, at its peak: `compute`, `memory`, `ici`,
+        `dcn`, `host`.
+      spent: Seconds that the device spends on what, and on waiting for what, at rates that are
+        reached.
       flops: Of matrix products, with what rematerialisation repeats.
-      exchanges: What is exchanged, as one collective each by kind and mesh axes, with its seconds
-        and the share of them that is hidden.
+      exchanges: What is exchanged, by kind and mesh axes.
     """
 
     kinds: dict[str, int]
     host: int
-    seconds: float
     terms: dict[str, float]
+    spent: dict[str, float]
     flops: float
-    exchanges: tuple[tuple[Collective, float, float], ...]
+    exchanges: tuple[Exchanged, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(self.spent.values())
 
     @property
     def bytes(self) -> int:
         """Of device memory."""
         return sum(self.kinds.values())
+
+
+class Evaluation(NamedTuple):
+    """Of the evaluation step, for one device.
+
+    Attributes:
+      bytes: Of device memory.
+      seconds: Of a step.
+    """
+
+    bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +105,13 @@ class Estimator:
       architecture: Of the model.
       topology: Where.
       rates: What share of published rates is reached.
-      flash: Whether attention's scores are made a block at a time, and not of whole rows.
     """
 
     architecture: Architecture
     topology: Topology
     rates: Rates = field(default_factory=Rates)
-    flash: bool = True
 
-    def estimate(self, config: RunConfig, placed: "Placed") -> Estimate:
+    def estimate(self, config: RunConfig, placed: Placed) -> Estimate:
         """Returns memory and time of a run.
 
         Args:
@@ -87,95 +119,19 @@ class Estimator:
           placed: The model where the run's strategy puts it.
 
         Raises:
-          ConfigError: If the strategy cannot place the model.
+          ConfigError: If the strategy cannot place the model there.
         """
         return _Run(self, config, placed).estimate()
 
+    def evaluation(self, config: RunConfig, placed: Placed, rows: int) -> Evaluation:
+        """Returns memory and time of the evaluation step.
 
-class Placed:
-    """A model under a strategy on a mesh: what does not depend on how it is trained.
-
-    Args:
-      placement: The strategy on a mesh.
-      abstract: The model.
-      length: Positions of a row.
-      freeze: As `optim.freeze`: what it matches has no gradient and no moments.
-    """
-
-    def __init__(
-        self, placement: Placement, abstract: AbstractModel, length: int, freeze: str = ""
-    ):
-        self.placement, self.abstract, self.length = placement, abstract, length
-        self.trainable, _ = partition(abstract.params, freeze)
-
-    @functools.cached_property
-    def parameters(self) -> int:
-        """Bytes of parameters on a device."""
-        return self._held(self.abstract.params)
-
-    @functools.cached_property
-    def gradients(self) -> int:
-        """Bytes of gradients on a device, in the parameters' type."""
-        return self._held(self.trainable, self.placement.gradient_rules)
-
-    @functools.cached_property
-    def moments(self) -> int:
-        """Bytes of one of the optimizer's two moments on a device."""
-        return self._held(self.trainable, self.placement.moment_rules)
-
-    def _held(
-        self, params: Mapping[str, jax.ShapeDtypeStruct], rules: Mapping[str, Any] | None = None
-    ) -> int:
-        shardings = self.placement.shardings(params, self.abstract.axes, rules=rules)
-        return sum(
-            math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
-            for path, spec in params.items()
-        )
-
-    @functools.cached_property
-    def weights(self) -> list[tuple[tuple[int, ...], WeightPlan]]:
-        """Shape and plan of each weight of one layer."""
-        layers = [
-            (axes[1:], tuple(self.abstract.params[path].shape)[1:])
-            for path, axes in self.abstract.axes.items()
-            if axes[0] == "layers" and len(axes) >= 3
-        ]
-        return [(shape, self._plan(axes, shape)) for axes, shape in layers]
-
-    @functools.cached_property
-    def expansions(self) -> int:
-        """How many products lead to the hidden width of the feed-forward part: two if gated."""
-        wide = sum({"layers", "mlp", "embed"} <= set(axes) for axes in self.abstract.axes.values())
-        return wide - 1  # one leads back
-
-    @functools.cached_property
-    def updated(self) -> dict[str, tuple[str, ...]]:
-        """Mesh axes over which updated parameters are gathered, as moments are cut further."""
-        values, moments = (
-            self.placement.shardings(self.abstract.params, self.abstract.axes, rules=rules)
-            for rules in (None, self.placement.moment_rules)
-        )
-        return {
-            path: tuple(name for name in _names(moments[path]) if name not in _names(values[path]))
-            for path in self.abstract.params
-        }
-
-    def bytes_of(self, path: str) -> int:
-        """Returns the bytes of a parameter as a device holds it."""
-        return self._held({path: self.abstract.params[path]})
-
-    def head(self, vocab: int, embed: int) -> tuple[tuple[int, ...], WeightPlan]:
-        """Returns shape and plan of the head."""
-        return (vocab, embed), self._plan(("vocab", "embed"), (vocab, embed))
-
-    def _plan(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> WeightPlan:
-        # How many rows there are does not matter, only how they are split.
-        with self.placement.activate():
-            return plan_weight(axes, shape, (self.placement.batch_shards, self.length))
-
-
-def _names(sharding: Any) -> tuple[str, ...]:
-    return tuple(name for entry in sharding.spec for name in as_names(entry))
+        Args:
+          config: The run's.
+          placed: The model where the run's strategy puts it.
+          rows: Of all devices.
+        """
+        return _Run(self, config, placed, evaluated=rows).evaluation()
 
 
 def _reduced(plan: WeightPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -188,62 +144,142 @@ def _reduced(plan: WeightPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return scattered, tuple(n for group in plan.tokens for n in group if n not in own)
 
 
+class _Work(NamedTuple):
+    """FLOPs of one device in one micro-batch, forward and backward."""
+
+    layers: float
+    head: float
+    attention: float
+
+
 class _Run:
     """One run: sizes that several parts of the estimate need."""
 
-    def __init__(self, estimator: Estimator, config: RunConfig, placed: Placed):
+    def __init__(
+        self, estimator: Estimator, config: RunConfig, placed: Placed, *, evaluated: int = 0
+    ):
         self.config, self.placed, self.placement = config, placed, placed.placement
         placement = placed.placement
         self.model = estimator.architecture.config
         self.chip = estimator.topology.chip.core
         self.rates = estimator.rates
         self.network = Network(estimator.topology.chip, placement.mesh, estimator.topology.shape)
+        self.is_tpu = estimator.topology.chip.is_tpu
         numerics = make_numerics(config.model.dtypes)
         self.itemsize = jnp.dtype(numerics.compute_dtype).itemsize
         self.param_itemsize = jnp.dtype(numerics.param_dtype).itemsize
-        self.passes = config.train.accumulation
-        self.rows = config.train.batch_size // self.passes
-        length = config.data.max_length
-        # Tokens of one device in one micro-batch.
-        self.tokens = (
-            self.rows * length / self._split("batch", self.rows) / self._split("seq", length)
-        )
+        self.passes = 1 if evaluated else config.train.accumulation
+        self.rows = evaluated or config.train.batch_size // self.passes
+        self.length = config.data.max_length
+        # Positions of a row that a device has, and its tokens in one micro-batch.
+        self.part = self.length / self._split("seq", self.length)
+        self.tokens = self.rows * self.part / self._split("batch", self.rows)
         self.stages = max(1, self._split("layers", self.model.layers))
         self.layers = self.model.layers / self.stages
         self.turns = self.passes + (self.stages - 1 if self.stages > 1 else 0)
-        chosen = self.model.experts.chosen if self.model.experts else 1
-        # Numbers of each token at the hidden width of the feed-forward part.
-        self.hidden = self.model.mlp * chosen / self._split("act_mlp", self.model.mlp)
+        self._size_experts(config.model.expert_capacity)
+        # 1 if there is a backward pass through the layers.
+        self.back = int(placed.reaches_layers)
         self.kept = names.kept(config.model.remat)
         self.offloaded = names.offloaded(config.model.remat, config.model.offload)
-        self.is_tpu = estimator.topology.chip.is_tpu
-        self.flash = estimator.flash
+        self.again = self._again()
+
+    def _size_experts(self, capacity: float) -> None:
+        """Sets the experts that a token takes, and room for how many times as many."""
+        experts = self.model.experts
+        self.chosen, self.room = 1.0, 1.0
+        if experts:
+            parts = self._split("act_experts", experts.count)
+            self.chosen = float(experts.chosen)
+            if capacity:
+                share = self.length * experts.chosen / experts.count
+                slots = min(self.length, math.ceil(capacity * share))
+                self.chosen = experts.count * slots / self.length
+            elif parts > 1:
+                # In the worst case all tokens of all peers come to one device (models/experts.py).
+                self.room = parts * min(experts.chosen, experts.count / parts) / experts.chosen
+        # Numbers of each token at the hidden width of the feed-forward part.
+        self.hidden = self.model.mlp * self.chosen / self._split("act_mlp", self.model.mlp)
+
+    def _again(self) -> frozenset[str]:
+        """Returns what the backward pass makes again."""
+        remat = self.config.model.remat
+        if remat == "none" or not self.back:
+            return frozenset()
+        if remat == "dots":
+            return frozenset({names.ATTENTION})
+        made = {names.QKV, names.ATTENTION, names.ATTENTION_OUT, names.MLP} - self.kept
+        # Of experts all products have one name.
+        last = names.MLP if self.model.experts else names.MLP_OUT
+        if self.placed.reads_mlp_out and last not in self.kept:
+            made.add(names.MLP_OUT)
+        return frozenset(made)
 
     def estimate(self) -> Estimate:
         kinds, host = self._memory()
         exchanges = self._exchanges()
-        matmul, attention = self._flops()
-        peak = self.chip.peak("float32" if self.config.model.dtypes == "float32" else "bfloat16")
-        terms = {
-            "compute": matmul / (peak * self.chip.product_share),
-            "attention": attention / (peak * efficiency(self.chip, self.model.head_dim)),
-            "memory": self._passed_bytes() / (self.chip.bandwidth * self.rates.memory),
-            ICI: sum(s * (1 - h) for one, s, h in exchanges if not one.across_slices),
-            DCN: sum(s * (1 - h) for one, s, h in exchanges if one.across_slices),
-            TO_HOST: 2 * host * self.passes / self.chip.host if self.chip.host else 0.0,
+        work = self._work()
+        moved_by_layers, moved_else = self._passed_bytes()
+        slow = {
+            network: sum(e.seconds * (1 - e.hidden) for e in exchanges if e.network == network)
+            for network in (ICI, DCN)
         }
-        busy = terms["compute"] + terms["attention"] + terms["memory"]
-        # Stages wait for the first micro-batch to come and for the last to go.
-        busy *= self.turns / self.passes
-        seconds = max(busy + terms[ICI] + terms[DCN], terms[TO_HOST])
+        to_host = 2 * host * self.passes / self.chip.host if self.chip.host else 0.0
+        peak, products, scores = self._rates_of_products()
+        moving = self.chip.bandwidth * self.rates.memory
+        layers = (
+            self.passes * (work.layers / products + work.attention / scores)
+            + moved_by_layers / moving
+        )
+        spent = {
+            MATMUL: self.passes * (work.layers + work.head) / products,
+            ATTENTION: self.passes * work.attention / scores,
+            MEMORY: (moved_by_layers + moved_else) / moving,
+            # Stages wait for the first micro-batch to come and for the last to go.
+            f"{WAIT} stages": layers * (self.turns / self.passes - 1),
+            **{f"{WAIT} {network}": seconds for network, seconds in slow.items()},
+        }
+        # What travels to the host does so beside all else.
+        spent[f"{WAIT} {TO_HOST}"] = max(0.0, to_host - sum(spent.values()))
+        flops = self.passes * sum(work)
         return Estimate(
             kinds=kinds,
             host=host,
-            seconds=seconds,
-            terms=terms,
-            flops=matmul + attention,
+            terms={
+                "compute": flops / peak,
+                "memory": (moved_by_layers + moved_else) / self.chip.bandwidth,
+                ICI: sum((e.seconds for e in exchanges if e.network == ICI), 0.0),
+                DCN: sum((e.seconds for e in exchanges if e.network == DCN), 0.0),
+                TO_HOST: to_host,
+            },
+            spent=spent,
+            flops=flops,
             exchanges=exchanges,
         )
+
+    def evaluation(self) -> Evaluation:
+        """Returns what one forward pass takes, beside parameters alone."""
+        _, products, scores = self._rates_of_products()
+        forward = sum(self._products().values()) * self.layers + self.model.embed * self._vocab()
+        pairs = self._pairs() * self._heads() * self.model.head_dim * self.layers
+        widths = self._widths()
+        moved = self.layers * self.tokens * self._passed_by_token(widths, 1)
+        # Weights travel once, and not twice and their gradients once.
+        waits = sum(e.seconds * (1 - e.hidden) / 3 for e in self._exchanges())
+        seconds = (
+            2 * self.tokens * forward / products
+            + 2 * 2 * pairs / scores
+            + moved / (self.chip.bandwidth * self.rates.memory)
+        )
+        kinds = {
+            "parameters": self.placed.parameters,
+            "batch": self._batch_bytes(),
+            "logits": self._logits_bytes() / 3,
+            "weights": self._weights_bytes(),
+            "temporaries": self._layer_working_set() / 2,
+            "program": _PROGRAM,
+        }
+        return Evaluation(round(sum(kinds.values())), seconds * self.stages + waits)
 
     def _split(self, axis: str, size: int) -> int:
         """Returns how many parts a named dimension of a size is cut into."""
@@ -254,126 +290,177 @@ class _Run:
         [entry] = self.placement.spec((axis,), (size,), "an estimate")
         return as_names(entry)
 
+    def _heads(self) -> float:
+        return self.model.heads / self._split("act_heads", self.model.heads)
+
+    def _vocab(self) -> float:
+        return self.model.vocab / self._split("act_vocab", self.model.vocab)
+
     # Memory.
 
     def _memory(self) -> tuple[dict[str, int], int]:
-        gradients = self.placed.gradients
         summed = 4 / self.param_itemsize if self.passes > 1 else 1.0
         kept, host = self._kept_bytes()
-        head = self.model.vocab * self.model.embed / self._split("act_vocab", self.model.vocab)
-        length = self.config.data.max_length
-        chunk = min(self.config.objective.chunk or length, length)
-        rows = self.rows / self._split("batch", self.rows)
-        logits = (
-            3 * 4 * chunk * rows * self.model.vocab / self._split("act_vocab", self.model.vocab)
-        )
-        in_flight = min(self.passes, 2 * self.stages - 1) if self.stages > 1 else 1
+        if self.stages > 1:
+            # A stage keeps its input alone of each micro-batch that is under way.
+            stream = self.tokens * self._widths()[names.INPUTS] * self.itemsize
+            kept += (2 * self.stages - 1) * stream
+        gradients = self.placed.gradients
         kinds = {
             "parameters": self.placed.parameters,
             "optimizer": 2 * self.placed.moments,
-            "batch": 20 * self.tokens * self.passes,
+            "batch": self._batch_bytes() * self.passes,
             "gradients": gradients * (summed + (1 if self.passes > 1 else 0)),
-            "activations": kept * in_flight,
-            "logits": logits + head * 4,
-            "weights": 2 * self._layer_weights() + head * self.itemsize,
+            "activations": kept,
+            "logits": self._logits_bytes() + 4 * self._vocab() * self.model.embed,
+            "weights": self._weights_bytes(),
             "temporaries": self._layer_working_set(),
-            "program": 50 << 20,
+            "program": _PROGRAM,
         }
         return {kind: round(size) for kind, size in kinds.items()}, round(host)
+
+    def _batch_bytes(self) -> float:
+        return 20 * self.tokens
+
+    def _logits_bytes(self) -> float:
+        """Returns bytes of one chunk's logits, their softmax and their gradient."""
+        chunk = min(self.config.objective.chunk or self.part, self.part)
+        return 3 * 4 * chunk * self.tokens / self.part * self._vocab()
+
+    def _weights_bytes(self) -> float:
+        """Returns bytes of two layers' weights and the head's as a device multiplies with them."""
+        layer = sum(
+            math.prod(weight.shape) * self.itemsize / self._parts(weight.plan.held)
+            for weight in self.placed.weights
+        )
+        return 2 * layer + self._vocab() * self.model.embed * self.itemsize
 
     def _widths(self) -> dict[str, float]:
         """Returns numbers that a device makes of each token in one layer, by activation."""
         m = self.model
-        heads = m.heads / self._split("act_heads", m.heads)
         keys = m.kv_heads / self._split("act_kv_heads", m.kv_heads)
-        stream = m.embed * self._split("seq", self.config.data.max_length)
-        stream /= self._split("stream_seq", self.config.data.max_length)
+        stream = m.embed * self._split("seq", self.length)
+        stream /= self._split("stream_seq", self.length)
         return {
             names.INPUTS: stream,
-            names.QKV: (heads + 2 * keys) * m.head_dim,
-            names.ATTENTION: heads * (m.head_dim + 4 / self.itemsize),
+            names.QKV: (self._heads() + 2 * keys) * m.head_dim,
+            names.ATTENTION: self._heads() * (m.head_dim + 4 / self.itemsize),
             names.ATTENTION_OUT: stream,
             names.MLP: self.placed.expansions * self.hidden,
             names.MLP_OUT: stream,
         }
 
+    def _routed(self) -> float:
+        """Returns numbers of each token that go to experts and come back."""
+        return 2 * self.chosen * self.model.embed if self.model.experts else 0.0
+
     def _kept_bytes(self) -> tuple[float, float]:
         """Returns bytes that wait for the backward pass, on the device and on the host."""
+        if not self.back:
+            return 0.0, 0.0
         widths = self._widths()
         remat = self.config.model.remat
         kept = {names.INPUTS, *self.kept}
         if remat in ("dots", "none"):
             kept = set(widths) - ({names.ATTENTION} if remat == "dots" else set())
-        # Without rematerialisation norms and activations stay as well.
-        more = self.hidden + 4 * widths[names.INPUTS] if remat == "none" else 0.0
         of_token = self.tokens * self.layers * self.itemsize
         there = sum(widths[name] for name in self.offloaded)
-        here = sum(widths[name] for name in kept - self.offloaded) + more
+        here = sum(widths[name] for name in kept - self.offloaded)
+        if names.MLP in kept:
+            here += (self.room - 1) * widths[names.MLP] + self.room * self._routed() / 2
+        if remat == "none":
+            # Norms and activations stay as well, and what experts read.
+            here += self.room * (self.hidden + self._routed() / 2) + 4 * widths[names.INPUTS]
+            here += 0.0 if self.placed.flash else self._scores() / self.itemsize
         return of_token * here, of_token * there
+
+    def _scores(self) -> float:
+        """Returns bytes of a token's scores: float32, their weights, and which are hidden."""
+        return self._heads() * self.length * (4 + self.itemsize + 1)
 
     def _layer_working_set(self) -> float:
         """Returns bytes that the backward pass of one layer has in hand."""
         widths = self._widths()
-        at_once = widths[names.MLP] + self.hidden + 6 * widths[names.INPUTS] + 2 * widths[names.QKV]
-        heads = self.model.heads / self._split("act_heads", self.model.heads)
-        # Scores and their gradient, float32, and weights of values.
-        scores = 0.0 if self.flash else heads * self.config.data.max_length * (8 + self.itemsize)
+        at_once = self.room * (widths[names.MLP] + self.hidden + self._routed())
+        at_once += 6 * widths[names.INPUTS] + 2 * widths[names.QKV]
+        # Scores and their gradient, and weights of values.
+        scores = 0.0 if self.placed.flash else self._scores() + 4 * self._heads() * self.length
         return self.tokens * (self.itemsize * at_once + scores)
-
-    def _layer_weights(self) -> float:
-        """Returns bytes of one layer's weights as a device multiplies with them."""
-        return sum(
-            math.prod(shape) * self.itemsize / self._parts(plan.held)
-            for shape, plan in self.placed.weights
-        )
 
     # Work.
 
-    def _flops(self) -> tuple[float, float]:
-        """Returns FLOPs of weights and of attention on one device in a step."""
-        m = self.model
-        widths = self._widths()
-        heads = m.heads / self._split("act_heads", m.heads)
-        products = {
-            names.QKV: m.embed * widths[names.QKV],
-            names.ATTENTION_OUT: m.embed * heads * m.head_dim,
-            names.MLP: m.embed * widths[names.MLP],
-            names.MLP_OUT: m.embed * self.hidden,
-        }
-        remat = self.config.model.remat
-        again: set[str] = set()
-        if remat not in ("none", "dots"):
-            # Nothing reads the last product of a layer once more.
-            again = set(products) - self.kept - {names.MLP_OUT}
-        forward = sum(products.values())
-        layer = 3 * forward + sum(products[name] for name in again)
-        of_layers = 2 * self.tokens * self.layers * layer
-        # Forward, its logits once more, and two gradients.
-        head = 2 * self.tokens * 4 * m.embed * m.vocab / self._split("act_vocab", m.vocab)
-        length = self.config.data.max_length
-        pairs = self.tokens / length * mean_visible_pairs(m, length)
-        repeated = names.ATTENTION not in self.kept and remat != "none"
-        attention = 2 * (2 + 5 + (2 if repeated else 0)) * pairs * heads * m.head_dim * self.layers
-        return (of_layers + head) * self.passes, attention * self.passes
+    def _rates_of_products(self) -> tuple[float, float, float]:
+        """Returns FLOP/s: the peak, what products of weights reach, and what attention's reach."""
+        peak = self.chip.exact if self.itemsize == 4 else self.chip.bfloat16
+        reached = self.chip.product_share
+        flash = efficiency(self.chip, self.model.head_dim)
+        return peak, peak * reached, peak * (flash if self.placed.flash else reached)
 
-    def _passed_bytes(self) -> float:
-        m = self.model
-        widths = self._widths()
-        passes = 2 + (self.config.model.remat not in ("none", "dots"))
-        of_token = _PASSED[0] * widths[names.INPUTS] + _PASSED[1] * self.hidden
-        layers = self.tokens * self.layers * passes * self.itemsize * of_token
-        logits = 4 * 4 * self.tokens * m.vocab / self._split("act_vocab", m.vocab)
+    def _products(self) -> dict[str, float]:
+        """Returns multiplications of each token in one layer's products, forward."""
+        embed, widths = self.model.embed, self._widths()
+        return {
+            names.QKV: embed * widths[names.QKV],
+            names.ATTENTION_OUT: embed * self._heads() * self.model.head_dim,
+            names.MLP: embed * widths[names.MLP],
+            names.MLP_OUT: embed * self.hidden,
+        }
+
+    def _pairs(self) -> float:
+        """Returns pairs of query and key of one device that are multiplied."""
+        if self.placed.flash:
+            return self.tokens / self.length * mean_visible_pairs(self.model, self.length)
+        return self.tokens * self.length
+
+    def _work(self) -> _Work:
+        """Returns the FLOPs of weights and of attention on one device in a micro-batch."""
+        products = self._products()
+        forward = sum(products.values())
+        # Gradients of what products read, and of the weights that are trained.
+        layer = forward * (1 + self.back * (1 + self.placed.trained_share))
+        layer += sum(products[name] for name in self.again - {names.ATTENTION})
+        # Forward, its logits once more, and two gradients.
+        head = 2 + self.back + self.placed.head().trained
+        # The kernels of flash attention make scores once more for the gradients.
+        attention = 2 + self.back * (5 if self.placed.flash else 4)
+        if names.ATTENTION in self.again:
+            attention += 2
+        elif self.config.model.remat != "none" and not self.placed.flash:
+            attention += self.back  # scores of whole rows are kept by no other setting
+        if self.stages > 1:  # forward again, with the micro-batch's inputs alone
+            layer, attention = layer + self.back * forward, attention + 2 * self.back
+        pairs = self._pairs() * self._heads() * self.model.head_dim
+        return _Work(
+            layers=2 * self.tokens * self.layers * layer,
+            head=2 * self.tokens * head * self.model.embed * self._vocab(),
+            attention=2 * attention * pairs * self.layers,
+        )
+
+    def _passed_by_token(self, widths: dict[str, float], passes: float) -> float:
+        """Returns bytes that memory passes of a token in one layer, but for products."""
+        numbers = _PASSED[0] * widths[names.INPUTS] + _PASSED[1] * self.hidden
+        # Scores are written, read twice and made weights, which are written and read.
+        scores = self._heads() * self.length * (3 * 4 + 2 * self.itemsize)
+        return passes * (self.itemsize * numbers + (0.0 if self.placed.flash else scores))
+
+    def _passed_bytes(self) -> tuple[float, float]:
+        """Returns bytes that memory passes in a step, of layers and of all else."""
+        repeated = self.config.model.remat not in ("none", "dots") or self.stages > 1
+        passes = 1 + self.back * (1 + repeated)
+        by_token = self._passed_by_token(self._widths(), passes)
+        layers = self.tokens * self.layers * by_token
+        logits = 4 * 4 * self.tokens * self._vocab()
         state = 2 * self.placed.parameters + 4 * self.placed.moments
         sums = 3 * self.placed.gradients
-        return (layers + logits + sums) * self.passes + state
+        return layers * self.passes, (logits + sums) * self.passes + state
 
     # Communication.
 
     def _parts(self, cut: tuple[tuple[str, ...], ...]) -> int:
         return math.prod(self.placement.mesh.shape[name] for group in cut for name in group)
 
-    def _exchanges(self) -> tuple[tuple[Collective, float, float], ...]:
-        """Returns what is exchanged by kind and axes, its seconds, and the share that is hidden."""
+    def _exchanges(self) -> tuple[Exchanged, ...]:
+        """Returns what is exchanged by kind and axes."""
         mesh = self.placement.mesh
         of_weights: dict[tuple[str, tuple[str, ...]], float] = {}
         of_tokens: dict[tuple[str, tuple[str, ...]], float] = {}
@@ -392,7 +479,7 @@ class _Run:
         self._of_tokens(functools.partial(add, of_tokens))
         hidden = _HIDDEN["tpu" if self.is_tpu else "gpu"]
         return tuple(
-            (one, self._seconds(one), share)
+            Exchanged(one, self._seconds(one), share, DCN if self.network.leaves(one) else ICI)
             for table, share in ((of_weights, hidden), (of_tokens, 0.0))
             for one in (self._collective(*key, payload) for key, payload in table.items())
         )
@@ -403,22 +490,26 @@ class _Run:
 
     def _of_weights(self, add: Callable[[str, tuple[str, ...], float], None]) -> None:
         """Adds what travels of weights and of their gradients."""
-        uses = [(*weight, self.layers * self.turns, 2) for weight in self.placed.weights]
+        uses = [(weight, self.layers * self.turns, 1 + self.back) for weight in self.placed.weights]
         # The head is gathered once: its backward pass finds it there.
-        uses.append((*self.placed.head(self.model.vocab, self.model.embed), self.passes, 1))
-        for shape, plan, times, gathers in uses:
-            whole = math.prod(shape) * self.itemsize / self._parts(plan.held)
+        head = self.placed.head()
+        uses.append((head, self.passes, 1))
+        for weight, times, gathers in uses:
+            plan = weight.plan
+            whole = math.prod(weight.shape) * self.itemsize / self._parts(plan.held)
             gathered = tuple(name for group in plan.gathered for name in group)
-            scattered, rest = _reduced(plan)
             add("all-gather", gathered, gathers * whole * times)
-            add("reduce-scatter", scattered, whole * times)
-            add("all-reduce", rest, whole / self._parts(plan.scattered) * times)
-        # Rows of the embedding travel, and its gradient in the parameters' type.
-        shape, plan = self.placed.head(self.model.vocab, self.model.embed)
-        cut = self._parts(plan.held) * self._parts(plan.gathered)
-        columns = tuple(name for group in plan.gathered for name in group)
-        rest = tuple(name for name in _reduced(plan)[1] if name not in columns)
-        add("all-reduce", rest, self.passes * math.prod(shape) * self.param_itemsize / cut)
+            if weight.trained:
+                scattered, rest = _reduced(plan)
+                add("reduce-scatter", scattered, whole * times)
+                add("all-reduce", rest, whole / self._parts(plan.scattered) * times)
+        if self.placed.trains_embedding:
+            # Rows of the embedding travel, and its gradient in the parameters' type.
+            cut = self._parts(head.plan.held) * self._parts(head.plan.gathered)
+            columns = tuple(name for group in head.plan.gathered for name in group)
+            rest = tuple(name for name in _reduced(head.plan)[1] if name not in columns)
+            size = math.prod(head.shape) * self.param_itemsize
+            add("all-reduce", rest, self.passes * size / cut)
         for path, extra in self.placed.updated.items():
             add("all-gather", extra, self.placed.bytes_of(path))
 
@@ -427,20 +518,38 @@ class _Run:
 
         The formulas are those of docs/sharding.md.
         """
-        m, length = self.model, self.config.data.max_length
+        m = self.model
         stream = self.tokens * m.embed * self.itemsize
         keys = self.tokens * m.kv_heads * m.head_dim * self.itemsize
         times = self.layers * self.turns
-        add("all-reduce", self._axes("act_mlp", m.mlp), 4 * times * stream)
-        parts = self._split("seq", length)
-        hops = 8 * parts - 4 if self.itemsize == 2 else 6 * parts - 4
-        add("collective-permute", self._axes("seq", length), times * keys * hops)
+        self._of_halves(add, times * stream)
+        parts = self._split("seq", self.length)
+        hops = (2 + (6 if self.itemsize == 2 else 4) * self.back) * parts - 2 - 2 * self.back
+        hops += 2 * (parts - 1) * (names.ATTENTION in self.again)
+        add("collective-permute", self._axes("seq", self.length), times * keys * hops)
         if m.experts:
             axes = self._axes("act_experts", m.experts.count)
-            add("all-to-all", axes, 4 * m.experts.chosen * times * stream)
+            runs = 2 + 2 * self.back + 2 * (names.MLP in self.again)
+            add("all-to-all", axes, runs * self.chosen * times * stream)
         stages = self._axes("layers", m.layers)
         add("collective-permute", stages, 2 * self.turns * stream)
         add("all-reduce", stages, 4 * self.passes * stream)
+
+    def _of_halves(self, add: Callable[[str, tuple[str, ...], float], None], stream: float) -> None:
+        """Adds sums of the stream after each half of a layer, and of its gradient before each.
+
+        Where the stream is split between them, a gather and a scatter stand for each sum, and what
+        a product reads is gathered once more for the gradient of its weight.
+        """
+        axes = self._axes("act_mlp", self.model.mlp)
+        again = len(self.again & {names.ATTENTION_OUT, names.MLP_OUT})
+        sums = 2 + 2 * self.back + again
+        if set(self._axes("stream_seq", self.length)) & set(axes):
+            gathers = sums if self.again else sums + 2 * self.back
+            add("all-gather", axes, gathers * stream)
+            add("reduce-scatter", axes, sums * stream)
+        else:
+            add("all-reduce", axes, sums * stream)
 
     def _collective(self, kind: str, axes: tuple[str, ...], payload: float) -> Collective:
         mesh = self.placement.mesh

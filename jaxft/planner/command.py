@@ -12,7 +12,7 @@ from jaxft.planner.plan import Plan, Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.remedies import try_remedies
 from jaxft.planner.search import Search, config_file, search, with_flags
-from jaxft.planner.topology import LOCAL, Topology, parse
+from jaxft.planner.topology import LOCAL, Topology, next_larger, parse
 from jaxft.shardings import cpu_devices, find_architecture
 from jaxft.workdir import write_text
 
@@ -62,9 +62,7 @@ def plan(
     """
     prices = read_prices(request.prices)
     topologies = _topologies(request.topologies)
-    made_up = [topology.device_count for topology in topologies if not topology.can_compile]
-    if made_up:
-        cpu_devices(max(made_up))  # their number cannot change later
+    _make_up_devices([topology for topology in topologies if not topology.can_compile])
     architecture = find_architecture(config)
     planner = Planner(architecture=architecture, prices=prices, cache=request.cache)
     plans: list[Plan] = []
@@ -78,16 +76,29 @@ def plan(
     return plans, searches
 
 
+def _make_up_devices(topologies: Sequence[Topology]) -> None:
+    """Lets jax have as many devices as these have, and as remedies may try: it cannot later."""
+    counts = [topology.device_count for topology in topologies]
+    larger = [found.device_count for t in topologies if (found := next_larger(t))]
+    for most in ([*counts, *larger], counts):
+        try:
+            cpu_devices(max(most, default=1))
+            return
+        except ConfigError:
+            if most is counts:
+                raise
+
+
 def _best(
     config: RunConfig, topology: Topology, planner: Planner, request: Request, found: Search
 ) -> list[Plan]:
     """Returns the plan of a search's best candidate, with its evaluation."""
     if found.best is None or found.best.plan is None:
         return []
-    if not (request.evaluation and topology.can_compile):
+    if not request.evaluation:
         return [found.best.plan]
     chosen = with_flags(config, found.best.flags)
-    return [planner.plan(chosen, topology, evaluation=True)]
+    return [planner.make(chosen, topology, evaluation=True)]
 
 
 def _topologies(names: Sequence[str]) -> list[Topology]:
@@ -137,10 +148,7 @@ def _planned(
         chosen = config if name == config.strategy else with_flags(config, {"strategy": name})
         on_log(f"{'Compiling' if topology.can_compile else 'Estimating'} {name} on {topology.name}")
         try:
-            if topology.can_compile:
-                found = planner.plan(chosen, topology, evaluation=request.evaluation)
-            else:
-                found = planner.estimate(chosen, topology)
+            found = planner.make(chosen, topology, evaluation=request.evaluation)
         except JaxftError as error:
             problems += [f"{topology.name}, {name}: {problem}" for problem in error.problems]
             continue
@@ -148,7 +156,7 @@ def _planned(
             said = (str(error).splitlines() or ["no reason"])[0]
             problems.append(f"{topology.name}, {name}: the compiler failed: {said}")
             continue
-        if not found.fits and topology.can_compile and request.remedies:
+        if not found.fits and request.remedies:
             found = try_remedies(found, chosen, planner, on_log=on_log)
         plans.append(found)
     if not plans:

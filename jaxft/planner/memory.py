@@ -13,6 +13,7 @@ KINDS: tuple[str, ...] = (
     "parameters",
     "optimizer",
     "batch",
+    "padding",
     "gradients",
     "activations",
     "logits",
@@ -61,6 +62,7 @@ def memory_of(
     chip: Chip,
     *,
     parameters: Mapping[str, tuple[int, ...]],
+    batch: int,
     architecture: DecoderConfig,
 ) -> Memory:
     """Splits what a program takes.
@@ -71,13 +73,16 @@ def memory_of(
       held: Bytes of parameters, gradients and optimizer state on one device.
       chip: One device's.
       parameters: Shape of what a device holds of each parameter.
+      batch: Bytes of what a device holds of the batch.
       architecture: Of the model.
     """
     allocation = compiled.allocation
     assert allocation is not None
     kinds = dict.fromkeys(KINDS, 0)
     kinds["parameters"], kinds["optimizer"] = held["parameters"], held["optimizer"]
-    kinds["batch"] = max(0, allocation.arguments - kinds["parameters"] - kinds["optimizer"])
+    kinds["batch"] = batch
+    # TPUs keep arrays in tiles, which small dimensions do not fill.
+    kinds["padding"] = max(0, allocation.arguments - sum(kinds.values()))
     kinds["program"] = allocation.program
     found = dict.fromkeys(KINDS, 0)
     shapes = set(parameters.values())

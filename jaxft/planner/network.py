@@ -42,6 +42,14 @@ class Network:
             return self._on_torus(one, self.chip.network)
         return self._on_switch(one)
 
+    def leaves(self, one: Collective) -> bool:
+        """Whether a collective goes over the slow network, between slices or NVLink domains."""
+        network = self.chip.network
+        if one.across_slices or not isinstance(network, Switch):
+            return one.across_slices
+        groups = one.groups or (range(one.group_size),)
+        return any(len({place // network.size for place in group}) > 1 for group in groups)
+
     def _between_slices(self, one: Collective) -> float:
         """Slices exchange over the data centre's network what they have put together within.
 
@@ -99,6 +107,7 @@ class Network:
         if one.kind in ("all-to-all", "ragged-all-to-all"):
             # Half of what each half sends crosses the middle, of a ring in two places.
             busiest = max((size / (8 if ring else 4) for size, ring in sides), default=1.0)
+            busiest *= self.chip.cores  # each core of a chip sends as much
             return one.bytes * busiest / torus.link + HOP_SECONDS * hops
         return one.wire_bytes / rate + HOP_SECONDS * hops
 

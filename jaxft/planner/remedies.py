@@ -1,4 +1,4 @@
-"""What would make a run fit that does not: small changes, each compiled to see."""
+"""What would make a run fit that does not: small changes, each planned to see."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ def _try(
     on_log: Callable[[str], None],
 ) -> None:
     try:
-        found = planner.plan(with_flags(config, change.flags), change.topology)
+        found = planner.make(with_flags(config, change.flags), change.topology)
     except (JaxftError, RuntimeError) as error:  # jaxlib's errors are RuntimeErrors
         on_log(f"{change.words}: refused, {str(error).splitlines()[0]}")
         return

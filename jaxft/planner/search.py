@@ -25,8 +25,9 @@ from jaxft.errors import ConfigError, JaxftError
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
-from jaxft.planner.analytic import Estimate, Estimator, Placed
-from jaxft.planner.plan import Plan, Planner, estimated_devices
+from jaxft.planner.analytic import Estimate, Estimator
+from jaxft.planner.placed import Placed
+from jaxft.planner.plan import Plan, Planner, attention_on, estimated_devices, place
 from jaxft.planner.topology import Topology, use_compiler_alone
 from jaxft.program import check_rows, check_strategy, check_weights, make_placement
 from jaxft.sharding import strategies
@@ -173,9 +174,10 @@ def search(
             f"A search ranks by time, and no figures of {topology.chip.name!r} are published. Plan "
             "single runs on it, or search on a slice."
         )
-    candidates = estimate_all(config, topology, planner.architecture, names=names)
-    limit = topology.chip.core.limit
-    hopeful = [c for c in candidates if c.estimate and c.estimate_bytes <= _SLACK * limit]
+    candidates = estimate_all(config, topology, planner, names=names)
+    # A plan of what cannot be compiled is the same estimate once more.
+    limit = topology.chip.core.limit * (_SLACK if topology.can_compile else 1.0)
+    hopeful = [c for c in candidates if c.estimate and c.estimate_bytes <= limit]
     what = "compiling" if topology.can_compile else "planning by estimate"
     on_log(
         f"{len(candidates)} candidates, {len(hopeful)} of them may fit; {what} the most promising "
@@ -205,19 +207,20 @@ def _estimated(
     return dataclasses.replace(candidate, plan=plan, outcome=outcome)
 
 
-def _why_not(candidate: Candidate, limit: int) -> str:
+def _why_not(candidate: Candidate, limit: float) -> str:
     if candidate.estimate is None:
         return candidate.outcome
-    fits = candidate.estimate_bytes <= _SLACK * limit
+    fits = candidate.estimate_bytes <= limit
     return "estimated slower" if fits else "estimated not to fit"
 
 
 def estimate_all(
-    config: RunConfig, topology: Topology, architecture: Architecture, *, names: Sequence[str] = ()
+    config: RunConfig, topology: Topology, planner: Planner, *, names: Sequence[str] = ()
 ) -> list[Candidate]:
     """Returns every candidate with its estimate, the fastest first."""
+    architecture = planner.architecture
     abstract = architecture.abstract(make_numerics(config.model.dtypes))
-    estimator = Estimator(architecture=architecture, topology=topology)
+    estimator = Estimator(architecture=architecture, topology=topology, rates=planner.rates)
     devices = estimated_devices(topology)
     known: dict[tuple, Placed | JaxftError | None] = {}
     signatures: set[tuple] = set()
@@ -226,7 +229,7 @@ def estimate_all(
         changed = with_flags(config, flags)
         where = tuple(item for item in flags.items() if item[0].startswith(("mesh.", "strategy")))
         if where not in known:
-            known[where] = _placed(changed, architecture, abstract, devices, signatures)
+            known[where] = _placed(changed, topology, architecture, abstract, devices, signatures)
         placed = known[where]
         if placed is None:
             continue
@@ -244,6 +247,7 @@ def estimate_all(
 
 def _placed(
     config: RunConfig,
+    topology: Topology,
     architecture: Architecture,
     abstract: AbstractModel,
     devices: Sequence[Any],
@@ -258,6 +262,7 @@ def _placed(
         check_strategy(config, architecture, placement)
         check_weights(abstract, placement, (placement.batch_shards, config.data.max_length))
         signature = _signature(placement, abstract)
+        attention = attention_on(config, architecture, topology, placement)
         if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
             signature = (*signature, placement.strategy.across_slices)
     except JaxftError as error:
@@ -265,7 +270,7 @@ def _placed(
     if signature in signatures:
         return None
     signatures.add(signature)
-    return Placed(placement, abstract, config.data.max_length, config.optim.freeze)
+    return place(config, placement, abstract, attention)
 
 
 def _signature(placement: Placement, abstract: AbstractModel) -> tuple:

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from jaxft.chips import Chip, Switch
 from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape
 from jaxft.planner.search import Candidate, Search
+from jaxft.planner.timeline import ICI
 from jaxft.shardings import format_bytes, make_table
 from jaxft.tables import output
 from jaxft.workdir import write_text
@@ -31,8 +34,8 @@ def print_plan(plan: Plan) -> None:
     """Prints what a run would cost: facts of the compiled program first, then estimates."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     _say(
-        f"[bold]{plan.model}[/bold]: {plan.parameters:,} parameters, {plan.strategy} on "
-        f"{describe_shape(plan.topology)} ({mesh})"
+        f"[bold]{escape(plan.model)}[/bold]: {plan.parameters:,} parameters, "
+        f"{escape(plan.strategy)} on {describe_shape(plan.topology)} ({mesh})"
     )
     _say(_verdict(plan))
     output.print(_memory_table(plan))
@@ -47,7 +50,7 @@ def print_plan(plan: Plan) -> None:
     if plan.remedies:
         _print_remedies(plan)
     for note in plan.notes:
-        _say(f"[dim]{note}[/dim]")
+        _say(f"[dim]{escape(note)}[/dim]")
 
 
 def _print_evaluation(plan: Plan) -> None:
@@ -116,9 +119,10 @@ def _print_time(plan: Plan, time: StepTime) -> None:
             f"MFU {speed.mfu:.1%}, attention in full {speed.mfu_full:.1%}"
         )
         if speed.price_per_hour:
+            priced = f", at the price of {speed.priced}" if speed.priced else ""
             _say(
-                f"  {speed.price_per_million_tokens:.3g} {speed.currency} a million tokens, "
-                f"{speed.price_per_hour:,.2f} an hour, at the list price of {speed.priced}"
+                f"  {speed.price_per_million_tokens:.3g} {escape(speed.currency)} a million "
+                f"tokens, {speed.price_per_hour:,.2f} an hour{escape(priced)}"
             )
     work = plan.work
     traffic = f"; {format_bytes(work.bytes)} of memory traffic" if work.bytes else ""
@@ -136,7 +140,7 @@ def _exchange_table(plan: Plan) -> Table:
         table.add_row(
             one.kind,
             ", ".join(one.axes),
-            one.network.upper() if plan.topology.chip.is_tpu else "links",
+            network_name(plan.topology.chip, one.network),
             counted,
             format_bytes(one.bytes),
             format_bytes(one.wire_bytes),
@@ -146,15 +150,25 @@ def _exchange_table(plan: Plan) -> Table:
     return table
 
 
+def network_name(chip: Chip, network: str) -> str:
+    """Returns what `ici` and `dcn` are called where a chip is at home."""
+    if chip.is_tpu:
+        return network.upper()
+    if isinstance(chip.network, Switch):
+        return "NVLink" if network == ICI else "network"
+    return "links"
+
+
 def _print_remedies(plan: Plan) -> None:
-    _say("What was compiled to see whether it would fit:")
+    tried = "compiled" if plan.source == "compiled" else "estimated"
+    _say(f"What was {tried} to see whether it would fit:")
     for remedy in plan.remedies:
         verdict = "[green]fits[/green]     " if remedy.fits else "[red]too large[/red]"
         step = f", a step {format_seconds(remedy.seconds)} (estimate)" if remedy.seconds else ""
         flags = " ".join(flag(key, value) for key, value in remedy.flags.items())
-        _say(f"  {verdict} {remedy.change}: {format_bytes(remedy.used)}{step}")
+        _say(f"  {verdict} {escape(remedy.change)}: {format_bytes(remedy.used)}{step}")
         if remedy.fits:
-            _say(f"            {flags}")
+            _say(f"            {escape(flags)}")
 
 
 def flag(key: str, value: Any) -> str:
@@ -183,7 +197,7 @@ def _print_comparison(plans: Sequence[Plan]) -> None:
     if all(plan.source == "compiled" for plan in plans):
         _say("[dim]Memory is the compiler's; times and what follows are estimates.[/dim]")
     else:
-        _say("[dim]All of it are estimates where nothing was compiled.[/dim]")
+        _say("[dim]Memory of TPUs is the compiler's; all else is estimated.[/dim]")
 
 
 def print_search(found: Search) -> None:
@@ -212,7 +226,7 @@ def print_search(found: Search) -> None:
     if left:
         _say(f"[dim]Not shown: {', '.join(f'{n} {reason}' for reason, n in left.items())}.[/dim]")
     if best is None and found.compiled:
-        _say("[red]None of those that were compiled fits.[/red] Take a larger slice.")
+        _say(f"[red]None of those that were {made} fits.[/red] Take a larger slice.")
     elif best is None:
         _say("[red]None can be had.[/red] The table says why.")
 

@@ -28,6 +28,9 @@ _OLD |= {512: (16, 32), 1024: (32, 32)}
 _SMALL = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
 # Most chips of one slice.
 _LARGEST = {"v2": 256, "v3": 1024, "v4": 4096, "v5p": 8960, "tpu7x": 9216}
+# Most devices of a plan. GPUs are made up as CPU devices, of which jax makes some 500 a second.
+_MOST_DEVICES = {True: 65_536, False: 8192}  # by whether they are TPUs
+_MOST_SLICES = 256
 # TPUs whose names count cores of which a chip has two.
 _BY_CORES = ("v2", "v3", "v4", "v5p", "tpu7x")
 
@@ -94,7 +97,7 @@ def parse(name: str) -> Topology:
     """
     if name == LOCAL:
         return _local()
-    match = re.fullmatch(r"(?:(\d+)x)?([a-zA-Z][\w.]*?(?:-nvl|-pcie|-40)?)([-:])([\dx]+)", name)
+    match = re.fullmatch(r"(?:(\d+)x)?([a-zA-Z][\w.-]*?)([-:])(\d+(?:x\d+)*)", name)
     if match is None:
         raise ConfigError(
             f"--topology is {name!r}; expected a slice such as v5e:4x4, v5p-64 or 2xv5e:16x16, "
@@ -107,7 +110,7 @@ def parse(name: str) -> Topology:
         raise ConfigError(
             f"--topology is {name!r}, and {'no links of' if chip else 'no chip'} {kind!r} "
             f"{'are' if chip else 'is'} known; known are {', '.join(known)}."
-            f"{nearest(kind.lower(), known)}"
+            f"{'' if chip else nearest(kind.lower(), known, cutoff=0.6)}"
         )
     slices = int(count or 1)
     if slices < 1 or (slices > 1 and not chip.dcn):
@@ -117,13 +120,21 @@ def parse(name: str) -> Topology:
             else f"--topology is {name!r}, but slices of {chip.name} cannot be joined."
         )
     if isinstance(chip.network, Switch):
-        return _gpus(name, chip, slices, size)
-    if "x" in size:
-        shape = tuple(int(part) for part in size.split("x") if part)
+        shape = _gpus(name, chip, count, size)
+    elif "x" in size:
+        shape = tuple(int(part) for part in size.split("x"))
     else:
         shape = _by_count(name, chip, int(size), by_name=mark == "-")
-    _check_shape(name, chip, chip.network, shape)
-    return Topology(name, chip, shape, slices)
+    if isinstance(chip.network, Torus):
+        _check_shape(name, chip, chip.network, shape)
+    topology = Topology(name, chip, shape, slices)
+    most = _MOST_DEVICES[chip.is_tpu]
+    if topology.device_count > most or slices > _MOST_SLICES:
+        raise ConfigError(
+            f"--topology is {name!r}, {topology.device_count:,} devices of {slices:,} slices; "
+            f"plans are made for {most:,} and {_MOST_SLICES} at most."
+        )
+    return topology
 
 
 def _local() -> Topology:
@@ -140,12 +151,13 @@ def _local() -> Topology:
     return Topology(LOCAL, chip, shape, slices, local=True)
 
 
-def _gpus(name: str, chip: Chip, slices: int, size: str) -> Topology:
-    if "x" in size or int(size) < 1:
+def _gpus(name: str, chip: Chip, slices: str | None, size: str) -> tuple[int, ...]:
+    if slices or "x" in size or int(size) < 1:
         raise ConfigError(
-            f"--topology is {name!r}; GPUs are counted, such as {chip.name}:8 or {chip.name}:64."
+            f"--topology is {name!r}; GPUs are counted, those of all machines together, such as "
+            f"{chip.name}:8 or {chip.name}:64."
         )
-    return Topology(name, chip, (slices * int(size),))
+    return (int(size),)
 
 
 def _by_count(name: str, chip: Chip, count: int, *, by_name: bool) -> tuple[int, ...]:
@@ -218,10 +230,15 @@ def sizes_sold(chip: Chip) -> list[int]:
 
 
 def next_larger(topology: Topology) -> Topology | None:
-    """Returns the next larger slice of the same chip whose size is twice as large or more."""
-    if not topology.chip.is_tpu or topology.local:
-        return None
+    """Returns the next larger slice of the same chip whose size is twice as large or more.
+
+    Of GPUs it has twice as many.
+    """
     count = math.prod(topology.shape)
+    if topology.local or 2 * topology.device_count > _MOST_DEVICES[topology.chip.is_tpu]:
+        return None
+    if not topology.chip.is_tpu:
+        return Topology(f"{topology.chip.name}:{2 * count}", topology.chip, (2 * count,))
     larger = [n for n in sizes_sold(topology.chip) if n >= 2 * count and n & (n - 1) == 0]
     if not larger:
         return None

@@ -5,7 +5,7 @@ from jaxft.planner.plan import Plan
 from jaxft.shardings import format_bytes
 
 # What the compiled program states; the rest of the memory is split by its schedule.
-_FACTS = ("parameters", "optimizer", "program")
+_FACTS = ("parameters", "optimizer", "batch", "padding", "program")
 # Of a program that does not fit only its arguments and gradients are known.
 _FACTS_WITHOUT_PROGRAM = ("parameters", "optimizer", "gradients")
 

@@ -97,7 +97,8 @@ def _speed_tiles(plan: Plan) -> Iterator[str]:
     yield tile(
         "A million tokens",
         _money(speed.price_per_million_tokens, speed.currency),
-        f"estimate, {hourly} an hour by the price of {speed.priced}",
+        f"estimate, {hourly} an hour"
+        + (f" by the price of {speed.priced}" if speed.priced else ""),
     )
 
 

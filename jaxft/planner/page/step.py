@@ -18,7 +18,7 @@ from jaxft.planner.page.parts import (
     stacked_bar,
 )
 from jaxft.planner.plan import Plan, StepTime
-from jaxft.planner.show import format_seconds
+from jaxft.planner.show import format_seconds, network_name
 from jaxft.planner.timeline import Loop, Span, Timeline
 from jaxft.shardings import format_bytes
 
@@ -287,8 +287,8 @@ def time_section(plan: Plan) -> str:
         return ""
     spent = [Share(kind, size) for kind, size in time.spent.items()]
     spent.sort(key=lambda share: -share.size)
-    whole = max(time.seconds, sum(share.size for share in spent))
-    bar = stacked_bar(spent, whole, format_seconds) + legend(spent, whole, format_seconds)
+    bar = stacked_bar(spent, time.seconds, format_seconds)
+    bar += legend(spent, time.seconds, format_seconds)
     cycles = ""
     if time.by_cycles:
         cycles = (
@@ -296,8 +296,6 @@ def time_section(plan: Plan) -> str:
             f"{format_seconds(time.by_cycles)}.</p>"
         )
     title = f"What the core does, most first; adds up to the step, {format_seconds(time.seconds)}"
-    if (hidden := sum(share.size for share in spent) - time.seconds) > 0.01 * time.seconds:
-        title = f"What is in it; {format_seconds(hidden)} of it is hidden behind the rest"
     content = (
         f'<div class="card"><h4>{title}</h4>{bar}'
         f"<h4>What each resource needs on its own</h4>{_terms(time)}{cycles}</div>"
@@ -325,7 +323,7 @@ def collectives_section(plan: Plan) -> str:
         [
             f"<b>{escape(one.kind)}</b>",
             escape(", ".join(one.axes)) or "–",
-            escape(one.network),
+            escape(network_name(plan.topology.chip, one.network)),
             f"{'' if one.exact else 'at least '}{one.count:,}" if one.count else "–",
             format_bytes(one.bytes),
             format_bytes(one.wire_bytes),

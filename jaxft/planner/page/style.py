@@ -35,7 +35,7 @@ footer { margin-top: 2.6rem; font-size: .82rem; }
 .k-optimizer, .k-attention { --h: 305; }
 .k-program { --h: 205; } .k-batch { --h: 340; } .k-gradients { --h: 45; }
 .k-activations, .k-memory { --h: 160; } .k-logits { --h: 10; } .k-weights { --h: 92; }
-.k-temporaries, .k-copy, .k-host { background: oklch(var(--block) .025 85); }
+.k-temporaries, .k-padding, .k-copy, .k-host { background: oklch(var(--block) .025 85); }
 .k-all-gather { --h: 92; } .k-reduce-scatter { --h: 50; } .k-all-reduce { --h: 350; }
 .k-all-to-all, .k-ragged-all-to-all { --h: 205; } .k-collective-permute { --h: 130; }
 .k-sparsecore { --h: 190; }

@@ -1,0 +1,148 @@
+"""A model under a strategy on a mesh: what estimates need whatever a run keeps or repeats."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxft.models.module import AbstractModel
+from jaxft.sharding.reduce import WeightPlan, plan_weight
+from jaxft.sharding.rules import Placement, as_names
+from jaxft.state import partition
+
+
+class Weight(NamedTuple):
+    """A matrix that tokens are multiplied with.
+
+    Attributes:
+      shape: Of the whole; of one layer where there are several.
+      plan: How devices hold, gather and reduce it.
+      trained: Whether it has a gradient.
+    """
+
+    shape: tuple[int, ...]
+    plan: WeightPlan
+    trained: bool
+
+
+class Placed:
+    """A model under a strategy on a mesh.
+
+    Args:
+      placement: The strategy on a mesh.
+      abstract: The model.
+      length: Positions of a row.
+      freeze: As `optim.freeze`: what it matches has no gradient and no moments.
+      flash: Whether attention's scores are made a block at a time, and not of whole rows.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        abstract: AbstractModel,
+        length: int,
+        freeze: str = "",
+        *,
+        flash: bool = True,
+    ):
+        self.placement, self.abstract, self.length = placement, abstract, length
+        self.trainable, _ = partition(abstract.params, freeze)
+        self.flash = flash
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Bytes of parameters on a device."""
+        return self._held(self.abstract.params)
+
+    @functools.cached_property
+    def gradients(self) -> int:
+        """Bytes of gradients on a device, in the parameters' type."""
+        return self._held(self.trainable, self.placement.gradient_rules)
+
+    @functools.cached_property
+    def moments(self) -> int:
+        """Bytes of one of the optimizer's two moments on a device."""
+        return self._held(self.trainable, self.placement.moment_rules)
+
+    def _held(
+        self, params: Mapping[str, jax.ShapeDtypeStruct], rules: Mapping[str, Any] | None = None
+    ) -> int:
+        shardings = self.placement.shardings(params, self.abstract.axes, rules=rules)
+        return sum(
+            math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
+            for path, spec in params.items()
+        )
+
+    @functools.cached_property
+    def weights(self) -> list[Weight]:
+        """Each weight of one layer."""
+        return [
+            Weight(shape, self._plan(axes[1:], shape), path in self.trainable)
+            for path, axes in self.abstract.axes.items()
+            if axes[0] == "layers" and len(axes) >= 3
+            for shape in [tuple(self.abstract.params[path].shape)[1:]]
+        ]
+
+    def head(self) -> Weight:
+        """Returns the head, which may be the embedding's table too."""
+        path = "head.w" if "head.w" in self.abstract.params else "embed.w"
+        shape = tuple(self.abstract.params[path].shape)
+        return Weight(shape, self._plan(("vocab", "embed"), shape), path in self.trainable)
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether the table of embeddings has a gradient."""
+        return "embed.w" in self.trainable
+
+    @functools.cached_property
+    def reaches_layers(self) -> bool:
+        """Whether gradients go back into the layers: to their weights, or to what is before."""
+        return any(not path.startswith(("head.", "norm.")) for path in self.trainable)
+
+    @functools.cached_property
+    def trained_share(self) -> float:
+        """Share of the layers' weights that have a gradient."""
+        sizes = [(math.prod(weight.shape), weight.trained) for weight in self.weights]
+        return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+
+    @functools.cached_property
+    def expansions(self) -> int:
+        """How many products lead to the hidden width of the feed-forward part: two if gated."""
+        wide = sum({"layers", "mlp", "embed"} <= set(axes) for axes in self.abstract.axes.values())
+        return wide - 1  # one leads back
+
+    @functools.cached_property
+    def reads_mlp_out(self) -> bool:
+        """Whether the backward pass reads what the feed-forward part returns.
+
+        A norm after it does, and the weights by which outputs of experts are mixed.
+        """
+        axes = self.abstract.axes
+        return "layers.mlp_post_norm.scale" in axes or any("experts" in a for a in axes.values())
+
+    @functools.cached_property
+    def updated(self) -> dict[str, tuple[str, ...]]:
+        """Mesh axes over which updated parameters are gathered, as moments are cut further."""
+        values, moments = (
+            self.placement.shardings(self.trainable, self.abstract.axes, rules=rules)
+            for rules in (None, self.placement.moment_rules)
+        )
+        return {
+            path: tuple(name for name in _names(moments[path]) if name not in _names(values[path]))
+            for path in self.trainable
+        }
+
+    def bytes_of(self, path: str) -> int:
+        """Returns the bytes of a parameter as a device holds it."""
+        return self._held({path: self.abstract.params[path]})
+
+    def _plan(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> WeightPlan:
+        # How many rows there are does not matter, only how they are split.
+        with self.placement.activate():
+            return plan_weight(axes, shape, (self.placement.batch_shards, self.length))
+
+
+def _names(sharding: Any) -> tuple[str, ...]:
+    return tuple(name for entry in sharding.spec for name in as_names(entry))
