@@ -413,7 +413,3 @@ def _doctor(options: argparse.Namespace) -> int:
     from jaxft.doctor import print_checks, run_doctor
 
     return print_checks(run_doctor(config))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

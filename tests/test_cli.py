@@ -92,7 +92,7 @@ def test_a_flag_and_its_value_may_be_two_words(capsys):
 
 
 def test_output_that_nobody_reads_is_no_error():
-    command = f"{sys.executable} -m jaxft.cli train --print_config | head -1"
+    command = f"{sys.executable} -m jaxft train --print_config | head -1"
     result = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=True
     )
@@ -145,7 +145,7 @@ def test_prompts_are_read_from_standard_input(trained):
         [
             sys.executable,
             "-m",
-            "jaxft.cli",
+            "jaxft",
             "generate",
             f"--model={trained}",
             "--raw",

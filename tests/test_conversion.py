@@ -111,7 +111,7 @@ def convert_check(repo: str, server: Server, home: Path, **environment) -> tuple
     endpoint = f"http://127.0.0.1:{server.server_port}"
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "jaxft.cli", "convert", "--check", repo],
+        [sys.executable, "-m", "jaxft", "convert", "--check", repo],
         env=os.environ | settings | environment,
         cwd=Path(__file__).parents[1],
         capture_output=True,

@@ -155,7 +155,7 @@ def test_the_command_prints_and_writes_the_description(tmp_path, monkeypatch, ca
 
 def test_a_laptop_shows_hundreds_of_devices(tmp_path):
     folder = folder_of(tmp_path, MODELS["llama_8b"])
-    command = [sys.executable, "-m", "jaxft.cli", "shardings", f"--config.model.path={folder}"]
+    command = [sys.executable, "-m", "jaxft", "shardings", f"--config.model.path={folder}"]
     command.append("--config.train.batch_size=256")
     environment = os.environ | {"COLUMNS": "120"}
     environment.pop("XLA_FLAGS", None)

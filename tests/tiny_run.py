@@ -134,4 +134,4 @@ def command(config: RunConfig, *options: str) -> list[str]:
     """Returns the command line of `jaxft train` for a config."""
     default = to_dict(RunConfig())
     flags = [f"--config.{k}={v}" for k, v in to_dict(config).items() if v != default[k]]
-    return [sys.executable, "-m", "jaxft.cli", "train", *flags, *options]
+    return [sys.executable, "-m", "jaxft", "train", *flags, *options]
