@@ -28,7 +28,10 @@ from jaxft.state import abstract_state
 from tests.oracle.cases import CASES, FAMILY_CASES, load_case, load_published_sizes, write_folder
 
 # Those that compile longest and differ least from others.
-IN_LONG = {"gpt_oss_default_rope", "gpt_oss_truncate_mha", "qwen3_moe_unnormalised_mha"}
+IN_LONG = set(
+    "gpt_oss_default_rope gpt_oss_truncate_mha qwen3_moe_unnormalised_mha mistral_mha_tied "
+    "qwen2_mha_tied qwen3_mha olmo2_tied gemma2_mha_uncapped gemma3_text_linear_published".split()
+)
 ONE_STEP = [
     pytest.param(name, marks=[pytest.mark.slow] * (name in IN_LONG))
     for names in FAMILY_CASES.values()

@@ -182,7 +182,7 @@ MERGED = 2 * 32 * 256 * 512
 IN_SHORT = {"llama", "gemma2", "mixtral", "gpt2"}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 @pytest.mark.parametrize(
     "family",
     [pytest.param(f, marks=[pytest.mark.slow] * (f not in IN_SHORT)) for f in FAMILY_CASES],
@@ -195,7 +195,10 @@ def test_flops_of_every_family_are_those_of_its_compiled_step(family, remat):
     assert found.flops - MERGED == pytest.approx(compiled_flops(config, architecture), rel=3e-3)
 
 
-@pytest.mark.parametrize(("freeze", "merged"), [("mlp", 1), ("layers", 1), ("embed|layers", 0)])
+@pytest.mark.parametrize(
+    ("freeze", "merged"),
+    [pytest.param("mlp", 1, marks=pytest.mark.slow), ("layers", 1), ("embed|layers", 0)],
+)
 def test_of_what_is_frozen_no_gradients_are_computed(freeze, merged):
     config, architecture = small_run("full", freeze=freeze), small("llama")
     found = estimate(config, architecture, flash=False)
