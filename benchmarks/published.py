@@ -114,7 +114,7 @@ def _estimated(config: RunConfig, topology: Topology, architecture: Architecture
     found = Estimator(architecture=architecture, topology=topology).estimate(config, placed)
     return {
         "seconds": found.seconds,
-        "spent": found.terms,
+        "spent": found.spent,
         "memory_gib": found.bytes / 2**30,
         "limit_gib": topology.chip.limit / 2**30,
     }

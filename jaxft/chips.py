@@ -133,7 +133,10 @@ class Chip:
 
     @property
     def exact(self) -> float:
-        """FLOP/s of float32 products at jax's precision `highest`: six of bfloat16 on TPU."""
+        """FLOP/s of float32 products at jax's precision `highest`: six of bfloat16 on TPU.
+
+        Of GPUs whose rate without matrix units is not known it is `float32`.
+        """
         return self.bfloat16 / 6 if self.is_tpu else self.single or self.float32
 
     def peak(self, dtype: str) -> float:
@@ -151,12 +154,12 @@ def _tpu(name: str, kind: str, teraflops: float, **figures) -> Chip:
 def _gpu(
     name: str, kind: str, teraflops: float, gib: int, *, float32: float | None = None, **figures
 ) -> Chip:
-    single = teraflops / 2 if float32 is None else float32
+    rounded = teraflops / 2 if float32 is None else float32
     return Chip(
         name=name,
         kind=kind,
         bfloat16=teraflops * _TERA,
-        float32=single * _TERA,
+        float32=rounded * _TERA,
         memory=gib * _GIB,
         product_share=0.73,
         sources=(
@@ -346,8 +349,8 @@ CHIPS: tuple[Chip, ...] = (
         dcn=50 * _GIGA,
         host=64 * _GIGA,
     ),
-    _gpu("gh200-144", r"\bGH200 144G\b", 989.4, 144, bandwidth=4900 * _GIGA),
-    _gpu("gh200", r"\bGH200\b", 989.4, 96, bandwidth=4000 * _GIGA),
+    _gpu("gh200-144", r"\bGH200 144G\b", 989.4, 144, single=67 * _TERA, bandwidth=4900 * _GIGA),
+    _gpu("gh200", r"\bGH200\b", 989.4, 96, single=67 * _TERA, bandwidth=4000 * _GIGA),
     _gpu("h200-nvl", r"\bH200 NVL\b", 835.5, 141),
     _gpu(
         "h200",

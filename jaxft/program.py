@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from jaxft.config import RunConfig, compiler_options, to_dict
 from jaxft.data.batch import Batch
 from jaxft.errors import ConfigError, collected
 from jaxft.eval_step import make_eval_step
+from jaxft.metrics import Learning
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.experts import check_experts
@@ -31,7 +32,7 @@ from jaxft.optim import make_optimizer, make_schedule
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.reduce import plan_weight
 from jaxft.sharding.rules import Placement, load_strategy
-from jaxft.state import TrainState, abstract_state
+from jaxft.state import TrainState, abstract_state, reaches_layers
 from jaxft.train_step import make_train_step
 
 # By `objective.name`: modules with `loss` and `row_terms`.
@@ -72,9 +73,20 @@ class Evaluator:
         Tables that are looked up in are left out, but a tied one counts as the head; of experts the
         chosen ones count.
         """
+        return self._multiplied(self.abstract.params)
+
+    def learning(self, trainable: Collection[str]) -> Learning:
+        """Returns how much learns if the parameters at these paths have gradients."""
+        back = reaches_layers(trainable)
+        passed = set(self.abstract.params) if back else set()
+        if any(path.startswith("norm.") for path in trainable):
+            passed.add("embed.w" if self.architecture.config.tied else "head.w")
+        return Learning(self._multiplied(trainable), self._multiplied(passed), back)
+
+    def _multiplied(self, paths: Collection[str]) -> int:
         config, counted = self.architecture.config, 0
-        for path, spec in self.abstract.params.items():
-            size = math.prod(spec.shape)
+        for path in paths:
+            size = math.prod(self.abstract.params[path].shape)
             if path == "positions.w" or (path == "embed.w" and not config.tied):
                 continue
             if config.experts is not None and "experts" in self.abstract.axes[path]:

@@ -553,6 +553,7 @@ def _flops(run: _Run, tokens: int, squared_lengths: float) -> Any:
     config = evaluator.architecture.config
     return training_flops(
         evaluator.multiplied_parameters,
+        learning=evaluator.learning(run.program.state.trainable),
         layers=config.layers,
         heads=config.heads,
         head_dim=config.head_dim,

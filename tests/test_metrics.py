@@ -11,7 +11,14 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
-from jaxft.metrics import Interval, MetricsWriter, TrainingFlops, train_record, training_flops
+from jaxft.metrics import (
+    Interval,
+    Learning,
+    MetricsWriter,
+    TrainingFlops,
+    train_record,
+    training_flops,
+)
 from jaxft.workdir import Workdir, append_jsonl, read_jsonl
 
 
@@ -47,6 +54,18 @@ def test_flops_of_a_full_row_are_six_n_plus_twelve_l_h_t_per_token():
     # Published: 7,139 tokens/s on a chip of 918 TFLOP/s are 40.0 % causal and 45.0 % full.
     assert 7139 * flops.causal / 8192 / 918e12 == pytest.approx(0.400, abs=0.001)
     assert 7139 * flops.full / 8192 / 918e12 == pytest.approx(0.450, abs=0.001)
+
+
+def test_what_is_frozen_takes_no_gradient_of_its_weights():
+    numbers = {"layers": 2, "heads": 4, "head_dim": 8, "tokens": 100, "squared_lengths": 0}
+    half = training_flops(10, learning=Learning(trained=5, passed=10, attends_back=True), **numbers)
+    assert half.full == (2 * 10 + 2 * 5 + 2 * 10) * 100
+    numbers["squared_lengths"] = 100
+    whole, head = (
+        training_flops(0, learning=Learning(trained=0, passed=0, attends_back=back), **numbers)
+        for back in (True, False)
+    )
+    assert whole.full == 3 * head.full
 
 
 def test_packed_documents_cost_less_attention_than_one_long_row():

@@ -1,5 +1,6 @@
 """Closed-form estimates, against compiled programs and where arrays are really placed."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jaxft.errors import ConfigError
 from jaxft.hlo import Module
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
-from jaxft.planner.analytic import Estimate, Estimator, Exchanged
+from jaxft.planner.analytic import Estimate, Estimator, Evaluation, Exchanged
 from jaxft.planner.placed import Placed
 from jaxft.planner.plan import totals
 from jaxft.planner.topology import Topology
@@ -28,14 +29,18 @@ EIGHT = Topology("h100:8", chip_named("h100"), (8,))  # pyright: ignore
 
 
 def estimate(
-    config: RunConfig, model: str | Architecture = "llama_8b", *, flash: bool = True
+    config: RunConfig,
+    model: str | Architecture = "llama_8b",
+    *,
+    flash: bool = True,
+    topology: Topology = EIGHT,
 ) -> Estimate:
     architecture = architecture_from_hf(MODELS[model]) if isinstance(model, str) else model
     placement = make_placement(config)
     abstract = architecture.abstract(make_numerics(config.model.dtypes))
     length, freeze = config.data.max_length, config.optim.freeze
     placed = Placed(placement, abstract, length, freeze, flash=flash)
-    return Estimator(architecture=architecture, topology=EIGHT).estimate(config, placed)
+    return Estimator(architecture=architecture, topology=topology).estimate(config, placed)
 
 
 def single(strategy: str) -> RunConfig:
@@ -160,10 +165,11 @@ def small(family: str) -> Architecture:
     return architecture_from_hf(config)
 
 
-def small_run(remat: str, *, freeze: str = "", capacity: float = 1.0, **keys: Any) -> RunConfig:
+def small_run(remat: str, *, freeze: str = "", capacity: float = 0.0, **keys: Any) -> RunConfig:
     config = RunConfig(strategy="fsdp")
     config.model.path, config.model.dtypes, config.model.attention = "small", "float32", "xla"
     config.model.remat, config.optim.freeze = remat, freeze
+    config.model.expert_capacity = capacity
     config.data.max_length, config.train.batch_size = 32, 8
     for key, value in keys.items():
         section, _, name = key.rpartition("__")
@@ -196,11 +202,18 @@ def test_flops_of_every_family_are_those_of_its_compiled_step(family, remat):
 
 
 @pytest.mark.parametrize(
-    ("freeze", "merged"),
-    [pytest.param("mlp", 1, marks=pytest.mark.slow), ("layers", 1), ("embed|layers", 0)],
+    ("family", "freeze", "merged"),
+    [
+        pytest.param("llama", "mlp", 1, marks=pytest.mark.slow),
+        ("llama", "layers", 1),
+        ("llama", "embed|layers", 0),
+        ("mixtral", "mlp", 1),
+        pytest.param("mixtral", "attn", 1, marks=pytest.mark.slow),
+    ],
 )
-def test_of_what_is_frozen_no_gradients_are_computed(freeze, merged):
-    config, architecture = small_run("full", freeze=freeze), small("llama")
+def test_of_what_is_frozen_no_gradients_are_computed(family, freeze, merged):
+    config, architecture = small_run("full", freeze=freeze), small(family)
+    config.model.expert_capacity = 1.0 if architecture.config.experts else 0.0
     found = estimate(config, architecture, flash=False)
     expected = compiled_flops(config, architecture)
     assert found.flops - merged * MERGED == pytest.approx(expected, rel=3e-3)
@@ -259,8 +272,7 @@ def test_scores_of_whole_rows_take_time_and_memory():
 
 def test_tokens_travel_as_often_as_experts_take_them():
     def sent(capacity: float, remat: str) -> float:
-        config = small_run(remat, strategy="ep", mesh__expert=4)
-        config.model.expert_capacity = capacity
+        config = small_run(remat, strategy="ep", mesh__expert=4, capacity=capacity)
         [one] = [e for e in estimate(config, small("mixtral")).exchanges if _is_routing(e)]
         return one.collective.bytes
 
@@ -293,13 +305,37 @@ def test_logits_of_a_split_row_are_those_of_its_part():
     assert split.kinds["logits"] - head == 8 * (whole.kinds["logits"] - head)
 
 
-def test_time_is_what_the_device_does_and_waits_for():
+def test_what_goes_to_the_host_costs_what_it_takes_longer_than_all_else():
     config = single("fsdp")
-    config.model.remat, config.model.offload = "full", "inputs"
+    config.model.offload = "inputs"
+    both_ways = 2 * 128 * 4096 * 32 * 4 / 64e9  # PCIe 5; a row of each device
     found = estimate(config)
-    assert found.seconds == sum(found.spent.values())
-    on_device = found.seconds - found.spent["wait host"]
-    assert found.seconds == pytest.approx(max(on_device, found.terms["host"]))
+    assert found.terms["host"] == pytest.approx(both_ways)
+    assert found.spent["wait host"] == 0
+    assert found.seconds > both_ways
+    slow = dataclasses.replace(EIGHT, chip=dataclasses.replace(EIGHT.chip, host=64e6))
+    assert estimate(config, topology=slow).seconds == pytest.approx(1000 * both_ways)
+
+
+def test_evaluation_passes_through_stages_and_does_no_more():
+    def of(strategy: str, **keys: Any) -> Evaluation:
+        config = small_run("none", strategy=strategy, **keys)
+        architecture = small("llama")
+        placement = make_placement(config)
+        abstract = architecture.abstract(make_numerics("float32"))
+        estimator = Estimator(architecture=architecture, topology=EIGHT)
+        return estimator.evaluation(
+            config, Placed(placement, abstract, 32, config.optim.freeze), 16
+        )
+
+    assert of("fsdp") == of("fsdp", freeze="embed|layers") == of("fsdp", capacity=2.0)
+    # Two rows of four devices with one of two layers: three turns of one row, the head twice for
+    # half of the vocabulary.
+    layer = 256 * 64 * (4 + 2 * 2) + 256 * 256 + 3 * 256 * 512
+    products = 2 * 2 * 32 * (3 * layer / 2 + 256 * 512)
+    staged, alone = of("pp", mesh__stage=2).seconds, of("fsdp").seconds
+    assert products / (67e12 * 0.73) < staged
+    assert staged > alone
 
 
 def test_a_feed_forward_part_without_a_gate_has_one_product_less():

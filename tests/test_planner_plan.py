@@ -12,7 +12,7 @@ import pytest
 from jaxft import cli
 from jaxft.chips import Switch, chip_named
 from jaxft.config import RunConfig, to_dict
-from jaxft.errors import ConfigError
+from jaxft.errors import ConfigError, ModelError
 from jaxft.flags import read_config
 from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
@@ -444,3 +444,34 @@ def test_names_are_printed_as_they_are(capsys):
     config.model.path = "models/[red]m[/x]"
     print_plans([planner().estimate(config, parse("h100:8"))])
     assert "models/[red]m[/x]: " in capsys.readouterr().out
+
+
+def test_more_devices_are_made_up_only_where_they_are_needed(monkeypatch):
+    counts: list[int] = []
+    monkeypatch.setattr(command, "cpu_devices", counts.append)
+    for topologies in (["local"], ["h100:16"]):
+        for remedies in (True, False):
+            request = command.Request(topologies=topologies, remedies=remedies)
+            with pytest.raises(ModelError):  # there is none; devices come first
+                command.plan(run(model__path="/nowhere"), request)
+    assert counts == [32, 16]
+
+
+def test_mfu_counts_what_learns():
+    config = run(optim__freeze="layers|embed")
+    found = planner().estimate(config, parse("h100:8"))
+    tokens = 16 * LENGTH // 8
+    weights = LAYERS * (EMBED * SIZE * (2 * HEADS + 2 * KEYS) + 3 * EMBED * MLP + 2 * EMBED)
+    head = VOCAB * EMBED
+    exact = 2 * tokens * (weights + EMBED + 2 * head + head + EMBED)
+    exact += 4 * LAYERS * HEADS * SIZE * tokens * LENGTH / 2
+    assert found.work.model_flops == pytest.approx(exact, rel=0.01)
+
+
+def test_an_eval_step_that_does_not_fit_is_said_on_the_page_and_not_mended(folder, tmp_path):
+    file = tmp_path / "plan.html"
+    rows = ["--config.eval.batch_size=80000000", f"--html={file}", "--strategy=fsdp"]
+    assert plan_command(folder, "--topology=h100:8", *rows) == 1
+    page = file.read_text()
+    assert "on a device and does not fit" in page
+    assert "What would make it fit" not in page

@@ -168,18 +168,21 @@ class _Run:
         numerics = make_numerics(config.model.dtypes)
         self.itemsize = jnp.dtype(numerics.compute_dtype).itemsize
         self.param_itemsize = jnp.dtype(numerics.param_dtype).itemsize
-        self.passes = 1 if evaluated else config.train.accumulation
-        self.rows = evaluated or config.train.batch_size // self.passes
+        self.learns = not evaluated
+        self.stages = max(1, self._split("layers", self.model.layers))
+        # Rows that are evaluated pass through stages in as many micro-batches.
+        self.passes = self.stages if evaluated else config.train.accumulation
+        self.rows = (evaluated or config.train.batch_size) // self.passes
         self.length = config.data.max_length
         # Positions of a row that a device has, and its tokens in one micro-batch.
         self.part = self.length / self._split("seq", self.length)
         self.tokens = self.rows * self.part / self._split("batch", self.rows)
-        self.stages = max(1, self._split("layers", self.model.layers))
         self.layers = self.model.layers / self.stages
         self.turns = self.passes + (self.stages - 1 if self.stages > 1 else 0)
-        self._size_experts(config.model.expert_capacity)
+        # Evaluation drops no token.
+        self._size_experts(config.model.expert_capacity if self.learns else 0.0)
         # 1 if there is a backward pass through the layers.
-        self.back = int(placed.reaches_layers)
+        self.back = int(self.learns and placed.reaches_layers)
         self.kept = names.kept(config.model.remat)
         self.offloaded = names.offloaded(config.model.remat, config.model.offload)
         self.again = self._again()
@@ -258,28 +261,24 @@ class _Run:
         )
 
     def evaluation(self) -> Evaluation:
-        """Returns what one forward pass takes, beside parameters alone."""
+        """Returns what a forward pass takes, beside parameters alone."""
         _, products, scores = self._rates_of_products()
-        forward = sum(self._products().values()) * self.layers + self.model.embed * self._vocab()
-        pairs = self._pairs() * self._heads() * self.model.head_dim * self.layers
-        widths = self._widths()
-        moved = self.layers * self.tokens * self._passed_by_token(widths, 1)
-        # Weights travel once, and not twice and their gradients once.
-        waits = sum(e.seconds * (1 - e.hidden) / 3 for e in self._exchanges())
-        seconds = (
-            2 * self.tokens * forward / products
-            + 2 * 2 * pairs / scores
-            + moved / (self.chip.bandwidth * self.rates.memory)
-        )
+        work = self._work()
+        moved, _ = self._passed_bytes()
+        layers = work.layers / products + work.attention / scores
+        layers += moved / self.passes / (self.chip.bandwidth * self.rates.memory)
+        waits = sum(e.seconds * (1 - e.hidden) for e in self._exchanges())
         kinds = {
             "parameters": self.placed.parameters,
-            "batch": self._batch_bytes(),
-            "logits": self._logits_bytes() / 3,
+            "batch": self._batch_bytes() * self.passes,
+            # Logits and their softmax, without a gradient.
+            "logits": 2 / 3 * self._logits_bytes(),
             "weights": self._weights_bytes(),
             "temporaries": self._layer_working_set() / 2,
             "program": _PROGRAM,
         }
-        return Evaluation(round(sum(kinds.values())), seconds * self.stages + waits)
+        seconds = self.turns * layers + self.passes * work.head / products + waits
+        return Evaluation(round(sum(kinds.values())), seconds)
 
     def _split(self, axis: str, size: int) -> int:
         """Returns how many parts a named dimension of a size is cut into."""
@@ -416,11 +415,11 @@ class _Run:
         """Returns the FLOPs of weights and of attention on one device in a micro-batch."""
         products = self._products()
         forward = sum(products.values())
-        # Gradients of what products read, and of the weights that are trained.
-        layer = forward * (1 + self.back * (1 + self.placed.trained_share))
+        # Gradients of what products read, and of weights that are trained.
+        layer = forward * (1 + self.back * (1 + self._trained_share()))
         layer += sum(products[name] for name in self.again - {names.ATTENTION})
         # Forward, its logits once more, and two gradients.
-        head = 2 + self.back + self.placed.head().trained
+        head = 1 + self.learns * (1 + self.back + self.placed.head().trained)
         # The kernels of flash attention make scores once more for the gradients.
         attention = 2 + self.back * (5 if self.placed.flash else 4)
         if names.ATTENTION in self.again:
@@ -435,6 +434,16 @@ class _Run:
             head=2 * self.tokens * head * self.model.embed * self._vocab(),
             attention=2 * attention * pairs * self.layers,
         )
+
+    def _trained_share(self) -> float:
+        """Returns the share of multiplications in layers whose weights have a gradient."""
+        experts = self.model.experts
+        met = self.chosen / experts.count if experts else 1.0
+        sizes = [
+            (math.prod(weight.shape) * (met if weight.routed else 1.0), weight.trained)
+            for weight in self.placed.weights
+        ]
+        return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
     def _passed_by_token(self, widths: dict[str, float], passes: float) -> float:
         """Returns bytes that memory passes of a token in one layer, but for products."""
@@ -499,10 +508,12 @@ class _Run:
             whole = math.prod(weight.shape) * self.itemsize / self._parts(plan.held)
             gathered = tuple(name for group in plan.gathered for name in group)
             add("all-gather", gathered, gathers * whole * times)
-            if weight.trained:
+            if self.learns and weight.trained:
                 scattered, rest = _reduced(plan)
                 add("reduce-scatter", scattered, whole * times)
                 add("all-reduce", rest, whole / self._parts(plan.scattered) * times)
+        if not self.learns:
+            return
         if self.placed.trains_embedding:
             # Rows of the embedding travel, and its gradient in the parameters' type.
             cut = self._parts(head.plan.held) * self._parts(head.plan.gathered)
@@ -532,8 +543,8 @@ class _Run:
             runs = 2 + 2 * self.back + 2 * (names.MLP in self.again)
             add("all-to-all", axes, runs * self.chosen * times * stream)
         stages = self._axes("layers", m.layers)
-        add("collective-permute", stages, 2 * self.turns * stream)
-        add("all-reduce", stages, 4 * self.passes * stream)
+        add("collective-permute", stages, (1 + self.back) * self.turns * stream)
+        add("all-reduce", stages, (2 + 2 * self.back) * self.passes * stream)
 
     def _of_halves(self, add: Callable[[str, tuple[str, ...], float], None], stream: float) -> None:
         """Adds sums of the stream after each half of a layer, and of its gradient before each.

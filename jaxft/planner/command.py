@@ -62,7 +62,9 @@ def plan(
     """
     prices = read_prices(request.prices)
     topologies = _topologies(request.topologies)
-    _make_up_devices([topology for topology in topologies if not topology.can_compile])
+    made_up = [topology for topology in topologies if not topology.can_compile]
+    if made_up:
+        _make_up_devices(made_up, larger=request.remedies and not request.search)
     architecture = find_architecture(config)
     planner = Planner(architecture=architecture, prices=prices, cache=request.cache)
     plans: list[Plan] = []
@@ -76,17 +78,14 @@ def plan(
     return plans, searches
 
 
-def _make_up_devices(topologies: Sequence[Topology]) -> None:
-    """Lets jax have as many devices as these have, and as remedies may try: it cannot later."""
-    counts = [topology.device_count for topology in topologies]
-    larger = [found.device_count for t in topologies if (found := next_larger(t))]
-    for most in ([*counts, *larger], counts):
-        try:
-            cpu_devices(max(most, default=1))
-            return
-        except ConfigError:
-            if most is counts:
-                raise
+def _make_up_devices(topologies: Sequence[Topology], *, larger: bool) -> None:
+    """Lets jax have as many devices as these have, or the next larger: it cannot get them later."""
+    count = max(topology.device_count for topology in topologies)
+    more = [found.device_count for t in topologies if larger and (found := next_larger(t))]
+    try:
+        cpu_devices(max([count, *more]))
+    except ConfigError:  # jax runs already, with fewer: a larger slice is refused when it is tried
+        cpu_devices(count)
 
 
 def _best(
@@ -156,7 +155,7 @@ def _planned(
             said = (str(error).splitlines() or ["no reason"])[0]
             problems.append(f"{topology.name}, {name}: the compiler failed: {said}")
             continue
-        if not found.fits and request.remedies:
+        if not found.memory.fits and request.remedies:
             found = try_remedies(found, chosen, planner, on_log=on_log)
         plans.append(found)
     if not plans:

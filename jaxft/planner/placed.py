@@ -10,7 +10,7 @@ import jax
 from jaxft.models.module import AbstractModel
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, as_names
-from jaxft.state import partition
+from jaxft.state import partition, reaches_layers
 
 
 class Weight(NamedTuple):
@@ -20,11 +20,13 @@ class Weight(NamedTuple):
       shape: Of the whole; of one layer where there are several.
       plan: How devices hold, gather and reduce it.
       trained: Whether it has a gradient.
+      routed: Whether it is of all experts, of which a token meets a few.
     """
 
     shape: tuple[int, ...]
     plan: WeightPlan
     trained: bool
+    routed: bool = False
 
 
 class Placed:
@@ -79,7 +81,7 @@ class Placed:
     def weights(self) -> list[Weight]:
         """Each weight of one layer."""
         return [
-            Weight(shape, self._plan(axes[1:], shape), path in self.trainable)
+            Weight(shape, self._plan(axes[1:], shape), path in self.trainable, "experts" in axes)
             for path, axes in self.abstract.axes.items()
             if axes[0] == "layers" and len(axes) >= 3
             for shape in [tuple(self.abstract.params[path].shape)[1:]]
@@ -96,16 +98,10 @@ class Placed:
         """Whether the table of embeddings has a gradient."""
         return "embed.w" in self.trainable
 
-    @functools.cached_property
+    @property
     def reaches_layers(self) -> bool:
         """Whether gradients go back into the layers: to their weights, or to what is before."""
-        return any(not path.startswith(("head.", "norm.")) for path in self.trainable)
-
-    @functools.cached_property
-    def trained_share(self) -> float:
-        """Share of the layers' weights that have a gradient."""
-        sizes = [(math.prod(weight.shape), weight.trained) for weight in self.weights]
-        return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+        return reaches_layers(self.trainable)
 
     @functools.cached_property
     def expansions(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jaxft.config import RunConfig, to_dict
 from jaxft.data.batch import Batch
 from jaxft.hlo import Computation, Instruction, Module
-from jaxft.metrics import training_flops
+from jaxft.metrics import Learning, training_flops
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
@@ -358,6 +358,8 @@ class Planner:
         time = _estimated_time(found.seconds, terms=found.terms, spent=found.spent)
         rows = placement.whole_rows(config.eval.batch_size or config.train.batch_size)
         tested = estimator.evaluation(config, placed, rows) if evaluation else None
+        beside = found.kinds["optimizer"]
+        tested_fits = tested is not None and tested.bytes + beside <= chip.limit
         return Plan(
             **_header(config, topology, program),
             source="estimate",
@@ -379,9 +381,9 @@ class Planner:
                     seconds=one.seconds,
                     overlapped=one.hidden,
                 )
-                for one in found.exchanges
+                for one in sorted(found.exchanges, key=lambda e: -e.collective.wire_bytes)
             ),
-            evaluation=_estimated_time(tested.seconds) if tested else None,
+            evaluation=_estimated_time(tested.seconds) if tested and tested_fits else None,
             evaluation_memory=tested.bytes if tested else 0,
             notes=(
                 "A closed-form estimate: nothing was compiled. The exchange of weights and "
@@ -393,7 +395,10 @@ class Planner:
     def _needed(self, config: RunConfig, program: Program) -> tuple[float, float]:
         """Returns a device's share of `model_flops`."""
         evaluator = program.evaluator
-        causal, full = model_flops(config, evaluator.multiplied_parameters, self.architecture)
+        learning = evaluator.learning(program.state.trainable)
+        causal, full = model_flops(
+            config, evaluator.multiplied_parameters, self.architecture, learning
+        )
         devices = evaluator.placement.mesh.size
         return causal / devices, full / devices
 
@@ -523,14 +528,19 @@ def attention_on(
       ConfigError: If the one that is asked for cannot be had there.
     """
     platform = "tpu" if topology.chip.is_tpu else "gpu"
+    capability = _CAPABILITY.get(topology.chip.name, "")
+    if topology.local:
+        device = topology.devices()[0]
+        platform = device.platform
+        capability = str(getattr(device, "compute_capability", ""))
     return choose_backend(
         config.model.attention,
         architecture.config,
-        platform=topology.devices()[0].platform if topology.local else platform,
+        platform=platform,
         length=config.data.max_length,
         compute_dtype=make_numerics(config.model.dtypes).compute_dtype,
         max_segments=1,
-        compute_capability=_CAPABILITY.get(topology.chip.name, ""),
+        compute_capability=capability,
         parts=placement.parts("seq"),
     )
 
@@ -567,7 +577,10 @@ def _estimated_time(
 
 
 def model_flops(
-    config: RunConfig, multiplied: int, architecture: Architecture
+    config: RunConfig,
+    multiplied: int,
+    architecture: Architecture,
+    learning: Learning | None = None,
 ) -> tuple[float, float]:
     """Returns the FLOPs that a step's mathematics needs, of full rows of one document each.
 
@@ -575,6 +588,7 @@ def model_flops(
       config: The run's.
       multiplied: Parameters that a token is multiplied with.
       architecture: Of the model.
+      learning: What of it learns; all by default.
 
     Returns:
       Attention counted once for each visible pair, and in full; of all devices.
@@ -584,6 +598,7 @@ def model_flops(
     seen = sum(_squared(length, window) for window in windows) / len(windows)
     found = training_flops(
         multiplied,
+        learning=learning,
         layers=model.layers,
         heads=model.heads,
         head_dim=model.head_dim,
@@ -748,10 +763,10 @@ def _notes(topology: Topology, module: Module) -> tuple[str, ...]:
 
 def describe_shape(topology: Topology) -> str:
     """Returns `2 slices of v5e 16x16, 256 chips each`, or `64 h100`."""
+    if not topology.chip.is_tpu:
+        return f"{topology.chips} {topology.chip.name}"
     shape = "x".join(map(str, topology.shape))
     each = math.prod(topology.shape)
-    if not topology.chip.is_tpu:
-        return f"{each} {topology.chip.name}"
     if topology.slices > 1:
         return f"{topology.slices} slices of {topology.chip.name} {shape}, {each} chips each"
     return f"{topology.chip.name} {shape}, {each} chip{'s' if each > 1 else ''}"

@@ -196,8 +196,10 @@ def _print_comparison(plans: Sequence[Plan]) -> None:
     output.print(table)
     if all(plan.source == "compiled" for plan in plans):
         _say("[dim]Memory is the compiler's; times and what follows are estimates.[/dim]")
+    elif any(plan.source == "compiled" for plan in plans):
+        _say("[dim]Memory of what was compiled is the compiler's; all else is estimated.[/dim]")
     else:
-        _say("[dim]Memory of TPUs is the compiler's; all else is estimated.[/dim]")
+        _say("[dim]Nothing was compiled: all figures are estimates.[/dim]")
 
 
 def print_search(found: Search) -> None:

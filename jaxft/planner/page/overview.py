@@ -143,14 +143,15 @@ def evaluation_section(plan: Plan) -> str:
     if not plan.evaluation_memory:
         return ""
     size = format_bytes(plan.evaluation_memory)
-    if plan.evaluation is None:
+    if not plan.evaluation_fits:
         text = f"It would take {size} on a device and does not fit."
         return section("Evaluation step", "", f'<p class="remark bad">{text}</p>')
-    time = plan.evaluation
-    text = (
-        f"<b>{format_seconds(time.seconds)}</b> by estimate, {interval(time)}; it takes "
-        f"<b>{size}</b> on a device."
-    )
+    text = f"It takes <b>{size}</b> on a device."
+    if (time := plan.evaluation) is not None:
+        text = (
+            f"<b>{format_seconds(time.seconds)}</b> by estimate, {interval(time)}; it takes "
+            f"<b>{size}</b> on a device."
+        )
     return section("Evaluation step", "", f'<p class="remark">{text}</p>')
 
 

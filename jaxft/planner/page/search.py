@@ -25,10 +25,10 @@ def search_section(found: "Search") -> str:
     topology = found.topology
     text = (
         f"{found.considered:,} candidates were estimated in closed form and {found.compiled:,} "
-        f"compiled in {format_seconds(found.seconds)} for {describe_shape(topology)}. "
+        f"{_made(found)} in {format_seconds(found.seconds)} for {describe_shape(topology)}. "
     )
     best = found.best
-    verdict = "None of them fits." if found.compiled else "None was compiled."
+    verdict = "None of them fits." if found.compiled else f"None was {_made(found)}."
     if best is not None:
         verdict = f"The best: {best.name}, {format_seconds(best.seconds)} a step by estimate."
     return (
@@ -36,6 +36,10 @@ def search_section(found: "Search") -> str:
         f'<p class="remark"><b>{escape(verdict)}</b><br>{escape(text)}</p>'
         f"{_pareto_plot(found)}{_ranking(found)}"
     )
+
+
+def _made(found: "Search") -> str:
+    return "compiled" if found.topology.can_compile else "planned"
 
 
 def _ranking(found: "Search") -> str:
@@ -59,6 +63,8 @@ def _ranking(found: "Search") -> str:
     text = (
         "Compiled steps and memory come from the program; columns “in closed form” are what was "
         "estimated before compiling."
+        if found.topology.can_compile
+        else "Nothing was compiled: all figures are estimates."
     )
     return section("Ranking", text, content + _refusals(refused))
 
@@ -146,7 +152,7 @@ class _Frame(NamedTuple):
 
 
 def _pareto_plot(found: "Search") -> str:
-    limit = found.topology.chip.core.usable or found.topology.chip.core.memory
+    limit = found.topology.chip.core.limit
     points = [
         _Point(one.bytes, one.seconds, rank, one, _is_over(one, limit))
         for rank, one in enumerate(found.candidates, start=1)
@@ -159,10 +165,10 @@ def _pareto_plot(found: "Search") -> str:
     compiled = [p for p in drawn if _is_compiled(p.candidate)]
     of = compiled or [p for p in drawn if not p.over]
     front = [of[i] for i in pareto([(p.x, p.y) for p in of])]
+    joined = f"{_made(found)} candidates" if compiled else "estimates"
     text = (
-        "Filled: compiled. Hollow: estimated in closed form. Red: over the limit. The line joins "
-        f"{'compiled candidates' if compiled else 'estimates'} that no other beats in both; "
-        "numbers are ranks."
+        f"Filled: {_made(found)}. Hollow: estimated in closed form alone. Red: over the limit. The "
+        f"line joins {joined} that no other beats in both; numbers are ranks."
     )
     if missing := len(points) - len(drawn):
         text += f" {missing:,} slower or larger estimates are not drawn."
