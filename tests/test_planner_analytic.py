@@ -297,12 +297,24 @@ def test_a_split_stream_is_gathered_and_scattered():
 
 
 def test_logits_of_a_split_row_are_those_of_its_part():
-    whole = estimate(small_run("full", data__max_length=128), small("llama"))
-    split = estimate(
-        small_run("full", strategy="cp", mesh__context=8, data__max_length=1024), small("llama")
-    )
-    head = 4 * 512 * 256
-    assert split.kinds["logits"] - head == 8 * (whole.kinds["logits"] - head)
+    def logits(**keys: Any) -> int:
+        sizes = {k: v for k, v in SIZES.items() if k in CASES["gqa"]} | {"vocab_size": 65536}
+        config = small_run("full", **keys)
+        found = estimate(config, architecture_from_hf(CASES["gqa"] | sizes)).kinds["logits"]
+        return found - 4 * 65536 * 256  # the head's gradient
+
+    whole = logits(data__max_length=128)
+    assert whole == 2 * 4 * 128 * 65536  # with their gradient
+    assert logits(strategy="cp", mesh__context=8, data__max_length=1024) == 8 * whole
+
+
+def test_what_the_head_and_what_layers_have_in_hand_are_not_there_at_once():
+    sizes = {k: v for k, v in SIZES.items() if k in CASES["gqa"]}
+    for vocab, at_head in ((512, False), (65536, True)):
+        config = small_run("full", data__max_length=128)
+        architecture = architecture_from_hf(CASES["gqa"] | sizes | {"vocab_size": vocab})
+        kinds = estimate(config, architecture).kinds
+        assert (kinds["logits"] > 0, kinds["temporaries"] > 0) == (at_head, not at_head)
 
 
 def test_what_goes_to_the_host_costs_what_it_takes_longer_than_all_else():

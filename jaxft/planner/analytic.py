@@ -271,9 +271,8 @@ class _Run:
         kinds = {
             "parameters": self.placed.parameters,
             "batch": self._batch_bytes() * self.passes,
-            # Logits and their softmax, without a gradient.
-            "logits": 2 / 3 * self._logits_bytes(),
-            "weights": self._weights_bytes(),
+            "logits": self._logits_bytes() / 2,  # without a gradient
+            "weights": self._layer_weights(),
             "temporaries": self._layer_working_set() / 2,
             "program": _PROGRAM,
         }
@@ -311,28 +310,32 @@ class _Run:
             "batch": self._batch_bytes() * self.passes,
             "gradients": gradients * (summed + (1 if self.passes > 1 else 0)),
             "activations": kept,
-            "logits": self._logits_bytes() + 4 * self._vocab() * self.model.embed,
-            "weights": self._weights_bytes(),
-            "temporaries": self._layer_working_set(),
+            "logits": 0.0,
+            "weights": 0.0,
+            "temporaries": 0.0,
             "program": _PROGRAM,
         }
+        # What the head has in hand is gone when layers run backward: the fuller moment counts.
+        head = self._vocab() * self.model.embed
+        at_head = {"logits": self._logits_bytes() + 4 * head, "weights": head * self.itemsize}
+        in_layers = {"weights": self._layer_weights(), "temporaries": self._layer_working_set()}
+        kinds |= max(at_head, in_layers, key=lambda moment: sum(moment.values()))
         return {kind: round(size) for kind, size in kinds.items()}, round(host)
 
     def _batch_bytes(self) -> float:
         return 20 * self.tokens
 
     def _logits_bytes(self) -> float:
-        """Returns bytes of one chunk's logits, their softmax and their gradient."""
+        """Returns bytes of one chunk's logits and their gradient, float32."""
         chunk = min(self.config.objective.chunk or self.part, self.part)
-        return 3 * 4 * chunk * self.tokens / self.part * self._vocab()
+        return 2 * 4 * chunk * self.tokens / self.part * self._vocab()
 
-    def _weights_bytes(self) -> float:
-        """Returns bytes of two layers' weights and the head's as a device multiplies with them."""
-        layer = sum(
+    def _layer_weights(self) -> float:
+        """Returns bytes of two layers' weights as a device multiplies with them."""
+        return 2 * sum(
             math.prod(weight.shape) * self.itemsize / self._parts(weight.plan.held)
             for weight in self.placed.weights
         )
-        return 2 * layer + self._vocab() * self.model.embed * self.itemsize
 
     def _widths(self) -> dict[str, float]:
         """Returns numbers that a device makes of each token in one layer, by activation."""
