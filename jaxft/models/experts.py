@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.activations import MLP
 from jaxft.errors import ConfigError
-from jaxft.models.config import DecoderConfig, Numerics
+from jaxft.models.config import DecoderConfig, ExpertsConfig, Numerics
 from jaxft.models.layers import Linear, Routing
 from jaxft.models.module import Param
 from jaxft.sharding.reduce import WeightPlan, plan_weight
@@ -76,6 +76,12 @@ class ExpertLinear(nnx.Module):
         self.b = Param(jnp.zeros(shape[:2], dtype), axes=axes[:2]) if bias else None
 
 
+def slots_of_expert(experts: ExpertsConfig, capacity: float, length: int) -> int:
+    """Returns how many tokens of a row an expert takes: `capacity` times an even share."""
+    share = length * experts.chosen / experts.count
+    return min(length, math.ceil(capacity * share))
+
+
 class Experts(nnx.Module):
     """A feed-forward part of which each token uses a few experts.
 
@@ -135,7 +141,7 @@ class Experts(nnx.Module):
             routes = self._route(x)
         count = self.config.count
         if self.capacity:
-            capacity = self._slots(x.shape[1])
+            capacity = slots_of_expert(self.config, self.capacity, x.shape[1])
             chosen = _slots_of(routes.experts, real, capacity, count)
             kept = chosen < count * capacity
             apply = functools.partial(_in_slots, capacity=capacity, gating=self.gating)
@@ -172,11 +178,6 @@ class Experts(nnx.Module):
             tokens=jnp.sum(counted),
             dropped=jnp.sum(dropped),
         )
-
-    def _slots(self, length: int) -> int:
-        """Tokens of a row that an expert takes."""
-        share = length * self.config.chosen / self.config.count
-        return min(length, math.ceil(self.capacity * share))
 
 
 def _top_k(

@@ -16,6 +16,7 @@ import numpy as np
 from jaxft import activations as names
 from jaxft.config import RunConfig
 from jaxft.models.config import make_numerics
+from jaxft.models.experts import slots_of_expert
 from jaxft.models.families import Architecture
 from jaxft.planner.kernels import efficiency, mean_visible_pairs
 from jaxft.planner.network import Network
@@ -195,8 +196,7 @@ class _Run:
             parts = self._split("act_experts", experts.count)
             self.chosen = float(experts.chosen)
             if capacity:
-                share = self.length * experts.chosen / experts.count
-                slots = min(self.length, math.ceil(capacity * share))
+                slots = slots_of_expert(experts, capacity, self.length)
                 self.chosen = experts.count * slots / self.length
             elif parts > 1:
                 # In the worst case all tokens of all peers come to one device (models/experts.py).
@@ -230,16 +230,12 @@ class _Run:
         to_host = 2 * host * self.passes / self.chip.host if self.chip.host else 0.0
         peak, products, scores = self._rates_of_products()
         moving = self.chip.bandwidth * self.rates.memory
-        layers = (
-            self.passes * (work.layers / products + work.attention / scores)
-            + moved_by_layers / moving
-        )
         spent = {
             MATMUL: self.passes * (work.layers + work.head) / products,
             ATTENTION: self.passes * work.attention / scores,
-            MEMORY: (moved_by_layers + moved_else) / moving,
+            MEMORY: (self.passes * moved_by_layers + moved_else) / moving,
             # Stages wait for the first micro-batch to come and for the last to go.
-            f"{WAIT} stages": layers * (self.turns / self.passes - 1),
+            f"{WAIT} stages": self._layer_seconds(work) * (self.turns - self.passes),
             **{f"{WAIT} {network}": seconds for network, seconds in slow.items()},
         }
         # What travels to the host does so beside all else.
@@ -250,7 +246,7 @@ class _Run:
             host=host,
             terms={
                 "compute": flops / peak,
-                "memory": (moved_by_layers + moved_else) / self.chip.bandwidth,
+                "memory": (self.passes * moved_by_layers + moved_else) / self.chip.bandwidth,
                 ICI: sum((e.seconds for e in exchanges if e.network == ICI), 0.0),
                 DCN: sum((e.seconds for e in exchanges if e.network == DCN), 0.0),
                 TO_HOST: to_host,
@@ -262,11 +258,8 @@ class _Run:
 
     def evaluation(self) -> Evaluation:
         """Returns what a forward pass takes, beside parameters alone."""
-        _, products, scores = self._rates_of_products()
+        _, products, _ = self._rates_of_products()
         work = self._work()
-        moved, _ = self._passed_bytes()
-        layers = work.layers / products + work.attention / scores
-        layers += moved / self.passes / (self.chip.bandwidth * self.rates.memory)
         waits = sum(e.seconds * (1 - e.hidden) for e in self._exchanges())
         kinds = {
             "parameters": self.placed.parameters,
@@ -276,7 +269,8 @@ class _Run:
             "temporaries": self._layer_working_set() / 2,
             "program": _PROGRAM,
         }
-        seconds = self.turns * layers + self.passes * work.head / products + waits
+        seconds = self.turns * self._layer_seconds(work) + waits
+        seconds += self.passes * work.head / products
         return Evaluation(round(sum(kinds.values())), seconds)
 
     def _split(self, axis: str, size: int) -> int:
@@ -301,7 +295,7 @@ class _Run:
         kept, host = self._kept_bytes()
         if self.stages > 1:
             # A stage keeps its input alone of each micro-batch that is under way.
-            stream = self.tokens * self._widths()[names.INPUTS] * self.itemsize
+            stream = self.tokens * self._widths[names.INPUTS] * self.itemsize
             kept += (2 * self.stages - 1) * stream
         gradients = self.placed.gradients
         kinds = {
@@ -337,8 +331,9 @@ class _Run:
             for weight in self.placed.weights
         )
 
+    @functools.cached_property
     def _widths(self) -> dict[str, float]:
-        """Returns numbers that a device makes of each token in one layer, by activation."""
+        """Numbers that a device makes of each token in one layer, by activation."""
         m = self.model
         keys = m.kv_heads / self._split("act_kv_heads", m.kv_heads)
         stream = m.embed * self._split("seq", self.length)
@@ -360,7 +355,7 @@ class _Run:
         """Returns bytes that wait for the backward pass, on the device and on the host."""
         if not self.back:
             return 0.0, 0.0
-        widths = self._widths()
+        widths = self._widths
         remat = self.config.model.remat
         kept = {names.INPUTS, *self.kept}
         if remat in ("dots", "none"):
@@ -382,7 +377,7 @@ class _Run:
 
     def _layer_working_set(self) -> float:
         """Returns bytes that the backward pass of one layer has in hand."""
-        widths = self._widths()
+        widths = self._widths
         at_once = self.room * (widths[names.MLP] + self.hidden + self._routed())
         at_once += 6 * widths[names.INPUTS] + 2 * widths[names.QKV]
         # Scores and their gradient, and weights of values.
@@ -400,7 +395,7 @@ class _Run:
 
     def _products(self) -> dict[str, float]:
         """Returns multiplications of each token in one layer's products, forward."""
-        embed, widths = self.model.embed, self._widths()
+        embed, widths = self.model.embed, self._widths
         return {
             names.QKV: embed * widths[names.QKV],
             names.ATTENTION_OUT: embed * self._heads() * self.model.head_dim,
@@ -422,7 +417,7 @@ class _Run:
         layer = forward * (1 + self.back * (1 + self._trained_share()))
         layer += sum(products[name] for name in self.again - {names.ATTENTION})
         # Forward, its logits once more, and two gradients.
-        head = 1 + self.learns * (1 + self.back + self.placed.head().trained)
+        head = 1 + self.learns * (1 + self.back + self.placed.head.trained)
         # The kernels of flash attention make scores once more for the gradients.
         attention = 2 + self.back * (5 if self.placed.flash else 4)
         if names.ATTENTION in self.again:
@@ -448,23 +443,25 @@ class _Run:
         ]
         return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
-    def _passed_by_token(self, widths: dict[str, float], passes: float) -> float:
-        """Returns bytes that memory passes of a token in one layer, but for products."""
-        numbers = _PASSED[0] * widths[names.INPUTS] + _PASSED[1] * self.hidden
-        # Scores are written, read twice and made weights, which are written and read.
-        scores = self._heads() * self.length * (3 * 4 + 2 * self.itemsize)
-        return passes * (self.itemsize * numbers + (0.0 if self.placed.flash else scores))
+    def _layer_seconds(self, work: _Work) -> float:
+        """Returns seconds that layers take for one micro-batch."""
+        _, products, scores = self._rates_of_products()
+        moving = self.chip.bandwidth * self.rates.memory
+        moved, _ = self._passed_bytes()
+        return work.layers / products + work.attention / scores + moved / moving
 
     def _passed_bytes(self) -> tuple[float, float]:
-        """Returns bytes that memory passes in a step, of layers and of all else."""
+        """Returns bytes that memory passes: of layers in a micro-batch, of all else in a step."""
+        numbers = _PASSED[0] * self._widths[names.INPUTS] + _PASSED[1] * self.hidden
+        # Scores are written, read twice and made weights, which are written and read.
+        scores = self._heads() * self.length * (3 * 4 + 2 * self.itemsize)
+        of_token = self.itemsize * numbers + (0.0 if self.placed.flash else scores)
         repeated = self.config.model.remat not in ("none", "dots") or self.stages > 1
-        passes = 1 + self.back * (1 + repeated)
-        by_token = self._passed_by_token(self._widths(), passes)
-        layers = self.tokens * self.layers * by_token
+        runs = 1 + self.back * (1 + repeated)
         logits = 4 * 4 * self.tokens * self._vocab()
         state = 2 * self.placed.parameters + 4 * self.placed.moments
         sums = 3 * self.placed.gradients
-        return layers * self.passes, (logits + sums) * self.passes + state
+        return self.tokens * self.layers * runs * of_token, (logits + sums) * self.passes + state
 
     # Communication.
 
@@ -504,7 +501,7 @@ class _Run:
         """Adds what travels of weights and of their gradients."""
         uses = [(weight, self.layers * self.turns, 1 + self.back) for weight in self.placed.weights]
         # The head is gathered once: its backward pass finds it there.
-        head = self.placed.head()
+        head = self.placed.head
         uses.append((head, self.passes, 1))
         for weight, times, gathers in uses:
             plan = weight.plan

@@ -87,8 +87,9 @@ class Placed:
             for shape in [tuple(self.abstract.params[path].shape)[1:]]
         ]
 
+    @functools.cached_property
     def head(self) -> Weight:
-        """Returns the head, which may be the embedding's table too."""
+        """The head, which may be the embedding's table too."""
         path = "head.w" if "head.w" in self.abstract.params else "embed.w"
         shape = tuple(self.abstract.params[path].shape)
         return Weight(shape, self._plan(("vocab", "embed"), shape), path in self.trainable)

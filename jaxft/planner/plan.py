@@ -358,9 +358,7 @@ class Planner:
         time = _estimated_time(found.seconds, terms=found.terms, spent=found.spent)
         rows = placement.whole_rows(config.eval.batch_size or config.train.batch_size)
         tested = estimator.evaluation(config, placed, rows) if evaluation else None
-        beside = found.kinds["optimizer"]
-        tested_fits = tested is not None and tested.bytes + beside <= chip.limit
-        return Plan(
+        plan = Plan(
             **_header(config, topology, program),
             source="estimate",
             memory=memory,
@@ -383,7 +381,7 @@ class Planner:
                 )
                 for one in sorted(found.exchanges, key=lambda e: -e.collective.wire_bytes)
             ),
-            evaluation=_estimated_time(tested.seconds) if tested and tested_fits else None,
+            evaluation=_estimated_time(tested.seconds) if tested else None,
             evaluation_memory=tested.bytes if tested else 0,
             notes=(
                 "A closed-form estimate: nothing was compiled. The exchange of weights and "
@@ -391,6 +389,7 @@ class Planner:
                 f"Attention: {choice.backend} ({choice.reason}).",
             ),
         )
+        return plan if plan.evaluation_fits else dataclasses.replace(plan, evaluation=None)
 
     def _needed(self, config: RunConfig, program: Program) -> tuple[float, float]:
         """Returns a device's share of `model_flops`."""
