@@ -268,6 +268,10 @@ class Checkpoints:
             raise CheckpointError(other)
         return found
 
+    def restore_progress(self, step: int) -> Progress:
+        """Returns what a checkpoint knows beside its arrays."""
+        return progress_from_json(self._read(step, progress=ocp.args.JsonRestore())["progress"])
+
     def restore_config(self, step: int) -> dict[str, Any]:
         """Returns the run's config, `{dotted path: value}`."""
         return self._read(step, config=ocp.args.JsonRestore())["config"]

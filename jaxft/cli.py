@@ -15,11 +15,14 @@ Any key of the config can be set by a flag: --config.optim.learning_rate=2e-5.
 All keys with their meaning: jaxft train --print_config.
 """
 
+_STATUS_OF_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong usage.
 
-    A run of several processes that a signal stopped has 143, so that what started it goes on.
+    What a signal stopped has 128 and its number, as in a shell, though training has saved its step:
+    130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -228,12 +231,11 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     with _together(options):
         config = _config(options, training=True)
-        from jaxft import distributed
         from jaxft.trainer import train
 
         result = train(config, resume=options.resume, overwrite=options.overwrite)
-    # What starts several hosts must see that the run is to go on.
-    return 143 if result.reason == "SIGTERM" and distributed.count() > 1 else 0
+    # What comes next, such as an export or a restart, must see that the run is to go on.
+    return _STATUS_OF_SIGNAL.get(result.reason, 0)
 
 
 def _eval(options: argparse.Namespace) -> int:

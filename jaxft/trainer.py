@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ import numpy as np
 
 from jaxft import data, distributed, progress
 from jaxft.checkpoint import Checkpoints, Progress
-from jaxft.config import RunConfig, TrainConfig, to_dict
+from jaxft.config import RunConfig, to_dict
 from jaxft.data import BatchIterator, TokenRows, chat
 from jaxft.devices import peak_flops
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.evaluation import SamplePrompt, evaluate_rows, read_sample_prompts
 from jaxft.hf.load import read_config
 from jaxft.hf.tokenizer import save_tokenizer
+from jaxft.lock import Lock
 from jaxft.metrics import Interval, MetricsWriter, require_wandb, train_record, training_flops
 from jaxft.model import (
     Model,
@@ -53,7 +55,7 @@ from jaxft.sharding.rules import Placement
 from jaxft.signals import StopRequest, stop_on_signals
 from jaxft.state import TrainState, init_state
 from jaxft.train_step import StepMetrics
-from jaxft.workdir import Workdir, read_jsonl, write_text
+from jaxft.workdir import Workdir, absolute, claimed, explained_files, read_jsonl, write_text
 
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a signal
 # is answered soon and that batches do not pile up in its memory.
@@ -95,6 +97,7 @@ class _Run:
     iterator: Any
     bar: progress.TrainProgress
     counts: Progress
+    lock: Lock | None
 
     @property
     def patience_is_over(self) -> bool:
@@ -125,6 +128,24 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)
     _refuse_workdir_of_model(config)
+    folder = absolute(config.train.workdir)
+    with explained_files(folder), _claimed(folder) as lock:
+        workdir = _check_workdir(folder, config, resume=resume, overwrite=overwrite)
+        return _train(config, placement, workdir, lock)
+
+
+def _train(
+    config: RunConfig, placement: Placement, workdir: Workdir, lock: Lock | None
+) -> TrainResult:
+    """Trains in a workdir that no other run uses."""
+    start, reached = _newest_checkpoint(workdir)
+    if ended := _how_it_ended(config, workdir, start, reached):
+        _announce_finished(config, workdir, start, ended)
+        return TrainResult(
+            workdir.path, workdir.checkpoints / str(start), start, ended, reached.best_loss
+        )
+    for change in workdir.changes:
+        progress.log(f"Changed since the run was started: {change}", style="yellow")
     with progress.phase("Model and tokenizer"):
         source = find_source(
             config.model.path,
@@ -132,10 +153,6 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
             weights=not config.model.random_init,
         )
         architecture, tokenizer = read_description(source, config)
-    workdir = _check_workdir(config, resume=resume, overwrite=overwrite)
-    for change in workdir.changes:
-        progress.log(f"Changed since the run was started: {change}", style="yellow")
-    start = _newest_step(workdir)
     _check_before_reading_data(config, architecture, placement)
     with progress.phase("Data"):
         rows, held_out = _read_data(config, tokenizer)
@@ -148,6 +165,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
             epochs=config.train.epochs,
             steps=config.train.steps,
             start_step=start,
+            start_position=reached.data.get("position"),
             places=placement.held_rows(config.train.batch_size // config.train.accumulation),
         )
     distributed.check_same("training data", iterator.state())
@@ -162,14 +180,15 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     _warn(config, architecture, (rows, *held_out.values()))
     check_backend(evaluator.attention.backend, architecture.config)
     if not start:
-        _begin(workdir, config)
+        _begin(workdir, config, lock)
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.train.keep_last)
     checkpoints.check_space(program.state, count=config.train.keep_last + 2)
     with progress.phase("Weights") as phase:
         if start:
             state, counts = checkpoints.restore(program.state, start)
             _check_same_data(counts, iterator, workdir)
-            _begin(workdir, config)
+            if start < iterator.steps:
+                _begin(workdir, config, lock)
             phase.detail(f"checkpoint of step {start}")
         else:
             state, counts = _init_state(config, program, source), Progress(data={})
@@ -200,6 +219,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         iterator=iterator,
         bar=progress.TrainProgress(iterator.steps, start),
         counts=counts,
+        lock=lock,
     )
     with contextlib.closing(iterator), run.writer, checkpoints:
         if not start:
@@ -233,6 +253,8 @@ def _loop(
     in_flight: collections.deque[StepMetrics] = collections.deque()
     with run.bar:
         for done, batch in zip(range(start + 1, steps + 1), run.iterator, strict=False):
+            if run.lock is not None:
+                run.lock.check()
             state, metrics = step(state, to_devices(batch))
             periods.add(done, metrics)
             in_flight.append(metrics)
@@ -247,7 +269,7 @@ def _loop(
                 reason = signal.name
                 progress.log(f"{reason}: saving step {done}; Ctrl-C stops at once.")
             evaluated = None
-            if run.held_out and (last or _evaluation_due(config, done, len(run.rows))):
+            if run.held_out and (last or _evaluation_due(run, done)):
                 with _paused(run, periods):
                     evaluated = _evaluate(run, state)
             if reason == "end" and not last and run.patience_is_over:
@@ -265,9 +287,18 @@ def _loop(
     return state, reason
 
 
-def _check_workdir(config: RunConfig, *, resume: bool, overwrite: bool) -> Workdir:
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[Lock | None]:
+    """Keeps other runs out of the folder; one host holds its lock for all."""
+    if distributed.is_first():
+        with claimed(folder) as lock:
+            yield lock
+    else:
+        yield None
+
+
+def _check_workdir(path: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> Workdir:
     """Returns the workdir as host 0 finds it: the others must not see what it changes later."""
-    path = Path(config.train.workdir).expanduser().absolute()
     distributed.require_shared(path)
 
     def find() -> dict[str, Any]:
@@ -278,28 +309,44 @@ def _check_workdir(config: RunConfig, *, resume: bool, overwrite: bool) -> Workd
     return Workdir(path=path, resumed=found["resumed"], changes=tuple(found["changes"]))
 
 
-def _begin(workdir: Workdir, config: RunConfig) -> None:
+def _begin(workdir: Workdir, config: RunConfig, lock: Lock | None) -> None:
     """Prepares the folder on host 0, once no other host looks at what was in it."""
     distributed.barrier("workdir is read")
-    if distributed.is_first():
+    if lock is not None:
+        lock.check()
         workdir.begin(config)
     distributed.barrier("workdir is ready")
 
 
-def _newest_step(workdir: Workdir) -> int:
-    """Returns the step that the run goes on from; 0 if it starts."""
-    found = _newest_step_seen(workdir)
-    distributed.check_same("newest checkpoint", {"step": found})
-    return found
+def _newest_checkpoint(workdir: Workdir) -> tuple[int, Progress]:
+    """Returns the step that the run goes on from, 0 if it starts, and how far it had come."""
+    start, reached = 0, Progress(data={})
+    if workdir.resumed and workdir.checkpoints.is_dir():
+        checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
+        start = max(checkpoints.steps(), default=0)
+        distributed.check_same("newest checkpoint", {"step": start})
+        if start:
+            reached = checkpoints.restore_progress(start)
+        checkpoints.close()
+    return start, reached
 
 
-def _newest_step_seen(workdir: Workdir) -> int:
-    if not (workdir.resumed and workdir.checkpoints.is_dir()):
-        return 0
-    checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
-    steps = checkpoints.steps()
-    checkpoints.close()
-    return steps[-1] if steps else 0
+def _how_it_ended(config: RunConfig, workdir: Workdir, start: int, reached: Progress) -> str:
+    """Returns the reason why nothing of a run is left to be done; empty if something is.
+
+    One that was killed between its last checkpoint and its report has these to write yet.
+    """
+    if not start:
+        return ""
+    train, patience = config.train, config.eval.patience
+    if data.is_over(reached.data, epochs=train.epochs, steps=train.steps):
+        reason = "end"
+    elif patience and reached.stale_evaluations >= patience:
+        reason = "patience"
+    else:
+        return ""
+    has_report = distributed.from_first("report", lambda: workdir.has_report_since(start))
+    return reason if has_report else ""
 
 
 def _check_before_reading_data(
@@ -335,12 +382,13 @@ def _warn(config: RunConfig, architecture: Architecture, sets: Iterable[TokenRow
 
 def _refuse_workdir_of_model(config: RunConfig) -> None:
     workdir, model = (
-        Path(p).expanduser().resolve() for p in (config.train.workdir, config.model.path)
+        Path(os.path.realpath(os.path.expanduser(p)))
+        for p in (config.train.workdir, config.model.path)
     )
-    if workdir in (model, *model.parents) and model.exists():
+    if workdir in (model, *model.parents) and os.path.exists(model):
         raise ConfigError(
             f"train.workdir and model.path are the same folder, {workdir}, which the run would "
-            "overwrite. Name another train.workdir."
+            "overwrite. Name another one with --config.train.workdir=…."
         )
 
 
@@ -386,7 +434,7 @@ def _init_state(config: RunConfig, program: Program, source: Source) -> TrainSta
 
 def _check_same_data(counts: Progress, iterator: BatchIterator, workdir: Workdir) -> None:
     now = iterator.state()
-    if counts.data != now:
+    if {"position": now["position"]} | counts.data != now:
         raise CheckpointError(
             f"The data has changed since {workdir.path} was started: the checkpoint was at "
             f"{counts.data} and would go on at {now}. Restore the training data, or start a run in "
@@ -424,11 +472,13 @@ def _keep_model_files(
     write_text(folder / "tensor_dtypes.json", json.dumps(dtypes, indent=1))
 
 
-def _evaluation_due(config: TrainConfig, done: int, rows: int) -> bool:
-    if config.eval_every:
-        return done % config.eval_every == 0
+def _evaluation_due(run: _Run, done: int) -> bool:
+    every = run.config.train.eval_every
+    if every:
+        return done % every == 0
     # An epoch ends at the step that reads its last row.
-    return done * config.batch_size // rows > (done - 1) * config.batch_size // rows
+    before, after = (run.iterator.position(step) // len(run.rows) for step in (done - 1, done))
+    return after > before
 
 
 def _evaluate(run: _Run, state: TrainState) -> float | None:
@@ -604,6 +654,24 @@ def _announce(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
         f"{mesh.devices.flat[0].device_kind} devices{hosts} ({shape}), "
         f"attention {evaluator.attention.backend} ({evaluator.attention.reason}), {steps} steps."
     )
+
+
+def _announce_finished(config: RunConfig, workdir: Workdir, step: int, reason: str) -> None:
+    train = config.train
+    if reason == "patience":
+        ended = "when the validation loss had not fallen for as long as --config.eval.patience"
+        longer = f"--config.eval.patience={2 * config.eval.patience}"
+    elif train.steps:
+        ended, longer = "", f"--config.train.steps={2 * max(step, train.steps)}"
+    else:
+        ended, longer = "", f"--config.train.epochs={2 * train.epochs:g}"
+    progress.log(
+        f"Already finished: {workdir.path} ended at step {step}{ended and f', {ended}'}. Nothing "
+        f"was changed. Make the run longer with {longer}, or name another folder with "
+        "--config.train.workdir=…."
+    )
+    for change in workdir.changes:
+        progress.log(f"Not applied, as no step is left: {change}", style="yellow")
 
 
 def _announce_end(run: _Run, step: int, reason: str, workdir: Workdir) -> None:

@@ -1,7 +1,9 @@
 """The folder a run writes to: its layout, who may use it, and writes that are never half done."""
 
+import contextlib
 import dataclasses
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -18,6 +20,7 @@ import jax
 from jaxft.config import RunConfig, to_dict
 from jaxft.devices import host_memory_total
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
+from jaxft.lock import Lock, hold
 
 # Keys on which "the run goes on where it stopped" depends; others may change and are reported.
 _FIXED = ("model.", "data.", "objective.", "train.seed", "train.batch_size", "optim.freeze")
@@ -29,7 +32,9 @@ _FREE = (
     "data.validation",
     "objective.chunk",
 )
+_LOCK = "run.lock"
 _FILES = (
+    _LOCK,
     "config.json",
     "environment.json",
     "metrics.jsonl",
@@ -115,6 +120,11 @@ class Workdir:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
 
+    def has_report_since(self, step: int) -> bool:
+        """Whether the report was written after the checkpoint of a step."""
+        report, checkpoint = self.report, self.checkpoints / str(step)
+        return report.is_file() and report.stat().st_mtime >= checkpoint.stat().st_mtime
+
     @classmethod
     def check(
         cls, path: str | Path, config: RunConfig, *, resume: bool, overwrite: bool
@@ -134,9 +144,16 @@ class Workdir:
                 "--resume continues the run in the folder and --overwrite deletes it; give one."
             )
         config.validate()
-        folder = Path(path).expanduser().absolute()
+        folder = absolute(path)
+        with explained(folder):
+            return cls._check(folder, config, resume=resume, overwrite=overwrite)
+
+    @classmethod
+    def _check(cls, folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> "Workdir":
         if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file; train.workdir names a folder.")
+            raise CheckpointError(
+                f"{folder} is a file; a run needs a folder. Name one with --config.train.workdir=…."
+            )
         if not _holds_run(folder):
             _refuse_files_of_others(folder)
             return cls(path=folder)
@@ -147,7 +164,7 @@ class Workdir:
             return cls(path=folder)
         raise CheckpointError(
             f"{folder} holds another run. Continue it with --resume, delete it with --overwrite, "
-            "or name another folder with train.workdir."
+            "or name another folder with --config.train.workdir=…."
         )
 
     @classmethod
@@ -157,8 +174,10 @@ class Workdir:
         Raises:
           CheckpointError: If the folder holds none.
         """
-        folder = Path(path).expanduser().absolute()
-        if not (folder / "config.json").is_file():
+        folder = absolute(path)
+        with explained(folder):
+            has_config = (folder / "config.json").is_file()
+        if not has_config:
             raise CheckpointError(f"{folder} is no run's folder: it has no config.json.")
         return cls(path=folder, resumed=True)
 
@@ -182,16 +201,88 @@ class Workdir:
         Raises:
           CheckpointError: If the folder cannot be made.
         """
-        if not self.resumed:
-            _remove_run(self.path)
-        try:
+        with explained(self.path):
+            if not self.resumed:
+                _remove_run(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be made: {error.strerror}. Choose another train.workdir."
-            ) from error
         write_text(self.config, _json(to_dict(config)))
         write_text(self.environment, _json(environment()))
+
+
+def absolute(path: str | Path) -> Path:
+    """Returns the folder that `train.workdir` names.
+
+    Raises:
+      ConfigError: If it begins with the home of a user who has none.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"train.workdir is {str(path)!r}: {error}.") from error
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[Lock]:
+    """Keeps other runs out of a folder during the block; it is made if it is not there.
+
+    A block that leaves a new folder empty leaves none.
+
+    Raises:
+      CheckpointError: If another run is using it, or it cannot be made or written to.
+    """
+    with contextlib.ExitStack() as stack:
+        with explained(folder):
+            for made in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+                made.mkdir(exist_ok=True)
+                stack.callback(_remove_if_empty, made)
+            lock = stack.enter_context(hold(folder / _LOCK))
+        yield lock
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a run's folder into a CheckpointError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # a ValueError is of characters that no name can have
+        raise _unusable(folder, error) from error
+
+
+@contextlib.contextmanager
+def explained_files(folder: Path) -> Iterator[None]:
+    """Turns what the system says of files in a run's folder into a JaxftError."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str) or folder not in Path(error.filename).parents:
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _write_error(Path(error.filename), error) from error
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} cannot be the folder of a run: {_reason(folder, error)}. Name another one with "
+        "--config.train.workdir=…."
+    )
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    for path in (*reversed(folder.parents), folder):
+        with contextlib.suppress(OSError, ValueError):
+            if path.is_file():
+                return f"{path} is a file"
+            if path.is_symlink() and not path.exists():
+                return f"{path} is a link to {os.readlink(path)}, where there is nothing"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or folder}: {error.strerror}"
+    return str(error)
 
 
 def environment() -> dict[str, Any]:
@@ -312,7 +403,7 @@ def _holds_run(folder: Path) -> bool:
 
 def _refuse_files_of_others(folder: Path) -> None:
     """Raises CheckpointError if names that a run uses are taken by what no run made."""
-    taken = [name for name in (*_FILES, *_FOLDERS) if (folder / name).exists()]
+    taken = [n for n in (*_FILES, *_FOLDERS) if n != _LOCK and (folder / n).exists()]
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         ours = isinstance(config, dict) and set(config) <= set(to_dict(RunConfig()))
@@ -321,7 +412,7 @@ def _refuse_files_of_others(folder: Path) -> None:
     if taken and not ours:
         raise CheckpointError(
             f"{folder} holds {', '.join(taken)}, which no run of jaxft made and which a run would "
-            "replace. Name another folder with train.workdir."
+            "replace. Name another folder with --config.train.workdir=…."
         )
 
 
@@ -335,13 +426,14 @@ def _refuse_foreign_files(folder: Path) -> None:
         shown = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
         raise CheckpointError(
             f"--overwrite will not delete {folder}: it also holds {shown}, which no run makes. "
-            "Move that away, or name another folder with train.workdir."
+            "Move that away, or name another folder with --config.train.workdir=…."
         )
 
 
 def _remove_run(folder: Path) -> None:
     leftovers = list(folder.glob(f"{_TEMPORARY}*")) if folder.is_dir() else []
-    for path in [*(folder / name for name in (*_FOLDERS, *_FILES)), *leftovers]:
+    named = [folder / name for name in (*_FOLDERS, *_FILES) if name != _LOCK]
+    for path in [*named, *leftovers]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxft.data.chat import Example
 from jaxft.data.documents import Documents, DocumentWriter
-from jaxft.data.loader import batches, eval_batches, shuffled
+from jaxft.data.loader import batches, eval_batches, is_over, shuffled
 from jaxft.data.packing import PackingStatistics, pack
 from jaxft.data.rows import TokenRows, write_rows
 from jaxft.errors import ConfigError, DataError
@@ -101,6 +101,46 @@ def test_a_resumed_iterator_continues_exactly(rows, start):
     for resumed, expected in zip(rest, whole[start:], strict=True):
         for array, other in zip(resumed, expected, strict=True):
             np.testing.assert_array_equal(array, other)
+
+
+@pytest.mark.parametrize("batch_size", [4, 6, 30])
+@pytest.mark.parametrize("parts", [(1.0, 2.0), (0.5, 1.0, 1.5, 3.0), (0.3, 2.0)])
+def test_a_run_made_longer_reads_each_row_as_often_as_one_that_was_long(rows, batch_size, parts):
+    state = {"step": 0, "position": 0}
+    seen, steps = [], 0
+    for epochs in parts:
+        iterator = batches(
+            rows,
+            batch_size=batch_size,
+            epochs=epochs,
+            start_step=state["step"],
+            start_position=state["position"],
+        )
+        seen += [n for batch in iterator for n in numbers(batch) if n >= 0]
+        state, steps = json.loads(json.dumps(iterator.state())), iterator.steps
+        assert state["step"] == steps and is_over(state, epochs=epochs, steps=0)
+        assert not is_over(state, epochs=epochs + 1, steps=0)
+        assert not is_over(state, epochs=0, steps=steps + 1)
+    whole = read(rows, batch_size=batch_size, epochs=parts[-1])
+    assert seen == [n for batch in whole for n in numbers(batch) if n >= 0]
+
+
+def test_steps_after_a_run_of_epochs_are_full(rows):
+    iterator = batches(rows, batch_size=6, epochs=1.0)
+    list(iterator)
+    state = iterator.state()
+    assert (state["step"], state["position"]) == (4, COUNT)
+    longer = batches(
+        rows,
+        batch_size=6,
+        steps=8,
+        start_step=state["step"],
+        start_position=state["position"],
+    )
+    seen = [n for batch in longer for n in numbers(batch)]
+    second = [shuffled(place, COUNT, seed=0, epoch=1) for place in range(COUNT)]
+    assert seen[:COUNT] == second and len(seen) == 24 and min(seen) >= 0
+    assert longer.steps == 8 and longer.position(8) == COUNT + 24
 
 
 @pytest.mark.parametrize("places", [[0, 1], [0, 2], [3]])

@@ -14,7 +14,7 @@ import pytest
 
 import jaxft
 from jaxft.checkpoint import Checkpoints
-from jaxft.errors import CheckpointError, TrainingError
+from jaxft.errors import CheckpointError, ModelError, TrainingError
 from jaxft.trainer import train
 from jaxft.workdir import read_jsonl
 from tests.tiny_run import assert_same_arrays, command, read_metrics, read_records, tiny_config
@@ -108,7 +108,7 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(home, tmp_path, start, nu
     run = start(long_run(home, tmp_path / "run", train__log_every=4))
     run.wait_for_step(3)
     run.send(number)
-    assert run.wait() == 0, run.log
+    assert run.wait() == 128 + number, run.log
     [said] = re.findall(
         rf"Stopped by {number.name} after step (\d+), which is saved\. Continue", run.log
     )
@@ -123,6 +123,36 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(home, tmp_path, start, nu
     rest.train.workdir = str(run.workdir)
     result = train(rest, resume=True)
     assert [r["step"] for r in read_metrics(result.workdir)][-1] == int(said) + 5
+
+
+def test_a_folder_in_use_is_refused_until_its_run_is_killed(home, tmp_path, start, capfd):
+    config = long_run(home, tmp_path / "run", train__save_every=2)
+    run = start(config)
+    run.wait_for_step(5)
+    for options in ((), ("--resume",), ("--overwrite",)):
+        other = start(config, *options)
+        assert other.wait() == 1
+        assert re.search(r"in use by another run:\s+process \d+ on host", other.log), other.log
+        assert "Data" not in other.log  # refused before the long work
+    jaxft.load(run.workdir)  # reading is allowed
+    run.wait_for_step(10)
+    run.send(signal.SIGKILL)
+    run.wait()
+    assert (run.workdir / "run.lock").is_file()
+    rest = tiny_config(home, train__epochs=0, train__save_every=2)
+    rest.train.steps = complete_steps(run.workdir)[-1] + 3
+    rest.train.workdir = config.train.workdir
+    result = train(rest, resume=True)
+    assert [r["step"] for r in read_metrics(result.workdir)] == [*range(1, result.step + 1)]
+    assert not (run.workdir / "run.lock").exists()
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(home, tmp_path):
+    config = tiny_config(home, model__path=str(tmp_path / "nowhere"))
+    config.train.workdir = str(tmp_path / "a/run")
+    with pytest.raises(ModelError):
+        train(config)
+    assert not (tmp_path / "a").exists()
 
 
 # Saves do not end here, as on a slow disk: WHERE is the main thread's part or that of a thread.

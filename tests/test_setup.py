@@ -23,7 +23,7 @@ LAYERS = {
     4: """__init__ trainer program conversion evaluation exporter generate model planner
           doctor report tables shardings sharding_page demo""",
     3: """train_step eval_step pipeline objectives checkpoint data
-          metrics intervals periods progress charts vocabulary workdir signals""",
+          metrics intervals periods progress charts vocabulary workdir lock signals""",
     2: "models lora quantization hf optim state",
     1: "activations chips hlo sharding distributed tree config errors devices",
 }

@@ -134,6 +134,60 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(home, config):
     assert [(result.workdir / name).read_text() for name in names] == before
 
 
+def contents(folder):
+    """Every file below a folder with its bytes."""
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_resuming_a_finished_run_with_other_keys_changes_nothing_and_says_so(home, config, capfd):
+    run = config(data__validation=held_out(home), eval__samples=1)
+    result = train(run)
+    before = contents(result.workdir)
+    run.optim.learning_rate, run.train.keep_last, run.train.steps = 0.5, 1, 7
+    capfd.readouterr()
+    assert train(run, resume=True) == result
+    assert contents(result.workdir) == before
+    said = " ".join(capfd.readouterr().err.split())
+    assert "Already finished" in said and "--config.train.steps=16" in said
+    assert "Not applied, as no step is left: optim.learning_rate was 0.001 and is now 0.5." in said
+
+
+def test_a_run_that_patience_ended_is_finished_until_it_has_more(home, config, monkeypatch, capfd):
+    run = config(data__validation=held_out(home), train__eval_every=1, eval__patience=1)
+    feed_losses(monkeypatch, [5, 6])
+    result = train(run)
+    assert (result.step, result.reason) == (1, "patience")
+    before = contents(result.workdir)
+    run.train.log_every = 3
+    assert train(run, resume=True) == result
+    assert contents(result.workdir) == before
+    assert "--config.eval.patience=2" in "".join(capfd.readouterr().err.split())
+
+
+def test_a_finished_run_that_lacks_its_report_gets_it_with_its_own_settings(home, config):
+    run = config()
+    result = train(run)
+    (result.workdir / "report.html").unlink()
+    before = (result.workdir / "config.json").read_text()
+    run.train.log_every = 3
+    assert train(run, resume=True).step == 8
+    assert (result.workdir / "report.html").is_file()
+    assert (result.workdir / "config.json").read_text() == before
+
+
+def test_a_run_over_epochs_made_longer_reads_every_row_equally_often(home, config):
+    run = config("longer", train__steps=0, train__epochs=1, train__batch_size=8)
+    rows, _ = trainer._read_data(run, jaxft.load(home / "base").tokenizer)
+    assert len(rows) % 8  # the last step has places left over
+    train(run)
+    run.train.epochs = 2
+    result = train(run, resume=True)
+    last = read_records(result.workdir / "metrics.jsonl")[-1]
+    assert last["tokens"] == 2 * rows.statistics.tokens
+    assert last["trained_tokens"] == 2 * rows.statistics.trained_tokens
+    assert result.step == math.ceil(len(rows) / 8) * 2
+
+
 def test_a_run_is_resumed_on_another_mesh(home, config, monkeypatch):
     one = config(train__save_every=4, train__batch_size=8)
     crash(monkeypatch, one, step=5)

@@ -1,5 +1,8 @@
+import contextlib
 import json
 import math
+import os
+import subprocess
 import threading
 
 import numpy as np
@@ -7,7 +10,16 @@ import pytest
 
 from jaxft.config import RunConfig, to_dict
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
-from jaxft.workdir import Workdir, append_jsonl, environment, read_jsonl, write_text
+from jaxft.workdir import (
+    Workdir,
+    absolute,
+    append_jsonl,
+    claimed,
+    environment,
+    explained_files,
+    read_jsonl,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -136,6 +148,96 @@ def test_a_file_is_no_workdir(tmp_path, config):
         _open(tmp_path / "f", config)
     with pytest.raises(CheckpointError, match="no run's folder"):
         Workdir.read(tmp_path)
+
+
+@contextlib.contextmanager
+def without_rights():
+    """Lets root be nobody, whom permissions hold for."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+    else:
+        yield
+
+
+def use(folder, config):
+    """Uses a folder as a run does."""
+    with claimed(absolute(folder)):
+        _open(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("file/run", r"/file is a file"),
+        ("file/run/deeper", r"/file is a file"),
+        ("dangling", r"/dangling is a link to .*nowhere, where there is nothing"),
+        ("dangling/run", r"/dangling is a link to .*nowhere, where there is nothing"),
+        ("circle/run", r"/circle is a link to .*circle, where there is nothing"),
+        ("x" * 300, r"File name too long"),
+        ("nul\0byte", r"null byte"),
+        ("own/run", r"Permission denied"),
+    ],
+)
+def test_a_folder_that_no_run_can_have_is_refused_in_words(tmp_path, config, name, why):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "own").mkdir(mode=0o500)
+    rights = without_rights() if name == "own/run" else contextlib.nullcontext()
+    with pytest.raises(CheckpointError, match=why) as error, rights:
+        use(tmp_path / name, config)
+    assert "--config.train.workdir=" in str(error.value)
+    with pytest.raises(CheckpointError, match=f"{why}|is no run's folder"):
+        Workdir.read(tmp_path / name)
+
+
+def test_a_folder_on_storage_that_cannot_be_written_is_refused_in_words(tmp_path, config):
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=8k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        for name in ("run", "."):
+            with pytest.raises(CheckpointError, match="Read-only file system"):
+                use(tmp_path / name, config)
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_the_home_of_nobody_is_refused_in_words(config):
+    with pytest.raises(ConfigError, match=r"train\.workdir is '~nobody-has-this/run'"):
+        Workdir.check("~nobody-has-this/run", config, resume=False, overwrite=False)
+
+
+def test_files_of_a_run_that_cannot_be_used_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    said = pytest.raises(CheckpointError, match=r"metrics\.jsonl: Is a directory")
+    with said, explained_files(tmp_path):
+        (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(FileNotFoundError), explained_files(tmp_path / "run"):
+        (tmp_path / "data.jsonl").read_text()
+
+
+def test_a_claimed_folder_that_stays_empty_is_not_left(tmp_path, config):
+    with claimed(tmp_path / "a/b"):
+        assert (tmp_path / "a/b/run.lock").is_file()
+    assert not (tmp_path / "a").exists()
+    use(tmp_path / "a/b", config)
+    assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == [
+        "config.json",
+        "environment.json",
+    ]
+
+
+def test_a_claimed_folder_is_no_folder_of_others(tmp_path, config):
+    with claimed(tmp_path):
+        assert not _open(tmp_path, config).resumed
+        append_jsonl(tmp_path / "metrics.jsonl", {"step": 1})
+        workdir = _open(tmp_path, config, overwrite=True)
+        assert not workdir.metrics.exists() and (tmp_path / "run.lock").is_file()
 
 
 def test_readers_see_the_old_text_or_the_new_one(tmp_path):

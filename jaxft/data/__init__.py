@@ -3,7 +3,7 @@
 from jaxft.data.batch import Batch
 from jaxft.data.chat import Template, prompt_ids, resolve_template
 from jaxft.data.formats import Conversation
-from jaxft.data.loader import BatchIterator, batches, eval_batches
+from jaxft.data.loader import BatchIterator, batches, eval_batches, is_over
 from jaxft.data.preparation import cache_folder, conversations, prepare
 from jaxft.data.rows import Statistics, TokenRows
 
@@ -18,6 +18,7 @@ __all__ = [
     "cache_folder",
     "conversations",
     "eval_batches",
+    "is_over",
     "prepare",
     "prompt_ids",
     "resolve_template",

@@ -3,11 +3,15 @@
 The order is one sequence of global positions: step s, micro-batch a, row b of a micro-batch of B
 rows is position (s * A + a) * B + b. Each pass over the rows has its own permutation. What a step
 holds therefore depends on its number alone, not on the number of hosts nor on what was read before.
+
+The last step of a run over epochs may have places left over, which stay empty. If the run is made
+longer, it goes on at the position after its last row and not after those places: every row is read
+as often as the epochs say, in one go or in several.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -40,6 +44,7 @@ def batches(
     epochs: float = 0.0,
     steps: int = 0,
     start_step: int = 0,
+    start_position: int | None = None,
     places: Sequence[int] | None = None,
 ) -> "BatchIterator":
     """Returns an iterator over training steps.
@@ -54,6 +59,7 @@ def batches(
         weight 0.
       steps: Steps in all, of full batches.
       start_step: The first step that is read: a resumed run continues exactly.
+      start_position: Where that step begins, as `state` says; by default after full batches.
       places: Rows of every micro-batch that are read, by default all: those that a host's devices
         hold.
 
@@ -70,8 +76,27 @@ def batches(
         epochs=epochs,
         steps=steps,
         start_step=start_step,
+        start_position=start_position,
         places=places,
     )
+
+
+def is_over(state: Mapping[str, Any], *, epochs: float, steps: int) -> bool:
+    """Whether a run that came to a `state` of its iterator has no step left.
+
+    Args:
+      state: As `BatchIterator.state` returns it.
+      epochs: As `batches` takes it.
+      steps: As `batches` takes it.
+    """
+    if steps:
+        return state["step"] >= steps
+    position = state.get("position", state["step"] * state["batch_size"])
+    return position >= _end_of_epochs(epochs, state["rows"])
+
+
+def _end_of_epochs(epochs: float, rows: int) -> int:
+    return round(epochs * rows)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -94,6 +119,7 @@ class BatchIterator(Iterator[Batch]):
         epochs: float,
         steps: int,
         start_step: int,
+        start_position: int | None,
         places: Sequence[int] | None,
     ):
         if not len(rows):
@@ -103,10 +129,16 @@ class BatchIterator(Iterator[Batch]):
         self._shape = (accumulation, batch_size // accumulation)
         self._seed = seed
         self._shuffle = shuffle
-        self._end = steps * batch_size if steps else round(epochs * len(rows))
         self._step = start_step
+        start = start_step * batch_size if start_position is None else start_position
+        # Where step 0 would begin if all steps before the first one had been full.
+        self._origin = start - start_step * batch_size
+        if steps:
+            self._end = self._origin + steps * batch_size
+        else:
+            self._end = max(_end_of_epochs(epochs, len(rows)), start)
         self._places = slice(None) if places is None else list(places)
-        self.steps = math.ceil(self._end / batch_size)
+        self.steps = math.ceil((self._end - self._origin) / batch_size)
         self._iterator = self._read_ahead()
 
     def __next__(self) -> Batch:
@@ -117,18 +149,23 @@ class BatchIterator(Iterator[Batch]):
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Returns the position as JSON: `start_step=state["step"]` continues after it.
+        """Returns the position as JSON: `step` and `position` are where to start to go on after it.
 
         The rest says of which order it is the position: another value of it is another order.
         """
         return {
             "step": self._step,
+            "position": self.position(self._step),
             "rows": len(self._rows),
             "digest": self._rows.digest,
             "batch_size": self._shape[0] * self._shape[1],
             "shuffle": self._shuffle,
             "seed": self._seed,
         }
+
+    def position(self, steps: int) -> int:
+        """Returns the global position after so many steps: how many rows they have read."""
+        return min(self._origin + steps * self._shape[0] * self._shape[1], self._end)
 
     def row_numbers(self, step: int) -> list[int]:
         """Returns the rows in a step, over all hosts, in the order of the batch."""
@@ -155,7 +192,7 @@ class BatchIterator(Iterator[Batch]):
     def _numbers(self, step: int) -> np.ndarray:
         """Returns the row at each place of a step, `[A, B]`; -1 past the end of the last epoch."""
         size = self._shape[0] * self._shape[1]
-        numbers = [self._number(step * size + place) for place in range(size)]
+        numbers = [self._number(self._origin + step * size + place) for place in range(size)]
         return np.array(numbers).reshape(self._shape)
 
     def _number(self, position: int) -> int:
