@@ -48,7 +48,7 @@ def _run(arguments: list[str]) -> int:
     if "run" not in options:
         parser.print_help()
         return 2
-    options.overrides = _overrides(rest, parser, options)
+    options.overrides = _overrides(rest, options)
     return options.run(options)
 
 
@@ -157,7 +157,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         "--jobs", type=int, default=0, help="processes of a search; 0: a core each, 8 at most"
     )
     plan.add_argument("--budget", type=float, default=480.0, help="seconds for a search")
-    plan.add_argument("--output", default="", metavar="FILE", help="config file of the best found")
+    plan.add_argument(
+        "--output", default="", metavar="FILE", help="write the best found as .py or .yaml"
+    )
     plan.add_argument("--json", default="", metavar="FILE", help="write all as JSON")
     plan.add_argument("--html", default="", metavar="FILE", help="write a page with pictures")
 
@@ -195,26 +197,15 @@ def _refuse_several(command: str) -> None:
     distributed.refuse_several(command)
 
 
-def _overrides(
-    rest: list[str], parser: argparse.ArgumentParser, options: argparse.Namespace
-) -> list[str]:
-    """Returns `--config.key=value` flags; anything else left over is unknown."""
-    found, unknown = [], []
-    words = iter(rest)
-    for word in words:
-        if not (options.takes_config and word.startswith("--config.")):
-            unknown.append(word)
-        elif "=" in word:
-            found.append(word)
-        else:
-            value = next(words, "")
-            if not value or value.startswith("--"):
-                raise ConfigError(f"{word} has no value; write {word}=….")
-            found.append(f"{word}={value}")
-    if unknown:
-        known = [name for action in options.parser._actions for name in action.option_strings]
-        raise ConfigError([f"Unknown argument {w!r}.{nearest(w, known)}" for w in unknown])
-    return found
+def _overrides(rest: list[str], options: argparse.Namespace) -> list[str]:
+    known = [name for action in options.parser._actions for name in action.option_strings]
+    if options.takes_config and rest:
+        from jaxft.flags import take_overrides
+
+        return take_overrides(rest, known)
+    if rest:
+        raise ConfigError([f"Unknown argument {word!r}.{nearest(word, known)}" for word in rest])
+    return []
 
 
 def _config(options: argparse.Namespace, **checks: bool):
@@ -362,6 +353,8 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError("Name one or more slices: --topology=v5e:4x4. See `jaxft plan --help`.")
     if options.output and not options.search:
         raise ConfigError("--output takes the config of a search; add --search.")
+    if options.output and not options.output.endswith((".py", ".yaml", ".yml")):
+        raise ConfigError(f"--output={options.output}: a config file ends in .py, .yaml or .yml.")
     if options.count < 1 or options.jobs < 0 or not options.budget > 0:
         raise ConfigError("--count is 1 or more, --jobs 0 or more, --budget more than 0 seconds.")
     config = _config(options)

@@ -7,12 +7,15 @@ so, because flags cannot carry `None`.
 import dataclasses
 import math
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft import activations
-from jaxft.errors import ConfigError, collected, nearest
+from jaxft.errors import ConfigError, collected, nearest, nearest_of
+
+_YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
 
 
 def key(
@@ -372,29 +375,73 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     return config
 
 
-def unknown_key(name: str) -> str:
-    """Says that there is no such key, with the nearest one, or all of its group."""
+def unknown_key(name: str, *, prefix: str = "") -> str:
+    """Says that there is no such key, with the nearest one, or all of its group.
+
+    Args:
+      name: What was written.
+      prefix: Goes before each name in the message, such as `--config.`.
+    """
     known = [item.path for item in walk(RunConfig())]
-    prefix, dot, leaf = name.rpartition(".")
-    group = [key.removeprefix(prefix + dot) for key in known if key.startswith(prefix + dot)]
-    if not (dot and group):
-        return f"Unknown key {name!r}.{nearest(name, known)}"
-    guess = nearest(leaf, group)
-    return (
-        f"Unknown key {name!r}.{guess}"
-        if guess
-        else (f"Unknown key {name!r}; {prefix} has {', '.join(group)}.")
+    told = f"Unknown key {prefix + name!r}"
+    same_leaf = [path for path in known if path.rpartition(".")[2] == name]
+    if same_leaf:
+        return f"{told}. Did you mean {' or '.join(repr(prefix + path) for path in same_leaf)}?"
+    group, dot, _ = name.rpartition(".")
+    start = group + dot if any(path.startswith(group + dot) for path in known) else ""
+    guess = nearest_of(
+        name.removeprefix(start),
+        [path.removeprefix(start) for path in known if path.startswith(start)],
     )
+    if guess:
+        return f"{told}. Did you mean {prefix + start + guess!r}?"
+    parent = group if start else name
+    members = [path.removeprefix(f"{parent}.") for path in known if path.startswith(f"{parent}.")]
+    return f"{told}; {parent} has {', '.join(members)}." if members else f"{told}."
 
 
 def describe(config: RunConfig) -> str:
-    """Returns every key with its value and meaning, one a line; '*' marks what is not default."""
-    lines = []
+    """Returns every key with its value and meaning as YAML, which `config_file` reads."""
+    lines, group = [], ""
     for item in walk(config):
-        mark = " " if item.value == item.default else "*"
+        parent, _, leaf = item.path.rpartition(".")
+        if parent != group:
+            lines += ["", f"{parent}:"] if parent else [""]
+            group = parent
+        indent = "  " if parent else ""
         choices = f" One of: {', '.join(item.choices)}." if item.choices else ""
-        lines.append(f"{mark} {item.path} = {item.value!r}\n      {item.meaning}{choices}")
-    return "\n".join(lines)
+        meaning = textwrap.wrap(item.meaning + choices, 78 - len(indent))
+        lines += [f"{indent}# {line}" for line in meaning]
+        changed = f"  # default: {yaml_value(item.default)}" if item.value != item.default else ""
+        lines.append(f"{indent}{leaf}: {yaml_value(item.value)}{changed}")
+    return "\n".join(lines).strip("\n")
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Returns `{dotted path: value}` as YAML, keys of a group together."""
+    lines, group = [], ""
+    for path, value in values.items():
+        parent, _, leaf = path.rpartition(".")
+        if parent not in ("", group):
+            lines.append(f"{parent}:")
+        group = parent
+        lines.append(f"{'  ' if parent else ''}{leaf}: {yaml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def yaml_value(value: Any) -> str:
+    """Returns one value as every version of YAML reads it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        digits, e, exponent = repr(value).partition("e")
+        return f"{digits}{'' if '.' in digits or not e else '.0'}{e}{exponent}"
+    if not isinstance(value, str):
+        return str(value)
+    if re.fullmatch(r"[A-Za-z][\w./+-]*", value) and value.lower() not in _YAML_WORDS:
+        return value
+    plain = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
+    return f'"{"".join(plain)}"'
 
 
 def _combination_problems(config: RunConfig) -> Iterator[str]:

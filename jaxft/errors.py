@@ -61,5 +61,11 @@ def nearest(name: str, candidates: Iterable[str], *, cutoff: float = 0.7) -> str
       candidates: What might have been meant.
       cutoff: How alike they are at least, from 0 to 1; less for short names.
     """
+    match = nearest_of(name, candidates, cutoff=cutoff)
+    return f" Did you mean {match!r}?" if match else ""
+
+
+def nearest_of(name: str, candidates: Iterable[str], *, cutoff: float = 0.7) -> str:
+    """Returns the candidate closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    return matches[0] if matches else ""

@@ -1,14 +1,72 @@
 """Reading a config file and the `--config.<key>=<value>` flags that change it."""
 
-import importlib.util
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from jaxft.config import RunConfig, unknown_key, walk
-from jaxft.errors import ConfigError, nearest
+from jaxft.config_file import read_file
+from jaxft.errors import ConfigError, nearest_of
+
+_PREFIX = "--config."
+
+
+def take_overrides(words: Sequence[str], options: Collection[str] = ()) -> list[str]:
+    """Returns `--config.<key>=<value>` for the flags among the words that set a key.
+
+    `--optim.learning_rate=2e-5` and `--strategy=tp` are short for the same with `--config.`; a
+    value may be a word of its own.
+
+    Args:
+      words: What the command line has beside its own options.
+      options: These, for suggestions.
+
+    Raises:
+      ConfigError: For everything else, with what may have been meant.
+    """
+    found, unknown = [], []
+    left = iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if not _sets_key(name):
+            unknown.append(_unknown(word, options))
+            continue
+        if not equals:
+            value = next(left, "")
+            if not value or value.startswith("--"):
+                raise ConfigError(f"{name} has no value; write {name}=….")
+        found.append(f"{_PREFIX}{_key(name)}={value}")
+    if unknown:
+        raise ConfigError(unknown)
+    return found
+
+
+def _key(name: str) -> str:
+    return name.removeprefix(_PREFIX).removeprefix("--")
+
+
+def _sets_key(name: str) -> bool:
+    """Whether a flag names a key, or at least a group of keys, that a message can then explain."""
+    if name.startswith(_PREFIX):
+        return True
+    known = {item.path for item in walk(RunConfig())}
+    groups = {path.partition(".")[0] for path in known}
+    return name.startswith("--") and _key(name).partition(".")[0] in groups
+
+
+def _unknown(word: str, options: Collection[str]) -> str:
+    """Says that there is no such flag; the last part of a key alone gets the whole key."""
+    name, equals, value = word.partition("=")
+    leaves: dict[str, list[str]] = {}
+    for item in walk(RunConfig()):
+        flag = f"{_PREFIX}{item.path}{equals}{value}"
+        leaves.setdefault(f"--{item.path.rpartition('.')[2]}", []).append(flag)
+    if name in leaves:
+        return f"Unknown argument {word!r}. Did you mean {' or '.join(leaves[name])}?"
+    guess = nearest_of(name, [*options, *leaves])
+    meant = " or ".join(leaves.get(guess, [repr(guess)]))
+    return f"Unknown argument {word!r}." + (f" Did you mean {meant}?" if guess else "")
 
 
 def read_config(
@@ -17,7 +75,7 @@ def read_config(
     """Returns the config of a file (the defaults without one), with overrides applied.
 
     Args:
-      file: Python file whose `get_config()` returns a `RunConfig`; empty: all defaults.
+      file: As `config_file.read_file` takes; empty: all defaults.
       overrides: Flags such as `--config.optim.learning_rate=2e-5`.
       validate: Whether the result is checked.
       training: Whether what only training needs must be there.
@@ -25,7 +83,7 @@ def read_config(
     Raises:
       ConfigError: For a file that cannot be used, and for all unknown keys and wrong types at once.
     """
-    config = _load(file) if file else RunConfig()
+    config = read_file(file) if file else RunConfig()
     problems = []
     for override in overrides:
         try:
@@ -42,35 +100,12 @@ def read_config(
     return config
 
 
-def _load(file: str) -> RunConfig:
-    path = Path(file)
-    if not path.is_file():
-        known = [str(p) for p in Path("configs").glob("*.py")]
-        raise ConfigError(f"There is no config file {file!r}.{nearest(file, known)}")
-    spec = importlib.util.spec_from_file_location("jaxft_run_config", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except Exception as error:
-        raise ConfigError(
-            f"{file}: {type(error).__name__}: {error}. A config file defines get_config(), which "
-            "returns a jaxft.RunConfig."
-        ) from error
-    if not isinstance(config, RunConfig):
-        raise ConfigError(
-            f"{file}: get_config() returned a {type(config).__name__}; expected a jaxft.RunConfig."
-        )
-    return config
-
-
 def _apply(config: RunConfig, override: str) -> RunConfig:
     """Parses one flag by `ml_collections`, which checks the field's type."""
     items = {item.path: item for item in walk(config)}
-    key = override.partition("=")[0].removeprefix("--config.")
+    key = override.partition("=")[0].removeprefix(_PREFIX)
     if key not in items:
-        raise ConfigError(unknown_key(key))
+        raise ConfigError(unknown_key(key, prefix=_PREFIX))
     values = flags.FlagValues()
     argv = ["jaxft", override]
     try:

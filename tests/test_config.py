@@ -104,7 +104,10 @@ def test_dict_form_holds_everything():
 
 
 def test_unknown_keys_come_with_the_nearest_known_one():
-    assert "Did you mean 'learning_rate'?" in unknown_key("optim.learning_rat")
+    assert "Did you mean 'optim.learning_rate'?" in unknown_key("optim.learning_rat")
+    assert "Did you mean 'optim.learning_rate'?" in unknown_key("learning_rate")
+    assert "'train.batch_size' or 'eval.batch_size'?" in unknown_key("batch_size")
+    assert "mesh has stage, data" in unknown_key("mesh")
     assert "optim has learning_rate, schedule" in unknown_key("optim.lr")
     assert "Did you mean 'strategy'?" in unknown_key("stratgy")
     with pytest.raises(ConfigError, match="workdir"):
@@ -113,8 +116,9 @@ def test_unknown_keys_come_with_the_nearest_known_one():
 
 def test_description_marks_what_is_not_default():
     lines = describe(complete()).splitlines()
-    assert "* model.path = 'model'" in lines
-    assert "  train.seed = 0" in lines
+    assert '  path: model  # default: ""' in lines
+    assert "  seed: 0" in lines and "  learning_rate: 1.0e-05" in lines
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize(

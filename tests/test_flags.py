@@ -3,7 +3,7 @@
 import pytest
 
 from jaxft.errors import ConfigError
-from jaxft.flags import read_config
+from jaxft.flags import read_config, take_overrides
 
 FILE = """
 import jaxft
@@ -62,11 +62,11 @@ def test_unknown_keys_wrong_types_and_impossible_values_are_all_reported(file):
         )
     text = "\n".join(caught.value.problems)
     for words in (
-        "Unknown key 'optim.learning_rat'. Did you mean 'learning_rate'?",
+        "Unknown key '--config.optim.learning_rat'. Did you mean '--config.optim.learning_rate'?",
         "train.steps is 'many'; expected a whole number.",
         "model.dtypes is 'fp8'",
         "not divisible",
-        "Unknown key 'mesh'",
+        "Unknown key '--config.mesh'; mesh has stage, data",
     ):
         assert words in text
 
@@ -97,3 +97,38 @@ def test_a_config_file_that_cannot_be_used_is_explained(tmp_path, content, words
     with pytest.raises(ConfigError) as caught:
         read_config(str(path), [])
     assert words in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_keys_are_set_with_and_without_the_first_word():
+    words = ["--config.data.format=text", "--optim.learning_rate", "2e-5", "--strategy=tp"]
+    assert take_overrides([*words, "--mesh.data", "-1"]) == [
+        "--config.data.format=text",
+        "--config.optim.learning_rate=2e-5",
+        "--config.strategy=tp",
+        "--config.mesh.data=-1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("--learning_rate=2e-5", "Did you mean --config.optim.learning_rate=2e-5?"),
+        ("--learning_rat=2e-5", "Did you mean --config.optim.learning_rate=2e-5?"),
+        ("--batch_size=4", "--config.train.batch_size=4 or --config.eval.batch_size=4?"),
+        ("--path", "Did you mean --config.model.path?"),
+        ("--resum", "Did you mean '--resume'?"),
+        ("learning_rate=2", "Unknown argument 'learning_rate=2'."),
+    ],
+)
+def test_the_last_part_of_a_key_alone_is_answered_with_the_whole(word, words):
+    with pytest.raises(ConfigError) as caught:
+        take_overrides([word], ["--resume"])
+    [problem] = caught.value.problems
+    assert words in problem
+
+
+@pytest.mark.parametrize("word", ["--optim.learning_rat=1", "--config.optim.learning_rat=1"])
+def test_a_misspelt_key_is_answered_with_a_flag(word):
+    [flag] = take_overrides([word])
+    with pytest.raises(ConfigError, match=r"Did you mean '--config\.optim\.learning_rate'\?"):
+        read_config("", [flag], validate=False)

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "jaxft"
 
 # Which layer a module or subpackage of jaxft belongs to; imports go to the same layer or down.
 LAYERS = {
-    5: "cli flags __main__",
+    5: "cli flags config_file __main__",
     4: """__init__ trainer program conversion evaluation exporter generate model planner
           doctor report tables shardings sharding_page demo""",
     3: """train_step eval_step pipeline objectives checkpoint data
@@ -149,7 +149,7 @@ def test_nothing_shards_behind_our_back():
 def test_every_third_party_import_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[\[<>=;]", line)[0].lower() for line in project["dependencies"]}
-    distributions = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+    distributions = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
     optional = {"wandb"}  # used when it is there
     undeclared = {
         f"{path}: {name}"
