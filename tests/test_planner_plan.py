@@ -23,7 +23,7 @@ from jaxft.planner.memory import KINDS
 from jaxft.planner.placed import Placed
 from jaxft.planner.plan import SCHEMA, Plan, Planner, model_flops
 from jaxft.planner.prices import read_prices
-from jaxft.planner.search import Search, _promising, config_file, estimate_all, search, with_flags
+from jaxft.planner.search import Search, _promising, estimate_all, search, with_flags
 from jaxft.planner.show import print_plans
 from jaxft.planner.topology import Topology, parse
 from jaxft.program import make_placement
@@ -252,12 +252,13 @@ def test_a_search_compiles_and_ranks(found):
     assert all(c.outcome for c in found.candidates)
 
 
-def test_the_best_is_written_as_a_config_that_runs(found, tmp_path):
-    file = command.write_config(str(tmp_path / "best.py"), run(), found)
+@pytest.mark.parametrize("name", ["best.py", "best.yaml"])
+def test_the_best_is_written_as_a_config_that_runs(found, tmp_path, name):
+    file = command.write_config(str(tmp_path / name), run(), found)
     best = found.best
     assert best is not None
     assert to_dict(read_config(str(file), [])) == to_dict(with_flags(run(), best.flags))
-    assert best.name in config_file(run(), best, found.topology)
+    assert best.name in file.read_text()
 
 
 def test_why_nothing_can_be_tried_is_said():
@@ -352,6 +353,8 @@ def test_gpus_that_are_not_there_are_estimated_and_labelled(folder, capsys):
         (["--topology=h100:8,h100:4", "--search", "--output=best.py"], "name one --topology"),
         (["--topology=h100:8", "--search", "--jobs=-1"], "--jobs 0 or more"),
         (["--topology=local", "--strategy=fdsp"], "Did you mean 'fsdp'?"),
+        (["--topology=local", "--config.strategy=fdsp"], "Did you mean 'fsdp'?"),
+        (["--topology=h100:8", "--search", "--output=best.txt"], "ends in .py, .yaml or .yml"),
         (["--topology=local", "--prices=none.toml"], "none.toml cannot be read"),
         (["--topology=local", "--config.mesh.tensor=3"], "has no axis 'tensor'"),
         (["--topology=local", "--config.mesh.fsdp=3"], "does not fit 8 devices"),
@@ -362,6 +365,22 @@ def test_gpus_that_are_not_there_are_estimated_and_labelled(folder, capsys):
 def test_what_cannot_be_planned_is_refused_in_words(folder, capsys, arguments, said):
     assert plan_command(folder, *arguments) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--strategy=fsdp,misspelt"], "Unknown strategy 'misspelt'"),
+        (["--strategy=fsdp", "--strategy=fdsp,ddpp"], "'ddpp'"),
+        (["--strategy=fsdp_tp,fsdp", "--config.mesh.tensor=2"], "'fsdp' has no axis 'tensor'"),
+        (["--strategy=ddp", "--config.mesh.fsdp=2"], "'ddp' has no axis 'fsdp'"),
+    ],
+)
+def test_every_strategy_is_checked_before_any_is_planned(folder, capsys, arguments, said):
+    assert plan_command(folder, "--topology=h100:8", *arguments) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert "Estimating" not in printed
 
 
 def test_all_unknown_slices_are_named_at_once(folder, capsys):

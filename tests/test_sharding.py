@@ -83,7 +83,8 @@ def test_a_mesh_takes_the_sizes_asked_for_and_fills_the_rest(strategy, sizes, ex
         (
             "ddp",
             {"tensor": 2},
-            "mesh.tensor is 2, but strategy 'ddp' has no axis 'tensor'; .* data",
+            "mesh.tensor is 2, but strategy 'ddp' has no axis 'tensor'; its axes are data. "
+            "Set --config.mesh.tensor=0, or .* fsdp_tp, fsdp_tp_sp, pp_fsdp_tp, tp",
         ),
     ],
 )
@@ -182,10 +183,49 @@ def test_a_strategy_can_come_from_any_importable_module(monkeypatch):
 def test_an_unknown_strategy_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"'fsd'; known: cp, ddp, .*'fsdp'\?"):
         load_strategy("fsd")
-    with pytest.raises(ConfigError, match=r"'nobody\.has\.this' cannot be used: No module"):
+    with pytest.raises(ConfigError, match=r"Unknown strategy 'nobody\.has\.this'; known: cp"):
         load_strategy("nobody.has.this")
-    with pytest.raises(ConfigError, match=r"'json\.decoder' cannot be used: .*STRATEGY"):
-        load_strategy("json.decoder")
+    for name in ("json.decoder", "json", "sys"):
+        with pytest.raises(ConfigError, match=rf"'{name}' cannot be used: .* defines no STRATEGY"):
+            load_strategy(name)
+
+
+def test_a_strategy_in_the_working_folder_needs_no_dot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "its_rules.py").write_text("RULES = {'batch': 'x'}\n")
+    (tmp_path / "two_way.py").write_text(
+        "from its_rules import RULES\nfrom jaxft.sharding.rules import Strategy\n"
+        "STRATEGY = Strategy(mesh_axes=('x',), fill='x', rules=RULES)\n"
+    )
+    (tmp_path / "json.py").write_text("STRATEGY = 1\n")
+    path = list(sys.path)
+    assert place("two_way").batch_shards == 8
+    for name in ("two_way", "its_rules"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match="json/__init__"):
+        load_strategy("json")  # a module of the folder hides none of the library
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("STRATEGY = 1 +", "SyntaxError"),
+        ("import not_there", "ModuleNotFoundError: No module named 'not_there'"),
+        ("STRATEGY = {}", "defines no STRATEGY of the type"),
+        (
+            "from jaxft.sharding.rules import Strategy\nSTRATEGY = Strategy(('x',), {}, fill='y')",
+            "'y' is not one of its mesh axes",
+        ),
+    ],
+)
+def test_a_strategy_that_cannot_be_imported_says_why(tmp_path, monkeypatch, text, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_layout.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "broken_layout", raising=False)
+    with pytest.raises(ConfigError, match=f"'broken_layout' cannot be used: .*{said}"):
+        load_strategy("broken_layout")
+    sys.modules.pop("broken_layout", None)
 
 
 def test_constraints_are_the_identity_without_a_strategy():

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import jax
 
-from jaxft.config import RunConfig
-from jaxft.errors import ConfigError, JaxftError
+from jaxft.config import RunConfig, to_dict
+from jaxft.errors import ConfigError, JaxftError, collected
 from jaxft.planner.plan import Plan, Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.remedies import try_remedies
 from jaxft.planner.search import Search, config_file, search, with_flags
 from jaxft.planner.topology import LOCAL, Topology, next_larger, parse
+from jaxft.sharding.mesh import check_sizes
+from jaxft.sharding.rules import load_strategy
 from jaxft.shardings import cpu_devices, find_architecture
 from jaxft.workdir import write_text
 
@@ -62,6 +64,7 @@ def plan(
     """
     prices = read_prices(request.prices)
     topologies = _topologies(request.topologies)
+    _check_strategies(config, request)
     made_up = [topology for topology in topologies if not topology.can_compile]
     if made_up:
         _make_up_devices(made_up, larger=request.remedies and not request.search)
@@ -76,6 +79,18 @@ def plan(
         else:
             plans += _planned(config, topology, planner, request, on_log)
     return plans, searches
+
+
+def _check_strategies(config: RunConfig, request: Request) -> None:
+    """Refuses strategies that are unknown or lack an axis of the config, before any is compiled."""
+    problems: list[str] = []
+    for name in request.strategies or [config.strategy]:
+        with collected(problems):
+            strategy = load_strategy(name)
+            if not request.search:  # which finds the sizes itself
+                check_sizes(to_dict(config.mesh), strategy, name=name)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _make_up_devices(topologies: Sequence[Topology], *, larger: bool) -> None:
@@ -176,5 +191,5 @@ def write_config(file: str, config: RunConfig, found: Search) -> Path:
             f"No candidate was found to fit {found.topology.name}; {file} was not written."
         )
     path = Path(file)
-    write_text(path, config_file(config, found.best, found.topology))
+    write_text(path, config_file(config, found.best, found.topology, suffix=path.suffix))
     return path

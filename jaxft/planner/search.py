@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import os
-import pkgutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jaxft.config import MeshConfig, RunConfig, from_dict, to_dict
+from jaxft.config import MeshConfig, RunConfig, from_dict, to_dict, to_yaml
 from jaxft.errors import ConfigError, JaxftError
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
@@ -30,10 +29,10 @@ from jaxft.planner.placed import Placed
 from jaxft.planner.plan import Plan, Planner, attention_on, estimated_devices, place
 from jaxft.planner.topology import Topology, use_compiler_alone
 from jaxft.program import check_rows, check_strategy, check_weights, make_placement
-from jaxft.sharding import strategies
 from jaxft.sharding.rules import (
     Placement,
     Strategy,
+    known_strategies,
     load_strategy,
     mesh_axes_of,
 )
@@ -311,9 +310,8 @@ def variants(
 
 
 def _suitable(architecture: Architecture) -> list[str]:
-    known = [module.name for module in pkgutil.iter_modules(strategies.__path__)]
     has_experts = architecture.config.experts is not None
-    return [n for n in known if ("ep" in n.split("_")) <= has_experts]
+    return [n for n in known_strategies() if ("ep" in n.split("_")) <= has_experts]
 
 
 def meshes(
@@ -481,22 +479,27 @@ def _result(candidate: Candidate) -> str:
     return f"{candidate.plan.time.seconds:.3g} s a step"
 
 
-def config_file(config: RunConfig, candidate: Candidate, topology: Topology) -> str:
-    """Returns the text of a config file that runs a candidate."""
+def config_file(
+    config: RunConfig, candidate: Candidate, topology: Topology, *, suffix: str = ".py"
+) -> str:
+    """Returns the text of a config file that runs a candidate: Python, or YAML by the suffix."""
     chosen = with_flags(config, candidate.flags)
     default = to_dict(RunConfig())
     changed = {key: value for key, value in to_dict(chosen).items() if value != default[key]}
-    lines = [f"    config.{key} = {_literal(value)}" for key, value in changed.items()]
+    title = f"{candidate.name} on {topology.name}."
     plan = candidate.plan
-    predicted = ""
     if plan is not None and plan.time is not None and plan.speed is not None:
-        predicted = (
+        title += (
             f"\n\nPredicted by jaxft plan, not measured: {plan.time.seconds:.3g} s a step,\n"
             f"{plan.speed.tokens_per_second_per_chip:,.0f} tokens/s a chip, "
             f"{plan.memory.used / 2**30:.2f} of {plan.memory.limit / 2**30:.2f} GiB of memory."
         )
+    if suffix != ".py":
+        comment = "".join(f"# {line}".rstrip() + "\n" for line in title.splitlines())
+        return f"{comment}\n{to_yaml(changed)}"
+    lines = [f"    config.{key} = {_literal(value)}" for key, value in changed.items()]
     return (
-        f'"""{candidate.name} on {topology.name}.{predicted}\n"""\n\n'
+        f'"""{title}\n"""\n\n'
         "from jaxft import RunConfig\n\n\n"
         "def get_config() -> RunConfig:\n"
         '    """Returns the run."""\n'

@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxft.errors import ConfigError
-from jaxft.sharding.rules import Strategy
+from jaxft.sharding.rules import Strategy, known_strategies, load_strategy
 
 
 def make_mesh(
@@ -66,18 +66,37 @@ def _grid(
     )
 
 
-def _resolve(
-    sizes: Mapping[str, int], strategy: Strategy, *, name: str, count: int
-) -> dict[str, int]:
+def check_sizes(sizes: Mapping[str, int], strategy: Strategy, *, name: str) -> None:
+    """Refuses sizes of axes that the strategy does not have.
+
+    Args:
+      sizes: Axis to device count, as `make_mesh` takes them.
+      strategy: Names its axes.
+      name: The strategy's name, for messages.
+
+    Raises:
+      ConfigError: With a line for each such axis.
+    """
     foreign = [a for a, size in sizes.items() if size not in (0, 1) and a not in strategy.mesh_axes]
     if foreign:
         raise ConfigError(
             [
                 f"mesh.{axis} is {sizes[axis]}, but strategy {name!r} has no axis {axis!r}; its "
-                f"axes are {', '.join(strategy.mesh_axes)}."
+                f"axes are {', '.join(strategy.mesh_axes)}. Set --config.mesh.{axis}=0, or take a "
+                f"strategy with that axis: {', '.join(_with_axis(axis))}."
                 for axis in foreign
             ]
         )
+
+
+def _with_axis(axis: str) -> list[str]:
+    return [name for name in known_strategies() if axis in load_strategy(name).mesh_axes]
+
+
+def _resolve(
+    sizes: Mapping[str, int], strategy: Strategy, *, name: str, count: int
+) -> dict[str, int]:
+    check_sizes(sizes, strategy, name=name)
     shape = {axis: sizes.get(axis, 0) for axis in strategy.mesh_axes}
     if -1 not in shape.values() and 0 in shape.values():
         # The strategy's own axis takes what remains, or the first one that was left to it.

@@ -4,8 +4,10 @@ import contextlib
 import contextvars
 import importlib
 import math
+import os
 import pkgutil
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,23 +90,52 @@ def mesh_axes_of(target: Target) -> tuple[str, ...]:
     return as_names(target.mesh_axes if isinstance(target, IfDivisible) else target)
 
 
+def known_strategies() -> list[str]:
+    """Returns the names of the built-in strategies."""
+    return [module.name for module in pkgutil.iter_modules(strategies.__path__)]
+
+
 def load_strategy(name: str) -> Strategy:
     """Returns a built-in strategy, or the `STRATEGY` of any importable module.
+
+    Modules in the working folder are importable, as for `python -m`.
 
     Raises:
       ConfigError: If there is no such strategy.
     """
-    known = [module.name for module in pkgutil.iter_modules(strategies.__path__)]
+    known = known_strategies()
     module = f"{strategies.__name__}.{name}" if name in known else name
-    if name not in known and "." not in name:
-        raise ConfigError(
-            f"Unknown strategy {name!r}; known: {', '.join(known)}, or the dotted name of a module "
-            f"of yours that defines STRATEGY.{nearest(name, known)}"
-        )
     try:
-        return importlib.import_module(module).STRATEGY
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"strategy {name!r} cannot be used: {error}.") from error
+        with _working_folder_on_path():
+            found = importlib.import_module(module)
+    except Exception as error:  # a module of the user's raises whatever it likes
+        missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+        if missing and f"{module}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"Unknown strategy {name!r}; known: {', '.join(known)}, or an importable module of "
+                f"yours that defines STRATEGY.{nearest(name, known)}"
+            ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"strategy {name!r} cannot be used: {said}.") from error
+    strategy = getattr(found, "STRATEGY", None)
+    if not isinstance(strategy, Strategy):
+        file = getattr(found, "__file__", None) or "built into Python"
+        raise ConfigError(
+            f"strategy {name!r} cannot be used: the module ({file}) defines no STRATEGY of the "
+            f"type jaxft.sharding.rules.Strategy. Built-in strategies: {', '.join(known)}."
+        )
+    return strategy
+
+
+@contextlib.contextmanager
+def _working_folder_on_path() -> Iterator[None]:
+    """Lets modules of the working folder be imported; at the end, so that none hides another."""
+    folder = os.getcwd()
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 @dataclass(frozen=True)
