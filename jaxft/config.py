@@ -17,6 +17,18 @@ from jaxft.errors import ConfigError, collected, nearest, nearest_of
 
 _YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
 
+FORMATS = (
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "columns",
+    "text",
+)
+TEXT_SPLITS = ("paragraph", "line", "file")
+OVERLENGTH = ("error", "drop", "truncate", "split", "cut_prompt_start", "cut_prompt_middle")
+
 
 def key(
     default: Any,
@@ -89,31 +101,43 @@ class DataConfig:
     train: str = key(
         "",
         "Training data: files, globs or hub ids, comma-separated. A hub id may carry a "
-        "configuration and a split: 'org/name:config[split]'.",
+        "configuration and a split: 'org/name:config[split]'. Options follow after colons: "
+        "'a.jsonl:0.3' (weight), 'b.csv:format=columns:prompt=question:completion=answer', "
+        "'c.txt:text_split=line:limit=1000'; also system=, text= and weight=. Weights are shares "
+        "of the documents of one pass, which ends when the scarcest source is used up.",
     )
-    validation: str = key("", "Held-out data in the same form; empty: no evaluation.")
+    validation: str = key(
+        "",
+        "Held-out data in the same form, or a part of the training data that is then not trained "
+        "on: '5%'; empty: no evaluation.",
+    )
     format: str = key(
         "auto",
-        "Row format; 'auto' detects it and says so in the log.",
-        choices=(
-            "auto",
-            "messages",
-            "sharegpt",
-            "alpaca",
-            "prompt_completion",
-            "columns",
-            "text",
-        ),
+        "Row format of sources that name none; 'auto' detects it and says so in the log.",
+        choices=FORMATS,
     )
     columns: str = key(
         "",
         "For format 'columns': which columns hold the two texts, 'prompt=question,"
-        "completion=answer'. For format 'text': 'text=body'.",
+        "completion=answer'. For format 'text': 'text=body'. Of sources that name none.",
     )
     text_split: str = key(
         "paragraph",
-        "What one document of a plain text file is.",
-        choices=("paragraph", "line", "file"),
+        "What one document of a plain text file is, of sources that do not say.",
+        choices=TEXT_SPLITS,
+    )
+    bad_rows: str = key(
+        "error",
+        "What happens to rows that cannot be read or trained on: 'error' refuses the data set, "
+        "'skip' leaves them out, counts them and lists them in skipped.jsonl of the workdir.",
+        choices=("error", "skip"),
+    )
+    bad_share: float = key(
+        0.01,
+        "With bad_rows 'skip': the largest share of the rows of a data set that is left out before "
+        "it is refused; more than a few in a hundred are no accidents but another format.",
+        minimum=0,
+        maximum=1,
     )
     template: str = key("", "File with a Jinja chat template; empty: the tokenizer's own.")
     thinking: str = key(
@@ -129,16 +153,21 @@ class DataConfig:
         "('completion'), or 'all'.",
         choices=("assistant", "completion", "all"),
     )
-    max_length: int = key(1024, "Tokens in a row of the batch.", minimum=2)
+    max_length: int = key(1024, "Tokens in a row of the batch.", minimum=2, maximum=1 << 24)
     overlength: str = key(
         "error",
-        "What happens to documents over max_length; the share lost is always reported.",
-        choices=("error", "drop", "truncate", "split"),
+        "What happens to documents over max_length; the share lost is always reported. 'truncate' "
+        "keeps the beginning, 'split' makes several of one. 'cut_prompt_start' and "
+        "'cut_prompt_middle' keep the last answer whole and shorten what precedes it: the first "
+        "keeps BOS and what is nearest to the answer, the second the beginning as well; an answer "
+        "that does not fit by itself is dropped, and plain text, all answer, is split.",
+        choices=OVERLENGTH,
     )
     packing: str = key(
         "documents",
         "'documents': several documents share a row and do not see each other; 'stream': one "
-        "stream cut every max_length tokens, documents see what precedes them; 'none': one a row.",
+        "stream cut every max_length tokens, documents see what precedes them and end with EOS; "
+        "'none': one a row.",
         choices=("documents", "stream", "none"),
     )
     shuffle: bool = key(True, "A new deterministic order of rows in each epoch.")
@@ -471,6 +500,7 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
         yield "data.format is 'columns' but data.columns is empty; set 'prompt=…,completion=…'."
     if data.columns and data.format not in ("columns", "text"):
         yield f"data.columns is set, but data.format is {data.format!r}; set it to 'columns'."
+    yield from _held_out_problems(config)
     if config.eval.patience and not data.validation:
         yield "eval.patience stops on the validation loss, but data.validation is empty."
     try:
@@ -483,6 +513,42 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     for item in walk(config.mesh, "mesh."):
         if item.value < -1:
             yield f"{item.path} is {item.value}; expected a device count, 0 or -1."
+
+
+def held_out_share(text: str) -> float:
+    """Returns the share of the training data that `data.validation` such as '5%' holds out, or 0.
+
+    Raises:
+      ConfigError: If it is a percentage that leaves nothing on either side.
+    """
+    match = re.fullmatch(r"\s*(-?\d*\.?\d+)\s*%\s*", text)
+    if match is None:
+        return 0.0
+    share = float(match[1]) / 100
+    if not 0 < share < 1:
+        raise ConfigError(
+            f"data.validation is {text!r}; expected more than 0% and less than 100% of the "
+            "training data."
+        )
+    return share
+
+
+def _held_out_problems(config: RunConfig) -> list[str]:
+    problems: list[str] = []
+    with collected(problems):
+        if held_out_share(config.data.validation) and not config.data.train:
+            problems.append(
+                f"data.validation is {config.data.validation!r}, a part of the training data, but "
+                "data.train is empty; name it with --config.data.train=…."
+            )
+    others = [("eval.retention", config.eval.retention)]
+    others += [("eval.datasets", part) for part in config.eval.datasets.split(";")]
+    problems += [
+        f"{name} is {text!r}; only data.validation can be a part of the training data."
+        for name, text in others
+        if text.strip().endswith("%")
+    ]
+    return problems
 
 
 def compiler_options(text: str) -> dict[str, str | bool]:

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from jaxft.config import DataConfig
+from jaxft.data.discovery import find_sources
 from jaxft.data.formats import EXAMPLES, Conversation, Document, read_items
 from jaxft.data.problems import Problems
-from jaxft.data.sources import find_sources
 from jaxft.errors import ConfigError, DataError
 
 
@@ -16,8 +16,8 @@ def read(tmp_path, *rows, **options):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = Problems("rows")
     chosen = []
-    [source] = find_sources(str(path))
-    items = list(read_items(source, DataConfig(**options), problems, on_format=chosen.append))
+    [source] = find_sources(str(path), DataConfig(**options))
+    items = list(read_items(source, problems, on_format=chosen.append))
     problems.check()
     return chosen[0], [item for _, item in items]
 

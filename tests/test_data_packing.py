@@ -153,9 +153,10 @@ def test_over_length_documents_are_refused_with_counts_and_choices(build):
     text = str(error.value)
     assert "2 of 4 documents (50.0%)" in text
     assert "rows.jsonl:2 with 20, rows.jsonl:3 with 9" in text
-    assert "data.max_length to 20" in text
-    # Trained: 3 + 19 + 8 + 3 = 33. Dropped 27; truncated 12 + 1; split 2 + 1 first tokens.
-    for choice in ("drop loses 81.8%", "truncate 39.4%", "split 9.1%"):
+    assert "--config.data.max_length=20" in text
+    # Trained: 3 + 19 + 8 + 3 = 33. Dropped 27; truncated 12 + 1; split 2 + 1 first tokens. All of
+    # these documents is trained, so that there is no prompt to cut and they are split.
+    for choice in ("drop 81.8%", "truncate 39.4%", "split 9.1%", "cut_prompt_middle 9.1%"):
         assert choice in text
 
 

@@ -69,15 +69,33 @@ def test_text_and_conversations_mix(tmp_path, config, tokenizer):
     assert rows.statistics.trained_tokens == 2 * 2 + 2 * 3
 
 
-def test_the_end_of_a_document_is_trained_unless_it_is_a_stream(tmp_path, config, tokenizer):
+@pytest.mark.parametrize("packing", ["documents", "stream"])
+def test_the_end_of_a_document_is_trained(tmp_path, config, tokenizer, packing):
     path = tmp_path / "b.txt"
     path.write_text("a b c\n\nd e f\n")
-    rows, _ = run(str(path), config, tokenizer)
+    rows, _ = run(str(path), dataclasses.replace(config, packing=packing), tokenizer)
     [row] = rows
     assert not rows.is_chat
     assert (row.targets[row.weights > 0] == tokenizer.eos_token_id).sum() == 2
-    [row], _ = run(str(path), dataclasses.replace(config, packing="stream"), tokenizer)
-    assert tokenizer.eos_token_id not in row.tokens[row.segments > 0]
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("paragraph", "First\nsecond\n\nThird\n\n"),
+        ("line", "First\nsecond\nThird\n"),
+        ("file", "First\nsecond\n\n\nThird\n"),
+    ],
+)
+def test_without_eos_a_stream_keeps_what_separates_documents(tmp_path, config, split, expected):
+    vocabulary = {character: i for i, character in enumerate(map(chr, range(128)))}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    (tmp_path / "a.txt").write_text("First\nsecond\n\n\nThird\n")
+    config = dataclasses.replace(config, packing="stream", text_split=split)
+    [row], log = run(str(tmp_path / "a.txt"), config, tokenizer)
+    assert "".join(map(chr, row.tokens[row.segments > 0])) == expected
+    assert "has no EOS: documents of the stream end with the line ends" in log
 
 
 def test_bad_rows_of_all_kinds_come_together_and_nothing_is_cached(tmp_path, config, tokenizer):
@@ -394,14 +412,15 @@ def test_real_data_is_prepared(shared, stories, tmp_path, source, options, docum
     assert sum(int(row.weights.sum()) for row in rows) == rows.statistics.trained_tokens
 
 
-def test_the_stream_of_a_text_is_its_documents_with_bos_before_each(shared, stories, tmp_path):
+def test_the_stream_of_a_text_is_its_documents_between_bos_and_eos(shared, stories, tmp_path):
     text = (shared / "data/tinyshakespeare/input.txt").read_text()[:20_000]
     path = tmp_path / "a.txt"
     path.write_text(text)
     config = DataConfig(cache=str(tmp_path / "cache"), max_length=256, packing="stream")
     rows, _ = run(str(path), config, stories)
     paragraphs = [part.strip("\n") for part in text.split("\n\n") if part.strip()]
-    expected = [i for ids in stories(paragraphs).input_ids for i in ids]
+    end = stories.eos_token_id
+    expected = [i for ids in stories(paragraphs).input_ids for i in (*ids, end)]
     tokens = [int(i) for row in rows for i in row.tokens[row.segments > 0]]
     assert tokens == expected
     assert rows[0].weights.sum() == 255

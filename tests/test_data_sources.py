@@ -8,14 +8,17 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from jaxft.config import DataConfig
+from jaxft.data.discovery import find_sources
 from jaxft.data.problems import Problems
-from jaxft.data.sources import Row, find_sources
+from jaxft.data.sources import Row
 from jaxft.errors import DataError
 
 
 def read(path, **options):
     problems = Problems("test")
-    rows = [row for source in find_sources(str(path), **options) for row in source.rows(problems)]
+    sources = find_sources(str(path), DataConfig(**options))
+    rows = [row for source in sources for row in source.rows(problems)]
     problems.check()
     return rows
 
@@ -37,7 +40,8 @@ def test_a_json_array_gives_the_line_where_each_object_begins(tmp_path):
 
 
 def test_a_json_array_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxft.data.sources._READ_CHARACTERS", 3)
+    for module in ("files", "json_text"):
+        monkeypatch.setattr(f"jaxft.data.{module}.READ_CHARACTERS", 3)
     rows = [{"long number": 12345.678, "text": 'a "b" ]}' * i} for i in range(9)]
     for indent in (None, 2):
         path = write(tmp_path / "a.json", json.dumps(rows, indent=indent))
@@ -108,7 +112,7 @@ def test_parquet_rows_do_not_grow_keys_from_the_schema(tmp_path):
     [
         ("paragraph", [("a\nb", 2), ("c", 5)]),
         ("line", [("a", 2), ("b", 3), ("c", 5)]),
-        ("file", [("a\nb\n\nc", 1)]),
+        ("file", [("\na\nb\n\nc\n", 1)]),
     ],
 )
 def test_text_is_split_into_documents(tmp_path, split, expected):
@@ -220,7 +224,7 @@ def hub_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_data_set_is_read_by_split(hub_folder, streaming):
-    [source] = find_sources(f"{hub_folder}[test]", streaming=streaming)
+    [source] = find_sources(f"{hub_folder}[test]", DataConfig(streaming=streaming))
     assert list(source.rows(Problems("test"))) == [Row({"question": "q", "answer": "b"}, 1)]
     assert source.origin(1) == f"{hub_folder}[test]:1"
     before = source.fingerprint()

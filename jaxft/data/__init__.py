@@ -4,7 +4,7 @@ from jaxft.data.batch import Batch
 from jaxft.data.chat import Template, prompt_ids, resolve_template
 from jaxft.data.formats import Conversation
 from jaxft.data.loader import BatchIterator, batches, eval_batches, is_over
-from jaxft.data.preparation import cache_folder, conversations, prepare
+from jaxft.data.preparation import cache_folder, conversations, prepare, skipped_rows
 from jaxft.data.rows import Statistics, TokenRows
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "prepare",
     "prompt_ids",
     "resolve_template",
+    "skipped_rows",
 ]

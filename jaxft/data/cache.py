@@ -33,13 +33,13 @@ def find_or_build(folder: Path, key: str, build: Callable[[Path], None]) -> tupl
       build: Fills the folder it is given.
 
     Raises:
-      DataError: If the disk is full or cannot be written.
+      DataError: If the disk is full or the folder cannot be written.
     """
     target = folder / key
-    if target.is_dir():
-        return target, True
     building = folder / f".{key}.{uuid.uuid4().hex}"
     try:
+        if target.is_dir():
+            return target, True
         building.mkdir(parents=True)
         build(building)
         _publish(building, target)
@@ -47,14 +47,12 @@ def find_or_build(folder: Path, key: str, build: Callable[[Path], None]) -> tupl
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
                 f"The disk is full: tokenised rows did not fit into {str(folder)!r}. Free some "
-                "space, or set data.cache to a folder elsewhere."
+                "space, or set --config.data.cache to a folder elsewhere."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise DataError(
-                f"Tokenised rows cannot be written to {str(folder)!r}: {error}. Set data.cache to "
-                "a folder that you may write to."
-            ) from error
-        raise
+        raise DataError(
+            f"Tokenised rows cannot be written to {str(folder)!r}: {error}. Set "
+            "--config.data.cache to a folder that you may write to."
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target, False

@@ -19,6 +19,7 @@ DOCUMENT = np.dtype(
         ("trained", "<i8"),  # tokens that carry loss; the first one has no prediction
         ("source", "<i4"),  # number in the list of sources
         ("line", "<i8"),
+        ("row", "<i8"),  # number among the rows of the source; several may begin on one line
         ("hash", "<u8"),  # of the normalised content, for finding duplicates
     ]
 )
@@ -40,6 +41,9 @@ class DocumentStatistics:
       thinking_blocks: Reasoning blocks in trained turns.
       lost_blocks: Those that the template left out.
       rewritten_turns: Trained turns that the template renders otherwise once they are history.
+      rows: Rows that the documents are made of; a conversation may give several documents.
+      skipped: Bad rows that were left out.
+      skipped_kinds: How many of them there are of each kind.
       digest: Hash of all tokens and of which are trained.
     """
 
@@ -54,6 +58,9 @@ class DocumentStatistics:
     thinking_blocks: int = 0
     lost_blocks: int = 0
     rewritten_turns: int = 0
+    rows: int = 0
+    skipped: int = 0
+    skipped_kinds: dict[str, int] = field(default_factory=dict)
     digest: str = ""
 
 
@@ -70,6 +77,7 @@ class DocumentWriter:
         self._trained = self._files.enter_context((folder / "trained.bin").open("wb"))
         self._documents = self._files.enter_context((folder / "documents.bin").open("wb"))
         self._digest = hashlib.sha256()
+        self._row = (-1, -1)
         self.statistics = DocumentStatistics()
 
     def __enter__(self) -> Self:
@@ -80,11 +88,16 @@ class DocumentWriter:
         self.statistics.digest = self._digest.hexdigest()
         write_json(self._folder / "statistics.json", dataclasses.asdict(self.statistics))
 
-    def add(self, example: Example, *, source: int, line: int, content_hash: int) -> None:
-        """Appends one document."""
+    def add(
+        self, example: Example, *, source: int, line: int, content_hash: int, row: int | None = None
+    ) -> None:
+        """Appends one document; `row` is by default its line."""
         totals = self.statistics
         trained = int(example.trained[1:].sum())
-        record = (totals.tokens, len(example.ids), trained, source, line, content_hash)
+        row = line if row is None else row
+        record = (totals.tokens, len(example.ids), trained, source, line, row, content_hash)
+        totals.rows += (source, row) != self._row
+        self._row = (source, row)
         for file, values in (
             (self._tokens, example.ids.astype("<i4")),
             (self._trained, example.trained.astype("u1")),
@@ -104,6 +117,7 @@ class Documents:
     """Memory-mapped documents of a folder that `DocumentWriter` filled."""
 
     def __init__(self, folder: Path):
+        self._folder = folder
         self.tokens = map_array(folder / "tokens.bin", np.dtype("<i4"))
         self.trained = map_array(folder / "trained.bin", np.dtype("u1"))
         self.index = map_array(folder / "documents.bin", DOCUMENT)
@@ -111,8 +125,21 @@ class Documents:
 
     def origin(self, number: int) -> str:
         """Returns `file:line` of a document."""
-        record = self.index[number]
+        return self.place(self.index[number])
+
+    def place(self, record: np.void) -> str:
+        """Returns `file:line` of a record of the index."""
         return f"{self.statistics.sources[record['source']]}:{record['line']}"
+
+    @property
+    def skipped(self) -> Path:
+        """File of the rows that were left out, one JSON object a line; absent without any."""
+        return skipped_file(self._folder)
+
+
+def skipped_file(folder: Path) -> Path:
+    """Returns where the rows are listed that were left out of the documents of a folder."""
+    return folder / "skipped.jsonl"
 
 
 def map_array(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -1,15 +1,17 @@
 """Turns raw rows of the known formats into conversations or text documents."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.config import DataConfig
-from jaxft.data.problems import Problems
+from jaxft.data.problems import Problems, RowError
 from jaxft.data.sources import Row, Source
-from jaxft.errors import ConfigError, DataError, nearest
+from jaxft.data.specs import SourceSpec
+from jaxft.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
 THINKING_KEYS = ("reasoning_content", "thinking")
@@ -21,7 +23,7 @@ EXAMPLES = {
     '{"from": "gpt", "value": "Yes, until six."}]}',
     "alpaca": '{"instruction": "Name the colour.", "input": "grass", "output": "green"}',
     "prompt_completion": '{"prompt": "Is it open?", "completion": "Yes, until six."}',
-    "columns": "with data.columns=prompt=question,completion=answer: "
+    "columns": "with --config.data.columns=prompt=question,completion=answer: "
     '{"question": "Is it open?", "answer": "Yes, until six."}',
     "text": '{"text": "A document."}',
 }
@@ -76,10 +78,6 @@ class Document:
     origin: str
 
 
-class RowError(ValueError):
-    """What is wrong with one row, without its origin."""
-
-
 @dataclass(frozen=True, slots=True)
 class Format:
     """How the rows of one source are read.
@@ -101,84 +99,96 @@ class Format:
 
 
 def read_items(
-    source: Source, config: DataConfig, problems: Problems, *, on_format: Callable[[Format], None]
-) -> Iterator[tuple[int, Conversation | Document]]:
-    """Yields (line, item) of a source; bad rows go to `problems`.
+    source: Source,
+    problems: Problems,
+    *,
+    on_format: Callable[[Format], None],
+    chosen: Collection[int] | None = None,
+) -> Iterator[tuple[Row, Conversation | Document]]:
+    """Yields rows and what they are of a source; bad rows go to `problems`.
 
     Args:
-      source: What is read.
-      config: Names the format, or leaves it to be found out from the first row.
+      source: What is read; it names the format, or leaves it to be found out from the first row.
       problems: Raises by itself when it is full; the caller checks it at the end.
       on_format: Called once, before the first item.
+      chosen: Numbers of the rows that are read; by default all.
+
+    Raises:
+      DataError: If no row is in a known format, or the columns that are named do not exist.
     """
-    row_format = None
-    for row in source.rows(problems):
+    row_format, unknown = None, None
+    rows = source.rows(problems)
+    if chosen is not None:
+        rows = itertools.islice((row for row in rows if row.number in chosen), len(chosen))
+    for row in rows:
         origin = source.origin(row.line)
-        if row_format is None:
-            row_format = choose_format(row, config, origin)
-            description = row_format.description + source.remark()
-            row_format = dataclasses.replace(row_format, description=description)
-            on_format(row_format)
         try:
-            yield row.line, row_format.convert(row.value, origin)
+            if row_format is None:
+                row_format = choose_format(row, source.spec, origin)
+                description = row_format.description + source.remark()
+                row_format = dataclasses.replace(row_format, description=description)
+                on_format(row_format)
+            item = row_format.convert(row.value, origin)
+            _check_characters(item)
+        except DataError as error:
+            if not problems.are_skipped:
+                raise
+            unknown = unknown or error
+            problems.add(origin, error.problems[0].removeprefix(f"{origin}: "), raw=row.value)
         except RowError as error:
-            problems.add(origin, str(error), example=EXAMPLES[row_format.name])
+            example = EXAMPLES[row_format.name] if row_format else EXAMPLES["messages"]
+            problems.add(origin, str(error), raw=row.value, example=example)
+        except RecursionError:
+            problems.add(origin, "the row is nested too deeply.", raw=row.value)
+        else:
+            yield row, item
+    if row_format is None and unknown is not None:
+        raise unknown
 
 
-def choose_format(row: Row, config: DataConfig, origin: str) -> Format:
+def choose_format(row: Row, spec: SourceSpec, origin: str) -> Format:
     """Returns the named format, or the one that the first row is in.
 
     Raises:
-      ConfigError: If `data.columns` cannot be understood.
       DataError: If the row is in none of the formats, or in more than one.
+      RowError: If the row is not even an object, which says nothing of the other rows.
     """
-    if isinstance(row.value, str) and config.format in ("auto", "text"):
-        return Format("text", _document, f"plain text, one document a {config.text_split}")
-    if not isinstance(row.value, dict):
+    if isinstance(row.value, str):
+        if spec.format in ("auto", "text"):
+            return Format("text", _document, f"plain text, one document a {spec.text_split}")
         raise DataError(
-            f"{origin}: the row is {_show(row.value)}; expected an object with named columns. "
-            f"A right row: {EXAMPLES['messages']}"
+            f"{origin}: this is plain text, but the format of the source is {spec.format!r}. If "
+            f"text is meant, write so after its name: '{spec.name}:format=text'."
         )
-    columns = list(row.value)
-    if config.format in ("columns", "text"):
-        mapping = parse_columns(config)
-        _check_columns(mapping, columns, origin)
-        return _mapped_format(config.format, mapping, columns)
-    if config.format == "auto":
+    columns = list(_columns(row.value))
+    if spec.format in ("columns", "text"):
+        _check_columns(spec.mapping, columns, origin)
+        return _mapped_format(spec.format, spec.mapping, columns)
+    if spec.format == "auto":
         return _detect(row.value, origin)
-    return Format(config.format, _CONVERTERS[config.format], "as data.format says")
+    return Format(spec.format, _CONVERTERS[spec.format], "as the configuration says")
 
 
-def parse_columns(config: DataConfig) -> dict[str, str]:
-    """Returns `{"prompt": column, ...}` of `data.columns`.
-
-    Raises:
-      ConfigError: If it is not in the form `prompt=question,completion=answer`.
-    """
-    known = ("text",) if config.format == "text" else ("prompt", "completion", "system")
-    if config.format == "text" and not config.columns:
-        return {"text": "text"}
-    pairs = [part.strip().partition("=") for part in config.columns.split(",") if part.strip()]
-    mapping = {name.strip(): column.strip() for name, _, column in pairs}
-    problems = [
-        f"data.columns names {name!r}; expected {', '.join(known)}.{nearest(name, known)}"
-        for name in mapping
-        if name not in known
-    ]
-    problems += [
-        f"data.columns {config.columns!r} does not say which column is the {name}; write {name}=…"
-        for name in known[:2]
-        if not mapping.get(name)
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return mapping
+def _check_characters(item: Conversation | Document) -> None:
+    """Raises RowError for text that no encoding can write, whichever way it came into a row."""
+    if isinstance(item, Document):
+        text = item.text
+    else:
+        text = json.dumps([item.messages, item.tools], ensure_ascii=False, default=repr)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = error.object[error.start]
+        raise RowError(
+            f"the row has half of a character, \\u{ord(found):04x} without its pair; an emoji was "
+            "probably cut in two. Remove it."
+        ) from None
 
 
 def _check_columns(mapping: Mapping[str, str], columns: list[str], origin: str) -> None:
     problems = [
         f"{origin}: there is no column {column!r}; the columns are {', '.join(columns)}."
-        f"{nearest(column, columns)} Set data.columns to columns that exist."
+        f"{nearest(column, columns)} Name columns that exist with --config.data.columns=…."
         for column in mapping.values()
         if column not in columns
     ]
@@ -194,8 +204,10 @@ def _detect(value: dict[str, Any], origin: str) -> Format:
         if labels:
             raise DataError(
                 f"{origin}: the columns {', '.join(columns)} can be read in two ways. To train the "
-                f"label as the answer: data.format=columns data.columns=prompt=text,completion="
-                f"{labels[0]}. To train the text alone: data.format=text."
+                f"label as the answer: --config.data.format=columns --config.data.columns="
+                f"prompt=text,completion={labels[0]}. To train the text alone: "
+                "--config.data.format=text. Or after the name of this source alone: "
+                f"':prompt=text:completion={labels[0]}' or ':format=text'."
             )
         return _mapped_format("text", {"text": "text"}, columns)
     if name == "columns":
@@ -204,8 +216,9 @@ def _detect(value: dict[str, Any], origin: str) -> Format:
         raise DataError(
             [
                 f"{origin}: the columns {', '.join(columns)} are in no known format.",
-                "Name the two that hold prompt and answer: data.format=columns "
-                "data.columns=prompt=…,completion=…; or write rows in one of these forms:",
+                "Name the two that hold prompt and answer: --config.data.format=columns "
+                "--config.data.columns=prompt=…,completion=…, or after the name of this source "
+                "alone ':prompt=…:completion=…'; or write rows in one of these forms:",
                 *EXAMPLES.values(),
             ]
         )
@@ -270,12 +283,14 @@ def _columns(value: Any) -> dict[str, Any]:
 
 
 def _text(row: dict[str, Any], key: str) -> str:
-    """Returns a cell as text, numbers included; an absent or empty one is an error."""
+    """Returns a cell as text, numbers included; an absent, empty or missing one is an error."""
     if key not in row:
         raise RowError(f"key {key!r} is missing; the row has {', '.join(row)}.{nearest(key, row)}")
     value = row[key]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowError(f"{key!r} is {value}, a missing number; expected text.")
     if isinstance(value, bool | int | float):
-        return str(value)
+        return _number_text(value, key)
     if not isinstance(value, str):
         raise RowError(f"{key!r} is {_show(value)}; expected a string.")
     if not value.strip():
@@ -283,8 +298,18 @@ def _text(row: dict[str, Any], key: str) -> str:
     return value
 
 
+def _number_text(value: bool | int | float, key: str) -> str:
+    try:
+        return str(value)
+    except ValueError:  # more digits than Python converts
+        raise RowError(f"{key!r} is an integer of too many digits; expected text.") from None
+
+
 def _optional_text(row: dict[str, Any], key: str) -> str:
-    return _text(row, key) if row.get(key) not in (None, "") else ""
+    """Returns a cell as text, or '' where it is absent, empty or missing."""
+    value = row.get(key)
+    is_missing = value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    return "" if is_missing else _text(row, key)
 
 
 def _document(value: Any, origin: str) -> Document:
@@ -498,5 +523,9 @@ def _content_for_comparison(message: dict[str, Any]) -> list[Any]:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except (RecursionError, ValueError):
+        text = "(a value that cannot be written)"
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 80 else f"{text[:77]}…"

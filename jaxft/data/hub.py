@@ -1,5 +1,7 @@
 """Reads data sets of the Hugging Face hub, or of a local folder in their layout."""
 
+import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets import config as datasets_config
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from jaxft.data.problems import Problems
-from jaxft.data.sources import Row, Source, drop_filler
+from jaxft.data.sources import Source, drop_filler
 from jaxft.errors import DataError, nearest
+
+_PATIENCE = 10.0
+"""Seconds until a hub that does not answer counts as out of reach."""
+
+# The library prints its warnings itself; the root logger would print them a second time.
+logging.getLogger("huggingface_hub").propagate = False
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,11 @@ class HubSource(Source):
 
     configuration: str = field(default="", kw_only=True)
     streaming: bool = field(default=False, kw_only=True)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether rows come over the network one by one."""
+        return self.streaming
 
     def origin(self, line: int) -> str:
         """Returns `org/name:config[split]:row`."""
@@ -48,7 +62,7 @@ class HubSource(Source):
         except Exception as error:
             raise self._explain(error) from error
 
-    def rows(self, problems: Problems) -> Iterator[Row]:
+    def _values(self, problems: Problems) -> Iterator[tuple[Any, int]]:
         """Yields rows; labels stored as numbers are given their names."""
         data = self._load()
         labels = {
@@ -56,23 +70,52 @@ class HubSource(Source):
             for name, feature in (data.features or {}).items()
             if isinstance(feature, datasets.ClassLabel)
         }
-        for line, value in enumerate(data, start=1):
-            row = drop_filler(value)
-            for name, feature in labels.items():
-                if row[name] is not None and row[name] >= 0:
-                    row[name] = feature.int2str(row[name])
-            yield Row(row, line)
+        try:
+            for line, value in enumerate(data, start=1):
+                row = drop_filler(value)
+                for name, feature in labels.items():
+                    if row[name] is not None and row[name] >= 0:
+                        row[name] = feature.int2str(row[name])
+                yield row, line
+        except Exception as error:  # the network, or a file that is not like the others
+            raise self._explain(error) from error
 
     def _load(self) -> Any:
+        with self._cache_alone_if_out_of_reach():
+            try:
+                return datasets.load_dataset(
+                    self.name,
+                    self.configuration or None,
+                    split=self.split,
+                    streaming=self.streaming,
+                )
+            except Exception as error:  # the library's errors share no class and name few remedies
+                raise self._explain(error) from error
+
+    @contextlib.contextmanager
+    def _cache_alone_if_out_of_reach(self) -> Iterator[None]:
+        """Asks the hub once; the library would try six times before it looks into its cache."""
+        if constants.HF_HUB_OFFLINE or Path(self.name).is_dir():
+            yield
+            return
         try:
-            return datasets.load_dataset(
-                self.name,
-                self.configuration or None,
-                split=self.split,
-                streaming=self.streaming,
-            )
-        except Exception as error:  # the library's errors share no class and name few remedies
-            raise self._explain(error) from error
+            HfApi().dataset_info(self.name, timeout=_PATIENCE)
+        except (HfHubHTTPError, ValueError):  # it answered, and the library tells what is wrong
+            yield
+        except Exception as error:  # the client passes on the errors of the transport it uses
+            before = constants.HF_HUB_OFFLINE, datasets_config.HF_HUB_OFFLINE
+            constants.HF_HUB_OFFLINE = datasets_config.HF_HUB_OFFLINE = True
+            try:
+                yield
+            except DataError:
+                raise DataError(
+                    f"Data set {self.origin(1).rpartition(':')[0]!r} is neither a file nor in the "
+                    f"cache, and {constants.ENDPOINT} cannot be reached: {error}."
+                ) from error
+            finally:
+                constants.HF_HUB_OFFLINE, datasets_config.HF_HUB_OFFLINE = before
+        else:
+            yield
 
     def _explain(self, error: Exception) -> DataError:
         if isinstance(error, GatedRepoError):

@@ -1,13 +1,16 @@
 """From the name of a data set to packed rows on disk, with a log of what was found and lost."""
 
+import dataclasses
 import functools
 import hashlib
+import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxft.config import DataConfig
+from jaxft.config import DataConfig, held_out_share
 from jaxft.data import cache
 from jaxft.data.chat import (
     DATE,
@@ -18,20 +21,25 @@ from jaxft.data.chat import (
     resolve_template,
     text_examples,
 )
-from jaxft.data.documents import Documents, DocumentStatistics, DocumentWriter
-from jaxft.data.formats import Conversation, Document, Format, RowError, read_items
+from jaxft.data.discovery import find_sources
+from jaxft.data.documents import Documents, DocumentStatistics, DocumentWriter, skipped_file
+from jaxft.data.formats import Conversation, Document, Format, read_items
 from jaxft.data.loader import shuffled
 from jaxft.data.packing import PackingError, PackingStatistics, pack
-from jaxft.data.problems import Problems
+from jaxft.data.problems import IgnoredProblems, Problems, RowError, describe_kinds
 from jaxft.data.rows import Statistics, TokenRows, write_rows
-from jaxft.data.sources import Source, find_sources
+from jaxft.data.selection import Part, Selection, select
+from jaxft.data.sources import Row, Source
 from jaxft.errors import DataError
 
-VERSION = 3
+VERSION = 4
 """Part of every cache key: raise it when the same input would give other tokens or rows."""
 
 _TOKENISED_TOGETHER = 256
 _SECONDS_BETWEEN_LOGS = 10.0
+_LIMIT = -3
+"""The permutation that samples of limited sources are taken from; epochs count from 0."""
+_SEPARATORS = {"paragraph": "\n\n", "line": "\n", "file": ""}
 
 Log = Callable[[str], Any]
 
@@ -45,17 +53,22 @@ def prepare(
     training: bool,
     name: str = "",
     on_log: Log = print,
+    on_progress: Log | None = None,
 ) -> TokenRows:
     """Reads, checks, tokenises and packs a data set, or finds the result of doing so before.
 
     Args:
-      source: Files, globs or hub ids, comma-separated.
-      config: How to read, render, mask, cut and pack.
+      source: Files, globs or hub ids, as `data.train` takes them; or '5%', the part of `data.train`
+        that is held out.
+      config: How to read, render, mask, cut and pack. Of training data it leaves out what
+        `data.validation` holds out.
       tokenizer: A Hugging Face tokenizer.
-      seed: Decides which documents share a row, when training with shuffling.
+      seed: Decides what is held out, which rows a source with a limit or a weight gives, and which
+        documents share a row when training with shuffling.
       training: Whether the rows are trained on; evaluation keeps the order of the source.
       name: How the data set is called in the log.
-      on_log: Called with lines of text.
+      on_log: Called with lines of text on what was found.
+      on_progress: Called with lines on how far long work is; by default `on_log`.
 
     Returns:
       Memory-mapped rows with their statistics.
@@ -69,19 +82,33 @@ def prepare(
     def say(text: str) -> None:
         on_log(f"{name}: {text}")
 
+    def say_progress(text: str) -> None:
+        (on_progress or on_log)(f"{name}: {text}")
+
     sources = _find(source, config, training)
     template = resolve_template(tokenizer, config)
     folder = cache_folder(config)
-    key = document_key(sources, config, tokenizer, template)
-    found, reused = cache.find_or_build(
-        folder,
-        f"documents-{key}",
-        lambda target: _write_documents(target, sources, config, tokenizer, template, name, say),
-    )
+    key = document_key(sources, config, tokenizer, template, seed=seed)
+
+    def build(target: Path) -> None:
+        _write_documents(
+            target, sources, config, tokenizer, template, name, say_progress, seed=seed
+        )
+
+    found, reused = cache.find_or_build(folder, f"documents-{key}", build)
     documents = Documents(found)
-    for line in _describe_documents(documents.statistics, template, reused):
+    for line in _describe_documents(documents, template, reused):
         say(line)
-    rows = _packed(documents, key, config, tokenizer, folder, seed if training else None, name)
+    _check_skipped(documents, config, name)
+    if config.packing == "stream" and tokenizer.eos_token_id is None:
+        say(
+            "the tokenizer has no EOS: documents of the stream end with the line ends that "
+            "separated them"
+        )
+    selection = _select(documents, sources, source, config, training, seed, name)
+    for line in _describe_parts(selection.parts):
+        say(line)
+    rows = _packed(documents, selection, key, config, tokenizer, folder, seed, training, name)
     for line in describe_losses(rows.statistics, config):
         say(line)
     if not len(rows):
@@ -98,6 +125,7 @@ def conversations(
     source: str,
     config: DataConfig,
     *,
+    rows: TokenRows | None = None,
     training: bool = False,
     maximum: int = 0,
     on_log: Log = print,
@@ -105,24 +133,30 @@ def conversations(
     """Yields conversations in order, for answers to be generated and compared.
 
     Args:
-      source: Files, globs or hub ids, comma-separated.
+      source: As for `prepare`.
       config: How to read them.
+      rows: What `prepare` made of this source: conversations that are not in it, such as bad rows
+        or those of the other side of a held-out part, are passed over. Needed for such a part.
       training: Which split a hub id without one means.
       maximum: Stop after this many; 0: all.
       on_log: Called with lines of text.
 
     Raises:
-      DataError: For bad rows, or for plain text, which holds no answers.
+      DataError: For bad rows, unless `rows` or the configuration leave them out; and for plain
+        text, which holds no answers.
     """
+    assert rows is not None or not held_out_share(source), "only the rows tell the held-out part"
     count = 0
-    problems = Problems(source)
-    for item_source in _find(source, config, training):
+    judged = rows is not None or config.bad_rows == "skip"
+    problems = IgnoredProblems(source) if judged else Problems(source)
+    for number, item_source in enumerate(_find(source, config, training)):
         say_format = functools.partial(_say_format, where=item_source.name, on_log=on_log)
-        for _, item in read_items(item_source, config, problems, on_format=say_format):
+        chosen = None if rows is None else _row_numbers(rows, number)
+        for _, item in read_items(item_source, problems, on_format=say_format, chosen=chosen):
             if isinstance(item, Document):
                 raise DataError(
-                    f"{item.origin}: plain text has no answers to compare with. Set eval.answers="
-                    "none, or use data in a conversation format."
+                    f"{item.origin}: plain text has no answers to compare with. Set "
+                    "--config.eval.answers=none, or use data in a conversation format."
                 )
             yield item
             count += 1
@@ -131,60 +165,116 @@ def conversations(
     problems.check()
 
 
+def _row_numbers(rows: TokenRows, source: int) -> set[int]:
+    index = rows.documents.index[rows.numbers]
+    return set(index["row"][index["source"] == source].tolist())
+
+
+def skipped_rows(rows: TokenRows) -> Iterator[dict[str, Any]]:
+    """Yields the bad rows that were left out, with origin, problem and the row itself."""
+    if not rows.documents.statistics.skipped:
+        return
+    with rows.documents.skipped.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
 def document_key(
-    sources: list[Source], config: DataConfig, tokenizer: Any, template: Template
+    sources: list[Source], config: DataConfig, tokenizer: Any, template: Template, *, seed: int
 ) -> str:
     """Names the tokens of these sources under these options; packing is named separately."""
     return cache.make_key(
         {
             "version": VERSION,
-            "sources": [(source.origin(0), source.fingerprint()) for source in sources],
+            "sources": [_source_key(source, seed) for source in sources],
             "tokenizer": cache.tokenizer_fingerprint(tokenizer),
             "template": template.text,
             "stops": template.stops,
-            "format": config.format,
-            "columns": config.columns,
-            "text_split": config.text_split,
             "thinking": config.thinking,
             "train_on": config.train_on,
-            "documents_end": config.packing != "stream",
+            "separated": _is_separated(config, tokenizer),
+            "bad_rows": config.bad_rows,
         }
     )
 
 
+def _source_key(source: Source, seed: int) -> list[Any]:
+    spec = source.spec
+    limit = [spec.limit, seed] if spec.limit else []
+    return [
+        source.origin(0),
+        source.fingerprint(),
+        spec.format,
+        spec.columns,
+        spec.text_split,
+        *limit,
+    ]
+
+
+def _is_separated(config: DataConfig, tokenizer: Any) -> bool:
+    """Whether what separates documents is kept, for want of a token that ends them."""
+    return config.packing == "stream" and tokenizer.eos_token_id is None
+
+
 def _find(source: str, config: DataConfig, training: bool) -> list[Source]:
-    return find_sources(
-        source, text_split=config.text_split, streaming=config.streaming, training=training
+    if held_out_share(source):
+        return find_sources(config.train, config, training=True)
+    return find_sources(source, config, training=training)
+
+
+def _select(
+    documents: Documents,
+    sources: list[Source],
+    source: str,
+    config: DataConfig,
+    training: bool,
+    seed: int,
+    name: str,
+) -> Selection:
+    held_out = held_out_share(source)
+    share = held_out or (held_out_share(config.validation) if training else 0.0)
+    return select(
+        documents,
+        [item.spec for item in sources],
+        share=share,
+        held_out=bool(held_out),
+        seed=seed,
+        name=name,
     )
 
 
 def _packed(
     documents: Documents,
+    selection: Selection,
     key: str,
     config: DataConfig,
     tokenizer: Any,
     folder: Path,
-    seed: int | None,
+    seed: int,
+    training: bool,
     name: str,
 ) -> TokenRows:
-    mixed = config.shuffle and config.packing == "documents" and seed is not None
+    mixed = config.shuffle and config.packing == "documents" and training
     pad = tokenizer.pad_token_id or 0
+    count = len(selection.numbers)
+    partial = count < len(documents.index)
     ingredients = {
         "documents": key,
+        "numbers": hashlib.sha256(selection.numbers.tobytes()).hexdigest() if partial else "all",
+        "parts": [dataclasses.asdict(part) for part in selection.parts],
         "packing": config.packing,
         "overlength": config.overlength,
         "max_length": config.max_length,
         "seed": seed if mixed else None,
         "pad": pad,
+        "begin": tokenizer.bos_token_id,
     }
-    count = len(documents.index)
 
     def order(place: int) -> int:
         # Sorted sources would otherwise put like beside like into the same rows.
-        return shuffled(place, count, seed=seed or 0, epoch=-1) if mixed else place
+        return shuffled(place, count, seed=seed, epoch=-1) if mixed else place
 
     def build(target: Path) -> None:
-        statistics = PackingStatistics()
+        statistics = PackingStatistics(parts=selection.parts)
         rows = pack(
             documents,
             packing=config.packing,
@@ -192,9 +282,12 @@ def _packed(
             max_length=config.max_length,
             order=order,
             statistics=statistics,
+            numbers=selection.numbers,
+            begin_token=tokenizer.bos_token_id,
             name=name,
         )
-        write_rows(target, rows, statistics, pad=pad)
+        numbers = selection.numbers if partial else None
+        write_rows(target, rows, statistics, pad=pad, numbers=numbers)
 
     found, _ = cache.find_or_build(folder, f"rows-{cache.make_key(ingredients)}", build)
     return TokenRows(documents, found)
@@ -208,8 +301,13 @@ def _write_documents(
     template: Template,
     name: str,
     say: Log,
+    *,
+    seed: int,
 ) -> None:
-    problems = Problems(name)
+    skipped = skipped_file(folder) if config.bad_rows == "skip" else None
+    problems = Problems(name, skipped=skipped)
+    chosen = _sample_rows(sources, seed, say)
+    separated = _is_separated(config, tokenizer)
     tokenise = _Tokeniser(tokenizer, config, template, problems)
     last_said = time.monotonic()
     with DocumentWriter(folder) as writer:
@@ -222,14 +320,52 @@ def _write_documents(
                 tokenizer=tokenizer,
                 statistics=writer.statistics,
             )
-            items = read_items(source, config, problems, on_format=on_format)
-            for line, content_hash, example in tokenise(items):
-                writer.add(example, source=number, line=line, content_hash=content_hash)
+            items = read_items(source, problems, on_format=on_format, chosen=chosen[number])
+            separator = _SEPARATORS[source.spec.text_split] if separated else ""
+            for row, content_hash, example in tokenise(items, separator=separator):
+                writer.add(
+                    example,
+                    source=number,
+                    line=row.line,
+                    row=row.number,
+                    content_hash=content_hash,
+                )
                 if time.monotonic() - last_said > _SECONDS_BETWEEN_LOGS:
                     last_said = time.monotonic()
                     say(f"tokenised {writer.statistics.documents:,} documents so far")
         problems.check()
+        writer.statistics.skipped = problems.count
+        writer.statistics.skipped_kinds = dict(problems.kinds)
         _check_statistics(writer.statistics, tokenise, config, name)
+
+
+def _sample_rows(sources: list[Source], seed: int, say: Log) -> list[Collection[int] | None]:
+    """Returns for each source the numbers of the rows that are read; None: all of them.
+
+    A sample needs the number of all rows, so these are counted first. What is streamed is not read
+    to its end for that: its first rows are taken.
+    """
+    chosen: list[Collection[int] | None] = [None] * len(sources)
+    for spec in dict.fromkeys(source.spec for source in sources if source.spec.limit):
+        numbers = [i for i, source in enumerate(sources) if source.spec == spec]
+        if any(sources[number].is_streamed for number in numbers):
+            assert len(numbers) == 1
+            chosen[numbers[0]] = range(spec.limit)
+            continue
+        say(f"counting the rows of {spec.name}, of which {spec.limit:,} are taken")
+        ignored = IgnoredProblems(spec.name)
+        counts = [sum(1 for _ in sources[number].rows(ignored)) for number in numbers]
+        total = sum(counts)
+        if total <= spec.limit:
+            continue
+        places = sorted(
+            shuffled(place, total, seed=seed, epoch=_LIMIT) for place in range(spec.limit)
+        )
+        start = 0
+        for number, count in zip(numbers, counts, strict=True):
+            chosen[number] = {place - start for place in places if start <= place < start + count}
+            start += count
+    return chosen
 
 
 def _say_format(row_format: Format, *, where: str, on_log: Log) -> None:
@@ -264,23 +400,22 @@ class _Tokeniser:
         self.trained_chat_tokens = 0
 
     def __call__(
-        self, items: Iterator[tuple[int, Conversation | Document]]
-    ) -> Iterator[tuple[int, int, Example]]:
-        """Yields (line, hash of the content, example)."""
-        chunk: list[tuple[int, Conversation | Document]] = []
+        self, items: Iterator[tuple[Row, Conversation | Document]], *, separator: str
+    ) -> Iterator[tuple[Row, int, Example]]:
+        """Yields (row, hash of the content, example); texts end with the separator."""
+        chunk: list[tuple[Row, Conversation | Document]] = []
         for item in items:
             chunk.append(item)
             if len(chunk) == _TOKENISED_TOGETHER:
-                yield from self._examples(chunk)
+                yield from self._examples(chunk, separator)
                 chunk = []
-        yield from self._examples(chunk)
+        yield from self._examples(chunk, separator)
 
     def _examples(
-        self, chunk: list[tuple[int, Conversation | Document]]
-    ) -> Iterator[tuple[int, int, Example]]:
-        texts = [item.text for _, item in chunk if isinstance(item, Document)]
-        end = self._config.packing != "stream"
-        documents = iter(text_examples(self._tokenizer, texts, end=end))
+        self, chunk: list[tuple[Row, Conversation | Document]], separator: str
+    ) -> Iterator[tuple[Row, int, Example]]:
+        texts = [item.text + separator for _, item in chunk if isinstance(item, Document)]
+        documents = iter(text_examples(self._tokenizer, texts, end=True))
         talks = chat_examples(
             self._tokenizer,
             [item for _, item in chunk if isinstance(item, Conversation)],
@@ -288,18 +423,18 @@ class _Tokeniser:
             train_on=self._config.train_on,
             thinking=self._config.thinking,
         )
-        for line, item in chunk:
+        for row, item in chunk:
             if isinstance(item, Document):
-                yield line, content_hash(item.text), next(documents)
+                yield row, content_hash(item.text), next(documents)
                 continue
             result = next(talks)
             if isinstance(result, RowError):
-                self._problems.add(item.origin, str(result))
+                self._problems.add(item.origin, str(result), raw=row.value)
                 continue
             for example in result:
                 self.chat_tokens += len(example.ids)
                 self.trained_chat_tokens += int(example.trained.sum())
-                yield line, content_hash(item.text), example
+                yield row, content_hash(item.text), example
 
 
 def content_hash(text: str) -> int:
@@ -312,7 +447,11 @@ def _check_statistics(
     statistics: DocumentStatistics, tokenise: _Tokeniser, config: DataConfig, name: str
 ) -> None:
     if not statistics.documents:
-        raise DataError(f"{name}: there are no rows in {', '.join(statistics.sources)}.")
+        bad = describe_kinds(statistics.skipped_kinds)
+        raise DataError(
+            f"{name}: there are no rows in {', '.join(statistics.sources)}"
+            + (f" but {statistics.skipped:,} bad ones: {'; '.join(bad)}." if bad else ".")
+        )
     if not statistics.chat or config.train_on == "all":
         return
     if tokenise.trained_chat_tokens in (0, tokenise.chat_tokens):
@@ -324,9 +463,44 @@ def _check_statistics(
         )
 
 
-def _describe_documents(
-    statistics: DocumentStatistics, template: Template, reused: bool
-) -> Iterator[str]:
+def _check_skipped(documents: Documents, config: DataConfig, name: str) -> None:
+    """Raises if more rows were left out than may be.
+
+    Raises:
+      DataError: With how many there are of which kind.
+    """
+    statistics = documents.statistics
+    total = statistics.rows + statistics.skipped
+    if statistics.skipped <= config.bad_share * total:
+        return
+    needed = math.ceil(10_000 * statistics.skipped / total) / 10_000
+    raise DataError(
+        [
+            f"{name}: {statistics.skipped:,} of {total:,} rows ({statistics.skipped / total:.2%}) "
+            f"are bad, more than the share of {config.bad_share:g} that may be left out:",
+            *describe_kinds(statistics.skipped_kinds),
+            f"They are listed in {documents.skipped}. Correct them, or if the rest is worth "
+            f"training on, set --config.data.bad_share={needed:g}",
+        ]
+    )
+
+
+def _describe_parts(parts: list[Part]) -> Iterator[str]:
+    """Yields a line for each source of a mixture, and where a pass does not hold all documents."""
+    if len(parts) == 1 and parts[0].taken == parts[0].documents:
+        return
+    taken = sum(part.taken for part in parts)
+    trained = sum(part.trained_tokens for part in parts)
+    for part in parts:
+        yield (
+            f"{part.name}: {part.taken:,} of {part.documents:,} documents in a pass, "
+            f"{part.taken / taken:.1%} of its documents and "
+            f"{part.trained_tokens / max(trained, 1):.1%} of its trained tokens"
+        )
+
+
+def _describe_documents(documents: Documents, template: Template, reused: bool) -> Iterator[str]:
+    statistics = documents.statistics
     yield from statistics.formats
     if statistics.chat:
         stops = ", ".join(map(repr, statistics.stops))
@@ -342,6 +516,11 @@ def _describe_documents(
         f"{statistics.trained_tokens:,} trained ({share:.1%})"
         f"{', from the cache' if reused else ''}"
     )
+    if statistics.skipped:
+        yield (
+            f"{statistics.skipped:,} bad rows are left out: "
+            f"{'; '.join(describe_kinds(statistics.skipped_kinds))}; listed in {documents.skipped}"
+        )
     if statistics.lost_blocks:
         yield (
             f"{statistics.lost_blocks:,} of {statistics.thinking_blocks:,} <think> blocks are left "

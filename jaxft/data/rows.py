@@ -12,6 +12,7 @@ import numpy as np
 from jaxft.data.batch import Batch
 from jaxft.data.documents import Documents, DocumentStatistics, map_array, write_json
 from jaxft.data.packing import PackingStatistics, Piece
+from jaxft.data.selection import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class Statistics:
 
     @property
     def documents(self) -> int:
-        """Documents that were read."""
-        return self.read.documents
+        """Documents of a pass."""
+        return self.packed.documents
 
     @property
     def rows(self) -> int:
@@ -49,7 +50,7 @@ class Statistics:
     @property
     def lost_share(self) -> float:
         """Share of the trained tokens that are in no row."""
-        return self.packed.lost_trained_tokens / max(self.read.trained_tokens, 1)
+        return self.packed.lost_trained_tokens / max(self.packed.document_trained_tokens, 1)
 
     @property
     def padding_share(self) -> float:
@@ -58,19 +59,40 @@ class Statistics:
 
 
 def write_rows(
-    folder: Path, rows: Iterable[list[Piece]], statistics: PackingStatistics, *, pad: int
+    folder: Path,
+    rows: Iterable[list[Piece]],
+    statistics: PackingStatistics,
+    *,
+    pad: int,
+    numbers: np.ndarray | None = None,
 ) -> None:
-    """Writes the index of rows; `statistics` is filled while they are taken."""
+    """Writes the index of rows; `statistics` is filled while they are taken.
+
+    Args:
+      folder: Where to.
+      rows: From `pack`.
+      statistics: That `pack` fills.
+      pad: Token of padding.
+      numbers: Which documents the rows are made of; by default all.
+    """
     digest = hashlib.sha256()
-    with (folder / "pieces.bin").open("wb") as pieces, (folder / "rows.bin").open("wb") as offsets:
+    with (
+        (folder / "ranges.bin").open("wb") as ranges,
+        (folder / "joined.bin").open("wb") as joined,
+        (folder / "rows.bin").open("wb") as offsets,
+    ):
         offsets.write(np.int64(0).tobytes())
         count = 0
         for row in rows:
-            index = np.array(row, "<i8").tobytes()
-            pieces.write(index)
-            count += len(row)
+            index = np.array([bound for piece in row for bound in piece], "<i8").tobytes()
+            joins = bytes(place > 0 for piece in row for place in range(len(piece) // 2))
+            ranges.write(index)
+            joined.write(joins)
+            count += len(joins)
             offsets.write(np.int64(count).tobytes())
-            digest.update(b"row" + index)
+            digest.update(b"row" + index + (joins if any(joins) else b""))
+    if numbers is not None:
+        (folder / "numbers.bin").write_bytes(numbers.astype("<i8").tobytes())
     values = {"pad": pad, "digest": digest.hexdigest(), **dataclasses.asdict(statistics)}
     write_json(folder / "statistics.json", values)
 
@@ -79,7 +101,7 @@ class TokenRows(Sequence[Batch]):
     """Packed rows of one data set; only what is read comes into memory.
 
     Attributes:
-      documents: The tokens that the rows are made of.
+      documents: The tokens that the rows are made of, and those of other rows.
       statistics: What was read and what became of it.
       max_length: Tokens in a row, T.
       digest: Hash of all that the rows hold, wherever the files lie that they were made from.
@@ -91,14 +113,24 @@ class TokenRows(Sequence[Batch]):
         packing = values.pop("digest")
         parts = (documents.statistics.digest, packing, str(values["max_length"]), str(self._pad))
         self.digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
-        self._pieces = map_array(folder / "pieces.bin", np.dtype("<i8")).reshape(-1, 2)
+        values["parts"] = [Part(**part) for part in values["parts"]]
+        self._ranges = map_array(folder / "ranges.bin", np.dtype("<i8")).reshape(-1, 2)
+        self._joined = map_array(folder / "joined.bin", np.dtype("u1"))
         self._offsets = map_array(folder / "rows.bin", np.dtype("<i8"))
         self.documents = documents
         self.statistics = Statistics(documents.statistics, PackingStatistics(**values))
         self.max_length = self.statistics.packed.max_length
+        self._numbers = folder / "numbers.bin"
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Which documents the rows are made of, int64 `[documents]`."""
+        if not self._numbers.exists():
+            return np.arange(len(self.documents.index))
+        return map_array(self._numbers, np.dtype("<i8"))
 
     @property
     def is_chat(self) -> bool:
@@ -107,8 +139,9 @@ class TokenRows(Sequence[Batch]):
 
     @property
     def max_segments(self) -> int:
-        """Most documents in one row."""
-        return int(np.diff(self._offsets).max(initial=1))
+        """Most documents in one row that do not see one another."""
+        begun = np.concatenate([[0], np.cumsum(self._joined == 0)])
+        return int(np.diff(begun[self._offsets]).max(initial=1))
 
     def __getitem__(self, number: int) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the five `[T]` arrays of a row."""
@@ -125,8 +158,12 @@ class TokenRows(Sequence[Batch]):
         return batch
 
     def pieces(self, number: int) -> np.ndarray:
-        """Returns begin and end of the pieces of a row, int64 `[pieces, 2]`."""
-        return self._pieces[self._offsets[number] : self._offsets[number + 1]]
+        """Returns begin and end of the ranges of tokens in a row, int64 `[ranges, 2]`.
+
+        A document, or a piece of one, is one range, or several that are joined where tokens between
+        them are left out; the first token of a range carries no loss.
+        """
+        return self._ranges[self._offsets[number] : self._offsets[number + 1]]
 
     def origins(self, number: int) -> list[str]:
         """Returns `file:line` of the documents in a row."""
@@ -145,13 +182,18 @@ class TokenRows(Sequence[Batch]):
         )
 
     def _fill(self, batch: Batch, place: int, number: int) -> None:
-        start = 0
-        for segment, (begin, end) in enumerate(self.pieces(number), start=1):
+        start = first = segment = 0
+        joined = self._joined[self._offsets[number] : self._offsets[number + 1]]
+        for (begin, end), is_joined in zip(self.pieces(number), joined, strict=True):
             stop = start + int(end - begin)
             tokens = self.documents.tokens[begin:end]
+            if is_joined:
+                batch.targets[place, start - 1] = tokens[0]
+            else:
+                first, segment = start, segment + 1
             batch.tokens[place, start:stop] = tokens
             batch.targets[place, start : stop - 1] = tokens[1:]
             batch.weights[place, start : stop - 1] = self.documents.trained[begin + 1 : end]
-            batch.positions[place, start:stop] = np.arange(stop - start)
+            batch.positions[place, start:stop] = np.arange(start - first, stop - first)
             batch.segments[place, start:stop] = segment
             start = stop

@@ -1,0 +1,309 @@
+"""Reads raw rows of local files, each with the line it came from."""
+
+import codecs
+import csv
+import functools
+import hashlib
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from pyarrow import parquet
+
+from jaxft.data import content
+from jaxft.data.json_text import READ_CHARACTERS, JsonError, JsonText, loads
+from jaxft.data.problems import Problems
+from jaxft.data.sources import Source, drop_filler
+from jaxft.errors import DataError
+
+_LONGEST_LINE = 1 << 30
+_PARQUET_ROWS = 1024
+# What reading compressed bytes raises, beside what every file may.
+_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+csv.field_size_limit(_LONGEST_LINE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line of text.
+
+    Attributes:
+      number: From 1.
+      text: With its line end; bytes that are no UTF-8 are lone surrogates.
+      problem: Which bytes those are; mostly empty.
+    """
+
+    number: int
+    text: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class File(Source):
+    """A local file.
+
+    Attributes:
+      path: Where it is.
+    """
+
+    path: Path = field(kw_only=True)
+
+    def fingerprint(self) -> str:
+        """Hash of the bytes: a file that changes without its date changing is seen too."""
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def remark(self) -> str:
+        """Returns what the file holds where its name does not say, and which list of it is read."""
+        remark = self._content.remark
+        if self._content.kind == "JSON" and (lists := self._json_members[0]):
+            remark += f"; rows are those of the list {lists[0]!r} in the file"
+        return remark
+
+    @functools.cached_property
+    def _content(self) -> content.Content:
+        with content.open_file(self.path) as file:
+            head, is_whole = self._reading(lambda: content.read_head(file))
+        return content.detect(self.path, self.spec, head, is_whole=is_whole)
+
+    def _values(self, problems: Problems) -> Iterator[tuple[Any, int]]:
+        match self._content.kind:
+            case "JSON lines":
+                yield from self._json_lines(problems)
+            case "JSON":
+                yield from self._json(problems)
+            case "a table":
+                yield from self._table(problems)
+            case "Parquet":
+                yield from self._parquet(problems)
+            case _:
+                yield from self._texts(problems)
+
+    def _reading[T](self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except _READ_ERRORS as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> DataError:
+        return DataError(f"{self.name} cannot be read: {getattr(error, 'strerror', '') or error}.")
+
+    def _lines(self) -> Iterator[_Line]:
+        with content.open_file(self.path) as file:
+            number = 0
+            while line := self._reading(lambda: file.readline(_LONGEST_LINE)):
+                number += 1
+                if len(line) == _LONGEST_LINE:
+                    raise DataError(
+                        f"{self.origin(number)}: the line is longer than {_LONGEST_LINE >> 20:,} "
+                        "MiB. Split the file."
+                    )
+                encoding = "utf-8-sig" if number == 1 else "utf-8"
+                try:
+                    yield _Line(number, line.decode(encoding), "")
+                except UnicodeDecodeError as error:
+                    problem = (
+                        f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}. "
+                        "Save the file as UTF-8."
+                    )
+                    yield _Line(number, line.decode(encoding, "surrogateescape"), problem)
+
+    def _json_lines(self, problems: Problems) -> Iterator[tuple[Any, int]]:
+        for line in self._lines():
+            if line.problem:
+                problems.add(self.origin(line.number), line.problem, raw=line.text)
+            elif line.text.strip():
+                try:
+                    value = loads(line.text)
+                except JsonError as error:
+                    problems.add(self.origin(line.number), f"{error}.", raw=line.text)
+                else:
+                    yield value, line.number
+
+    def _pieces(self) -> Iterator[str]:
+        """Yields the text of the file, bytes that are no UTF-8 as lone surrogates."""
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        with content.open_file(self.path) as file:
+            first = True
+            while data := self._reading(lambda: file.read(READ_CHARACTERS)):
+                text = decoder.decode(data)
+                yield text.removeprefix("\ufeff") if first else text
+                first = False
+        yield decoder.decode(b"", final=True)
+
+    def _json(self, problems: Problems) -> Iterator[tuple[Any, int]]:
+        text = JsonText(self._pieces())
+        try:
+            match text.peek():
+                case "[":
+                    yield from self._json_rows(text.items(), problems)
+                case "{":
+                    yield from self._json_object(text, problems)
+                case _:
+                    problems.stop(
+                        self.origin(1), "expected a JSON array of objects, or an object of them."
+                    )
+            text.end()
+        except JsonError as error:
+            problems.stop(self.origin(error.line), f"broken JSON: {error}.")
+
+    def _json_rows(
+        self, rows: Iterator[tuple[Any, int, str]], problems: Problems
+    ) -> Iterator[tuple[Any, int]]:
+        for value, line, problem in rows:
+            problem = problem or _escaped_bytes(value)
+            if problem:
+                problems.add(self.origin(line), f"{problem}.", raw=value)
+            else:
+                yield value, line
+
+    def _json_object(self, text: JsonText, problems: Problems) -> Iterator[tuple[Any, int]]:
+        """Yields the objects of the only list of objects, or else all members, if all are rows."""
+        lists, others = self._json_members
+        if len(lists) > 1:
+            problems.stop(
+                self.origin(1),
+                f"one JSON object with several lists of objects: {_quoted(lists)}. Write each of "
+                "them to a file of its own.",
+            )
+        elif lists:
+            for name in text.names():
+                if name == lists[0]:
+                    yield from self._json_rows(text.items(), problems)
+                else:
+                    text.value()
+        elif others:
+            problems.stop(
+                self.origin(1),
+                f"one JSON object in which {_quoted(others)} {'is' if len(others) == 1 else 'are'} "
+                "neither a row nor a list of rows; expected a JSON array of objects, an object of "
+                "them, or an object with one list of them.",
+            )
+        else:
+            yield from self._json_rows((text.value() for _ in text.names()), problems)
+
+    @functools.cached_property
+    def _json_members(self) -> tuple[list[str], list[str]]:
+        """Names of the members that are lists of objects, and of those that are no objects."""
+        lists: list[str] = []
+        others: list[str] = []
+        text = JsonText(self._pieces())
+        for name in text.names() if text.peek() == "{" else ():
+            if text.peek() == "[":
+                kinds = [isinstance(value, dict) for value, _, _ in text.items()]
+                (lists if kinds and all(kinds) else others).append(name)
+            elif not isinstance(text.value()[0], dict):
+                others.append(name)
+        return lists, others
+
+    def _table(self, problems: Problems) -> Iterator[tuple[Any, int]]:
+        broken: list[_Line] = []
+        given: list[str] = []
+
+        def texts() -> Iterator[str]:
+            for line in self._lines():
+                if line.problem:
+                    broken.append(line)
+                given.append(line.text)
+                yield line.text
+
+        lines = texts()
+        first = next(lines, "")
+        delimiter = max(content.DELIMITERS, key=first.count)
+        header = next(csv.reader([first], delimiter=delimiter), [])
+        self._check_names(header, problems)
+        if broken:
+            problems.stop(self.origin(1), broken[0].problem)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        while True:
+            line = reader.line_num + 2
+            given.clear()
+            broken.clear()
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                problem = f"broken CSV: {error}. Check the quotes."
+                if "unexpected end" in str(error):
+                    problems.stop(self.origin(line), problem)
+                problems.add(self.origin(line), problem, raw="".join(given))
+                continue
+            if values is None:
+                return
+            if broken:
+                problems.add(self.origin(broken[0].number), broken[0].problem, raw="".join(given))
+            elif len(values) == len(header):
+                yield dict(zip(header, values, strict=True)), line
+            elif values:
+                problems.add(
+                    self.origin(line),
+                    f"{len(values)} fields; expected {len(header)}: {', '.join(header)}.",
+                    raw="".join(given),
+                )
+
+    def _check_names(self, names: list[str], problems: Problems) -> None:
+        repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        if repeated:
+            problems.stop(
+                self.origin(1), f"several columns have the same name: {_quoted(repeated)}."
+            )
+
+    def _parquet(self, problems: Problems) -> Iterator[tuple[Any, int]]:
+        line = 0
+        try:
+            with parquet.ParquetFile(self.path) as file:
+                self._check_names(file.schema_arrow.names, problems)
+                for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                    for value in batch.to_pylist():
+                        line += 1
+                        yield drop_filler(value), line
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            problems.stop(
+                self.origin(line + 1), f"not a readable Parquet file from this row on: {error}."
+            )
+
+    def _texts(self, problems: Problems) -> Iterator[tuple[Any, int]]:
+        document: list[_Line] = []
+        for line in self._lines():
+            document.append(line)
+            split = self.spec.text_split
+            if split == "line" or (split == "paragraph" and not line.text.strip()):
+                yield from self._text(document, problems)
+                document = []
+        yield from self._text(document, problems)
+
+    def _text(self, lines: list[_Line], problems: Problems) -> Iterator[tuple[str, int]]:
+        text = "".join(line.text for line in lines).replace("\r\n", "\n")
+        if self.spec.text_split != "file":
+            text = text.strip("\n")
+        broken = next((line for line in lines if line.problem), None)
+        if broken is not None:
+            problems.add(self.origin(broken.number), broken.problem, raw=text)
+        elif text.strip():
+            yield text, lines[0].number
+
+
+def _escaped_bytes(value: Any) -> str:
+    """Returns a problem if a value holds bytes that were no UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        character = error.object[error.start]
+        if "\udc80" <= character <= "\udcff":
+            return f"not UTF-8: byte {ord(character) - 0xDC00:#04x}; save the file as UTF-8"
+    except (RecursionError, ValueError):
+        return "it is nested too deeply"
+    return ""
+
+
+def _quoted(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return f"{shown} and {len(names) - 5:,} more" if len(names) > 5 else shown
