@@ -15,7 +15,8 @@ from jaxft.errors import ConfigError, ModelError, nearest
 from jaxft.hf.load import open_params, read_config
 from jaxft.hf.read import Reader
 from jaxft.hf.save import Readable, atomic_folder, save_params
-from jaxft.hf.tokenizer import load_tokenizer, save_tokenizer
+from jaxft.hf.save_tokenizer import save_tokenizer
+from jaxft.hf.tokenizer import load_tokenizer
 from jaxft.model import Model, Source, find_source, hf_config, load, tensor_dtypes_of
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
@@ -101,7 +102,7 @@ def export(
             architecture, architecture.abstract(make_numerics("float32")), {}, tokenizer, source
         )
         _write_generation_config(model, folder)
-        save_tokenizer(tokenizer, folder, chat_template=tokenizer.chat_template)  # pyright: ignore
+        save_tokenizer(tokenizer, folder)
         if verify:
             names = {dtypes} if isinstance(dtypes, str) else set(dtypes.values())
             difference = _verify(checkpoint, folder, step=step, revision=revision, exact=names)

@@ -25,7 +25,7 @@ from jaxft.devices import peak_flops
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.evaluation import SamplePrompt, evaluate_rows, read_sample_prompts
 from jaxft.hf.load import read_config
-from jaxft.hf.tokenizer import save_tokenizer
+from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.lock import Lock
 from jaxft.metrics import Interval, MetricsWriter, require_wandb, train_record, training_flops
 from jaxft.model import (

@@ -1,14 +1,20 @@
-"""What jaxft exports, read by transformers and PyTorch."""
+"""What jaxft exports, read by transformers 4 and 5, and by PyTorch."""
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import jaxft
 from jaxft.generate import generate_tokens
+from jaxft.hf.save_tokenizer import save_tokenizer
+from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer
+from tests.oracle.read_tokenizer import describe
 from tests.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -20,6 +26,17 @@ def oracle() -> str:
     python = os.environ.get("JAXFT_ORACLE_PYTHON", "")
     if not Path(python).is_file():
         pytest.skip("JAXFT_ORACLE_PYTHON names no Python with torch and transformers")
+    return python
+
+
+@pytest.fixture(scope="session", params=[4, 5])
+def reader(request) -> str:
+    """A Python with one version of transformers; .ci/run makes that of 4.57."""
+    if request.param == 5:
+        return sys.executable
+    python = os.environ.get("JAXFT_ORACLE_PYTHON_4", "")
+    if not Path(python).is_file():
+        pytest.skip("JAXFT_ORACLE_PYTHON_4 names no Python with transformers 4.57")
     return python
 
 
@@ -63,3 +80,124 @@ def test_a_real_model_gives_the_same_logits_and_text_in_transformers(oracle, sha
     source = shared / "models/stories260K"
     folder = jaxft.export(source, tmp_path / "out")
     check(oracle, jaxft.load(source), folder, tmp_path)
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SHARED = (
+    "tokenizers/bert-base-uncased",
+    "tokenizers/deepseek-r1",
+    "tokenizers/gpt2",
+    "tokenizers/mistral-v3",
+    "tokenizers/qwen3-hf",
+    "models/stories260K",
+)
+
+
+def read_in(python: str, folders: list[Path]) -> dict[str, Any]:
+    script = Path(__file__).parent / "oracle/read_tokenizer.py"
+    done = subprocess.run([python, script, *folders], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def assert_reads_alike(python: str, folders: list[Path]) -> None:
+    found = read_in(python, folders)
+    for folder in folders:
+        ours = json.loads(json.dumps(describe(load_tokenizer(folder))))
+        theirs = found[str(folder)]
+        different = {
+            name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]
+        }
+        assert not different, folder.name
+
+
+def write_variants(source: Path, out: Path) -> list[Path]:
+    """Writes a tokenizer as runs leave it: as it is, with tokens, another template, and both."""
+    folders = []
+    for tokens in ([], ["<new>", "<other>"]):
+        for template in (None, TEMPLATE):
+            tokenizer = load_tokenizer(source)
+            add_special_tokens(tokenizer, tokens)
+            folder = out / f"{source.name}-{len(folders)}"
+            folder.mkdir()
+            save_tokenizer(tokenizer, folder, template)
+            folders.append(folder)
+    # An export of a run reads what the run has kept.
+    again = out / f"{source.name}-again"
+    again.mkdir()
+    save_tokenizer(load_tokenizer(folders[-1]), again)
+    return [*folders, again]
+
+
+@pytest.fixture(scope="session")
+def real(shared, tmp_path_factory) -> dict[Path, list[Path]]:
+    """Tokenizers of real models, and what was written of them."""
+    out = tmp_path_factory.mktemp("real")
+    sources = [*(shared / name for name in SHARED), Path(jaxft.__file__).parent / "demo/base"]
+    return {source: write_variants(source, out) for source in sources}
+
+
+@pytest.mark.slow(seconds=70)
+def test_real_tokenizers_are_read_alike_by_transformers_4_and_5(reader, real):
+    sources, folders = list(real), [folder for written in real.values() for folder in written]
+    assert_reads_alike(reader, folders)
+    # What is given is what transformers 4 makes of the source.
+    if reader != sys.executable:
+        theirs = read_in(reader, sources)
+        for source in sources:
+            ours = describe(load_tokenizer(source))
+            assert ours["ids"] == theirs[str(source)]["ids"], source.name
+            assert ours["texts"] == theirs[str(source)]["texts"], source.name
+
+
+@pytest.mark.slow(seconds=20)
+def test_tokenizers_of_every_making_are_read_alike_by_transformers_4_and_5(
+    reader, shared, tmp_path
+):
+    settings = {
+        # BOS by default, and not at all, whatever tokenizer.json says.
+        "begin": {"tokenizer_class": "LlamaTokenizer", "legacy": False},
+        "no_begin": {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False},
+        "end": {"tokenizer_class": "LlamaTokenizer", "add_eos_token": True},
+        # As transformers 5 writes it: version 4 does not read it.
+        "five": {
+            "tokenizer_class": "TokenizersBackend",
+            "backend": "tokenizers",
+            "extra_special_tokens": ["<extra>"],
+        },
+        "named": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": [
+                {"name": "default", "template": "plain: " + TEMPLATE},
+                {"name": "tool_use", "template": "tools: {{ tools }} " + TEMPLATE},
+                {"name": "rag", "template": "rag: " + TEMPLATE},
+            ],
+        },
+    }
+    folders = []
+    for name, content in settings.items():
+        source = tmp_path / name
+        source.mkdir()
+        for file in ("tokenizer.json", "tokenizer.model"):
+            (source / file).write_bytes((shared / "models/stories260K" / file).read_bytes())
+        words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **content}
+        (source / "tokenizer_config.json").write_text(json.dumps(words))
+        out = tmp_path / "out" / name
+        out.mkdir(parents=True)
+        folders += write_variants(source, out)
+    # Pieces and their scores alone.
+    source = tmp_path / "pieces"
+    source.mkdir()
+    file = shared / "models/stories260K/tokenizer.model"
+    (source / file.name).write_bytes(file.read_bytes())
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    folders += write_variants(source, tmp_path)
+    assert_reads_alike(reader, folders)
+    named = load_tokenizer(tmp_path / "out/named/named-1").chat_template
+    assert named == {
+        "default": TEMPLATE,
+        "tool_use": TEMPLATE,
+        "rag": "rag: " + TEMPLATE,
+    }

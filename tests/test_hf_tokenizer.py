@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from jaxft.config import DataConfig
 from jaxft.data import chat
 from jaxft.errors import ModelError
-from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer, save_tokenizer, stop_ids
+from jaxft.hf.save_tokenizer import save_tokenizer
+from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer, stop_ids
 
 CHATS = ["tokenizers/qwen3-hf", "tokenizers/deepseek-r1"]
 NAMES = [

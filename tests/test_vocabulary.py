@@ -12,7 +12,8 @@ import jaxft
 from jaxft.config import from_dict
 from jaxft.errors import ModelError
 from jaxft.evaluation import evaluate
-from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer, save_tokenizer
+from jaxft.hf.save_tokenizer import save_tokenizer
+from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer
 from jaxft.model import find_source, load_weights
 from jaxft.models.config import Numerics
 from jaxft.models.families import architecture_from_hf

@@ -96,6 +96,15 @@ def conversion_hint(source: str) -> str:
     )
 
 
+def lfs_hint(file: Path) -> str:
+    """Returns what to do where a clone without Git LFS left a pointer, or an empty string."""
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        pointer = stream.read(40).startswith(b"version https://git-lfs")
+    return " It is a pointer of Git LFS: run `git lfs pull` in the folder." if pointer else ""
+
+
 def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import ModelError
-from jaxft.hf.hub import conversion_hint
+from jaxft.hf.hub import conversion_hint, lfs_hint
 from jaxft.hf.read import DTYPES, Entry, Mxfp4, Reader, Stored, Task
 from jaxft.hf.rules import Part, Rule, Tensor, expand
 
@@ -61,7 +61,7 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{file.parent} has no {file.name}; it is not a complete Hugging Face folder."
         ) from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}.{_lfs_hint(file)}") from None
+        raise ModelError(f"{file} cannot be read: {error}.{lfs_hint(file)}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds a JSON {type(content).__name__}; expected an object.")
     return content
@@ -476,7 +476,7 @@ def _scan_file(file: Path) -> tuple[dict[str, Entry | None], list[str]]:
             for name, item in content.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        hint = _lfs_hint(file) or " It is truncated or not a safetensors file; download it again."
+        hint = lfs_hint(file) or " It is truncated or not a safetensors file; download it again."
         return {}, [f"{file.name} has no readable header in its {size} bytes.{hint}"]
     end = max((entry.end for entry in entries.values() if entry), default=8 + length)
     if any(not 8 + length <= entry.start <= entry.end for entry in entries.values() if entry):
@@ -584,10 +584,3 @@ def _no_weights(folder: Path) -> str:
         f"{folder} has neither {SINGLE} nor {INDEX}"
         f"{f', only {found}' if found else ''}; it is not a complete Hugging Face folder."
     )
-
-
-def _lfs_hint(file: Path) -> str:
-    """Returns what to do where a clone without Git LFS left a pointer, or an empty string."""
-    with file.open("rb") as stream:
-        pointer = stream.read(40).startswith(b"version https://git-lfs")
-    return " It is a pointer of Git LFS: run `git lfs pull` in the folder." if pointer else ""

@@ -1,72 +1,148 @@
-"""Loads and saves tokenizers with their chat template, and finds the ids that end an answer."""
+"""Loads tokenizers as their files say, and finds the ids that end an answer."""
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxft.errors import ModelError
+from jaxft.hf.hub import lfs_hint
 
 # transformers advises to install PyTorch, which jaxft does without.
 logging.getLogger("transformers").addFilter(
     lambda record: not record.getMessage().startswith("PyTorch was not found")
 )
 
-from sentencepiece import SentencePieceProcessor  # noqa: E402
-from tokenizers import models  # noqa: E402
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
+from transformers import (  # noqa: E402
+    AddedToken,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+# Classes for which tokenizer_config.json says whether BOS comes first, whatever tokenizer.json
+# says, and whether it does where no `add_bos_token` is there. transformers 4 obeys it, 5 does not.
+_ADDS_BEGIN = {
+    "CodeLlamaTokenizer": True,
+    "CohereTokenizer": True,
+    "GemmaTokenizer": True,
+    "GPTNeoXTokenizer": False,
+    "LlamaTokenizer": True,
+}
+# The class of models whose folder names none.
+_CLASS_OF = {
+    "gemma2": "GemmaTokenizer",
+    "gemma3_text": "GemmaTokenizer",
+    "llama": "LlamaTokenizer",
+    "mistral": "LlamaTokenizer",
+    "mixtral": "LlamaTokenizer",
+    "olmo2": "GPTNeoXTokenizer",
+    "phi3": "LlamaTokenizer",
+}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of a folder; code that the folder may hold is never run.
+    """Returns the tokenizer of a folder, which gives the ids that its files spell out.
+
+    These are the ids of transformers 4 and of all that reads tokenizer.json or tokenizer.model
+    itself. Code that the folder may hold is never run.
 
     Raises:
       ModelError: If its files are missing or broken.
     """
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not has_tokenizer(folder):
         raise ModelError(
-            f"{folder} has no tokenizer: none of {', '.join(_VOCABULARIES)}. Name a folder that "
-            "has one with model.tokenizer."
+            f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}. Name a folder that "
+            "has one with --config.model.tokenizer=FOLDER."
         )
+    for name in VOCABULARIES:
+        if hint := lfs_hint(folder / name):
+            raise ModelError(f"{folder / name} holds no vocabulary.{hint}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if tokenizer.is_fast and not _has_fast_files(folder):
-            _sort_merges(tokenizer, folder / "tokenizer.model")
+        tokenizer = _follow_files(read_tokenizer(folder), folder)
+        _put_begin_and_end(tokenizer, folder)
         return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
 
 
-def _has_fast_files(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _VOCABULARIES if name != "tokenizer.model")
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Returns what the installed transformers makes of a folder, as other programs see it."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _sort_merges(tokenizer: Any, file: Path) -> None:
-    """Merges pieces in the order of their scores, as SentencePiece does.
+def _follow_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer that does what tokenizer.json, or a lone tokenizer.model, says.
 
-    transformers 5 takes the order of ids instead, which is another one where runs of spaces have
-    early ids and the lowest scores, as in Llama 2 and Mistral.
+    Many classes of transformers 5 take the vocabulary from these files and put a normaliser,
+    pre-tokeniser and decoder of their own around it.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if state["type"] != "BPE":
-        return
-    try:
-        pieces = SentencePieceProcessor(model_file=str(file))
-    except RuntimeError:  # a file of tiktoken, which has the same name
-        return
-    scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(len(pieces))}
-    merges = sorted(state["merges"], key=lambda pair: -scores.get("".join(pair), -math.inf))
-    tokenizer.backend_tokenizer.model = models.BPE(
-        state["vocab"],
-        [(left, right) for left, right in merges],
-        unk_token=state["unk_token"],
-        fuse_unk=state["fuse_unk"],
-        byte_fallback=state["byte_fallback"],
+    spelled_out = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    if not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast or not spelled_out:
+        return tokenizer
+    followed = PreTrainedTokenizerFast.from_pretrained(folder)
+    vocabulary = followed.get_vocab()
+    # A class may know tokens that no file names, such as the EOS of GPT-2.
+    named = {name: getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    followed.add_special_tokens(
+        {
+            name: token
+            for name, token in named.items()
+            if token in vocabulary and getattr(followed, name) is None
+        }
     )
+    return followed
+
+
+def _put_begin_and_end(tokenizer: Any, folder: Path) -> None:
+    """Makes the tokenizer put BOS and EOS around texts as tokenizer_config.json says."""
+    settings, config = (
+        read_settings(folder / name) for name in ("tokenizer_config.json", "config.json")
+    )
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    name = str(name or _CLASS_OF.get(config.get("model_type", ""), "")).removesuffix("Fast")
+    if name not in _ADDS_BEGIN or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return
+    begin = bool(settings.get("add_bos_token", _ADDS_BEGIN[name])) and bool(tokenizer.bos_token)
+    end = bool(settings.get("add_eos_token", False)) and bool(tokenizer.eos_token)
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    wanted = [tokenizer.bos_token_id] * begin + plain + [tokenizer.eos_token_id] * end
+    if tokenizer("a").input_ids != wanted:
+        tokenizer.add_bos_token = begin
+        tokenizer.add_eos_token = end
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Returns the object of a JSON file; an empty one if the file is not there."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def continuation_ids(tokenizer: Any, text: str) -> list[int]:
+    """Returns the ids of a text that is to go on: what the tokenizer puts after it is left out."""
+    around, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    before = next(i for i in range(len(around)) if around[i : i + len(plain)] == plain)
+    ids = tokenizer(text).input_ids
+    return ids[: len(ids) - (len(around) - before - len(plain))]
+
+
+def decode_continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """Returns the text of new ids as it follows the text of a prompt.
+
+    Alone, ids of SentencePiece lose the space that their first word begins with.
+    """
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(new, skip_special_tokens=True)
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> int:
@@ -79,29 +155,6 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
     added = [AddedToken(text, special=True, normalized=False) for text in tokens]
     tokenizer.add_tokens(added, special_tokens=True)
     return len(tokenizer) - before
-
-
-def save_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str | None
-) -> None:
-    """Writes a tokenizer so that loading it gives the same ids and this chat template.
-
-    Args:
-      tokenizer: It is not changed.
-      folder: Where the files go; it exists.
-      chat_template: The template the model was trained with, or None to leave the tokenizer's own.
-    """
-    own, settings = tokenizer.chat_template, dict(tokenizer.init_kwargs)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if hasattr(tokenizer, "legacy"):
-        # Whether a space is put after special tokens too: transformers 5 obeys it, but drops it.
-        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
-    try:
-        tokenizer.save_pretrained(folder)
-    finally:
-        tokenizer.chat_template = own
-        tokenizer.init_kwargs = settings
 
 
 def stop_ids(
