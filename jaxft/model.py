@@ -19,7 +19,13 @@ from jaxft.errors import CheckpointError, ConfigError
 from jaxft.generate import Sampling, generate_tokens
 from jaxft.hf.hub import resolve
 from jaxft.hf.load import load_params, read_config, read_json, tensor_dtypes
-from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer, stop_ids
+from jaxft.hf.tokenizer import (
+    add_special_tokens,
+    continuation_ids,
+    decode_continuation,
+    load_tokenizer,
+    stop_ids,
+)
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
@@ -148,9 +154,9 @@ class Model:
         return chat.resolve_template(self.tokenizer, DataConfig())
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text as it stands, or of a conversation through the chat template."""
+        """Token ids of a text that goes on, or of a conversation through the chat template."""
         if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
+            return continuation_ids(self.tokenizer, prompt)
         return chat.prompt_ids(self.tokenizer, [dict(m) for m in prompt], template=self.template)
 
     def generate(
@@ -184,11 +190,14 @@ class Model:
         if not prompts:
             return []
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        texts = self.generate_from_ids(
-            [self.prompt_ids(p) for p in prompts],  # pyright: ignore[reportArgumentType]
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-        )
+        ids = [self.prompt_ids(p) for p in prompts]  # pyright: ignore[reportArgumentType]
+        new = self._new_ids(ids, max_new_tokens=max_new_tokens, sampling=sampling)
+        texts = [
+            decode_continuation(self.tokenizer, before, after)
+            if isinstance(prompt, str)
+            else self._decode(after)
+            for prompt, before, after in zip(prompts, ids, new, strict=True)
+        ]
         return texts[0] if single else texts
 
     def generate_from_ids(
@@ -198,7 +207,20 @@ class Model:
         max_new_tokens: int,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """As `generate`, for prompts that are token ids already."""
+        """As `generate`, for prompts that are token ids already; each result stands alone."""
+        new = self._new_ids(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+        return [self._decode(ids) for ids in new]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _new_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+    ) -> list[list[int]]:
         empty = [i for i, ids in enumerate(prompts) if not ids]
         if empty:
             raise ConfigError(f"prompt {empty[0]} has no tokens; write at least one character.")
@@ -210,7 +232,7 @@ class Model:
                 f"{longest}, and the model's context has {limit}. Shorten the prompt or "
                 "max_new_tokens."
             )
-        new = generate_tokens(
+        return generate_tokens(
             self.abstract.graphdef,
             self.params,
             prompts,
@@ -219,7 +241,6 @@ class Model:
             sampling=sampling,
             has_token=self.has_token,
         )
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
 
 
 @jax.jit(static_argnums=0)

@@ -1,6 +1,7 @@
 """A loaded model as a notebook uses it."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -94,3 +95,24 @@ def test_ids_without_a_token_are_never_generated(model, sampling):
     prompts = [[7, 8, 9], [10]]
     texts = padded.generate_from_ids(prompts, max_new_tokens=5, sampling=sampling)
     assert texts == model.generate_from_ids(prompts, max_new_tokens=5, sampling=sampling)
+
+
+def test_a_text_is_continued_with_the_space_that_its_next_word_begins_with(shared):
+    model = jaxft.load(shared / "models/stories260K")
+    [prompt] = [model.prompt_ids("Once upon a time, there")]
+    texts = [model.generate("Once upon a time, there", max_new_tokens=count) for count in (1, 8)]
+    assert texts[0] == " was"
+    whole = "Once upon a time, there" + texts[1]
+    assert model.prompt_ids(whole)[: len(prompt)] == prompt
+    assert model.prompt_ids(whole)[len(prompt)] == model.tokenizer.convert_tokens_to_ids("▁was")
+
+
+def test_a_text_that_goes_on_does_not_end_with_the_token_that_the_tokenizer_puts_there(tmp_path):
+    base = write_base(tmp_path / "base")
+    settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<end>", "add_eos_token": True}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<pad>"}))
+    model = jaxft.load(base)
+    assert model.tokenizer("ab").input_ids == [0, 5, 6, 1]
+    assert model.prompt_ids("ab") == [0, 5, 6]
+    # What the writer of a prompt put there stays.
+    assert model.prompt_ids("ab<end>") == [0, 5, 6, 1]
