@@ -92,7 +92,6 @@ def make_config(
     config.train.eval_every = steps
     config.train.save_every = 0
     config.train.workdir = str(folder / f"{task.name}-{packing}")
-    config.eval.max_rows = EVALUATED_BLOCKS
     config.eval.samples = 0
     config.strategy = "ddp"
     return config
@@ -103,12 +102,19 @@ def _write(file: Path, texts: list[str]) -> str:
     return str(file)
 
 
+def first_blocks(rows: RowSums) -> RowSums:
+    """Returns the blocks that the reference evaluates."""
+    columns = (rows.total, rows.weight, rows.correct, rows.bytes)
+    return RowSums(*(column[:EVALUATED_BLOCKS] for column in columns))
+
+
 def loss_of_full_blocks(rows: RowSums) -> float:
     """Averages as the reference does: batches of 16 full blocks, then the mean of their means.
 
     It differs from the mean over tokens where the blocks do not fill the last batch, which is so
     for rasbt-instruct: 57 blocks.
     """
+    rows = first_blocks(rows)
     full = rows.weight == BLOCK - 1
     losses = rows.total[full] / rows.weight[full]
     means = [losses[i : i + BATCH].mean() for i in range(0, len(losses), BATCH)]
@@ -124,7 +130,9 @@ def measure(
         before = jaxft.evaluate(config)["validation"].rows
         result = jaxft.train(config)
         after = jaxft.evaluate(config, result.checkpoint)["validation"].rows
-    average = loss_of_full_blocks if packing == "stream" else lambda rows: rows.loss.value
+    average = (
+        loss_of_full_blocks if packing == "stream" else lambda rows: first_blocks(rows).loss.value
+    )
     return {
         "data": task.name,
         "packing": packing,
@@ -132,7 +140,7 @@ def measure(
         "seed": seed,
         "before": round(average(before), 4),
         "after": round(average(after), 4),
-        "evaluated_tokens": int(after.weight.sum()),
+        "evaluated_tokens": int(first_blocks(after).weight.sum()),
     }
 
 

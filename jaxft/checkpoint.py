@@ -32,6 +32,8 @@ _REMOVED = "removed"
 _CHUNK = 128 * 2**20
 # What reading in parts keeps, for parts that lie in the same chunk.
 _CACHE = 512 * 2**20
+# Added to scores by another yardstick, which come after all by this one.
+_OTHER = 1e9
 
 
 def _passes_through_orbax(trace: TracebackType | None) -> bool:
@@ -78,8 +80,10 @@ class Progress:
       seconds: Time of training in those periods.
       period: `Sums` of the period under way, as a dict.
       best_loss: Lowest validation loss so far; infinite before the first evaluation.
-      reference_loss: The last one that fell by the minimum change that counts as improvement.
+      best_score: Lowest score so far: of validation losses, or of shares of wrong answers.
+      reference_score: The last one that fell by the minimum change that counts as improvement.
       stale_evaluations: Evaluations since then.
+      yardstick: What is scored on which data. The scores above are all by this one.
     """
 
     data: dict[str, Any]
@@ -88,8 +92,10 @@ class Progress:
     seconds: float = 0.0
     period: dict[str, Any] = field(default_factory=dict)
     best_loss: float = float("inf")
-    reference_loss: float = float("inf")
+    best_score: float = float("inf")
+    reference_score: float = float("inf")
     stale_evaluations: int = 0
+    yardstick: str = ""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -104,15 +110,29 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints of one run, below `folder`; a folder that is not complete does not count."""
+    """The checkpoints of one run, below `folder`; a folder that is not complete does not count.
 
-    def __init__(self, folder: Path, *, keep_last: int = 1, read_only: bool = False):
-        # Orbax keeps the last of an order: the lowest loss, of equal ones the newest.
-        best = BestN(get_metric_fn=_rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    Args:
+      folder: Where they lie.
+      keep_last: Newest ones that are kept, beside the best.
+      read_only: Change nothing.
+      yardstick: What the scores of those that will be saved measure, and on which data. Scores by
+        another one are not compared with them: such a checkpoint is the best only until one by this
+        yardstick is saved.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep_last: int = 1, read_only: bool = False, yardstick: str = ""
+    ):
+        self._yardstick = yardstick
+        # Orbax keeps the last of an order: the lowest score, of equal ones the newest.
+        best = BestN(
+            get_metric_fn=self._rank, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         # Orbax's own read_only refuses to save, which nobody asks of it here, and warns.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep_last), best]),
-            best_fn=_rank,  # without it Orbax writes no metrics
+            best_fn=self._rank,  # without it Orbax writes no metrics
             best_mode="min",
             cleanup_tmp_directories=not read_only,
             create=not read_only,
@@ -137,15 +157,31 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the lowest validation loss, if one was evaluated."""
-        losses = {step: self.loss(step) for step in self.steps()}
-        known = [(loss, -step) for step, loss in losses.items() if loss is not None]
-        return -min(known)[1] if known else None
+        """Step of the checkpoint with the lowest score by the newest yardstick, if any has one."""
+        found = [(step, self._metrics(step)) for step in self.steps()]
+        scored = [
+            (_yardstick(metrics), score, -step)
+            for step, metrics in found
+            if (score := _score(metrics)) is not None
+        ]
+        if not scored:
+            return None
+        newest = scored[-1][0]
+        return -min((score, step) for yardstick, score, step in scored if yardstick == newest)[1]
 
-    def loss(self, step: int) -> float | None:
-        """Validation loss that was measured at this checkpoint, if any."""
-        metrics = self._manager.metrics(step)
-        return metrics["loss"] if metrics else None
+    def score(self, step: int) -> float | None:
+        """Score that was measured at this checkpoint, if any."""
+        return _score(self._metrics(step))
+
+    def _metrics(self, step: int) -> Mapping[str, Any]:
+        return self._manager.metrics(step) or {}
+
+    def _rank(self, metrics: Mapping[str, Any]) -> float:
+        """Returns what the best checkpoint has least of."""
+        score = _score(metrics)
+        if score is None:
+            return float("inf")
+        return score if _yardstick(metrics) == self._yardstick else _OTHER + score
 
     def save(
         self,
@@ -153,9 +189,15 @@ class Checkpoints:
         *,
         progress: Progress,
         config: Mapping[str, Any],
-        loss: float | None = None,
+        score: float | None = None,
     ) -> None:
         """Starts writing the state; returns once it is copied off the device.
+
+        Args:
+          state: What is saved.
+          progress: What is saved beside it.
+          config: `{dotted path: value}`.
+          score: Measured by the yardstick; lower is better.
 
         Raises:
           CheckpointError: If this or the previous save failed, such as for a full disk. Older
@@ -177,7 +219,7 @@ class Checkpoints:
                     progress=ocp.args.JsonSave(progress_to_json(progress)),
                     config=ocp.args.JsonSave(dict(config)),
                 ),
-                metrics={"loss": loss},
+                metrics={"score": score, "yardstick": self._yardstick},
                 force=True,
             )
 
@@ -369,10 +411,12 @@ def _reason(error: BaseException) -> str:
     return "the disk is full" if "No space left" in text else text.partition("\n")[0]
 
 
-def _rank(metrics: Mapping[str, float | None]) -> float:
-    """Returns what the best checkpoint has least of."""
-    loss = metrics["loss"]
-    return float("inf") if loss is None else loss
+def _score(metrics: Mapping[str, Any]) -> float | None:
+    return metrics.get("score", metrics.get("loss"))  # runs of older versions have the loss
+
+
+def _yardstick(metrics: Mapping[str, Any]) -> str:
+    return metrics.get("yardstick", "")
 
 
 def progress_to_json(progress: Progress) -> dict[str, Any]:
@@ -382,6 +426,10 @@ def progress_to_json(progress: Progress) -> dict[str, Any]:
 
 
 def progress_from_json(fields: Mapping[str, Any]) -> Progress:
-    """Inverse of `progress_to_json`."""
-    values: dict[str, Any] = {k: float("inf") if v is None else v for k, v in fields.items()}
+    """Inverse of `progress_to_json`; what only other versions know is left out."""
+    values: dict[str, Any] = {
+        name: float("inf") if value is None else value
+        for name, value in fields.items()
+        if name in Progress.__dataclass_fields__
+    }
     return Progress(**values)

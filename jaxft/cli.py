@@ -238,9 +238,12 @@ def _eval(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     config = _config(options, validate=False)  # --checkpoint may stand in for model.path
     from jaxft import distributed, evaluation, tables
+    from jaxft.shardings import check_outputs
 
+    if distributed.is_first():
+        check_outputs(output=options.output)
     if options.compare:
-        a, b = (evaluation.evaluate(config, path, step=options.step) for path in options.compare)
+        a, b = evaluation.evaluate_pair(config, *options.compare, step=options.step)
         results, differences = {"a": a, "b": b}, evaluation.compare(a, b)
     else:
         results = {"results": evaluation.evaluate(config, options.checkpoint, step=options.step)}
@@ -248,11 +251,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not distributed.is_first():
         return
     if differences is None:
-        tables.print_evaluation(results["results"])
+        tables.print_evaluation(results["results"], config)
     else:
-        tables.print_comparison(differences, *options.compare)
+        name_a, name_b = options.compare
+        tables.print_comparison(differences, name_a, name_b, config)
     if options.output:
-        tables.write_json(options.output, results, differences)
+        tables.write_json(options.output, results, differences, config=config)
+        print(f"Wrote {options.output}.")
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -274,22 +274,42 @@ class EvalConfig:
         "", "A source outside the task: what the model loses on it is printed beside its gain."
     )
     batch_size: int = key(0, "Rows in one evaluation step; 0: train.batch_size.", minimum=0)
-    max_rows: int = key(0, "Evaluate the first rows only; 0: all.", minimum=0)
+    max_rows: int = key(
+        0, "Evaluate a sample of so many rows, drawn by train.seed; 0: all rows.", minimum=0
+    )
+    best: str = key(
+        "loss",
+        "What the best checkpoint and patience go by: the validation 'loss', or the share of right "
+        "'answers' to the validation data, which eval.answers generates.",
+        choices=("loss", "answers"),
+    )
     patience: int = key(
         0, "Evaluations without improvement before training stops; 0: never.", minimum=0
     )
     minimum_change: float = key(
-        0.0, "Fall of the validation loss that counts as improvement.", minimum=0
+        0.0,
+        "Fall of the validation loss, or rise of the share of right answers, that counts as "
+        "improvement.",
+        minimum=0,
     )
     answers: str = key(
         "none",
-        "Answers that `jaxft eval` generates: 'exact' compares with the reference text, 'label' "
+        "Answers that each evaluation generates: 'exact' compares with the reference text, 'label' "
         "takes the answer as one of the labels found in the data.",
         choices=("none", "exact", "label"),
     )
-    answer_rows: int = key(200, "Rows that answers are generated for; 0: all.", minimum=0)
-    max_new_tokens: int = key(64, "Longest generated answer.", minimum=1)
-    samples: int = key(3, "Prompts answered before and after training in the report.", minimum=0)
+    answer_rows: int = key(
+        200,
+        "Answers are generated for a sample of so many rows, drawn by train.seed; 0: all rows.",
+        minimum=0,
+    )
+    max_new_tokens: int = key(64, "Longest generated answer, in tokens.", minimum=1)
+    samples: int = key(
+        3,
+        "Prompts answered in the report, before training and by the checkpoint that an export "
+        "takes.",
+        minimum=0,
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -502,7 +522,15 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
         yield f"data.columns is set, but data.format is {data.format!r}; set it to 'columns'."
     yield from _held_out_problems(config)
     if config.eval.patience and not data.validation:
-        yield "eval.patience stops on the validation loss, but data.validation is empty."
+        yield (
+            "eval.patience stops on figures of the validation data, but data.validation is empty; "
+            "set --config.data.validation=…."
+        )
+    if config.eval.best == "answers" and config.eval.answers == "none":
+        yield (
+            "eval.best is 'answers', but none are generated; set --config.eval.answers=label or "
+            "--config.eval.answers=exact."
+        )
     try:
         re.compile(optim.freeze)
     except re.error as error:
@@ -571,5 +599,10 @@ def compiler_options(text: str) -> dict[str, str | bool]:
 def _training_problems(config: RunConfig) -> Iterator[str]:
     if not config.data.train:
         yield "data.train is empty; name the files or the hub data set to train on."
+    if config.eval.best == "answers" and not config.data.validation:
+        yield (
+            "eval.best is 'answers' to the validation data, but data.validation is empty; set "
+            "--config.data.validation=…."
+        )
     if not config.train.workdir:
         yield "train.workdir is empty; name the folder that the run writes to."

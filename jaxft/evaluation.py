@@ -5,8 +5,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from jaxft.model import (
     read_description,
 )
 from jaxft.models.attention import check_backend
+from jaxft.models.families import Architecture
 from jaxft.models.module import Params
 from jaxft.program import (
     Evaluator,
@@ -36,6 +38,7 @@ from jaxft.program import (
     put,
     use_compilation_cache,
 )
+from jaxft.sharding.rules import Placement
 
 # Answers are generated in batches of this many prompts of similar length.
 _ANSWER_BATCH = 64
@@ -44,12 +47,67 @@ _TEXT_PROMPT = 32
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """The rows of a data set that are evaluated: all of them, or a sample.
+
+    Attributes:
+      rows: All rows.
+      numbers: Those that are evaluated, in order.
+      bytes: Length of the trained text of each, int64 `[numbers]`.
+    """
+
+    rows: TokenRows
+    numbers: Sequence[int]
+    bytes: np.ndarray
+
+    @functools.cached_property
+    def documents(self) -> int:
+        """Documents that stand in these rows."""
+        return self.rows.count_documents(self.numbers)
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that is evaluated: figures with other digests are of other data."""
+        return f"{self.rows.digest[:12]}-{len(self.numbers)}"
+
+    def record(self) -> dict[str, Any]:
+        """Returns what eval.jsonl holds of it."""
+        return {
+            "rows": len(self.numbers),
+            "of_rows": len(self.rows),
+            "documents": self.documents,
+            "digest": self.digest,
+        }
+
+
+def take_rows(rows: TokenRows, tokenizer: Any, *, maximum: int, seed: int) -> HeldOut:
+    """Returns the rows to evaluate.
+
+    Args:
+      rows: Held-out data.
+      tokenizer: The one that made them.
+      maximum: Size of a sample; 0 takes all rows.
+      seed: Of the sample.
+    """
+    numbers = data.sample_numbers(len(rows), maximum, seed=seed)
+    return HeldOut(rows, numbers, data.count_bytes(rows, tokenizer, numbers))
+
+
+@dataclass(frozen=True)
 class RowSums:
-    """What the eval step returned for each row, `[rows]` float64, and the means made of it."""
+    """What the eval step returned for each row, `[rows]` float64, and the means made of it.
+
+    Attributes:
+      total: Nats of all trained tokens.
+      weight: Number of trained tokens.
+      correct: Those of them that were the model's first choice.
+      bytes: Length of their text.
+    """
 
     total: np.ndarray
     weight: np.ndarray
     correct: np.ndarray
+    bytes: np.ndarray
 
     @functools.cached_property
     def loss(self) -> Estimate:
@@ -68,10 +126,18 @@ class RowSums:
         """Share of trained tokens that were the model's first choice; the interval is over rows."""
         return ratio(self.correct, self.weight)
 
+    @functools.cached_property
+    def bits_per_byte(self) -> Estimate:
+        """Bits for each byte of the trained text, whatever its tokens; the interval is over rows.
+
+        Not a number where trained tokens stand for no text.
+        """
+        return ratio(self.total / math.log(2), self.bytes)
+
     def record(self) -> dict[str, Any]:
         """Returns what eval.jsonl holds of it."""
         record: dict[str, Any] = {"weight": float(self.weight.sum())}
-        for name in ("loss", "perplexity", "token_accuracy"):
+        for name in ("loss", "perplexity", "token_accuracy", "bits_per_byte"):
             estimate: Estimate = getattr(self, name)
             record |= {
                 name: estimate.value,
@@ -92,6 +158,7 @@ class Answers:
       references: Texts expected.
       right: bool `[answers]`.
       labels: Number of distinct references, if answers are labels.
+      of_rows: Rows that end with an answer; of more than were generated these are a sample.
     """
 
     metric: str
@@ -100,11 +167,27 @@ class Answers:
     references: list[str]
     right: np.ndarray
     labels: int
+    of_rows: int
 
     @property
     def accuracy(self) -> Estimate:
         """Share of right answers, with Wilson's interval."""
         return proportion(int(self.right.sum()), len(self.right))
+
+    @property
+    def summary(self) -> str:
+        """Their accuracy in words, with its interval and of how many rows it is."""
+        accuracy = self.accuracy
+        of = "" if accuracy.count == self.of_rows else f" of {self.of_rows:,}"
+        return (
+            f"{self.metric.replace('_', ' ')} {accuracy.value:.1%} [{accuracy.low:.1%}, "
+            f"{accuracy.high:.1%}] over {accuracy.count:,}{of} rows"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Returns what eval.jsonl holds of them."""
+        record = {self.metric: dataclasses.asdict(self.accuracy) | {"of_rows": self.of_rows}}
+        return record | ({"labels": self.labels} if self.labels else {})
 
 
 @dataclass(frozen=True)
@@ -114,40 +197,44 @@ class Evaluation:
     Attributes:
       rows: Sums from which loss, perplexity and token accuracy are made.
       answers: Generated answers, if `eval.answers` asks for them and the data has them.
+      model: What was evaluated.
+      held_out: What it was evaluated on.
     """
 
     rows: RowSums
     answers: Answers | None
+    model: Source
+    held_out: HeldOut
 
     def record(self) -> dict[str, Any]:
         """Returns a JSON-able summary."""
-        record = self.rows.record()
-        if self.answers is not None:
-            record[self.answers.metric] = dataclasses.asdict(self.answers.accuracy)
-            if self.answers.labels:
-                record["labels"] = self.answers.labels
-        return record
+        return (
+            self.rows.record()
+            | self.held_out.record()
+            | (self.answers.record() if self.answers is not None else {})
+        )
 
 
 def evaluate_rows(
-    evaluator: Evaluator, params: Params, rows: TokenRows, *, batch_size: int, max_rows: int = 0
+    evaluator: Evaluator, params: Params, held_out: HeldOut, *, batch_size: int
 ) -> RowSums:
     """Runs the eval step over rows; memory does not grow with their number.
 
     Args:
       evaluator: Step and placement.
       params: In the evaluator's shardings.
-      rows: Held-out data.
+      held_out: The rows.
       batch_size: Rows at a time; rounded up to what the mesh splits evenly. It does not change
         the result.
-      max_rows: Only the first rows; 0 for all.
     """
     placement = evaluator.placement
     batch_size = placement.whole_rows(batch_size)
     places = placement.held_rows(batch_size)
-    count = min(max_rows, len(rows)) if max_rows else len(rows)
+    count = len(held_out.numbers)
     parts, waiting = [], None
-    for batch in data.eval_batches(rows, batch_size=batch_size, max_rows=max_rows, places=places):
+    for batch in data.eval_batches(
+        held_out.rows, batch_size=batch_size, numbers=held_out.numbers, places=places
+    ):
         terms = evaluator.eval_step(
             params, put(batch, placement.rows, places=places, rows=batch_size)
         )
@@ -160,7 +247,7 @@ def evaluate_rows(
         np.concatenate([getattr(part, name) for part in parts])[:count].astype(np.float64)
         for name in ("total", "weight", "correct")
     )
-    return RowSums(total, weight, correct)
+    return RowSums(total, weight, correct, held_out.bytes.astype(np.float64))
 
 
 def evaluate(
@@ -179,6 +266,63 @@ def evaluate(
     Raises:
       JaxftError: If model or data cannot be read.
     """
+    return _evaluate(_prepare(config, checkpoint, step))
+
+
+def evaluate_pair(
+    config: RunConfig, a: str | Path, b: str | Path, *, step: str = "best"
+) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+    """Evaluates two models so that `compare` can pair their results.
+
+    Models that read the data as different tokens are given one document a row: then documents are
+    paired, and compared by bits per byte.
+
+    Args:
+      config: As for `evaluate`.
+      a: The first model, as `checkpoint` there.
+      b: The second one.
+      step: As for `evaluate`.
+    """
+    tasks = [_prepare(config, path, step) for path in (a, b)]
+    digests = [[rows.digest for rows in task.rows.values()] for task in tasks]
+    if digests[0] != digests[1]:
+        progress.log(
+            "The two models read the data as different tokens, so that a loss per token of one "
+            "says nothing beside that of the other. They are compared by bits per byte of the "
+            "trained text, paired by document; for that each document gets a row of its own.",
+            style="yellow",
+        )
+        tasks = [_with_a_row_for_each_document(task) for task in tasks]
+    first, second = map(_evaluate, tasks)
+    return first, second
+
+
+@dataclass(frozen=True)
+class _Task:
+    """An evaluation of which all but the weights has been read.
+
+    Attributes:
+      config: Of this evaluation, with `model.path` of its model.
+      source: Where the model is.
+      architecture: Its shape.
+      tokenizer: Its tokenizer.
+      placement: Strategy and mesh.
+      sources: Held-out data by name.
+      rows: The same as rows.
+      prompts: Those that answers are generated for, of the sets that have them.
+    """
+
+    config: RunConfig
+    source: Source
+    architecture: Architecture
+    tokenizer: Any
+    placement: Placement
+    sources: dict[str, str]
+    rows: dict[str, TokenRows]
+    prompts: "dict[str, Prompts]"
+
+
+def _prepare(config: RunConfig, checkpoint: str | Path, step: str) -> _Task:
     config = copy.deepcopy(config)
     config.model.path = str(checkpoint or config.model.path)
     distributed.require_joined()
@@ -189,15 +333,26 @@ def evaluate(
     sources = named_sources(config)
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)
-    with progress.phase("Model and tokenizer"):
+    with progress.phase("Model and tokenizer") as phase:
         revision = "" if checkpoint else config.model.revision
         source = find_source(config.model.path, revision=revision, step=step)
+        phase.detail(source.name)
         architecture, tokenizer = read_description(source, config)
         _say_differences(config, source)
-    with (
-        progress.phase("Data"),
-        distributed.first_host_first("data", data.cache_folder(config.data)),
-    ):
+    with progress.phase("Data"):
+        rows = _read_rows(config, tokenizer, sources)
+        prompts = {
+            name: read_prompts(config, tokenizer, sources[name], name=name)
+            for name in rows
+            if has_answers(config, name, rows[name])
+        }
+    return _Task(config, source, architecture, tokenizer, placement, sources, rows, prompts)
+
+
+def _read_rows(
+    config: RunConfig, tokenizer: Any, sources: Mapping[str, str]
+) -> dict[str, TokenRows]:
+    with distributed.first_host_first("data", data.cache_folder(config.data)):
         rows = {
             name: data.prepare(
                 text,
@@ -211,20 +366,34 @@ def evaluate(
             for name, text in sources.items()
         }
     distributed.check_same("data", {name: found.digest for name, found in rows.items()})
+    return rows
+
+
+def _with_a_row_for_each_document(task: _Task) -> _Task:
+    config = copy.deepcopy(task.config)
+    if config.data.packing == "stream":
+        config.data.overlength = "split"  # a stream has no documents that are too long
+    config.data.packing = "none"
+    with progress.phase("Data, one document a row"):
+        rows = _read_rows(config, task.tokenizer, task.sources)
+    return dataclasses.replace(task, config=config, rows=rows)
+
+
+def _evaluate(task: _Task) -> dict[str, Evaluation]:
+    config = task.config
     evaluator = build_evaluator(
         config,
-        architecture,
-        max_segments=max(r.max_segments for r in rows.values()),
-        placement=placement,
+        task.architecture,
+        max_segments=max(r.max_segments for r in task.rows.values()),
+        placement=task.placement,
     )
     with progress.phase("Weights"):
-        params = load_weights(source, architecture, evaluator.abstract, evaluator.shardings)
-    check_backend(evaluator.attention.backend, architecture.config)
-    model = Model(architecture, evaluator.abstract, params, tokenizer, source)
-    return {
-        name: _evaluate_one(config, evaluator, model, name, rows[name], sources[name])
-        for name in sources
-    }
+        params = load_weights(
+            task.source, task.architecture, evaluator.abstract, evaluator.shardings
+        )
+    check_backend(evaluator.attention.backend, task.architecture.config)
+    model = Model(task.architecture, evaluator.abstract, params, task.tokenizer, task.source)
+    return {name: _evaluate_one(task, evaluator, model, name) for name in task.rows}
 
 
 def _say_differences(config: RunConfig, source: Source) -> None:
@@ -268,34 +437,113 @@ def named_sources(config: RunConfig) -> dict[str, str]:
     return sources
 
 
-def _evaluate_one(
-    config: RunConfig, evaluator: Evaluator, model: Model, name: str, rows: TokenRows, source: str
-) -> Evaluation:
+def _evaluate_one(task: _Task, evaluator: Evaluator, model: Model, name: str) -> Evaluation:
+    config, prompts = task.config, task.prompts.get(name)
     with progress.phase(f"Evaluating {name}"):
+        held_out = take_rows(
+            task.rows[name],
+            task.tokenizer,
+            maximum=config.eval.max_rows,
+            seed=config.train.seed,
+        )
         sums = evaluate_rows(
             evaluator,
             model.params,
-            rows,
+            held_out,
             batch_size=config.eval.batch_size or config.train.batch_size,
-            max_rows=config.eval.max_rows,
         )
-        wanted = config.eval.answers != "none" and name != "retention" and rows.is_chat
-        answers = answer(config, model, source) if wanted else None
-    return Evaluation(sums, answers)
+        answers = answer(config, model, prompts) if prompts is not None else None
+    return Evaluation(sums, answers, task.source, held_out)
 
 
-def answer(config: RunConfig, model: Model, source: str) -> Answers:
-    """Generates an answer to each row's last turn and compares it with the reference.
+@dataclass(frozen=True, slots=True)
+class SamplePrompt:
+    """A question as the model sees it, as a person reads it, and the answer expected."""
+
+    ids: list[int]
+    text: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of a data set that answers are generated for.
+
+    Attributes:
+      rows: All that end with an answer, or a sample of them, in order.
+      of_rows: How many end with an answer.
+    """
+
+    rows: list[SamplePrompt]
+    of_rows: int
+
+
+def has_answers(config: RunConfig, name: str, rows: TokenRows) -> bool:
+    """Whether `eval.answers` asks for answers to a data set: to all conversations but retention."""
+    return config.eval.answers != "none" and name != "retention" and rows.is_chat
+
+
+def read_prompts(config: RunConfig, tokenizer: Any, source: str, *, name: str) -> Prompts:
+    """Returns the prompts of `eval.answer_rows` rows: the same ones for every model and step.
+
+    Only rows that are taken are tokenised and kept in memory.
+
+    Raises:
+      DataError: If no row ends with an assistant turn.
+      ConfigError: If a label is longer than an answer may be.
+    """
+    chosen, count = _sample(
+        _answered(config, source), config.eval.answer_rows, seed=config.train.seed
+    )
+    if not count:
+        raise DataError(f"{source} has no row that ends with an assistant turn to compare with.")
+    rows = list(_prompts(config, tokenizer, chosen))
+    _check_lengths(config, tokenizer, rows, name)
+    return Prompts(rows, count)
+
+
+def _check_lengths(
+    config: RunConfig, tokenizer: Any, rows: Sequence[SamplePrompt], name: str
+) -> None:
+    """Refuses labels, and logs references, that no answer of `eval.max_new_tokens` reaches."""
+    limit = config.eval.max_new_tokens
+    references = list(dict.fromkeys(row.reference for row in rows))
+    encoded = tokenizer(references, add_special_tokens=False, verbose=False).input_ids
+    # One more, which ends the answer: an answer that is cut off may begin as another label does.
+    lengths = {text: len(ids) + 1 for text, ids in zip(references, encoded, strict=True)}
+    longest = max(references, key=lengths.__getitem__)
+    if lengths[longest] <= limit:
+        return
+    remedy = f"Set --config.eval.max_new_tokens={lengths[longest]}"
+    if config.eval.answers == "label":
+        count = sum(length > limit for length in lengths.values())
+        raise ConfigError(
+            f"eval.max_new_tokens is {limit}, but {count:,} of {len(references):,} labels of "
+            f"{name} are longer, so that answers of that label can never be right. The longest, "
+            f"{_shown(longest)}, has {lengths[longest]} tokens with the one that ends it. {remedy}."
+        )
+    count = sum(lengths[row.reference] > limit for row in rows)
+    progress.log(
+        f"{name}: {count:,} of {len(rows):,} reference answers are longer than "
+        f"eval.max_new_tokens {limit} and count as wrong, whatever the model knows. {remedy} to "
+        "reach all of them.",
+        style="yellow",
+    )
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
+
+
+def answer(config: RunConfig, model: Model, prompts: Prompts) -> Answers:
+    """Generates an answer to each prompt and compares it with the reference.
 
     With `eval.answers=label` an answer is right if it is the reference, letter case and
     surrounding punctuation aside; with `exact` white space at its ends alone is forgiven.
 
-    Raises:
-      DataError: If no row ends with an assistant turn.
+    Where processes share the parameters, all of them call this with the same arguments.
     """
-    rows = list(_prompts(config, model.tokenizer, source, maximum=config.eval.answer_rows))
-    if not rows:
-        raise DataError(f"{source} has no row that ends with an assistant turn to compare with.")
+    rows = prompts.rows
     room = model.architecture.config.max_length - config.eval.max_new_tokens
     order = sorted(
         (i for i, row in enumerate(rows) if len(row.ids) <= room), key=lambda i: len(rows[i].ids)
@@ -331,16 +579,8 @@ def answer(config: RunConfig, model: Model, source: str) -> Answers:
         references=references,
         right=np.array(right),
         labels=len(set(map(_label, references))) if by_label else 0,
+        of_rows=prompts.of_rows,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class SamplePrompt:
-    """A question as the model sees it, as a person reads it, and the answer expected."""
-
-    ids: list[int]
-    text: str
-    reference: str
 
 
 def read_sample_prompts(
@@ -360,7 +600,7 @@ def read_sample_prompts(
     if rows.is_chat and count:
         training = not config.data.validation
         source = config.data.train if training else config.data.validation
-        found = _prompts(config, tokenizer, source, maximum=0, training=training)
+        found = _prompts(config, tokenizer, _answered(config, source, training=training))
         return list(itertools.islice((p for p in found if len(p.ids) <= room), count))
     prompts = []
     for number in range(min(count, len(rows))):
@@ -371,14 +611,36 @@ def read_sample_prompts(
     return prompts
 
 
-def _prompts(
-    config: RunConfig, tokenizer: Any, source: str, *, maximum: int, training: bool = False
-) -> Iterator[SamplePrompt]:
-    """Yields the first rows that end with an answer; `maximum` 0 yields all."""
-    template = chat.resolve_template(tokenizer, config.data)
+def _answered(
+    config: RunConfig, source: str, *, training: bool = False
+) -> Iterator[data.Conversation]:
+    """Yields the rows that end with an answer."""
     found = data.conversations(source, config.data, training=training, on_log=lambda text: None)
-    answered = (row for row in found if row.messages[-1]["role"] == "assistant")
-    for row in itertools.islice(answered, maximum or None):
+    return (row for row in found if row.messages[-1]["role"] == "assistant")
+
+
+def _sample[T](items: Iterable[T], size: int, *, seed: int) -> tuple[list[T], int]:
+    """Returns a uniform sample of a stream, in its order, and how many items there were.
+
+    Vitter's algorithm R (ACM TOMS 11, 1985): no more than the sample is in memory. Size 0 is all.
+    """
+    draw = random.Random(seed)
+    kept: list[tuple[int, T]] = []
+    count = 0
+    for count, item in enumerate(items, start=1):
+        if not size or len(kept) < size:
+            kept.append((count, item))
+        elif (place := draw.randrange(count)) < size:
+            kept[place] = (count, item)
+    return [item for _, item in sorted(kept, key=lambda pair: pair[0])], count
+
+
+def _prompts(
+    config: RunConfig, tokenizer: Any, rows: Iterable[data.Conversation]
+) -> Iterator[SamplePrompt]:
+    """Yields the prompt and the reference of rows that end with an answer."""
+    template = chat.resolve_template(tokenizer, config.data)
+    for row in rows:
         *asked, expected = row.messages
         ids = chat.prompt_ids(
             tokenizer,
@@ -401,34 +663,80 @@ class Comparison:
     Attributes:
       a: Result of the first.
       b: Result of the second.
-      loss: Loss of b minus loss of a, paired over rows.
+      loss: Loss of b minus loss of a, paired over rows; None if they read other tokens.
+      bits_per_byte: The same of bits per byte, over rows, or over documents if they read other
+        tokens.
       answers: Share of right answers of b minus that of a, paired over answers.
+      documents: Documents that were paired in place of rows; 0 if rows were.
     """
 
     a: Evaluation
     b: Evaluation
-    loss: Estimate
+    loss: Estimate | None
+    bits_per_byte: Estimate
     answers: Estimate | None
+    documents: int
 
 
 def compare(a: dict[str, Evaluation], b: dict[str, Evaluation]) -> dict[str, Comparison]:
     """Pairs the results of two models on the same data.
 
     Raises:
-      ConfigError: If the models tokenise the data differently, so that rows cannot be paired.
+      ConfigError: If the models read the data as different tokens, and rows hold several documents,
+        so that neither can be paired. `evaluate_pair` gives results that can.
     """
     return {name: _compare_one(name, a[name], b[name]) for name in a}
 
 
 def _compare_one(name: str, a: Evaluation, b: Evaluation) -> Comparison:
-    if not np.array_equal(a.rows.weight, b.rows.weight):
-        raise ConfigError(
-            f"The models read {name!r} as different tokens, so their losses per token cannot be "
-            "compared row by row. Compare models that share a tokenizer and chat template."
-        )
     answers = None
     if a.answers is not None and b.answers is not None:
         ones = np.ones(len(a.answers.right))
         answers = paired_difference((a.answers.right, ones), (b.answers.right, ones))
-    loss = paired_difference((a.rows.total, a.rows.weight), (b.rows.total, b.rows.weight))
-    return Comparison(a, b, loss, answers)
+    loss = None
+    if a.held_out.digest == b.held_out.digest:
+        loss = paired_difference((a.rows.total, a.rows.weight), (b.rows.total, b.rows.weight))
+        sums_a, sums_b, documents = _bits_and_bytes(a), _bits_and_bytes(b), 0
+    else:
+        sums_a, sums_b, documents = _paired_by_document(name, a, b)
+    bits = paired_difference(sums_a, sums_b)
+    return Comparison(a, b, loss, bits, answers, documents)
+
+
+def _bits_and_bytes(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    return evaluation.rows.total / math.log(2), evaluation.rows.bytes
+
+
+def _paired_by_document(
+    name: str, a: Evaluation, b: Evaluation
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], int]:
+    """Returns bits and bytes `[documents]` of both models, of the documents that both have read.
+
+    Raises:
+      ConfigError: If a row holds several documents.
+    """
+    by_document = [_sums_of_documents(name, evaluation) for evaluation in (a, b)]
+    common = [key for key in by_document[0] if key in by_document[1]]
+    if not common:
+        raise ConfigError(f"The models have read no document of {name!r} in common.")
+    sums_a, sums_b = (np.array([sums[key] for key in common]).T for sums in by_document)
+    return (sums_a[0], sums_a[1]), (sums_b[0], sums_b[1]), len(common)
+
+
+def _sums_of_documents(name: str, evaluation: Evaluation) -> dict[tuple[int, int], np.ndarray]:
+    """Returns bits and bytes, `[2]`, by number of the source and line of the document."""
+    held_out = evaluation.held_out
+    rows, index = held_out.rows, held_out.rows.documents.index
+    if rows.max_segments > 1:
+        raise ConfigError(
+            f"The models read {name!r} as different tokens, and several documents share a row, so "
+            "that their losses cannot be paired. Compare them with `jaxft eval --compare` or "
+            "evaluation.evaluate_pair, or evaluate both with --config.data.packing=none."
+        )
+    sums: dict[tuple[int, int], np.ndarray] = {}
+    bits, sizes = _bits_and_bytes(evaluation)
+    for number, values in zip(held_out.numbers, np.stack([bits, sizes], axis=1), strict=True):
+        document = index[rows.begun(rows.pieces(number))[0]]
+        key = (int(document["source"]), int(document["line"]))
+        sums[key] = sums.get(key, 0.0) + values
+    return sums

@@ -31,8 +31,10 @@ def proportion(successes: int, count: int) -> Estimate:
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
     """Ratio of sums over rows, with a bootstrap interval over rows (percentile, seeded)."""
-    resampled = _resample(numerators) / _resample(denominators)
-    return _estimate(numerators.sum() / denominators.sum(), resampled, len(numerators))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = numerators.sum() / denominators.sum()
+        resampled = _resampled_ratio(numerators, denominators)
+    return _estimate(value, resampled, len(numerators))
 
 
 def paired_difference(
@@ -44,18 +46,21 @@ def paired_difference(
       a: Numerators and denominators, `[rows]` each.
       b: The same for the other model, rows in the same order.
     """
-    value = b[0].sum() / b[1].sum() - a[0].sum() / a[1].sum()
-    resampled = _resample(b[0]) / _resample(b[1]) - _resample(a[0]) / _resample(a[1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = b[0].sum() / b[1].sum() - a[0].sum() / a[1].sum()
+        resampled = _resampled_ratio(*b) - _resampled_ratio(*a)
     return _estimate(value, resampled, len(a[0]))
 
 
-def _resample(values: np.ndarray) -> np.ndarray:
-    """Sums of bootstrap samples, `[resamples]`; equal draws for equal lengths."""
+def _resampled_ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    """Ratios of bootstrap samples, `[resamples]`; equal draws for equal lengths."""
     generator = np.random.default_rng(0)
+    values = np.stack([numerators, denominators], axis=1).astype(np.float64)
     rows = len(values)
     # One draw at a time: memory stays at one row of indices however many rows there are.
-    values = values.astype(np.float64)
-    return np.array([values[generator.integers(0, rows, rows)].sum() for _ in range(_RESAMPLES)])
+    sums = [values[generator.integers(0, rows, rows)].sum(axis=0) for _ in range(_RESAMPLES)]
+    totals = np.array(sums)
+    return totals[:, 0] / totals[:, 1]
 
 
 def _estimate(value: float, resampled: np.ndarray, count: int) -> Estimate:

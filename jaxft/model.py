@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
@@ -15,10 +17,11 @@ from jaxft import progress
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import DataConfig, ModelConfig, RunConfig
 from jaxft.data import chat
-from jaxft.errors import CheckpointError, ConfigError
+from jaxft.errors import CheckpointError, ConfigError, ModelError
 from jaxft.generate import Sampling, generate_tokens
 from jaxft.hf.hub import resolve
 from jaxft.hf.load import load_params, read_config, read_json, tensor_dtypes
+from jaxft.hf.rules import expand
 from jaxft.hf.tokenizer import (
     add_special_tokens,
     continuation_ids,
@@ -44,11 +47,23 @@ class Source:
         checkpoints, without weights.
       checkpoints: Folder of the run's checkpoints, if the weights are there.
       step: Which of them.
+      path: As the user named it.
+      choice: Why it is this step, such as "the best".
     """
 
     folder: Path
     checkpoints: Path | None = None
     step: int = 0
+    path: str = ""
+    choice: str = ""
+
+    @property
+    def name(self) -> str:
+        """The model in words: its path, and which checkpoint of it."""
+        if self.checkpoints is None:
+            return self.path or str(self.folder)
+        choice = f" ({self.choice})" if self.choice else ""
+        return f"{self.checkpoints.parent}, step {self.step}{choice}"
 
 
 def find_source(
@@ -72,7 +87,8 @@ def find_source(
     if path.name.isdecimal() and path.parent.name == "checkpoints":
         path, step = path.parent.parent, path.name
     if not ((path / "checkpoints").is_dir() and (path / "model").is_dir()):
-        return Source(resolve(str(path_or_repo_id), revision=revision, weights=weights))
+        name = str(path_or_repo_id)
+        return Source(resolve(name, revision=revision, weights=weights), path=name)
     folder = path / "checkpoints"
     checkpoints = Checkpoints(folder, read_only=True)
     steps = checkpoints.steps()
@@ -86,7 +102,11 @@ def find_source(
             "of them, 'best' or 'latest'."
         )
     named = {"latest": steps[-1], "best": steps[-1] if best is None else best}
-    return Source(path / "model", folder, named[step] if step in named else int(step))
+    choice = {"latest": "the newest", "best": "the best"}.get(step, "")
+    if step == "best" and best is None:
+        choice = "the newest; none was evaluated"
+    number = named[step] if step in named else int(step)
+    return Source(path / "model", folder, number, str(path), choice)
 
 
 @dataclass(frozen=True)
@@ -293,7 +313,22 @@ def load_weights(
     """Reads weights from safetensors or from a checkpoint, each device its own part.
 
     Tables that are smaller in the files than the architecture says grow by mean rows.
+
+    Raises:
+      ModelError: If they cannot be read, or hold values that are not finite.
+      CheckpointError: If a checkpoint cannot be read.
     """
+    params = _read_weights(source, architecture, abstract, shardings)
+    _refuse_not_finite(params, architecture, source)
+    return params
+
+
+def _read_weights(
+    source: Source,
+    architecture: Architecture,
+    abstract: AbstractModel,
+    shardings: Mapping[str, jax.sharding.Sharding],
+) -> Params:
     target = {
         path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[path])
         for path, spec in abstract.params.items()
@@ -314,6 +349,43 @@ def load_weights(
         return checkpoints.restore_params(target, source.step)
     finally:
         checkpoints.close()
+
+
+def _refuse_not_finite(params: Params, architecture: Architecture, source: Source) -> None:
+    """Raises ModelError with the tensors, by their names in files, that hold NaN or infinities."""
+    bad = {path: flags for path, flags in _not_finite(params).items() if flags.any()}
+    if not bad:
+        return
+    names = [
+        tensor.name
+        for tensor in expand(architecture.rules, {path: x.shape for path, x in params.items()})
+        if any(
+            part.rule.ours in bad and bad[part.rule.ours][part.index[:1]].any()
+            for part in tensor.parts
+        )
+    ]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    raise ModelError(
+        f"{source.name} holds weights that are not finite (NaN or infinite), with which no loss "
+        f"can be computed: {shown}. The file is damaged, or training diverged before it was "
+        "written; take another copy, or an earlier checkpoint."
+    )
+
+
+def _not_finite(params: Params) -> dict[str, np.ndarray]:
+    """Returns whether each layer of a parameter, or all of one without layers, has such values."""
+
+    def find(params: Params) -> dict[str, Array]:
+        return {
+            path: ~jnp.isfinite(x).all(axis=tuple(range(path.startswith("layers."), x.ndim)))
+            for path, x in params.items()
+        }
+
+    sharding = next(iter(params.values())).sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    flags = jax.jit(find, out_shardings=sharding)(params)
+    return {path: np.asarray(value) for path, value in flags.items()}
 
 
 def tensor_dtypes_of(source: Source) -> dict[str, str]:

@@ -8,7 +8,8 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import data, distributed, progress
+from jaxft.advice import warn
 from jaxft.checkpoint import Checkpoints, Progress
 from jaxft.config import RunConfig, to_dict
 from jaxft.data import BatchIterator, TokenRows, chat
 from jaxft.devices import peak_flops
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
-from jaxft.evaluation import SamplePrompt, evaluate_rows, read_sample_prompts
+from jaxft.evaluation import (
+    Answers,
+    HeldOut,
+    Prompts,
+    SamplePrompt,
+    answer,
+    evaluate_rows,
+    has_answers,
+    read_prompts,
+    read_sample_prompts,
+    take_rows,
+)
 from jaxft.hf.load import read_config
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.lock import Lock
@@ -39,7 +52,7 @@ from jaxft.model import (
 )
 from jaxft.models.attention import check_backend
 from jaxft.models.families import Architecture
-from jaxft.models.module import init_params
+from jaxft.models.module import Params, init_params
 from jaxft.periods import Period, Periods, Sums
 from jaxft.program import (
     Evaluator,
@@ -91,7 +104,8 @@ class _Run:
     workdir: Workdir
     sample_prompts: list[SamplePrompt]
     rows: TokenRows
-    held_out: dict[str, TokenRows]
+    held_out: dict[str, HeldOut]
+    prompts: Prompts | None
     writer: MetricsWriter
     checkpoints: Checkpoints
     iterator: Any
@@ -101,9 +115,8 @@ class _Run:
 
     @property
     def patience_is_over(self) -> bool:
-        """Whether the validation loss has not fallen for as long as the config bears."""
-        patience = self.config.eval.patience
-        return bool(patience) and self.counts.stale_evaluations >= patience
+        """Whether nothing has improved for as long as the config bears."""
+        return _patience_is_over(self.config, self.counts)
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -139,13 +152,8 @@ def _train(
 ) -> TrainResult:
     """Trains in a workdir that no other run uses."""
     start, reached = _newest_checkpoint(workdir)
-    if ended := _how_it_ended(config, workdir, start, reached):
-        _announce_finished(config, workdir, start, ended)
-        return TrainResult(
-            workdir.path, workdir.checkpoints / str(start), start, ended, reached.best_loss
-        )
-    for change in workdir.changes:
-        progress.log(f"Changed since the run was started: {change}", style="yellow")
+    if _has_all_steps(config, reached) and _has_report(workdir, start):
+        return _finished(config, workdir, start, reached, "end")
     with progress.phase("Model and tokenizer"):
         source = find_source(
             config.model.path,
@@ -156,42 +164,61 @@ def _train(
     _check_before_reading_data(config, architecture, placement)
     with progress.phase("Data"):
         rows, held_out = _read_data(config, tokenizer)
-        iterator = data.batches(
-            rows,
-            batch_size=config.train.batch_size,
-            accumulation=config.train.accumulation,
-            seed=config.train.seed,
-            shuffle=config.data.shuffle,
-            epochs=config.train.epochs,
-            steps=config.train.steps,
-            start_step=start,
-            start_position=reached.data.get("position"),
-            places=placement.held_rows(config.train.batch_size // config.train.accumulation),
-        )
+        prompts = None
+        validation = held_out.get("validation")
+        if validation and has_answers(config, "validation", validation.rows):
+            prompts = read_prompts(config, tokenizer, config.data.validation, name="validation")
+    yardstick = _yardstick(config, held_out)
+    reached = _measured_by(yardstick, reached)
+    if _patience_is_over(config, reached) and _has_report(workdir, start):
+        return _finished(config, workdir, start, reached, "patience")
+    for change in workdir.changes:
+        progress.log(f"Changed since the run was started: {change}", style="yellow")
+    iterator = data.batches(
+        rows,
+        batch_size=config.train.batch_size,
+        accumulation=config.train.accumulation,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        epochs=config.train.epochs,
+        steps=config.train.steps,
+        start_step=start,
+        start_position=reached.data.get("position"),
+        places=placement.held_rows(config.train.batch_size // config.train.accumulation),
+    )
     distributed.check_same("training data", iterator.state())
     evaluator = build_evaluator(
         config,
         architecture,
-        max_segments=max(r.max_segments for r in (rows, *held_out.values())),
+        max_segments=max(r.max_segments for r in (rows, *(h.rows for h in held_out.values()))),
         placement=placement,
     )
     program = build(config, evaluator, steps=iterator.steps)
     _announce(config, evaluator, iterator.steps)
-    _warn(config, architecture, (rows, *held_out.values()))
+    warn(
+        config,
+        rows,
+        held_out,
+        steps=iterator.steps,
+        context=architecture.config.max_length,
+        row_multiple=config.train.accumulation * placement.batch_shards,
+    )
     check_backend(evaluator.attention.backend, architecture.config)
     if not start:
         _begin(workdir, config, lock)
-    checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.train.keep_last)
+    checkpoints = Checkpoints(
+        workdir.checkpoints, keep_last=config.train.keep_last, yardstick=yardstick
+    )
     checkpoints.check_space(program.state, count=config.train.keep_last + 2)
     with progress.phase("Weights") as phase:
         if start:
-            state, counts = checkpoints.restore(program.state, start)
-            _check_same_data(counts, iterator, workdir)
+            state, _ = checkpoints.restore(program.state, start)
+            _check_same_data(reached, iterator, workdir)
             if start < iterator.steps:
                 _begin(workdir, config, lock)
             phase.detail(f"checkpoint of step {start}")
         else:
-            state, counts = _init_state(config, program, source), Progress(data={})
+            state = _init_state(config, program, source)
             phase.detail("random" if config.model.random_init else config.model.path)
             if distributed.is_first():
                 _keep_model_files(
@@ -208,30 +235,32 @@ def _train(
         sample_prompts=read_sample_prompts(
             config,
             tokenizer,
-            held_out.get("validation", rows),
+            held_out["validation"].rows if "validation" in held_out else rows,
             context=architecture.config.max_length,
         ),
         rows=rows,
         held_out=held_out,
+        prompts=prompts,
         # Without a checkpoint the run begins anew: records of step 0 are not kept either.
         writer=MetricsWriter(workdir, start_step=start or -1, wandb_project=config.train.wandb),
         checkpoints=checkpoints,
         iterator=iterator,
         bar=progress.TrainProgress(iterator.steps, start),
-        counts=counts,
+        counts=reached,
         lock=lock,
     )
     with contextlib.closing(iterator), run.writer, checkpoints:
         if not start:
             _evaluate(run, state)
-            _write_samples(run, state)
+            if not _has_samples(run, 0):
+                _write_samples(run, state.params, 0)
         with stop_on_signals() as stop:
             state, reason = _loop(run, step, state, start, stop)
+        done = int(state.step)
         if reason in ("end", "patience"):
-            _write_samples(run, state)
+            _write_samples_of_best(run, state)
     if distributed.is_first():
         write_report(workdir)
-    done = int(state.step)
     _announce_end(run, done, reason, workdir)
     newest = workdir.checkpoints / str(done)
     return TrainResult(workdir.path, newest, done, reason, run.counts.best_loss)
@@ -275,7 +304,7 @@ def _loop(
             if reason == "end" and not last and run.patience_is_over:
                 reason = "patience"
                 _record(run, periods.end())
-            improved = evaluated is not None and evaluated <= run.counts.best_loss
+            improved = evaluated is not None and evaluated <= run.counts.best_score
             due = config.save_every and done % config.save_every == 0
             if due or improved or last or reason != "end":
                 with _paused(run, periods) as sums:
@@ -331,22 +360,27 @@ def _newest_checkpoint(workdir: Workdir) -> tuple[int, Progress]:
     return start, reached
 
 
-def _how_it_ended(config: RunConfig, workdir: Workdir, start: int, reached: Progress) -> str:
-    """Returns the reason why nothing of a run is left to be done; empty if something is.
+def _has_all_steps(config: RunConfig, reached: Progress) -> bool:
+    train = config.train
+    return bool(reached.data) and data.is_over(reached.data, epochs=train.epochs, steps=train.steps)
 
-    One that was killed between its last checkpoint and its report has these to write yet.
-    """
-    if not start:
-        return ""
-    train, patience = config.train, config.eval.patience
-    if data.is_over(reached.data, epochs=train.epochs, steps=train.steps):
-        reason = "end"
-    elif patience and reached.stale_evaluations >= patience:
-        reason = "patience"
-    else:
-        return ""
-    has_report = distributed.from_first("report", lambda: workdir.has_report_since(start))
-    return reason if has_report else ""
+
+def _patience_is_over(config: RunConfig, reached: Progress) -> bool:
+    return bool(config.eval.patience) and reached.stale_evaluations >= config.eval.patience
+
+
+def _has_report(workdir: Workdir, start: int) -> bool:
+    """Whether nothing is left to write of a run that has done its steps, as if it was killed."""
+    return distributed.from_first("report", lambda: workdir.has_report_since(start))
+
+
+def _finished(
+    config: RunConfig, workdir: Workdir, step: int, reached: Progress, reason: str
+) -> TrainResult:
+    """Says that nothing of a run is left to be done."""
+    _announce_finished(config, workdir, step, reason)
+    checkpoint = workdir.checkpoints / str(step)
+    return TrainResult(workdir.path, checkpoint, step, reason, reached.best_loss)
 
 
 def _check_before_reading_data(
@@ -361,25 +395,6 @@ def _check_before_reading_data(
     )
 
 
-def _warn(config: RunConfig, architecture: Architecture, sets: Iterable[TokenRows]) -> None:
-    """Logs what is allowed and is seldom meant."""
-    context = architecture.config.max_length
-    longest = max(min(r.statistics.packed.longest, r.max_length) for r in sets)
-    longest = config.data.max_length if config.data.packing == "stream" else longest
-    if longest > context:
-        progress.log(
-            f"Documents have up to {longest} tokens and the model's context is {context}: it is "
-            "trained on positions that it has never seen. Set data.max_length.",
-            style="yellow",
-        )
-    if config.model.dtypes == "bfloat16":
-        progress.log(
-            "Parameters are bfloat16, which has 8 bits: updates under 1/256 of a weight are lost. "
-            "Small learning rates need model.dtypes=mixed.",
-            style="yellow",
-        )
-
-
 def _refuse_workdir_of_model(config: RunConfig) -> None:
     workdir, model = (
         Path(os.path.realpath(os.path.expanduser(p)))
@@ -392,8 +407,8 @@ def _refuse_workdir_of_model(config: RunConfig) -> None:
         )
 
 
-def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, TokenRows]]:
-    """Returns the training rows, and held-out rows by name."""
+def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, HeldOut]]:
+    """Returns the training rows, and what is evaluated by name."""
     sources = {"validation": config.data.validation, "retention": config.eval.retention}
 
     def prepare(source: str, name: str) -> TokenRows:
@@ -408,8 +423,13 @@ def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, 
         )
 
     with distributed.first_host_first("data", data.cache_folder(config.data)):
-        held_out = {name: prepare(source, name) for name, source in sources.items() if source}
-        return prepare(config.data.train, "train"), held_out
+        found = {name: prepare(source, name) for name, source in sources.items() if source}
+        rows = prepare(config.data.train, "train")
+    maximum, seed = config.eval.max_rows, config.train.seed
+    return rows, {
+        name: take_rows(held_out, tokenizer, maximum=maximum, seed=seed)
+        for name, held_out in found.items()
+    }
 
 
 def _init_state(config: RunConfig, program: Program, source: Source) -> TrainState:
@@ -482,41 +502,99 @@ def _evaluation_due(run: _Run, done: int) -> bool:
 
 
 def _evaluate(run: _Run, state: TrainState) -> float | None:
-    """Evaluates held-out data, records it and returns the validation loss, if there is one."""
-    loss = None
-    for name, rows in run.held_out.items():
+    """Evaluates held-out data, records it and returns the score of the validation data, if any."""
+    score = None
+    for name, held_out in run.held_out.items():
         result = evaluate_rows(
             run.program.evaluator,
             state.params,
-            rows,
+            held_out,
             batch_size=run.config.eval.batch_size or run.config.train.batch_size,
-            max_rows=run.config.eval.max_rows,
         )
-        record = {"step": int(state.step), "dataset": name, **result.record()}
-        run.writer.write_eval(record)
-        progress.log(
+        record = {"step": int(state.step), "dataset": name}
+        record |= result.record() | held_out.record()
+        text = (
             f"step {record['step']}: {name} loss {result.loss.value:.4f}, "
-            f"perplexity {record['perplexity']:.3f}, accuracy {record['token_accuracy']:.4f}"
+            f"perplexity {record['perplexity']:.3f}, token accuracy {record['token_accuracy']:.1%}"
         )
         if name == "validation":
-            loss = result.loss.value
-    if loss is not None:
-        run.counts = _count_evaluation(run.counts, loss, run.config.eval.minimum_change)
-    return loss
+            score = result.loss.value
+            run.counts = _count_loss(run.counts, score)
+            if run.prompts is not None:
+                answers = _answer(run, state, run.prompts)
+                record |= answers.record()
+                text += f", {answers.summary}"
+                if run.config.eval.best == "answers":
+                    score = 1 - answers.accuracy.value
+        run.writer.write_eval(record)
+        progress.log(text)
+    if score is not None:
+        run.counts = _count_score(run.counts, score, run.config.eval.minimum_change)
+    return score
 
 
-def _count_evaluation(counts: Progress, loss: float, minimum_change: float) -> Progress:
-    """Updates best loss and patience; a loss that is not a number never improves anything."""
-    improved = loss < counts.reference_loss - minimum_change
+def _answer(run: _Run, state: TrainState, prompts: Prompts) -> Answers:
+    """Generates answers; the first time it says what that costs."""
+    start = time.monotonic()
+    with progress.phase("Answers") as phase:
+        answers = answer(run.config, _model(run, state.params), prompts)
+        phase.detail(f"{len(prompts.rows):,} of {prompts.of_rows:,} rows")
+    seconds = progress.format_duration(time.monotonic() - start)
+    if not int(state.step):
+        progress.log(
+            f"Answers to {len(prompts.rows):,} rows took {seconds}, compiling included, and are "
+            "generated at each evaluation. --config.eval.answer_rows sets their number."
+        )
+    return answers
+
+
+def _count_loss(counts: Progress, loss: float) -> Progress:
+    return dataclasses.replace(counts, best_loss=_least(counts.best_loss, loss))
+
+
+def _count_score(counts: Progress, score: float, minimum_change: float) -> Progress:
+    """Updates best score and patience; a score that is not a number never improves anything."""
+    improved = score < counts.reference_score - minimum_change
     return dataclasses.replace(
         counts,
-        best_loss=min(counts.best_loss, loss) if loss == loss else counts.best_loss,
-        reference_loss=loss if improved else counts.reference_loss,
+        best_score=_least(counts.best_score, score),
+        reference_score=score if improved else counts.reference_score,
         stale_evaluations=0 if improved else counts.stale_evaluations + 1,
     )
 
 
-def _save(run: _Run, state: TrainState, step: int, period: Sums, loss: float | None) -> None:
+def _least(best: float, value: float) -> float:
+    return min(best, value) if value == value else best
+
+
+def _yardstick(config: RunConfig, held_out: dict[str, HeldOut]) -> str:
+    """Names what evaluations are judged by; scores by other yardsticks are not comparable."""
+    if "validation" not in held_out:
+        return ""
+    if config.eval.best == "loss":
+        return f"loss {held_out['validation'].digest}"
+    keys = ("answers", "answer_rows", "max_new_tokens")
+    how = " ".join(f"{key}={getattr(config.eval, key)}" for key in keys)
+    return f"answers {held_out['validation'].rows.digest[:12]} {how}"
+
+
+def _measured_by(yardstick: str, counts: Progress) -> Progress:
+    """Returns the counts of a checkpoint; if its scores are of something else, without them."""
+    if counts.yardstick == yardstick:
+        return counts
+    new = Progress(data={})
+    names = ("best_loss", "best_score", "reference_score", "stale_evaluations")
+    if any(getattr(counts, name) != getattr(new, name) for name in names):
+        progress.log(
+            "The validation data, or what of it the best checkpoint goes by, is not what it was in "
+            "the earlier part of the run: the best checkpoint and patience begin anew.",
+            style="yellow",
+        )
+    changes = {name: getattr(new, name) for name in names}
+    return dataclasses.replace(counts, yardstick=yardstick, **changes)
+
+
+def _save(run: _Run, state: TrainState, step: int, period: Sums, score: float | None) -> None:
     """Saves the state, once it is known to be finite."""
     # The metrics of a step tell of the weights before its update.
     if not _is_finite((state.trainable, state.opt_state)):
@@ -524,8 +602,8 @@ def _save(run: _Run, state: TrainState, step: int, period: Sums, loss: float | N
     counts = dataclasses.replace(
         run.counts, data=run.iterator.state(), period=dataclasses.asdict(period)
     )
-    known = loss if loss is not None and math.isfinite(loss) else None
-    run.checkpoints.save(state, progress=counts, config=to_dict(run.config), loss=known)
+    known = score if score is not None and math.isfinite(score) else None
+    run.checkpoints.save(state, progress=counts, config=to_dict(run.config), score=known)
 
 
 @jax.jit
@@ -618,22 +696,41 @@ def _peak_flops(evaluator: Evaluator) -> float | None:
     return peak * devices.size if peak else None
 
 
-def _write_samples(run: _Run, state: TrainState) -> None:
-    """Answers a few held-out prompts, for the report's comparison of before and after."""
-    prompts, step = run.sample_prompts, int(state.step)
-    # A finished run that is resumed has them already.
-    if not prompts or distributed.from_first(
-        "samples", lambda: any(r["step"] == step for r in read_jsonl(run.workdir.samples))
-    ):
+def _write_samples_of_best(run: _Run, state: TrainState) -> None:
+    """Answers the prompts with the checkpoint that an export takes, which may be an earlier one.
+
+    The state is then deleted, which makes room for the other one's weights.
+    """
+    step = int(state.step)
+    best = distributed.from_first("best checkpoint", run.checkpoints.best_step) or step
+    if _has_samples(run, best):
         return
-    evaluator = run.program.evaluator
-    source = Source(run.workdir.model)
-    model = Model(evaluator.architecture, evaluator.abstract, state.params, run.tokenizer, source)
-    with progress.phase("Sample answers"):
-        outputs = model.generate_from_ids(
-            [p.ids for p in prompts], max_new_tokens=run.config.eval.max_new_tokens
+    params = state.params
+    if best != step:
+        for array in jax.tree.leaves(state):
+            array.delete()
+        with progress.phase(f"Weights of step {best}, the best"):
+            shapes: Any = run.program.state.params
+            params = run.checkpoints.restore_params(shapes, best)
+    _write_samples(run, params, best)
+
+
+def _has_samples(run: _Run, step: int) -> bool:
+    """Whether there are none to make: a finished run that is resumed has them already."""
+    return not run.sample_prompts or distributed.from_first(
+        "samples", lambda: any(r["step"] == step for r in read_jsonl(run.workdir.samples))
+    )
+
+
+def _write_samples(run: _Run, params: Params, step: int) -> None:
+    """Answers a few held-out prompts, for the report's comparison of before and after."""
+    if not run.sample_prompts:
+        return
+    with progress.phase(f"Sample answers of step {step}"):
+        outputs = _model(run, params).generate_from_ids(
+            [p.ids for p in run.sample_prompts], max_new_tokens=run.config.eval.max_new_tokens
         )
-    for prompt, output in zip(prompts, outputs, strict=True):
+    for prompt, output in zip(run.sample_prompts, outputs, strict=True):
         run.writer.write_sample(
             {
                 "step": step,
@@ -642,6 +739,12 @@ def _write_samples(run: _Run, state: TrainState) -> None:
                 "reference": prompt.reference,
             }
         )
+
+
+def _model(run: _Run, params: Params) -> Model:
+    evaluator = run.program.evaluator
+    source = Source(run.workdir.model)
+    return Model(evaluator.architecture, evaluator.abstract, params, run.tokenizer, source)
 
 
 def _announce(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
@@ -659,7 +762,7 @@ def _announce(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
 def _announce_finished(config: RunConfig, workdir: Workdir, step: int, reason: str) -> None:
     train = config.train
     if reason == "patience":
-        ended = "when the validation loss had not fallen for as long as --config.eval.patience"
+        ended = "when no figure had improved for as long as --config.eval.patience"
         longer = f"--config.eval.patience={2 * config.eval.patience}"
     elif train.steps:
         ended, longer = "", f"--config.train.steps={2 * max(step, train.steps)}"
@@ -678,8 +781,9 @@ def _announce_end(run: _Run, step: int, reason: str, workdir: Workdir) -> None:
     if reason == "end":
         progress.log(f"Done: {step} steps. Report: {workdir.report}")
     elif reason == "patience":
+        what = "share of right answers" if run.config.eval.best == "answers" else "validation loss"
         progress.log(
-            f"Stopped at step {step}: the validation loss did not fall in "
+            f"Stopped at step {step}: the {what} did not improve in "
             f"{run.counts.stale_evaluations} evaluations. Report: {workdir.report}"
         )
     else:

@@ -330,7 +330,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     Raises:
       TrainingError: If the disk is full or the file cannot be written.
     """
-    append_bytes(path, (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode())
+    append_bytes(path, (json.dumps(finite(record), ensure_ascii=False) + "\n").encode())
 
 
 def append_bytes(path: Path, data: bytes) -> None:
@@ -364,16 +364,16 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def rewrite_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Replaces a file's lines at once."""
-    lines = [json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records]
+    lines = [json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records]
     write_text(path, "".join(lines))
 
 
-def _finite(value: Any) -> Any:
-    """Replaces what JSON cannot say (nan, inf) by None, and array scalars by numbers."""
+def finite(value: Any) -> Any:
+    """Returns a value for JSON: None for what it cannot say (nan, inf), numbers for NumPy's."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if value is None or isinstance(value, str | bool | int):
         return value
     number = value.item() if hasattr(value, "item") else value

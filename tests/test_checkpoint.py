@@ -39,12 +39,12 @@ def abstract(state):
     )
 
 
-def save(checkpoints, step, loss=None, **progress):
+def save(checkpoints, step, score=None, **progress):
     checkpoints.save(
         make_state(step),
         progress=Progress(data={"step": step}, **progress),
         config={"train.seed": step},
-        loss=loss,
+        score=score,
     )
 
 
@@ -56,7 +56,7 @@ def assert_same(one, other):
 
 def test_state_progress_and_config_come_back(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
-        save(checkpoints, 3, loss=1.5, tokens=7, period={"loss": 0.1}, best_loss=1.5)
+        save(checkpoints, 3, score=1.5, tokens=7, period={"loss": 0.1}, best_loss=1.5)
         checkpoints.wait()
         state, progress = checkpoints.restore(abstract(make_state(3)), 3)
         assert_same(state, make_state(3))
@@ -241,10 +241,10 @@ def fail(*args, **kwargs):
 
 def test_a_step_is_saved_once(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
-        save(checkpoints, 1, loss=2.0)
-        save(checkpoints, 1, loss=1.0)
+        save(checkpoints, 1, score=2.0)
+        save(checkpoints, 1, score=1.0)
         checkpoints.wait()
-        assert checkpoints.loss(1) == 2.0
+        assert checkpoints.score(1) == 2.0
 
 
 def test_reading_and_writing_print_nothing(tmp_path, capfd):
@@ -252,7 +252,7 @@ def test_reading_and_writing_print_nothing(tmp_path, capfd):
         warnings.simplefilter("always")
         with Checkpoints(tmp_path / "c", keep_last=1) as checkpoints:
             for step in (1, 2, 3):
-                save(checkpoints, step, loss=None if step == 2 else 1.0)
+                save(checkpoints, step, score=None if step == 2 else 1.0)
         with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
             checkpoints.restore_params(abstract(make_state(3)).params, checkpoints.best_step())
     assert not caught

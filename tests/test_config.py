@@ -40,7 +40,7 @@ def test_every_key_says_what_it_means_and_has_a_default_of_its_type():
 
 
 def test_there_are_few_keys():
-    assert len(list(walk(RunConfig()))) <= 72
+    assert len(list(walk(RunConfig()))) <= 73
 
 
 def test_all_problems_are_reported_at_once():
@@ -68,6 +68,7 @@ def test_all_problems_are_reported_at_once():
         (lambda c: setattr(c.data, "columns", "prompt=q"), "set it to 'columns'"),
         (lambda c: setattr(c.data, "format", "columns"), "data.columns is empty"),
         (lambda c: setattr(c.eval, "patience", 2), "data.validation is empty"),
+        (lambda c: setattr(c.eval, "best", "answers"), "set --config.eval.answers=label"),
         (lambda c: setattr(c.optim, "freeze", "("), "not a regular expression"),
         (lambda c: setattr(c.mesh, "tensor", -2), "expected a device count, 0 or -1"),
         (lambda c: setattr(c.train, "epochs", 0), "both 0"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -47,7 +48,10 @@ def show(report, **options):
 def test_duplicates_and_overlap_are_counted(report):
     train, validation = report.sets
     assert (train.duplicates, validation.duplicates) == (1, 0)
-    assert (train.overlap, validation.overlap) == (None, 1)
+    assert train.overlap is None
+    assert validation.overlap.count == 1
+    (example,) = validation.overlap.examples
+    assert re.fullmatch(r".*validation.*:\d+ = .*train.*:\d+", example)
 
 
 def test_the_histogram_counts_every_document(report):
@@ -76,7 +80,8 @@ def test_the_terminal_shows_every_section(report):
         "no BOS, EOS '<|im_end|>'",
         "exact duplicates",
         "masked share",
-        "overlap: 1 of 2 validation documents",
+        "validation is trained on",
+        "1 of 2 validation documents (50.0%)",
         "Tokens in a document: train",
         "loses",
         "train.jsonl:1",
@@ -138,8 +143,8 @@ def test_every_held_out_set_is_reported(data, tokenizer):
     sources = {"validation": other, "retention": other}
     report = inspect(RunConfig(data=data), tokenizer, sources=sources)
     assert [item.name for item in report.sets] == ["train", "validation", "retention"]
-    assert [item.overlap for item in report.sets] == [None, 2, 2]
-    assert "overlap: 2 of 2 retention documents" in show(report).export_text()
+    assert [item.overlap and item.overlap.count for item in report.sets] == [None, 2, 2]
+    assert "2 of 2 retention documents (100.0%)" in show(report).export_text()
     data.train = ""
     report = inspect(RunConfig(data=data), tokenizer, sources={"retention": other})
     assert [(item.name, item.overlap) for item in report.sets] == [("retention", None)]

@@ -7,7 +7,7 @@ import pytest
 
 from jaxft.data.chat import Example
 from jaxft.data.documents import Documents, DocumentWriter
-from jaxft.data.loader import batches, eval_batches, is_over, shuffled
+from jaxft.data.loader import batches, eval_batches, is_over, sample_numbers, shuffled
 from jaxft.data.packing import PackingStatistics, pack
 from jaxft.data.rows import TokenRows, write_rows
 from jaxft.errors import ConfigError, DataError
@@ -193,17 +193,29 @@ def test_no_rows_and_sizes_that_do_not_divide_are_refused(rows, tmp_path_factory
 
 
 @pytest.mark.parametrize("hosts", [[None], [[0, 1], [2, 3]]])
-@pytest.mark.parametrize("max_rows", [0, 9])
-def test_evaluation_reads_each_row_once_in_order(rows, hosts, max_rows):
+@pytest.mark.parametrize("maximum", [0, 9])
+def test_evaluation_reads_each_row_once_in_order(rows, hosts, maximum):
+    chosen = sample_numbers(COUNT, maximum, seed=3)
     parts = [
-        list(eval_batches(rows, batch_size=4, places=places, max_rows=max_rows)) for places in hosts
+        list(eval_batches(rows, batch_size=4, places=places, numbers=chosen)) for places in hosts
     ]
     assert len({len(part) for part in parts}) == 1
     seen = [
         number for step in zip(*parts, strict=True) for batch in step for number in numbers(batch)
     ]
-    count = max_rows or COUNT
-    assert seen == [*range(count), *[-1] * (-count % 4)]
+    assert seen == [*chosen, *[-1] * (-len(chosen) % 4)]
+    assert len(chosen) == (maximum or COUNT)
+
+
+def test_a_sample_is_spread_over_all_rows_and_depends_on_the_seed_alone():
+    samples = [list(sample_numbers(1000, 100, seed=seed)) for seed in range(20)]
+    assert samples[3] == list(sample_numbers(1000, 100, seed=3))
+    assert len({tuple(sample) for sample in samples}) == 20
+    for sample in samples:
+        assert sample == sorted(set(sample)) and len(sample) == 100
+        # Of 100 drawn from 1000, those below 500 have a standard deviation of 4.7.
+        assert 30 < sum(number < 500 for number in sample) < 70
+    assert list(sample_numbers(5, 9, seed=0)) == list(sample_numbers(5, 0, seed=0)) == [*range(5)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 1000])

@@ -32,7 +32,8 @@ from jaxft.demo.make_base import write_skeleton
 from jaxft.demo.runs import load_run
 from jaxft.demo.tokenizer import PADDING, SPECIAL_TOKENS, VOCABULARY, train_tokenizer
 from jaxft.errors import ConfigError
-from jaxft.evaluation import Answers, Evaluation, RowSums
+from jaxft.evaluation import Answers, Evaluation, HeldOut, RowSums
+from jaxft.model import Source
 
 # Words that say nothing about a department: all that training and held-out cases may share.
 FUNCTION_WORDS = set(
@@ -304,11 +305,15 @@ def test_task_files_are_where_the_config_expects_them(tmp_path, monkeypatch):
 
 def test_results_show_what_was_measured():
     def results(right, loss):
-        rows = RowSums(np.full(12, loss), np.ones(12), np.zeros(12))
+        rows = RowSums(np.full(12, loss), np.ones(12), np.zeros(12), np.ones(12))
         outcomes = np.arange(360) < right
-        answers = Answers("label_accuracy", [], [], [], outcomes, len(NAMES))
-        retention = RowSums(np.full(12, loss / 2), np.ones(12), np.zeros(12))
-        return {"validation": Evaluation(rows, answers), "retention": Evaluation(retention, None)}
+        answers = Answers("label_accuracy", [], [], [], outcomes, len(NAMES), 360)
+        retention = RowSums(np.full(12, loss / 2), np.ones(12), np.zeros(12), np.ones(12))
+        source, held_out = Source(Path()), HeldOut([], [], np.array([]))
+        return {
+            "validation": Evaluation(rows, answers, source, held_out),
+            "retention": Evaluation(retention, None, source, held_out),
+        }
 
     console = Console(width=120)
     with console.capture() as capture:

@@ -1,7 +1,6 @@
 """Evaluation as a command of its own: figures, answers, comparison, retention."""
 
 import copy
-import dataclasses
 import json
 import math
 
@@ -9,9 +8,18 @@ import numpy as np
 import pytest
 
 import jaxft
-from jaxft import evaluation
+from jaxft import data, evaluation
+from jaxft.config import DataConfig
 from jaxft.errors import ConfigError
-from jaxft.evaluation import Answers, compare, evaluate, named_sources, read_sample_prompts
+from jaxft.evaluation import (
+    Answers,
+    compare,
+    evaluate,
+    evaluate_pair,
+    named_sources,
+    read_sample_prompts,
+)
+from jaxft.hf.tokenizer import load_tokenizer
 from jaxft.tables import print_comparison, print_evaluation, write_json
 from tests.tiny_run import tiny_config, write_chats
 
@@ -202,25 +210,175 @@ def test_a_comparison_pairs_rows(run):
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
-def test_models_that_read_other_tokens_are_not_paired(run):
+@pytest.fixture(scope="module")
+def in_pairs(run, folder):
+    """The trained model with a tokenizer that reads two letters as one token where it can."""
+    _, result = run
+    exported = jaxft.export(result.checkpoint, folder / "in_pairs", on_log=lambda text: None)
+    file = exported / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary, letters = tokenizer["model"]["vocab"], "abc"
+    tokenizer["model"]["merges"] = [[a, b] for a in letters for b in letters]
+    for pair in tokenizer["model"]["merges"]:
+        vocabulary["".join(pair)] = len(vocabulary)
+    tokenizer["pre_tokenizer"] = None
+    file.write_text(json.dumps(tokenizer))
+    return exported
+
+
+def test_models_that_read_other_tokens_are_paired_by_document(run, in_pairs, capfd):
+    config, result = run
+    pair = evaluate_pair(config, result.checkpoint, in_pairs)
+    err = capfd.readouterr().err
+    assert err.index("read the data as different tokens") < err.index("Evaluating validation")
+    a, b = (results["validation"] for results in pair)
+    assert a.rows.weight.sum() > b.rows.weight.sum()
+    comparison = compare(*pair)["validation"]
+    assert comparison.loss is None
+    assert comparison.documents == 9
+    # The text is the same, and of the same length however it is cut.
+    assert a.rows.bytes.tolist() == b.rows.bytes.tolist()
+    per_byte = [e.rows.total.sum() / math.log(2) / e.rows.bytes.sum() for e in (a, b)]
+    assert comparison.bits_per_byte.value == pytest.approx(per_byte[1] - per_byte[0])
+    assert comparison.bits_per_byte.low > 0  # tokens that were never trained
+    assert comparison.bits_per_byte.count == 9
+
+
+def test_models_that_read_other_tokens_are_not_paired_by_rows(run, in_pairs):
+    config, result = run
+    a, b = (evaluated(config, path) for path in (result.checkpoint, in_pairs))
+    with pytest.raises(ConfigError, match=r"--config\.data\.packing=none"):
+        compare(a, b)
+
+
+def test_bytes_are_those_of_the_answers_and_do_not_depend_on_rows(run, folder):
     config, _ = run
-    a = evaluated(config)["validation"]
-    rows = dataclasses.replace(a.rows, weight=a.rows.weight + 1)
-    with pytest.raises(ConfigError, match="share a tokenizer"):
-        compare({"validation": a}, {"validation": dataclasses.replace(a, rows=rows)})
+    lines = (folder / "held_out.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["messages"][-1]["content"] for line in lines]
+    for changes in ({}, {"data__packing": "none"}, {"data__max_length": 96}):
+        rows = evaluated(config, **changes)["validation"].rows
+        assert rows.bytes.sum() == sum(len(text.encode()) for text in answers)
+        bits = rows.total.sum() / math.log(2) / rows.bytes.sum()
+        assert rows.bits_per_byte.value == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-hf", "mistral-v3"])
+def test_bytes_of_text_are_counted_across_tokens_that_split_letters(shared, tmp_path, name):
+    tokenizer = load_tokenizer(shared / "tokenizers" / name)
+    texts = ["Ein Übermut: 你好, 🦙!", "two  spaces", "plain words here"]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = DataConfig(packing="none", max_length=64, cache=str(tmp_path / "cache"))
+    rows = data.prepare(str(file), config, tokenizer, seed=0, training=False)
+    counted = data.count_bytes(rows, tokenizer, range(3))
+    for text, count, number in zip(texts, counted, range(3), strict=True):
+        # Of a text without BOS the first token is predicted by nothing.
+        ids = rows[number].tokens[rows[number].segments > 0].tolist()
+        begins = ids[0] == tokenizer.bos_token_id
+        untrained = "" if begins else tokenizer.decode(ids[:1])
+        assert count == len(text.encode()) - len(untrained.encode())
+
+
+def test_a_sample_of_rows_is_the_same_for_every_model_and_says_so(run, folder, capsys):
+    config, result = run
+    changes = {"eval__max_rows": 5, "data__validation": str(folder / "train.jsonl")}
+    a, b = (evaluated(config, path, **changes)["validation"] for path in ("", result.checkpoint))
+    assert list(a.held_out.numbers) == list(b.held_out.numbers) != [0, 1, 2, 3, 4]
+    assert compare({"validation": a}, {"validation": b})["validation"].loss.count == 5
+    record = a.record()
+    assert (record["rows"], record["of_rows"]) == (5, 19)
+    assert 5 < record["documents"] < 40
+    print_evaluation({"validation": a}, config)
+    assert "5 of 19 rows, drawn at random" in " ".join(capsys.readouterr().out.split())
+    other = evaluated(config, train__seed=1, **changes)["validation"]
+    assert list(other.held_out.numbers) != list(a.held_out.numbers)
+
+
+def test_answers_are_to_a_sample_of_rows_and_not_to_the_first(run, folder, capsys):
+    config, result = run
+    changes = {
+        "data__validation": str(folder / "train.jsonl"),
+        "eval__answers": "exact",
+        "eval__answer_rows": 12,
+        "eval__max_new_tokens": 12,
+    }
+    results = [evaluated(config, path, **changes) for path in ("", result.checkpoint)]
+    a, b = (found["validation"].answers for found in results)
+    assert a.prompts == b.prompts
+    numbers = [int(prompt.split()[-1]) for prompt in a.prompts]
+    assert numbers == sorted(set(numbers)) and len(numbers) == 12
+    assert numbers != [*range(12)]
+    assert a.record()["exact_match"].keys() == {"value", "low", "high", "count", "of_rows"}
+    assert (a.accuracy.count, a.of_rows) == (12, 40)
+    print_evaluation(results[0], config)
+    assert "answers to 12 of 40 rows" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_sample_of_a_stream_is_uniform():
+    counts = np.zeros(50)
+    for seed in range(400):
+        kept, total = evaluation._sample(iter(range(50)), 10, seed=seed)
+        assert total == 50 and kept == sorted(set(kept)) and len(kept) == 10
+        counts[kept] += 1
+    # Each is drawn in 80 of 400 on average, with a standard deviation of 8.
+    assert counts.min() > 48 and counts.max() < 112
+    assert evaluation._sample(iter("abc"), 0, seed=0) == (["a", "b", "c"], 3)
+
+
+@pytest.mark.parametrize("start", [evaluate, jaxft.train], ids=["eval", "train"])
+def test_labels_that_no_answer_can_reach_are_refused_early(run, start, tmp_path):
+    config = copy.deepcopy(run[0])
+    config.train.workdir = str(tmp_path / "run")
+    config.eval.answers, config.eval.max_new_tokens = "label", 5
+    message = r"5, but \d of 9 labels of validation are longer.*--config.eval.max_new_tokens=10\."
+    with pytest.raises(ConfigError, match=message):
+        start(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_references_that_no_answer_can_reach_are_counted(run, capfd):
+    config, _ = run
+    found = evaluated(config, eval__answers="exact", eval__max_new_tokens=5)["validation"]
+    tokens = [len(reference) + 1 for reference in found.answers.references]
+    count = sum(length > 5 for length in tokens)
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"{count} of 9 reference answers are longer than eval.max_new_tokens 5" in said
+    assert f"Set --config.eval.max_new_tokens={max(tokens)} to reach all" in said
+
+
+def test_an_evaluation_says_which_checkpoint_it_took(run, folder, tmp_path, capsys):
+    config, result = run
+    found = evaluated(config, result.workdir)
+    assert found["validation"].model.name == f"{result.workdir}, step 30 (the best)"
+    write_json(str(tmp_path / "out.json"), {"results": found}, config=config)
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert stored["models"]["results"] == {
+        "path": str(result.workdir),
+        "step": 30,
+        "choice": "the best",
+    }
+    assert stored["config"]["data.max_length"] == 48
+    figures = stored["results"]["validation"]
+    assert (figures["rows"], figures["of_rows"], figures["documents"]) == (5, 5, 9)
+    base = evaluated(config)
+    print_evaluation(base, config)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"Model: {folder / 'base'}" in out
+    assert "5 rows, 9 documents, 65 trained tokens" in out
+    assert "data.max_length=48" in out
 
 
 def test_tables_and_json_hold_the_figures(run, tmp_path, capsys):
     config, result = run
     changes = {"eval__retention": config.data.train, "eval__answers": "exact"}
     a, b = evaluated(config, **changes), evaluated(config, result.checkpoint, **changes)
-    print_evaluation(a)
-    print_comparison(compare(a, b), "base", "tuned")
+    print_evaluation(a, config)
+    print_comparison(compare(a, b), "base", "tuned", config)
     text = " ".join("".join(capsys.readouterr()).split())
     loss = a["validation"].rows.loss.value
     assert f"{loss:.4f}" in text and "exact match" in text
     assert "nats a token over A" in text
-    write_json(str(tmp_path / "out.json"), {"a": a, "b": b}, compare(a, b))
+    write_json(str(tmp_path / "out.json"), {"a": a, "b": b}, compare(a, b), config=config)
     stored = json.loads((tmp_path / "out.json").read_text())
     assert stored["a"]["validation"]["loss"] == loss
     assert stored["b - a"]["validation"]["loss"]["value"] < 0
@@ -233,5 +391,5 @@ def test_tables_and_json_hold_the_figures(run, tmp_path, capsys):
 
 
 def test_an_accuracy_without_answers_is_not_a_number():
-    nothing = Answers("exact_match", [], [], [], np.array([], bool), 0)
+    nothing = Answers("exact_match", [], [], [], np.array([], bool), 0, 0)
     assert math.isnan(nothing.accuracy.value)

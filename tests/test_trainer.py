@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 import time
 import warnings
@@ -13,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxft
-from jaxft import trainer
+from jaxft import model, trainer
 from jaxft.config import to_dict
-from jaxft.errors import CheckpointError, ConfigError, TrainingError
+from jaxft.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from jaxft.intervals import Estimate
 from jaxft.trainer import train
 from tests.tiny_run import (
@@ -364,19 +365,19 @@ def test_evaluation_is_due_every_n_steps_or_at_the_end_of_each_epoch(home, confi
 # ---- what is not finite ----
 
 
-def poison(home, tmp_path, tensor):
-    """Writes a copy of the model with one infinite weight."""
+def poison(home, tmp_path, tensor, value=np.inf):
+    """Writes a copy of the model with one weight of this value."""
     folder = tmp_path / "poisoned"
     shutil.copytree(home / "base", folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors[tensor].flat[-1] = np.inf
+    tensors[tensor].flat[-1] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
 
 
 def test_a_loss_that_is_not_finite_names_step_rows_and_lines(home, config, tmp_path):
     run = config(train__log_every=3, train__save_every=2)
-    run.model.path = poison(home, tmp_path, "model.norm.weight")
+    run.model.path = poison(home, tmp_path, "model.norm.weight", value=3e38)
     with pytest.raises(TrainingError) as error:
         train(run)
     text = str(error.value)
@@ -406,7 +407,18 @@ def test_weights_that_are_not_finite_are_never_saved(home, config, save_every):
         assert f"last good checkpoint is step {saved[-1]}" in str(error.value)
 
 
-def test_weights_that_the_loss_does_not_show_are_not_saved(home, config, tmp_path):
+def test_a_model_with_weights_that_are_not_finite_is_refused_by_name(home, config, tmp_path):
+    run = config(data__validation=held_out(home))
+    for tensor in ("model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"):
+        run.model.path = poison(home, tmp_path / tensor, tensor, value=np.nan)
+        for start in (train, jaxft.evaluate):
+            with pytest.raises(ModelError, match=f"not finite.*: {re.escape(tensor)}\\. The file"):
+                start(run)
+    assert not (parts_workdir(run) / "eval.jsonl").exists()
+
+
+def test_weights_that_the_loss_does_not_show_are_not_saved(home, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "_refuse_not_finite", lambda *_: None)
     # The embedding of a token that is in no row: no loss ever reads it.
     run = config(train__save_every=1)
     run.model.path = poison(home, tmp_path, "model.embed_tokens.weight")
@@ -499,16 +511,16 @@ def test_a_workdir_needs_nothing_outside_itself(home, config, tmp_path):
     run.model.path = str(base)
     first = train(run)
     shutil.rmtree(base)
-    model = jaxft.load(first.workdir)
-    assert model.source.step == 8
+    loaded = jaxft.load(first.workdir)
+    assert loaded.source.step == 8
     tokens = np.array([[7, 8, 9, 10]])
-    logits = np.asarray(model(tokens))
+    logits = np.asarray(loaded(tokens))
     at_5 = jaxft.load(first.workdir / "checkpoints/5")
     assert at_5.source.step == 5
     assert not np.array_equal(logits, at_5(tokens))
-    assert model.tokenizer.chat_template == model.template.text
+    assert loaded.tokenizer.chat_template == loaded.template.text
     assert isinstance(
-        model.generate([{"role": "user", "content": "say abc"}], max_new_tokens=3), str
+        loaded.generate([{"role": "user", "content": "say abc"}], max_new_tokens=3), str
     )
     again = config("second", train__steps=2, data__validation=held_out(home))
     again.model.path = str(first.workdir)

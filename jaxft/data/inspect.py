@@ -14,7 +14,7 @@ from rich.text import Text
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.chat import resolve_template
-from jaxft.data.documents import Documents
+from jaxft.data.documents import Documents, Overlap, find_overlap
 from jaxft.data.packing import PackingError
 from jaxft.data.preparation import describe_losses, prepare
 from jaxft.data.rows import TokenRows
@@ -50,7 +50,7 @@ class SetReport:
     edges: np.ndarray
     counts: np.ndarray
     duplicates: int
-    overlap: int | None
+    overlap: Overlap | None
     refusal: str
 
 
@@ -184,7 +184,7 @@ def _set_report(name: str, rows: TokenRows, refusal: str, train: TokenRows | Non
     duplicates = int(first.sum()) - len(np.unique(index["hash"][first]))
     overlap = None
     if train is not None:
-        overlap = int(np.isin(index["hash"], train.documents.index["hash"]).sum())
+        overlap = find_overlap(rows.documents, train.documents)
     return SetReport(name, rows, edges, counts, duplicates, overlap, refusal)
 
 
@@ -275,11 +275,20 @@ def _notes(item: SetReport, config: DataConfig) -> Iterator[Text | Panel]:
             "than they are generated"
         )
     if item.overlap is not None:
-        yield Text(
-            f"overlap: {item.overlap:,} of {read.documents:,} {item.name} documents are in the "
-            "training set",
-            style=_ALARM_STYLE if item.overlap else "",
-        )
+        yield _overlap_note(item, item.overlap)
+
+
+def _overlap_note(item: SetReport, overlap: Overlap) -> Text | Panel:
+    documents = item.rows.statistics.documents
+    if not overlap.count:
+        return Text(f"overlap: none of {documents:,} {item.name} documents is in the training set")
+    share = f"{overlap.count / documents:.1%}"
+    text = (
+        f"{overlap.count:,} of {documents:,} {item.name} documents ({share}) are in the training "
+        f"set, such as {'; '.join(overlap.examples)}. Figures on {item.name} "
+        "are then better than on new data: take them out of one of the two."
+    )
+    return Panel(Text(text), title=f"{item.name} is trained on", style=_ALARM_STYLE)
 
 
 def _histogram(item: SetReport) -> Group:

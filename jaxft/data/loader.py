@@ -24,6 +24,8 @@ from jaxft.errors import ConfigError, DataError
 _THREADS = 2
 _PREFETCHED_STEPS = 4
 _SHUFFLE_ROUNDS = 4
+# The permutation that samples are taken from; epochs count from 0, packing has -1.
+_SAMPLE = -2
 
 
 def shuffled(place: int, count: int, *, seed: int, epoch: int) -> int:
@@ -204,12 +206,25 @@ class BatchIterator(Iterator[Batch]):
         return shuffled(place, len(self._rows), seed=self._seed, epoch=epoch)
 
 
+def sample_numbers(count: int, maximum: int, *, seed: int) -> Sequence[int]:
+    """Returns which of `count` items stand for all, in order: a sample without repetition.
+
+    Args:
+      count: Items that there are.
+      maximum: Size of the sample; 0 takes all.
+      seed: Of the sample; it depends on nothing else.
+    """
+    if not maximum or maximum >= count:
+        return range(count)
+    return sorted(shuffled(place, count, seed=seed, epoch=_SAMPLE) for place in range(maximum))
+
+
 def eval_batches(
     rows: TokenRows,
     *,
     batch_size: int,
     places: Sequence[int] | None = None,
-    max_rows: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Yields `[B, T]` batches in order, the last one filled with rows of weight 0.
 
@@ -217,12 +232,13 @@ def eval_batches(
       rows: From `prepare`.
       batch_size: Rows in a batch, over all hosts.
       places: Rows of every batch that are read, by default all; B is then their number.
-      max_rows: Read the first rows only; 0: all.
+      numbers: The rows to read; by default all.
     """
-    count = min(max_rows or len(rows), len(rows))
-    for first in range(0, count, batch_size):
-        numbers = [first + place for place in (range(batch_size) if places is None else places)]
-        yield rows.batch([number if number < count else -1 for number in numbers])
+    chosen = range(len(rows)) if numbers is None else numbers
+    held = range(batch_size) if places is None else places
+    for first in range(0, len(chosen), batch_size):
+        standing = [first + place for place in held]
+        yield rows.batch([chosen[place] if place < len(chosen) else -1 for place in standing])
 
 
 def _check_sizes(batch_size: int, accumulation: int) -> None:

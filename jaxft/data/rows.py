@@ -167,9 +167,20 @@ class TokenRows(Sequence[Batch]):
 
     def origins(self, number: int) -> list[str]:
         """Returns `file:line` of the documents in a row."""
-        starts = self.documents.index["start"]
-        places = np.searchsorted(starts, self.pieces(number)[:, 0], side="right") - 1
-        return [self.documents.origin(place) for place in places]
+        return [self.documents.origin(place) for place in self.begun(self.pieces(number))]
+
+    def begun(self, pieces: np.ndarray) -> np.ndarray:
+        """Returns the documents in which pieces `[pieces, 2]` begin, int64 `[pieces]`."""
+        return np.searchsorted(self.documents.index["start"], pieces[:, 0], side="right") - 1
+
+    def count_documents(self, numbers: Sequence[int]) -> int:
+        """Returns how many documents stand in some rows, whole or in part."""
+        pieces = np.concatenate([self.pieces(number) for number in numbers])
+        last = np.searchsorted(self.documents.index["start"], pieces[:, 1], side="left") - 1
+        changes = np.zeros(len(self.documents.index) + 1, np.int64)
+        np.add.at(changes, self.begun(pieces), 1)
+        np.add.at(changes, last + 1, -1)
+        return int(np.count_nonzero(np.cumsum(changes[:-1])))
 
     def _empty_batch(self, count: int) -> Batch:
         shape = (count, self.max_length)
