@@ -19,7 +19,7 @@ test: .venv/.installed
 	@$(PYTEST)
 
 test-all: .venv/.installed
-	@$(PYTEST) -m ''
+	@$(PYTEST) -m '' --dist loadgroup
 
 check: .venv/.installed
 	@$(PYTHON) -m ruff check

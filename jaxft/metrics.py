@@ -54,7 +54,7 @@ def training_flops(
     heads: int,
     head_dim: int,
     tokens: int,
-    squared_lengths: int,
+    squared_lengths: float,
 ) -> TrainingFlops:
     """Returns the FLOPs of a forward and a backward pass over some documents.
 

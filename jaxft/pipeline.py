@@ -39,14 +39,13 @@ class _Arrived:
     """What an objective sees of a model whose layers have run elsewhere."""
 
     def __init__(self, model: Decoder, hidden: Array, routing: Routing | None):
-        self._model, self._hidden, self._routing = model, hidden, routing
+        self._hidden, self._routing = hidden, routing
+        self.config, self.precision = model.config, model.precision
+        self.head_table = model.head_table
 
     def hidden(self, *_: Any) -> tuple[Array, Routing | None]:
         """Returns what came out of the last stage, normalised."""
         return self._hidden, self._routing
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
 
 class _Stream(NamedTuple):
@@ -327,7 +326,7 @@ def row_terms(
         carry = turn(carry, index)
         model = stages.model(stages.rest)
         out = stages.last(_Stream(carry["x"], None))
-        arrived: Any = _Arrived(model, model.norm(out.x), None)
+        arrived = _Arrived(model, model.norm(out.x), None)
         return carry, objective(arrived, stages.micro(index - count + 1))
 
     carry = _take_turns(turn, {"x": stages.empty().x}, 0, count - 1)

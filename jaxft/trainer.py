@@ -686,7 +686,7 @@ def _flops(run: _Run, tokens: int, squared_lengths: float) -> Any:
         heads=config.heads,
         head_dim=config.head_dim,
         tokens=tokens,
-        squared_lengths=round(squared_lengths),
+        squared_lengths=squared_lengths,
     )
 
 

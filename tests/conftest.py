@@ -1,7 +1,6 @@
 """What every test shares: eight CPU devices, strict shapes, the optional folder of real data."""
 
 import os
-import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -30,16 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begins with what takes longest, so that it does not run alone at the end."""
 
     def seconds(item: pytest.Item) -> float:
-        mark = item.get_closest_marker("slow")
-        return mark.kwargs.get("seconds", 0) if mark else 0
+        return max((mark.kwargs.get("seconds", 0) for mark in item.iter_markers()), default=0)
 
     items.sort(key=seconds, reverse=True)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what there is no time for, where a time is set."""
-    if time.time() > float(os.environ.get("JAXFT_TESTS_UNTIL", "inf")):
-        pytest.skip("the time for tests (JAXFT_TESTS_UNTIL) is over")
 
 
 @pytest.fixture(scope="session")

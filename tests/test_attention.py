@@ -295,9 +295,11 @@ def test_sharded_splash_equals_xla(interpreted, heads, tensor, sinks):
     [
         ("xla", 4, 1, None, SINKS),
         ("xla", 2, 2, Scores(0.3, cap=2.0, window=50), None),
-        pytest.param("splash", 2, 1, None, None, marks=pytest.mark.slow),
+        pytest.param("splash", 2, 1, None, None, marks=pytest.mark.slow(seconds=3)),
         ("splash", 4, 1, Scores(0.3, cap=2.0, window=200), SINKS),
-        pytest.param("splash", 2, 2, Scores(0.3, window=50), None, marks=pytest.mark.slow),
+        pytest.param(
+            "splash", 2, 2, Scores(0.3, window=50), None, marks=pytest.mark.slow(seconds=3)
+        ),
     ],
 )
 def test_split_rows_see_the_keys_of_all_devices(
@@ -312,7 +314,7 @@ def test_split_rows_see_the_keys_of_all_devices(
 
 
 @pytest.mark.parametrize(
-    "case", ["gpt_oss_gqa", pytest.param("gemma2_gqa", marks=pytest.mark.slow)]
+    "case", ["gpt_oss_gqa", pytest.param("gemma2_gqa", marks=pytest.mark.slow(seconds=3))]
 )
 def test_every_kind_of_layer_is_compared_at_the_start(interpreted, monkeypatch, case):
     decoder = architecture_from_hf(CASES[case]).config

@@ -185,7 +185,7 @@ def test_when_a_host_is_killed_the_others_say_so_within_a_minute_and_the_run_res
     assert [r["step"] for r in read_metrics(folder)] == list(range(1, saved + 3))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize(("host", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
 def test_a_signal_to_one_host_lets_all_save_the_same_step_and_stop(
     configure, tmp_path, host, number
@@ -220,7 +220,7 @@ def test_a_barrier_names_the_host_that_is_missing(tmp_path):
         assert "ended, and so this one does. It said: Waited 2 s" in hosts.text(1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_hosts_of_other_versions_end_together(tmp_path):
     other = script("pass", before="distributed._version = lambda name: '9.9'")
     with Hosts([script("pass"), other], tmp_path, devices=1) as hosts:
@@ -229,7 +229,7 @@ def test_hosts_of_other_versions_end_together(tmp_path):
         assert "It said: The hosts differ in versions" in hosts.text(0)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=3)
 def test_sigterm_ends_all_hosts_where_no_loop_answers_it(tmp_path):
     sleep = script("print('at work', flush=True); time.sleep(60)")
     with Hosts([sleep] * 2, tmp_path, devices=1) as hosts:
@@ -239,7 +239,7 @@ def test_sigterm_ends_all_hosts_where_no_loop_answers_it(tmp_path):
         assert "Stopped by SIGTERM" in hosts.text(0)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_leaving_on_one_host_ends_all(tmp_path):
     commands = [script("sys.exit(3)"), script('distributed.barrier("x")')]
     with Hosts(commands, tmp_path, devices=1) as hosts:
@@ -247,7 +247,7 @@ def test_leaving_on_one_host_ends_all(tmp_path):
         assert "It said: exited with 3" in hosts.text(1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=8)
 def test_a_host_that_was_taken_for_lost_does_not_end_well(tmp_path):
     # A call that holds Python's lock, as a page fault on a file system that stalls.
     stall = script("import ctypes; ctypes.PyDLL(None).sleep(12)", before="distributed._LOST = 4")
@@ -259,7 +259,7 @@ def test_a_host_that_was_taken_for_lost_does_not_end_well(tmp_path):
         assert "no sign of life" in hosts.text(0)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=10)
 def test_an_error_that_wraps_another_hosts_death_waits_for_its_name(tmp_path):
     fail = (
         "from jaxft.errors import CheckpointError; from jax.errors import JaxRuntimeError\n"
@@ -276,7 +276,7 @@ def test_an_error_that_wraps_another_hosts_death_waits_for_its_name(tmp_path):
         assert "Free some space" not in hosts.text(1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=7)
 def test_hosts_that_never_start_are_named(tmp_path):
     short = script("pass", before="distributed._START = 6")
     with Hosts([short] * 4, tmp_path, devices=1, absent=[1, 3]) as hosts:
@@ -285,7 +285,7 @@ def test_hosts_that_never_start_are_named(tmp_path):
             assert "Waited 6 s for host 1, host 3 of 4 to start" in hosts.text(i)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=6)
 def test_a_host_that_is_never_reached_is_named(tmp_path):
     short = script("pass", before="distributed._START = 5")
     with Hosts([short] * 2, tmp_path, devices=1, absent=[0]) as hosts:
@@ -293,7 +293,7 @@ def test_a_host_that_is_never_reached_is_named(tmp_path):
         assert "Host 0 did not answer at localhost:" in hosts.text(1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=6)
 def test_an_error_on_one_host_ends_all_of_them(configure, tmp_path):
     config, other = configure("other"), configure("other")
     other.optim.learning_rate = 0.5
@@ -307,7 +307,7 @@ def test_an_error_on_one_host_ends_all_of_them(configure, tmp_path):
     assert not Path(config.train.workdir).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=9)
 def test_a_workdir_that_hosts_do_not_share_is_refused(configure, tmp_path):
     config = configure("elsewhere")
     config.train.workdir = "run"  # each host has its own current folder
@@ -322,7 +322,7 @@ def test_a_workdir_that_hosts_do_not_share_is_refused(configure, tmp_path):
     assert not list(folders[0].iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_a_checkpoint_is_evaluated_by_two_hosts_as_by_one(configure, reference, tmp_path):
     config = configure("unused", strategy="fsdp", eval__answers="exact")
     output = tmp_path / "results.json"

@@ -17,7 +17,7 @@ from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer
 from tests.oracle.read_tokenizer import describe
 from tests.tiny_run import tiny_config
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=20)
 
 
 @pytest.fixture(scope="session")

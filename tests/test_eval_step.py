@@ -83,7 +83,7 @@ def test_loss_and_accuracy_do_not_depend_on_packing(tiny, documents, expected):
     [
         (8, {"strategy": "fsdp"}),
         (8, {"strategy": "fsdp_tp", "mesh__tensor": 2, "mesh__data": 2}),
-        pytest.param(2, {"strategy": "ddp"}, marks=pytest.mark.slow),
+        pytest.param(2, {"strategy": "ddp"}, marks=pytest.mark.slow(seconds=5)),
     ],
 )
 def test_loss_and_accuracy_do_not_depend_on_devices(tiny, documents, expected, devices, changes):

@@ -140,7 +140,7 @@ def test_the_balance_loss_follows_its_formula():
     [
         # Without a capacity the matrix of test_strategies.py has them.
         ("mixtral_tied", "fsdp_ep", {"fsdp": 2, "expert": 2}, 1.0),
-        pytest.param("gpt_oss_packed", "ep", {"expert": 2}, 1.0, marks=pytest.mark.slow),
+        pytest.param("gpt_oss_packed", "ep", {"expert": 2}, 1.0, marks=pytest.mark.slow(seconds=5)),
     ],
 )
 def test_a_step_on_a_mesh_equals_one_on_one_device(case, strategy, mesh, capacity):
@@ -261,7 +261,7 @@ def _value_and_gradients(module: Any, params: Any, x: Any, *, real: Any) -> Any:
 @pytest.mark.parametrize(
     "strategy",
     [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "fsdp_tp")),
+        *(pytest.param(name, marks=pytest.mark.slow(seconds=5)) for name in ("fsdp", "fsdp_tp")),
         "ep",
         "fsdp_ep",
     ],
@@ -273,10 +273,10 @@ def test_experts_on_a_mesh_give_the_same_and_have_the_same_gradients(strategy, c
 @pytest.mark.parametrize(
     ("strategy", "capacity"),
     [
-        *(pytest.param(strategy, 0.0, marks=pytest.mark.slow) for strategy in MIXED),
+        *(pytest.param(strategy, 0.0, marks=pytest.mark.slow(seconds=5)) for strategy in MIXED),
         ("tensor", 1.0),
-        pytest.param("gradients", 1.0, marks=pytest.mark.slow),
-        pytest.param("two_axes", 1.0, marks=pytest.mark.slow),
+        pytest.param("gradients", 1.0, marks=pytest.mark.slow(seconds=5)),
+        pytest.param("two_axes", 1.0, marks=pytest.mark.slow(seconds=5)),
     ],
 )
 def test_splitting_experts_combines_with_other_splits(strategy, capacity):

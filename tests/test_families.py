@@ -33,7 +33,7 @@ IN_LONG = set(
     "qwen2_mha_tied qwen3_mha olmo2_tied gemma2_mha_uncapped gemma3_text_linear_published".split()
 )
 ONE_STEP = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in IN_LONG))
+    pytest.param(name, marks=[pytest.mark.slow(seconds=5)] * (name in IN_LONG))
     for names in FAMILY_CASES.values()
     for name in names
 ]

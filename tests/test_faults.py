@@ -169,7 +169,9 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("where", [pytest.param("save", marks=pytest.mark.slow), "_finalize"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("save", marks=pytest.mark.slow(seconds=8)), "_finalize"]
+)
 def test_a_second_interrupt_stops_at_once(home, tmp_path, start, where):
     run = start(long_run(home, tmp_path / "run"), program=STUCK.replace("WHERE", where))
     run.wait_for_step(3)
@@ -263,7 +265,9 @@ def small_disk(tmp_path):
 
 
 # A checkpoint has 235 kB of arrays and 50 kB beside them: with 250 kB it fails while it is written.
-@pytest.mark.parametrize("room", [0, pytest.param(100_000, marks=pytest.mark.slow), 250_000])
+@pytest.mark.parametrize(
+    "room", [0, pytest.param(100_000, marks=pytest.mark.slow(seconds=8)), 250_000]
+)
 def test_a_disk_that_fills_up_is_an_error_and_leaves_older_checkpoints(
     home, small_disk, monkeypatch, capfd, room
 ):

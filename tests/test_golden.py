@@ -28,7 +28,7 @@ def test_arrays_live_where_the_golden_file_says(name):
     compare(name)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=8)
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name.startswith("collectives")])
 def test_the_compiled_step_exchanges_what_the_golden_file_says(name):
     written_by = (GOLDEN / f"{name}.txt").read_text().partition(",")[0]

@@ -29,7 +29,7 @@ def program_of(tiny, micros: int, *, stages: int = 4, **changes):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=7)
 @pytest.mark.parametrize("micros", [1, 3, 8])
 def test_more_or_fewer_micro_batches_than_stages_give_the_same_as_one_device(tiny, micros):
     rows = random_rows(2 * micros, LENGTH, 64)
@@ -61,7 +61,7 @@ def temporary_bytes(program) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=7)
 def test_memory_does_not_grow_with_the_number_of_micro_batches():
     """Activations of one micro-batch are large here beside parameters and token ids."""
     tiny = load_tiny("gqa", num_hidden_layers=4)

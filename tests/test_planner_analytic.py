@@ -188,10 +188,13 @@ MERGED = 2 * 32 * 256 * 512
 IN_SHORT = {"llama", "gemma2", "mixtral", "gpt2"}
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow(seconds=5)), "full"])
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, marks=[pytest.mark.slow] * (f not in IN_SHORT)) for f in FAMILY_CASES],
+    [
+        pytest.param(f, marks=[pytest.mark.slow(seconds=5)] * (f not in IN_SHORT))
+        for f in FAMILY_CASES
+    ],
 )
 def test_flops_of_every_family_are_those_of_its_compiled_step(family, remat):
     architecture = small(family)
@@ -204,11 +207,11 @@ def test_flops_of_every_family_are_those_of_its_compiled_step(family, remat):
 @pytest.mark.parametrize(
     ("family", "freeze", "merged"),
     [
-        pytest.param("llama", "mlp", 1, marks=pytest.mark.slow),
+        pytest.param("llama", "mlp", 1, marks=pytest.mark.slow(seconds=5)),
         ("llama", "layers", 1),
         ("llama", "embed|layers", 0),
         ("mixtral", "mlp", 1),
-        pytest.param("mixtral", "attn", 1, marks=pytest.mark.slow),
+        pytest.param("mixtral", "attn", 1, marks=pytest.mark.slow(seconds=5)),
     ],
 )
 def test_of_what_is_frozen_no_gradients_are_computed(family, freeze, merged):
@@ -268,6 +271,24 @@ def test_scores_of_whole_rows_take_time_and_memory():
     # Six products of all pairs, in place of seven of those that see each other.
     pairs = 1024 * 1024 * 4 * 64 * 2
     assert whole.flops - flash.flops == pytest.approx(2 * pairs * (6 - 7 / 2))
+
+
+@pytest.mark.parametrize("windows", [(8, 8), (8, 0)])
+def test_kernels_multiply_the_pairs_that_windows_leave(windows):
+    def of(windows: tuple[int, int]) -> Estimate:
+        kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+        case = CASES["qwen2_layer_types"]
+        sizes = {key: size for key, size in SIZES.items() if key in case}
+        config = case | sizes | {"layer_types": kinds, "sliding_window": 8, "head_dim": 64}
+        run = small_run("none", data__max_length=1024, train__batch_size=8)
+        return estimate(run, architecture_from_hf(config))
+
+    some, whole = of(windows), of((0, 0))
+    seen = [sum(min(query + 1, window or 1024) for query in range(1024)) for window in windows]
+    pairs = sum(1024 * 1025 / 2 - number for number in seen)
+    # A row of a device: seven products, four heads of 64. To within half a token of each query.
+    assert whole.flops - some.flops == pytest.approx(7 * 2 * 4 * 64 * pairs, rel=1e-2)
+    assert some.seconds < whole.seconds
 
 
 def test_tokens_travel_as_often_as_experts_take_them():

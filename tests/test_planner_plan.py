@@ -119,13 +119,44 @@ def test_flops_that_are_needed_count_pairs_that_see_each_other(plan):
     )
 
 
-def test_a_window_takes_from_attention_what_it_hides():
-    windowed = architecture_from_hf(CASES["window"]) if "window" in CASES else None
-    config = run()
-    plain = model_flops(config, 0, TINY)[1]
-    assert plain == 12 * LAYERS * HEADS * SIZE * 16 * LENGTH**2
-    if windowed is not None:
-        assert model_flops(config, 0, windowed)[1] < plain
+def twice_visible_pairs(window: int) -> int:
+    """Twice the pairs of a row that see each other, less its tokens; counted one by one."""
+    return sum(2 * min(query + 1, window or LENGTH) - 1 for query in range(LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("case", "windows"),
+    [
+        ("gqa", [0, 0]),
+        ("mistral_window", [7, 7]),
+        ("qwen2_layer_types", [6, 0]),
+        ("gemma3_text_gqa", [6, 6, 6, 6, 6, 0, 6]),
+    ],
+)
+def test_windows_take_from_attention_what_they_hide(case, windows):
+    architecture = architecture_from_hf(CASES[case])
+    causal, full = model_flops(run(), 0, architecture)
+    model = architecture.config
+    assert model.layers == len(windows)
+    pairs = 16 * sum(map(twice_visible_pairs, windows))
+    assert full == pytest.approx(12 * model.heads * model.head_dim * pairs)
+    assert causal == full / 2
+
+
+def test_a_plan_counts_windows_in_what_is_needed_and_says_what_they_cost():
+    def estimate(window: int | None) -> Plan:
+        config = CASES["mistral_window"] | {"sliding_window": window}
+        planner = Planner(architecture=architecture_from_hf(config), prices=read_prices())
+        return planner.estimate(run(model__dtypes="mixed"), parse("h100:8"))
+
+    windowed, whole = estimate(7), estimate(None)
+    hidden = twice_visible_pairs(0) - twice_visible_pairs(7)
+    saved = 12 * (16 / 8) * 2 * 4 * 8 * hidden  # rows of a device, layers, heads, size
+    assert whole.work.model_flops_full - windowed.work.model_flops_full == saved
+    # cuDNN has no windows: all pairs are scored, and the plan says so.
+    assert windowed.work.flops > whole.work.flops
+    assert any("window of [7]" in note for note in windowed.notes)
+    assert any("cudnn" in note for note in whole.notes)
 
 
 def test_exchanges_are_the_collectives_of_the_program(plan, compiled):

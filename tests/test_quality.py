@@ -24,7 +24,7 @@ def test_the_pre_trained_loss_is_the_reference_implementations(shared, tmp_path,
     assert abs(before - task.before) < quality.BEFORE_TOLERANCE
 
 
-@pytest.mark.real_data
+@pytest.mark.real_data(seconds=300)
 def test_the_fine_tuned_loss_is_the_reference_implementations(shared):
     """In a process of its own: much is computed, which the tests' own settings slow down."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

@@ -76,10 +76,18 @@ SCORES = Scores(0.7, cap=1.3, window=6)
         (4, 2, (4, 1), PLAIN, True, 4),  # two blocks in a chunk
         (8, 1, (4, 2), SCORES, True, 512),  # a window over neighbours: four steps of eight
         (2, 1, (4, 4), Scores(0.5, cap=0.8), False, 512),
-        pytest.param(2, 2, (6, 2), Scores(0.5, 1.3, window=40), True, 4, marks=pytest.mark.slow),
-        pytest.param(8, 1, (4, 2), Scores(0.7, window=2), False, 2, marks=pytest.mark.slow),
-        pytest.param(8, 1, (4, 2), Scores(0.7, window=5), False, 512, marks=pytest.mark.slow),
-        pytest.param(8, 1, (4, 4), Scores(0.7, window=17), True, 512, marks=pytest.mark.slow),
+        pytest.param(
+            2, 2, (6, 2), Scores(0.5, 1.3, window=40), True, 4, marks=pytest.mark.slow(seconds=5)
+        ),
+        pytest.param(
+            8, 1, (4, 2), Scores(0.7, window=2), False, 2, marks=pytest.mark.slow(seconds=5)
+        ),
+        pytest.param(
+            8, 1, (4, 2), Scores(0.7, window=5), False, 512, marks=pytest.mark.slow(seconds=5)
+        ),
+        pytest.param(
+            8, 1, (4, 4), Scores(0.7, window=17), True, 512, marks=pytest.mark.slow(seconds=5)
+        ),
     ],
 )
 def test_values_and_gradients_are_those_of_whole_rows(
@@ -159,7 +167,7 @@ def compiled_step(context, length, backend):
     return built.train_step.lower(built.state, built.batch).compile()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_row_too_long_for_one_device_fits_when_it_is_split():
     length = 32768
     alone = compiled_step(1, length, "xla").memory_analysis().temp_size_in_bytes

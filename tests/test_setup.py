@@ -24,8 +24,8 @@ LAYERS = {
           doctor report tables shardings sharding_page demo""",
     3: """train_step eval_step pipeline objectives checkpoint data
           metrics intervals periods progress charts vocabulary workdir lock signals""",
-    2: "models lora quantization hf optim state",
-    1: "activations chips hlo sharding distributed tree config errors devices",
+    2: "models hf optim state",
+    1: "activations chips hlo sharding distributed config errors devices",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # Inside the layers: data and hf speak arrays and flat dicts, models take their own config.
@@ -73,9 +73,26 @@ def component_imports() -> dict[str, set[str]]:
     return imports
 
 
-def test_every_module_has_a_layer():
-    components = {component(path) for path, _ in sources()}
-    assert components <= LAYER_OF.keys(), "give new modules a place in LAYERS"
+def module_imports() -> dict[str, set[str]]:
+    """Returns which modules of jaxft each one imports, inside functions as well, by dotted name."""
+    trees = {
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__"): (path, tree)
+        for path, tree in sources()
+    }
+    imports: dict[str, set[str]] = {}
+    for module, (path, tree) in trees.items():
+        found = imports.setdefault(module, set())
+        for name in imported_modules(path, tree):
+            package, _, rest = name.partition(".")
+            if package == "jaxft":
+                # `from jaxft.a import b` is of the module a.b, or of the name b in a.
+                found.add(rest if rest in trees else rest.rpartition(".")[0] or "__init__")
+    return imports
+
+
+def test_layers_name_the_modules_and_folders_that_there_are():
+    assert {component(path) for path, _ in sources()} == LAYER_OF.keys()
+    assert sum(len(names.split()) for names in LAYERS.values()) == len(LAYER_OF)
 
 
 def test_imports_go_down_only():
@@ -88,12 +105,14 @@ def test_imports_go_down_only():
     assert not upward
 
 
-def test_components_do_not_import_each_other_in_a_circle():
-    imports = component_imports()
+@pytest.mark.parametrize("imports", [component_imports, module_imports])
+def test_nothing_is_imported_in_a_circle(imports):
+    """Not from folder to folder, and not from module to module inside a folder."""
+    found = imports()
     # The command line is reached from the package only by name, and everything from it.
     for entry in ("__init__", "__main__", "cli"):
-        imports.pop(entry, None)
-    graphlib.TopologicalSorter(imports).prepare()
+        found.pop(entry, None)
+    graphlib.TopologicalSorter(found).prepare()
 
 
 def test_data_hf_and_models_keep_to_themselves():
@@ -146,19 +165,49 @@ def test_nothing_shards_behind_our_back():
     assert not strays
 
 
-def test_every_third_party_import_is_declared():
+# By the name of their module, where it differs.
+DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
+# Used when it is there; and what other packages import for us, as pyproject.toml says beside each.
+OPTIONAL, INDIRECT = {"wandb"}, {"jinja2", "protobuf", "sentencepiece", "tiktoken"}
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[\[<>=;]", line)[0].lower() for line in project["dependencies"]}
-    distributions = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
-    optional = {"wandb"}  # used when it is there
-    undeclared = {
-        f"{path}: {name}"
+    modules = {
+        module.partition(".")[0]
         for path, tree in sources()
         for module in imported_modules(path, tree)
-        if (name := module.partition(".")[0]) not in sys.stdlib_module_names | optional | {"jaxft"}
-        and distributions.get(name, name.lower().replace("_", "-")) not in declared
     }
-    assert not undeclared
+    imported = {
+        DISTRIBUTIONS.get(name, name.lower().replace("_", "-"))
+        for name in modules - sys.stdlib_module_names - OPTIONAL - {"jaxft"}
+    }
+    assert imported | INDIRECT == declared
+
+
+def long_marks(path: Path) -> Iterator[tuple[int, ast.Attribute, bool]]:
+    """Yields line and node of each mark of a long test in a file, and whether it says how long."""
+    tree = ast.parse(path.read_text(), filename=str(path))
+    timed = {
+        node.func
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and "seconds" in {keyword.arg for keyword in node.keywords}
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("slow", "matrix", "real_data"):
+            yield node.lineno, node, node in timed
+
+
+def test_long_tests_say_how_long_they_take():
+    """They are begun by it, the longest first."""
+    untimed = [
+        f"{path.name}:{line} {ast.unparse(node)} has no seconds="
+        for path in sorted((ROOT / "tests").glob("*.py"))
+        for line, node, timed in long_marks(path)
+        if not timed
+    ]
+    assert not untimed
 
 
 def start(*arguments: str) -> tuple[float, set[str]]:

@@ -1,7 +1,6 @@
 """Every strategy gives what one device gives, for every family that it can place."""
 
 import functools
-import os
 import re
 import sys
 import types
@@ -60,7 +59,7 @@ IN_LONG = ("zero1", "fsdp_cp", "pp")
 
 
 def pairs() -> list:
-    """Returns all pairs; JAXFT_MATRIX_START says with which the long ones begin."""
+    """Returns all pairs; those of a family run on one worker, which makes the model's own once."""
     found = [
         (strategy, family)
         for family in CASES
@@ -69,12 +68,13 @@ def pairs() -> list:
     ]
     turns = [pair for pair in found if pair[1] == turn_of(pair[0])]
     short = [pair for pair in turns if pair[0] in IN_DEFAULT]
-    short += [pytest.param(*p, marks=pytest.mark.slow) for p in turns if p[0] in IN_LONG]
+    short += [
+        pytest.param(*p, marks=pytest.mark.slow(seconds=10)) for p in turns if p[0] in IN_LONG
+    ]
     long = [pair for pair in found if pair not in turns or pair[0] not in IN_DEFAULT + IN_LONG]
-    # Steps of a third of the matrix, so that days that follow one another run other pairs.
-    start = int(os.environ.get("JAXFT_MATRIX_START", "0")) * 41 % len(long)
     return short + [
-        pytest.param(*pair, marks=pytest.mark.matrix) for pair in long[start:] + long[:start]
+        pytest.param(*pair, marks=[pytest.mark.matrix(seconds=5), pytest.mark.xdist_group(pair[1])])
+        for pair in long
     ]
 
 

@@ -46,7 +46,7 @@ def gradient_bytes(built: program.Program) -> int:
     return sum(math.prod(leaf.shape) * itemsize for leaf in matrices.values())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @compiles_for_tpu
 @pytest.mark.parametrize(("strategy", "slices"), [("fsdp", 1), ("hsdp", 2)])
 def test_gradients_of_weights_are_scattered_and_never_whole_on_a_chip(strategy, slices):
@@ -64,7 +64,7 @@ def test_gradients_of_weights_are_scattered_and_never_whole_on_a_chip(strategy, 
     assert sent == pytest.approx(gradient_bytes(built) * (chips - 1) / chips, rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @compiles_for_tpu
 def test_slices_exchange_their_parts_of_the_gradients_alone():
     built, found = compiled("hsdp", 2)

@@ -303,9 +303,9 @@ def _whole(plan: WeightPlan) -> WeightPlan:
     return plan._replace(held=nothing, gathered=gathered, scattered=scattered)
 
 
-def _gathered(plan: WeightPlan | None, part: Array, w: Array) -> Array | None:
+def _gathered(plan: WeightPlan | None, part: Array | None, w: Array | None) -> Array | None:
     """Inside a `shard_map`: gathers a weight; its gradient goes to `part`, cut as gradients are."""
-    if plan is None:
+    if plan is None or part is None or w is None:
         return None
 
     @jax.custom_vjp

@@ -175,6 +175,7 @@ class Fields:
         if not isinstance(theta, int | float) or theta <= 1:
             self.problem(f"config.json: rope_theta is {theta!r}; expected a number above 1.")
             theta = 10000.0
+        theta = float(theta)
         kind = fields.pop("rope_type", fields.get("type", "default"))
         fields.pop("type", None)
         dims = head_dim

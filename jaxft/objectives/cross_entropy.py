@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxft.models.decoder import Decoder
-from jaxft.objectives.terms import LossTerms
+from jaxft.objectives.terms import LossTerms, Predictor
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 
 
 def chunked_cross_entropy(
-    model: Decoder,
+    model: Predictor,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],

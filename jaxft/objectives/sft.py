@@ -3,13 +3,12 @@
 import jax.numpy as jnp
 
 from jaxft.data.batch import Batch
-from jaxft.models.decoder import Decoder
 from jaxft.models.experts import balance_loss
 from jaxft.objectives.cross_entropy import chunked_cross_entropy
-from jaxft.objectives.terms import LossTerms
+from jaxft.objectives.terms import LossTerms, Predictor
 
 
-def row_terms(model: Decoder, batch: Batch, *, chunk: int) -> LossTerms:
+def row_terms(model: Predictor, batch: Batch, *, chunk: int) -> LossTerms:
     """Returns the sums of each row, `[B]`, of a batch of `[B, T]` arrays.
 
     Args:
@@ -21,7 +20,7 @@ def row_terms(model: Decoder, batch: Batch, *, chunk: int) -> LossTerms:
     return chunked_cross_entropy(model, hidden, batch.targets, batch.weights, chunk=chunk)
 
 
-def loss(model: Decoder, batch: Batch, *, chunk: int, balance: float = 0.0) -> LossTerms:
+def loss(model: Predictor, batch: Batch, *, chunk: int, balance: float = 0.0) -> LossTerms:
     """As `row_terms`, summed over rows, with what experts add.
 
     Args:

@@ -1,10 +1,38 @@
-"""What every objective returns."""
+"""What every objective asks of a model, and what it returns."""
 
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+from jaxtyping import Array, Float, Int
 
+from jaxft.models.config import DecoderConfig
 from jaxft.models.layers import Routing
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """A model as objectives see it, whether its layers run here or in the stages of a pipeline."""
+
+    config: DecoderConfig
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """Returns the normalised residual stream, and what the routers of all layers did."""
+        ...
+
+    @property
+    def head_table(self) -> Float[Array, "V D"]:
+        """The weight that logits are made with."""
+        ...
+
+    def precision(self) -> AbstractContextManager:
+        """Returns the context of matrix products."""
+        ...
 
 
 class LossTerms(NamedTuple):

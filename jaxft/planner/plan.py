@@ -602,7 +602,7 @@ def model_flops(
         heads=model.heads,
         head_dim=model.head_dim,
         tokens=rows * length,
-        squared_lengths=round(rows * seen),
+        squared_lengths=rows * seen,
     )
     return found.causal, found.full
 
