@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,50 @@ class Sampling:
             problems.append(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
         if problems:
             raise ConfigError(problems)
+
+
+class Draw(NamedTuple):
+    """`Sampling` as arrays of a program.
+
+    Attributes:
+      seed: As in `Sampling`, modulo 2^32.
+      temperature: As in `Sampling`.
+      top_k: As in `Sampling`.
+      top_p: As in `Sampling`.
+      has_token: bool `[V]`; ids where it is False are never chosen. None for no such ids.
+    """
+
+    seed: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    has_token: Any
+
+
+def make_draw(sampling: Sampling, has_token: np.ndarray | None) -> Draw:
+    """Returns `sampling` and the ids that may be chosen in the form that programs take."""
+    return Draw(
+        np.uint32(sampling.seed % 2**32),
+        np.float32(sampling.temperature),
+        np.int32(sampling.top_k),
+        np.float32(sampling.top_p),
+        has_token,
+    )
+
+
+def choose_tokens(
+    draw: Draw, logits: Float[Array, "B V"], step: Int[Array, ""], *, greedy: bool
+) -> Int[Array, " B"]:
+    """Returns the next token of each row; `step` counts the new tokens before it."""
+    if draw.has_token is not None:
+        logits = jnp.where(draw.has_token[None], logits, -jnp.inf)
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    kept = _filter(logits / draw.temperature, draw.top_k, draw.top_p)
+    rows = jnp.arange(logits.shape[0])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(draw.seed), rows)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
 
 def generate_tokens(
@@ -94,11 +138,7 @@ def generate_tokens(
         tokens,
         segments,
         np.asarray(sorted(stop_ids) or [-1], np.int32),
-        sampling.seed,
-        np.float32(sampling.temperature),
-        np.int32(sampling.top_k),
-        np.float32(sampling.top_p),
-        has_token,
+        make_draw(sampling, has_token),
         max_new_tokens=max_new_tokens,
         greedy=sampling.temperature == 0,
     )
@@ -124,33 +164,18 @@ def _generate(
     tokens: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     stop_ids: Int[Array, " stops"],
-    seed: Int[Array, ""],
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
-    has_token: Bool[Array, " V"] | None,
+    draw: Draw,
     *,
     max_new_tokens: int,
     greedy: bool,
 ) -> Int[Array, "B new"]:
     model = merge(graphdef, params)
     rows, width = tokens.shape
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
-
-    def choose(logits: Float[Array, "B V"], step: Array) -> Int[Array, " B"]:
-        if has_token is not None:
-            logits = jnp.where(has_token[None], logits, -jnp.inf)
-        if greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        kept = _filter(logits / temperature, top_k, top_p)
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        return jax.vmap(jax.random.categorical)(step_keys, kept).astype(jnp.int32)
-
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     limits = jnp.sum(segments, axis=1, dtype=jnp.int32) + max_new_tokens
     cache = model.init_cache(limits, width + max_new_tokens)
     hidden, cache = model.extend(tokens, positions, segments, cache)
-    first = choose(model.logits(hidden[:, -1:])[:, 0], jnp.int32(0))
+    first = choose_tokens(draw, model.logits(hidden[:, -1:])[:, 0], jnp.int32(0), greedy=greedy)
     new = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(first)
 
     def running(carry: tuple) -> Bool[Array, ""]:
@@ -161,7 +186,7 @@ def _generate(
         step, last, done, position, cache, new = carry
         ones = jnp.ones((rows, 1), jnp.int32)
         hidden, cache = model.extend(last[:, None], position[:, None], ones, cache)
-        token = choose(model.logits(hidden)[:, 0], step)
+        token = choose_tokens(draw, model.logits(hidden)[:, 0], step, greedy=greedy)
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], step, 1)
         return step + 1, token, done | jnp.isin(token, stop_ids), position + 1, cache, new
 

@@ -1,7 +1,7 @@
 """A loaded model: logits and text, from a Hugging Face folder, a repository id or a checkpoint."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
 from jaxft.sharding.rules import Placement
+from jaxft.streaming import Session, text_pieces
 from jaxft.vocabulary import grow, tokens_beyond, with_rows_for, with_vocab_size
 
 type Prompt = str | Sequence[Mapping[str, Any]]
@@ -173,11 +174,18 @@ class Model:
         """The tokenizer's chat template, or the built-in default."""
         return chat.resolve_template(self.tokenizer, DataConfig())
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text that goes on, or of a conversation through the chat template."""
+    def prompt_ids(self, prompt: Prompt, *, tools: Sequence[Any] | None = None) -> list[int]:
+        """Token ids of a text that goes on, or of a conversation through the chat template.
+
+        Args:
+          prompt: A text, or messages; the last one is not from the assistant.
+          tools: Function descriptions offered to the model, in a conversation.
+        """
         if isinstance(prompt, str):
             return continuation_ids(self.tokenizer, prompt)
-        return chat.prompt_ids(self.tokenizer, [dict(m) for m in prompt], template=self.template)
+        messages = [dict(message) for message in prompt]
+        offered = list(tools) if tools else None
+        return chat.prompt_ids(self.tokenizer, messages, template=self.template, tools=offered)
 
     def generate(
         self,
@@ -188,6 +196,7 @@ class Model:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        tools: Sequence[Any] | None = None,
     ) -> Any:
         """Continues a prompt, or a batch of them; the result has the prompt's shape.
 
@@ -201,6 +210,7 @@ class Model:
           top_k: Only the k most likely tokens; 0 for all.
           top_p: Only the most likely tokens that together reach this probability.
           seed: Row i of a batch draws from this and i alone.
+          tools: Function descriptions offered to the model in every conversation.
 
         Returns:
           The new text, special tokens left out; a list for a batch.
@@ -210,7 +220,7 @@ class Model:
         if not prompts:
             return []
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        ids = [self.prompt_ids(p) for p in prompts]  # pyright: ignore[reportArgumentType]
+        ids = [self.prompt_ids(p, tools=tools) for p in prompts]  # pyright: ignore[reportArgumentType]
         new = self._new_ids(ids, max_new_tokens=max_new_tokens, sampling=sampling)
         texts = [
             decode_continuation(self.tokenizer, before, after)
@@ -219,6 +229,45 @@ class Model:
             for prompt, before, after in zip(prompts, ids, new, strict=True)
         ]
         return texts[0] if single else texts
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        tools: Sequence[Any] | None = None,
+        session: Session | None = None,
+    ) -> Iterator[str]:
+        """Continues one prompt; yields the text that `generate` returns, piece by piece.
+
+        Args:
+          prompt: A text or a conversation.
+          max_new_tokens: As for `generate`, like the others that are not listed here.
+          session: From `session()`; what it has read of the prompt before is not read again.
+
+        Raises:
+          ConfigError: At once, if the prompt does not fit the context.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        ids = self.prompt_ids(prompt, tools=tools)
+        self._check_fits([ids], max_new_tokens)
+        new = (session or self.session()).generate(
+            ids, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, sampling=sampling
+        )
+        return text_pieces(self.tokenizer, new, after=ids if isinstance(prompt, str) else ())
+
+    def session(self) -> Session:
+        """Returns an empty memory for `stream`, for a conversation of many turns."""
+        return Session(
+            self.architecture.config,
+            self.abstract.graphdef,
+            self.params,
+            has_token=self.has_token,
+        )
 
     def generate_from_ids(
         self,
@@ -241,17 +290,7 @@ class Model:
         max_new_tokens: int,
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
-        empty = [i for i, ids in enumerate(prompts) if not ids]
-        if empty:
-            raise ConfigError(f"prompt {empty[0]} has no tokens; write at least one character.")
-        limit = self.architecture.config.max_length
-        longest = max(map(len, prompts)) + max_new_tokens
-        if longest > limit:
-            raise ConfigError(
-                f"A prompt of {longest - max_new_tokens} tokens and {max_new_tokens} new ones make "
-                f"{longest}, and the model's context has {limit}. Shorten the prompt or "
-                "max_new_tokens."
-            )
+        self._check_fits(prompts, max_new_tokens)
         return generate_tokens(
             self.abstract.graphdef,
             self.params,
@@ -261,6 +300,21 @@ class Model:
             sampling=sampling,
             has_token=self.has_token,
         )
+
+    def _check_fits(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        empty = [i for i, ids in enumerate(prompts) if not ids]
+        if empty:
+            raise ConfigError(f"prompt {empty[0]} has no tokens; write at least one character.")
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+        limit = self.architecture.config.max_length
+        longest = max(map(len, prompts)) + max_new_tokens
+        if longest > limit:
+            raise ConfigError(
+                f"A prompt of {longest - max_new_tokens} tokens and {max_new_tokens} new ones make "
+                f"{longest}, and the model's context has {limit}. Shorten the prompt or "
+                "max_new_tokens."
+            )
 
 
 @jax.jit(static_argnums=0)

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "jaxft"
 # Which layer a module or subpackage of jaxft belongs to; imports go to the same layer or down.
 LAYERS = {
     5: "cli flags config_file __main__",
-    4: """__init__ trainer advice program conversion evaluation exporter generate model planner
-          doctor report tables shardings sharding_page demo""",
+    4: """__init__ trainer advice program conversion evaluation exporter generate streaming
+          model planner doctor report tables shardings sharding_page demo""",
     3: """train_step eval_step pipeline objectives checkpoint data
           metrics intervals periods progress charts vocabulary workdir lock signals""",
     2: "models hf optim state",
