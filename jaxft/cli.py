@@ -89,18 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_processes(evaluate)
 
     generate = command("generate", _generate, "Continue texts or answer questions.", config=False)
-    generate.add_argument("--model", required=True, metavar="PATH", help="folder, id or workdir")
+    _add_model(generate, max_new_tokens=128)
     generate.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be repeated; else lines of stdin"
     )
+    generate.add_argument(
+        "--messages", default="", metavar="FILE", help="JSON or JSONL, as training data has them"
+    )
     generate.add_argument("--raw", action="store_true", help="no chat template: continue the text")
-    generate.add_argument("--max_new_tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0: most likely token")
-    generate.add_argument("--top_k", type=int, default=0, help="0: all tokens")
-    generate.add_argument("--top_p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--dtypes", default="float32", choices=("float32", "mixed", "bfloat16"))
-    _add_step(generate)
+
+    chat = command("chat", _chat, "Talk with a model in the terminal.", config=False)
+    _add_model(chat, max_new_tokens=1024)
 
     export = command("export", _export, "Write a Hugging Face folder.", config=False)
     export.add_argument("--checkpoint", required=True, metavar="PATH", help="workdir or checkpoint")
@@ -133,6 +132,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(command("plan", _plan, "What a run would cost on TPUs or GPUs.", config=True))
     command("doctor", _doctor, "Check versions, devices, disk and hub.", config=True)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    parser.add_argument("--model", required=True, metavar="PATH", help="folder, id or workdir")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system message")
+    parser.add_argument("--tools", default="", metavar="FILE", help="JSON list of functions")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=max_new_tokens, metavar="N", help="longest answer"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: most likely token"
+    )
+    parser.add_argument("--top_k", type=int, default=0, metavar="K", help="0: all tokens")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, metavar="P", help="share of probability that is kept"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws")
+    parser.add_argument(
+        "--dtypes",
+        default="float32",
+        choices=("float32", "mixed", "bfloat16"),
+        help="bfloat16 takes half the memory",
+    )
+    _add_step(parser)
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -262,21 +285,77 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     _refuse_several("generate")
+    if options.raw and (options.system or options.tools or options.messages):
+        raise ConfigError("--raw continues a text: it takes no --system, --tools or --messages.")
+    if options.prompt and options.messages:
+        raise ConfigError("--prompt and --messages both say what to ask; give one.")
+    from jaxft import questions
+
+    tools = questions.read_tools(options.tools) if options.tools else None
+    texts, asked = [], []
+    if options.messages:
+        asked = questions.from_file(options.messages, system=options.system, tools=tools)
+    else:
+        texts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not options.raw and not options.messages:
+        asked = questions.from_prompts(texts, system=options.system, tools=tools)
+    sampling = _sampling(options)
     model = jaxft.load(options.model, step=options.step, dtypes=options.dtypes)
-    texts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    chat = model.tokenizer.chat_template is not None and not options.raw
-    prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
-    answers = model.generate(
-        prompts,
-        max_new_tokens=options.max_new_tokens,
+    needs_template = options.messages or options.system or tools
+    if options.raw or (model.tokenizer.chat_template is None and not needs_template):
+        asked = []
+    if asked:
+        answers = model.generate_from_ids(
+            [question.prompt_ids(model) for question in asked],
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+        )
+        lines = [f"{q.text}\n  {answer}" for q, answer in zip(asked, answers, strict=True)]
+    else:
+        answers = model.generate(
+            texts,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+        lines = [text + answer for text, answer in zip(texts, answers, strict=True)]
+    for line in lines:
+        print(line)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    _refuse_several("chat")
+    from jaxft import questions, terminal
+
+    tools = questions.read_tools(options.tools) if options.tools else None
+    sampling = _sampling(options)
+    model = jaxft.load(options.model, step=options.step, dtypes=options.dtypes)
+    terminal.run(
+        terminal.Chat(
+            model,
+            system=options.system,
+            tools=tools,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+        )
+    )
+    return 0
+
+
+def _sampling(options: argparse.Namespace):
+    from jaxft.generate import Sampling
+
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens={options.max_new_tokens}; expected at least 1.")
+    return Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
     )
-    for text, answer in zip(texts, answers, strict=True):
-        print(f"{text}\n  {answer}" if chat else text + answer)
-    return 0
 
 
 def _export(options: argparse.Namespace) -> int:

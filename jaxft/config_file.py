@@ -202,7 +202,8 @@ def _part(path: str, node: yaml.Node, forbidden: str) -> str:
     text = _text(node).strip()
     if not text or (node.style is None and text in _NULL):
         raise _Wrong(f"{path} has an empty part.", node)
-    found = next((character for character in forbidden if character in text), None)
+    bare = re.sub(r"\[[^\]]*\]", "", text)  # a hub split in brackets may hold anything
+    found = next((character for character in forbidden if character in bare), None)
     if found:
         raise _Wrong(f"{path} has {text!r}; {found!r} separates parts and cannot be in one.", node)
     return text

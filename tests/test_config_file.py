@@ -117,9 +117,9 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
     [
         ("data.train: [a.jsonl, 'b.jsonl:0.3']", "data.train", "a.jsonl,b.jsonl:0.3"),
         (
-            "data.train:\n- path: a.jsonl\n- {path: 'o/n:c[s]', weight: 0.3, format: text}\n",
+            "data.train:\n- path: a.jsonl\n- {path: 'o/n:c[s,t]', weight: 0.3, format: text}\n",
             "data.train",
-            "a.jsonl,o/n:c[s]:weight=0.3:format=text",
+            "a.jsonl,o/n:c[s,t]:weight=0.3:format=text",
         ),
         (
             "data.train:\n  path: a.csv\n  format: columns\n  columns: {prompt: q, completion: a}",
