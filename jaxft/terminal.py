@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from jaxft.errors import JaxftError, nearest
@@ -53,7 +53,7 @@ class Chat:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.turns = 0
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str]:
         """Yields the answer to a message in pieces; then `note` says why it is cut, if it is.
 
         An iterator that is left early keeps what it gave. A message that cannot be answered is
