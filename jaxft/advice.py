@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from jaxft import progress
 from jaxft.config import RunConfig
 from jaxft.data import TokenRows
-from jaxft.data.documents import find_overlap
+from jaxft.data.overlap import find_overlap
 from jaxft.evaluation import HeldOut
 
 # A run of fewer steps is taken for an accident, unless it is asked for.
@@ -58,7 +58,7 @@ def _warn_of_length(config: RunConfig, sets: list[TokenRows], context: int) -> N
 
 def _warn_of_overlap(rows: TokenRows, held_out: Mapping[str, HeldOut]) -> None:
     for name, found in held_out.items():
-        overlap = find_overlap(found.rows.documents, rows.documents)
+        overlap = find_overlap(found.rows, rows)
         if overlap.count:
             _say(
                 f"{overlap.count:,} of {found.rows.statistics.documents:,} {name} documents are in "

@@ -401,7 +401,7 @@ def _data(options: argparse.Namespace) -> int:
     config = _config(options)
     from jaxft.data.inspect import inspect
     from jaxft.evaluation import named_sources
-    from jaxft.model import find_source, load_model_tokenizer
+    from jaxft.model import context_of, find_source, load_model_tokenizer
     from jaxft.progress import log
     from jaxft.tables import output
 
@@ -409,7 +409,9 @@ def _data(options: argparse.Namespace) -> int:
     tokenizer = load_model_tokenizer(source, config.model)
     held_out = config.data.validation or config.eval.datasets or config.eval.retention
     sources = named_sources(config) if held_out else {}
-    report = inspect(config, tokenizer, sources=sources, on_log=log)
+    report = inspect(
+        config, tokenizer, sources=sources, context=context_of(source), on_progress=log
+    )
     output.print(report)
     return 1 if any(item.refusal for item in report.sets) else 0
 

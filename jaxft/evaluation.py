@@ -342,7 +342,7 @@ def _prepare(config: RunConfig, checkpoint: str | Path, step: str) -> _Task:
     with progress.phase("Data"):
         rows = _read_rows(config, tokenizer, sources)
         prompts = {
-            name: read_prompts(config, tokenizer, sources[name], name=name)
+            name: read_prompts(config, tokenizer, sources[name], rows[name], name=name)
             for name in rows
             if has_answers(config, name, rows[name])
         }
@@ -483,8 +483,10 @@ def has_answers(config: RunConfig, name: str, rows: TokenRows) -> bool:
     return config.eval.answers != "none" and name != "retention" and rows.is_chat
 
 
-def read_prompts(config: RunConfig, tokenizer: Any, source: str, *, name: str) -> Prompts:
-    """Returns the prompts of `eval.answer_rows` rows: the same ones for every model and step.
+def read_prompts(
+    config: RunConfig, tokenizer: Any, source: str, rows: TokenRows, *, name: str
+) -> Prompts:
+    """Returns the prompts of `eval.answer_rows` of the rows: the same ones for every model and step.
 
     Only rows that are taken are tokenised and kept in memory.
 
@@ -493,13 +495,13 @@ def read_prompts(config: RunConfig, tokenizer: Any, source: str, *, name: str) -
       ConfigError: If a label is longer than an answer may be.
     """
     chosen, count = _sample(
-        _answered(config, source), config.eval.answer_rows, seed=config.train.seed
+        _answered(config, source, rows), config.eval.answer_rows, seed=config.train.seed
     )
     if not count:
         raise DataError(f"{source} has no row that ends with an assistant turn to compare with.")
-    rows = list(_prompts(config, tokenizer, chosen))
-    _check_lengths(config, tokenizer, rows, name)
-    return Prompts(rows, count)
+    prompts = list(_prompts(config, tokenizer, chosen))
+    _check_lengths(config, tokenizer, prompts, name)
+    return Prompts(prompts, count)
 
 
 def _check_lengths(
@@ -600,7 +602,7 @@ def read_sample_prompts(
     if rows.is_chat and count:
         training = not config.data.validation
         source = config.data.train if training else config.data.validation
-        found = _prompts(config, tokenizer, _answered(config, source, training=training))
+        found = _prompts(config, tokenizer, _answered(config, source, rows, training=training))
         return list(itertools.islice((p for p in found if len(p.ids) <= room), count))
     prompts = []
     for number in range(min(count, len(rows))):
@@ -612,10 +614,12 @@ def read_sample_prompts(
 
 
 def _answered(
-    config: RunConfig, source: str, *, training: bool = False
+    config: RunConfig, source: str, rows: TokenRows, *, training: bool = False
 ) -> Iterator[data.Conversation]:
-    """Yields the rows that end with an answer."""
-    found = data.conversations(source, config.data, training=training, on_log=lambda text: None)
+    """Yields the conversations of a source that are in its rows and end with an answer."""
+    found = data.conversations(
+        source, config.data, rows=rows, training=training, on_log=lambda text: None
+    )
     return (row for row in found if row.messages[-1]["role"] == "assistant")
 
 

@@ -497,6 +497,14 @@ def _describe(source: Source, tokenizer: Any, *, random_init: bool = False) -> A
     return architecture
 
 
+def context_of(source: Source) -> int:
+    """Returns how many tokens a model was made for; 0 if its family is not known."""
+    try:
+        return architecture_from_hf(read_config(source.folder)).config.max_length
+    except ModelError:
+        return 0
+
+
 def hf_config(source: Source, architecture: Architecture) -> dict[str, Any]:
     """Returns the content of config.json for an architecture that may have grown since."""
     config = read_config(source.folder) | {"vocab_size": architecture.config.vocab}

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,15 @@ from jaxft.sharding.rules import Placement
 from jaxft.signals import StopRequest, stop_on_signals
 from jaxft.state import TrainState, init_state
 from jaxft.train_step import StepMetrics
-from jaxft.workdir import Workdir, absolute, claimed, explained_files, read_jsonl, write_text
+from jaxft.workdir import (
+    Workdir,
+    absolute,
+    claimed,
+    explained_files,
+    read_jsonl,
+    rewrite_jsonl,
+    write_text,
+)
 
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a signal
 # is answered soon and that batches do not pile up in its memory.
@@ -167,7 +175,9 @@ def _train(
         prompts = None
         validation = held_out.get("validation")
         if validation and has_answers(config, "validation", validation.rows):
-            prompts = read_prompts(config, tokenizer, config.data.validation, name="validation")
+            prompts = read_prompts(
+                config, tokenizer, config.data.validation, validation.rows, name="validation"
+            )
     yardstick = _yardstick(config, held_out)
     reached = _measured_by(yardstick, reached)
     if _patience_is_over(config, reached) and _has_report(workdir, start):
@@ -225,6 +235,8 @@ def _train(
                     workdir, config, source, architecture, tokenizer, is_chat=rows.is_chat
                 )
             distributed.barrier("model files")
+    if start < iterator.steps:
+        _list_skipped(workdir, {"train": rows, **{n: found.rows for n, found in held_out.items()}})
     with progress.phase("Compiling the training step"):
         step = program.compile()
     run = _Run(
@@ -430,6 +442,20 @@ def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, 
         name: take_rows(held_out, tokenizer, maximum=maximum, seed=seed)
         for name, held_out in found.items()
     }
+
+
+def _list_skipped(workdir: Workdir, sets: Mapping[str, TokenRows]) -> None:
+    """Lists in the workdir the bad rows that the data was read without."""
+    # A held-out part of the training data was read together with it.
+    read = {rows.documents.skipped: name for name, rows in reversed(list(sets.items()))}
+    records = [
+        {"set": name, **record}
+        for name, rows in sets.items()
+        if read[rows.documents.skipped] == name
+        for record in data.skipped_rows(rows)
+    ]
+    if records and distributed.is_first():
+        rewrite_jsonl(workdir.skipped, records)
 
 
 def _init_state(config: RunConfig, program: Program, source: Source) -> TrainState:

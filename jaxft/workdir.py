@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from jaxft.config import RunConfig, to_dict
+from jaxft.config import RunConfig, held_out_share, to_dict
 from jaxft.devices import host_memory_total
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.lock import Lock, hold
@@ -29,6 +29,7 @@ _FREE = (
     "model.remat",
     "model.offload",
     "data.cache",
+    "data.bad_share",
     "data.validation",
     "objective.chunk",
 )
@@ -40,6 +41,7 @@ _FILES = (
     "metrics.jsonl",
     "eval.jsonl",
     "samples.jsonl",
+    "skipped.jsonl",
     "report.html",
 )
 _FOLDERS = ("events", "checkpoints", "model", "wandb")
@@ -99,6 +101,11 @@ class Workdir:
     def samples(self) -> Path:
         """One JSON object per generated answer."""
         return self.path / "samples.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """One JSON object per bad row that the data was read without."""
+        return self.path / "skipped.jsonl"
 
     @property
     def report(self) -> Path:
@@ -184,7 +191,7 @@ class Workdir:
     @classmethod
     def _continue(cls, folder: Path, config: RunConfig) -> "Workdir":
         changes = _changes(folder / "config.json", config)
-        fatal = [text for key, text in changes if _is_fixed(key)]
+        fatal = [text for text, is_fixed in changes if is_fixed]
         if fatal:
             raise CheckpointError(
                 [
@@ -193,7 +200,7 @@ class Workdir:
                     *fatal,
                 ]
             )
-        return cls(path=folder, resumed=True, changes=tuple(text for _, text in changes))
+        return cls(path=folder, resumed=True, changes=tuple(text for text, _ in changes))
 
     def begin(self, config: RunConfig) -> None:
         """Deletes an earlier run, unless it is resumed, and describes this one.
@@ -440,11 +447,14 @@ def _remove_run(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _is_fixed(key: str) -> bool:
+def _is_fixed(key: str, values: Iterable[Any]) -> bool:
+    if key == "data.validation" and any(map(held_out_share, values)):
+        return True  # what is held out is not trained
     return key.startswith(_FIXED) and key not in _FREE
 
 
-def _changes(path: Path, config: RunConfig) -> list[tuple[str, str]]:
+def _changes(path: Path, config: RunConfig) -> list[tuple[str, bool]]:
+    """Returns for each key that changed a text, and whether the run cannot go on with it."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -455,7 +465,7 @@ def _changes(path: Path, config: RunConfig) -> list[tuple[str, str]]:
     new, defaults = to_dict(config), to_dict(RunConfig())
     old = defaults | {key: value for key, value in old.items() if key in new}
     return [
-        (key, f"{key} was {old[key]!r} and is now {new[key]!r}.")
+        (f"{key} was {old[key]!r} and is now {new[key]!r}.", _is_fixed(key, (old[key], new[key])))
         for key in new
         if old[key] != new[key] and key != "train.workdir"
     ]

@@ -80,10 +80,11 @@ def test_the_terminal_shows_every_section(report):
         "no BOS, EOS '<|im_end|>'",
         "exact duplicates",
         "masked share",
+        "also in training",
         "validation is trained on",
         "1 of 2 validation documents (50.0%)",
         "Tokens in a document: train",
-        "loses",
+        "trained tokens lost",
         "train.jsonl:1",
     ):
         assert expected in text, expected

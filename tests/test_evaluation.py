@@ -10,6 +10,7 @@ import pytest
 import jaxft
 from jaxft import data, evaluation
 from jaxft.config import DataConfig
+from jaxft.data import prepare
 from jaxft.errors import ConfigError
 from jaxft.evaluation import (
     Answers,
@@ -187,16 +188,14 @@ def test_samples_that_leave_no_room_are_passed_over(run):
     config.eval.samples = 3
     tokenizer = jaxft.load(result.checkpoint).tokenizer
 
-    class ChatRows:
-        is_chat = True
-
-    prompts = read_sample_prompts(config, tokenizer, ChatRows(), context=1000)
+    rows = prepare(config.data.validation, config.data, tokenizer, seed=0, training=False)
+    prompts = read_sample_prompts(config, tokenizer, rows, context=1000)
     assert len(prompts) == 3
     shortest = min(len(prompt.ids) for prompt in prompts)
     context = shortest + config.eval.max_new_tokens
-    kept = read_sample_prompts(config, tokenizer, ChatRows(), context=context)
+    kept = read_sample_prompts(config, tokenizer, rows, context=context)
     assert all(len(prompt.ids) <= shortest for prompt in kept)
-    assert not read_sample_prompts(config, tokenizer, ChatRows(), context=5)
+    assert not read_sample_prompts(config, tokenizer, rows, context=5)
 
 
 def test_a_comparison_pairs_rows(run):

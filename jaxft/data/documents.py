@@ -12,10 +12,6 @@ import numpy as np
 
 from jaxft.data.chat import Example
 
-# Documents whose hashes are compared at a time, and how many are named of those found.
-_STRETCH = 2**20
-_EXAMPLES = 3
-
 DOCUMENT = np.dtype(
     [
         ("start", "<i8"),  # of its first token, in tokens
@@ -144,41 +140,6 @@ class Documents:
 def skipped_file(folder: Path) -> Path:
     """Returns where the rows are listed that were left out of the documents of a folder."""
     return folder / "skipped.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """Documents of a held-out set that are trained on too.
-
-    Attributes:
-      count: Their number.
-      examples: Some of them: `file:line` of the set, and that of the training data.
-    """
-
-    count: int
-    examples: list[str]
-
-
-def find_overlap(held_out: Documents, train: Documents) -> Overlap:
-    """Finds the documents of a set whose content, but for case and white space, is trained on.
-
-    Of the training data a stretch at a time is in memory.
-    """
-    hashes = held_out.index["hash"]
-    wanted = np.unique(hashes)
-    where = np.full(len(wanted), -1)  # of each the first document of the training data
-    for start in range(0, len(train.index), _STRETCH):
-        part = train.index["hash"][start : start + _STRETCH]
-        places = np.minimum(np.searchsorted(wanted, part), len(wanted) - 1)
-        hits = np.flatnonzero((wanted[places] == part) & (where[places] < 0))[::-1]
-        where[places[hits]] = start + hits
-    found = where[np.searchsorted(wanted, hashes)]
-    numbers = np.flatnonzero(found >= 0)
-    examples = [
-        f"{held_out.origin(int(number))} = {train.origin(int(found[number]))}"
-        for number in numbers[:_EXAMPLES]
-    ]
-    return Overlap(len(numbers), examples)
 
 
 def map_array(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -123,7 +123,7 @@ class File(Source):
                 problems.add(self.origin(line.number), line.problem, raw=line.text)
             elif line.text.strip():
                 try:
-                    value = loads(line.text)
+                    value = loads(line.text.rstrip("\r\n"))
                 except JsonError as error:
                     problems.add(self.origin(line.number), f"{error}.", raw=line.text)
                 else:

@@ -66,7 +66,7 @@ class Conversation:
 
     @property
     def text(self) -> str:
-        """Roles and contents, for comparing conversations with one another."""
+        """Roles and contents, white space evened out, for comparing conversations."""
         return json.dumps([_content_for_comparison(message) for message in self.messages])
 
 
@@ -519,7 +519,7 @@ def _check_order(messages: list[dict[str, Any]], where: str) -> None:
 
 
 def _content_for_comparison(message: dict[str, Any]) -> list[Any]:
-    return [message["role"], message["content"], message.get("tool_calls")]
+    return [message["role"], " ".join(message["content"].split()), message.get("tool_calls")]
 
 
 def _show(value: Any) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,31 @@ from rich.text import Text
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.chat import resolve_template
-from jaxft.data.documents import Documents, Overlap, find_overlap
+from jaxft.data.overlap import Overlap, find_overlap
 from jaxft.data.packing import PackingError
-from jaxft.data.preparation import describe_losses, prepare
+from jaxft.data.preparation import (
+    DATED,
+    describe_findings,
+    prepare,
+    skipped_rows,
+)
 from jaxft.data.rows import TokenRows
 from jaxft.errors import ConfigError
 
 _BINS = 12
+# Documents longer than so many times almost all others stand apart in the histogram.
+_FAR = 2
 _BAR_WIDTH = 40
 _SHOWN_DOCUMENTS = 3
-_SHOWN_TOKENS = 400
+_SHOWN_TOKENS = 240
+_SHOWN_RUNS = 8
+_SHOWN_SKIPPED = 3
 _TRAINED_STYLE = "bold green"
 _MASKED_STYLE = "dim"
 _ALARM_STYLE = "bold red"
+_NOTE_STYLE = "italic cyan"
+# Rows of the table that are left out where they say nothing.
+_SELDOM = ("bad rows left out", "in no row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +52,8 @@ class SetReport:
         would make of it.
       refusal: Why training or evaluation would refuse the set, such as over-length documents; empty
         if it would not.
-      edges: Token lengths that bound the bins of the histogram, int64 `[bins + 1]`.
+      edges: Token lengths that bound the bins of the histogram, int64 `[bins + 1]`; the last bin is
+        wider where few documents are far longer than all others.
       counts: Documents in each bin, int64 `[bins]`.
       duplicates: Documents whose content, but for case and white space, came before.
       overlap: Documents that are in the training set too; None for that set itself, and without it.
@@ -56,11 +70,16 @@ class SetReport:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A document as runs of tokens that are all trained or all masked."""
+    """A document, or what is worth seeing of a long one.
+
+    Attributes:
+      origin: `file:line`.
+      runs: Texts of runs of tokens that are all trained (True) or all masked (False), and what
+        stands for tokens that are not shown (None).
+    """
 
     origin: str
-    runs: list[tuple[str, bool]]
-    more_tokens: int
+    runs: list[tuple[str, bool | None]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,7 @@ class Report:
 
     Attributes:
       config: How the data was read.
+      context: Tokens that the model was made for; 0: not known.
       tokenizer: One line on the tokenizer.
       template: Origin of the chat template, and its stop tokens.
       sets: The training set if there is one, and the held-out sets.
@@ -76,6 +96,7 @@ class Report:
     """
 
     config: DataConfig
+    context: int
     tokenizer: str
     template: str
     sets: list[SetReport]
@@ -84,15 +105,30 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Renders all sections for a terminal."""
         yield _heading("What was detected")
-        for item in self.sets:
+        for item, others in self._with_those_of_the_same_data():
             for line in item.rows.statistics.read.formats:
                 yield Text(f"{item.name}: {line}")
+            for name in others:
+                yield Text(f"{name}: a part of the same data")
         yield Text(f"tokenizer: {self.tokenizer}")
         yield Text(f"chat template: {self.template}")
         yield _heading("Counts")
         yield _counts_table(self.sets)
+        yield Text(
+            f"\nRows have {self.config.max_length:,} tokens; packing {self.config.packing!r}, "
+            f"overlength {self.config.overlength!r}."
+        )
+        for table in _parts_table(self.sets):
+            yield Text()
+            yield table
+            yield Text()
+        for item, _ in self._with_those_of_the_same_data():
+            for line in describe_findings(item.rows.documents):
+                yield Text(f"{item.name}: {line}")
+            for record in itertools.islice(skipped_rows(item.rows), _SHOWN_SKIPPED):
+                yield Text(f"  {record['origin']}: {record['problem']}")
         for item in self.sets:
-            yield from _notes(item, self.config)
+            yield from _notes(item, self.config, self.context)
         for item in self.sets:
             yield _heading(f"Tokens in a document: {item.name}")
             yield _histogram(item)
@@ -103,13 +139,22 @@ class Report:
         for sample in self.samples:
             yield _sample_panel(sample, marks)
 
+    def _with_those_of_the_same_data(self) -> Iterator[tuple[SetReport, list[str]]]:
+        """Yields sets that were read by themselves, each with the names of other parts of it."""
+        groups: dict[Path, list[SetReport]] = {}
+        for item in self.sets:
+            groups.setdefault(item.rows.documents.skipped, []).append(item)
+        for first, *others in groups.values():
+            yield first, [item.name for item in others]
+
 
 def inspect(
     config: RunConfig,
     tokenizer: Any,
     *,
     sources: Mapping[str, str] | None = None,
-    on_log: Callable[[str], Any] = lambda text: None,
+    context: int = 0,
+    on_progress: Callable[[str], Any] = lambda text: None,
 ) -> Report:
     """Reads the data of a run just as training does, and describes it.
 
@@ -119,7 +164,8 @@ def inspect(
       config: Its `data` and `train.seed` are used.
       tokenizer: A Hugging Face tokenizer.
       sources: Held-out sets by name; by default `data.validation`.
-      on_log: Called with lines of text while data is read.
+      context: Tokens that the model was made for; 0: not known.
+      on_progress: Called with lines of text while long work is under way.
 
     Raises:
       ConfigError: If no data is named.
@@ -138,16 +184,19 @@ def inspect(
     sets: list[SetReport] = []
     train = None
     for name, source, training in named:
-        rows, refusal = _rows(name, source, training, config, tokenizer, on_log)
+        rows, refusal = _rows(name, source, training, config, tokenizer, on_progress)
         sets.append(_set_report(name, rows, refusal, train))
         train = rows if training else train
     template = resolve_template(tokenizer, config.data)
+    stops = ", ".join(template.stops) or "nothing"
+    dated = f"; {DATED.partition(', ')[0]}" if template.is_dated else ""
     return Report(
         config=config.data,
+        context=context,
         tokenizer=_describe_tokenizer(tokenizer),
-        template=f"{template.origin}; answers end with {', '.join(template.stops) or 'nothing'}",
+        template=f"{template.origin}; answers end with {stops}{dated}",
         sets=sets,
-        samples=list(_samples(sets[0].rows.documents, tokenizer)),
+        samples=list(_samples(sets[0].rows, tokenizer)),
     )
 
 
@@ -157,56 +206,92 @@ def _rows(
     training: bool,
     config: RunConfig,
     tokenizer: Any,
-    on_log: Callable[[str], Any],
+    on_progress: Callable[[str], Any],
 ) -> tuple[TokenRows, str]:
     """Returns the rows, and why a run would refuse them."""
 
-    def read(data: DataConfig, on_log: Callable[[str], Any]) -> TokenRows:
-        seed = config.train.seed
+    def read(data: DataConfig) -> TokenRows:
         return prepare(
-            source, data, tokenizer, seed=seed, training=training, name=name, on_log=on_log
+            source,
+            data,
+            tokenizer,
+            seed=config.train.seed,
+            training=training,
+            name=name,
+            on_log=lambda text: None,  # the report says all that is to be said
+            on_progress=on_progress,
         )
 
     try:
-        return read(config.data, on_log), ""
+        return read(config.data), ""
     except PackingError as error:
-        split = dataclasses.replace(config.data, overlength="split")
-        return read(split, lambda text: None), str(error)
+        return read(dataclasses.replace(config.data, overlength="split")), str(error)
 
 
 def _set_report(name: str, rows: TokenRows, refusal: str, train: TokenRows | None) -> SetReport:
-    index = rows.documents.index
+    index = rows.documents.index[rows.numbers]
     counts, edges = np.histogram(index["length"], bins=_bin_edges(index["length"]))
     # A conversation that gave several examples is one document of the source, not a duplicate.
-    places = np.stack([index["source"], index["line"]])
+    places = np.stack([index["source"], index["row"]])
     first = np.ones(len(index), bool)
     first[1:] = (places[:, 1:] != places[:, :-1]).any(axis=0)
     duplicates = int(first.sum()) - len(np.unique(index["hash"][first]))
     overlap = None
     if train is not None:
-        overlap = find_overlap(rows.documents, train.documents)
+        overlap = find_overlap(rows, train)
     return SetReport(name, rows, edges, counts, duplicates, overlap, refusal)
 
 
 def _bin_edges(lengths: np.ndarray) -> np.ndarray:
-    """Returns whole numbers; the last bin ends above the longest document."""
+    """Returns whole numbers; the last bin ends above the longest document.
+
+    A few documents that are far longer than the others have the last bin to themselves: bins of one
+    width would put all others into the first.
+    """
     low, high = int(lengths.min()), int(lengths.max()) + 1
-    return np.unique(np.linspace(low, high, min(_BINS, high - low) + 1).astype(np.int64))
+    usual = lengths <= _FAR * np.quantile(lengths, 0.99, method="lower")
+    top = int(lengths[usual].max()) + 1
+    edges = np.linspace(low, top, min(_BINS, top - low) + 1).astype(np.int64)
+    return np.unique(np.append(edges, high))
 
 
-def _samples(documents: Documents, tokenizer: Any) -> Iterator[Sample]:
-    for number in range(min(_SHOWN_DOCUMENTS, len(documents.index))):
+def _samples(rows: TokenRows, tokenizer: Any) -> Iterator[Sample]:
+    documents = rows.documents
+    for number in rows.numbers[:_SHOWN_DOCUMENTS]:
         record = documents.index[number]
-        begin, length = int(record["start"]), int(record["length"])
-        end = begin + min(length, _SHOWN_TOKENS)
+        begin, end = int(record["start"]), int(record["start"] + record["length"])
         trained = documents.trained[begin:end].astype(bool)
         trained[:1] = False  # nothing predicts the first token
         cuts = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
-        runs = [
-            (tokenizer.decode(documents.tokens[begin + first : begin + last]), bool(trained[first]))
-            for first, last in itertools.pairwise(cuts)
-        ]
-        yield Sample(documents.origin(number), runs, length - (end - begin))
+        bounds = list(itertools.pairwise(cuts))
+        shown = _shown_tokens([last - first for first, last in bounds])
+        runs: list[tuple[str, bool | None]] = []
+        for (first, last), room in zip(bounds, shown, strict=True):
+            tokens = documents.tokens[begin + first : begin + last]
+            if not room:  # one note for all runs that are left out
+                left_out = sum(b - a for (a, b), r in zip(bounds, shown, strict=True) if not r)
+                note = f" … {left_out:,} tokens in {shown.count(0):,} parts … "
+                runs += [] if runs[-1][1] is None else [(note, None)]
+            elif room < len(tokens):
+                runs += [
+                    (tokenizer.decode(tokens[: room // 2]), bool(trained[first])),
+                    (f" … {len(tokens) - room:,} tokens … ", None),
+                    (tokenizer.decode(tokens[-((room + 1) // 2) :]), bool(trained[first])),
+                ]
+            else:
+                runs.append((tokenizer.decode(tokens), bool(trained[first])))
+        yield Sample(documents.origin(number), runs)
+
+
+def _shown_tokens(lengths: list[int]) -> list[int]:
+    """Returns how many tokens of each run are shown: of long ones fewer, of many the outer ones."""
+    half = _SHOWN_RUNS // 2
+    places = [i for i in range(len(lengths)) if i < half or i >= len(lengths) - half]
+    shown, left = [0] * len(lengths), _SHOWN_TOKENS
+    for rank, place in enumerate(sorted(places, key=lambda i: lengths[i])):
+        shown[place] = min(lengths[place], left // (len(places) - rank))
+        left -= shown[place]
+    return shown
 
 
 def _describe_tokenizer(tokenizer: Any) -> str:
@@ -234,12 +319,19 @@ def _counts_table(sets: list[SetReport]) -> Table:
         return "–" if item.refusal else value
 
     rows: list[tuple[str, Callable[[SetReport], str]]] = [
+        ("bad rows left out", lambda item: f"{item.rows.statistics.read.skipped:,}"),
         ("documents", lambda item: f"{item.rows.statistics.documents:,}"),
         ("exact duplicates", lambda item: f"{item.duplicates:,}"),
-        ("tokens", lambda item: f"{item.rows.statistics.read.tokens:,}"),
-        ("trained tokens", lambda item: f"{item.rows.statistics.read.trained_tokens:,}"),
+        (
+            "also in training",
+            lambda item: "–" if item.overlap is None else f"{item.overlap.count:,}",
+        ),
+        ("tokens", lambda item: f"{item.rows.statistics.packed.document_tokens:,}"),
+        ("trained tokens", lambda item: f"{item.rows.statistics.packed.document_trained_tokens:,}"),
         ("masked share", lambda item: f"{_masked_share(item):.1%}"),
+        ("longest document", lambda item: f"{item.rows.statistics.packed.longest:,}"),
         ("over max_length", lambda item: f"{item.rows.statistics.packed.over_length:,}"),
+        ("in no row", lambda item: packed(item, f"{item.rows.statistics.dropped:,}")),
         (
             "trained tokens lost",
             lambda item: packed(item, f"{item.rows.statistics.lost_share:.1%}"),
@@ -248,40 +340,47 @@ def _counts_table(sets: list[SetReport]) -> Table:
         ("padding share", lambda item: packed(item, f"{item.rows.statistics.padding_share:.1%}")),
     ]
     for label, show in rows:
-        table.add_row(label, *(show(item) for item in sets))
+        values = [show(item) for item in sets]
+        if label not in _SELDOM or any(value not in ("0", "–") for value in values):
+            table.add_row(label, *values)
     return table
 
 
+def _parts_table(sets: list[SetReport]) -> Iterator[Table]:
+    """Yields a table of what each source gives to a pass, unless there is one source, whole."""
+    parts = [(item.name, part) for item in sets for part in item.rows.statistics.packed.parts]
+    if len(parts) == len(sets) and all(part.taken == part.documents for _, part in parts):
+        return
+    headings = ("\nset", "\nsource", "docu-\nments", "in a\npass", "share of\ndocuments")
+    table = Table(*headings, "of trained\ntokens", box=None, pad_edge=False)
+    table.columns[1].overflow = "fold"
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, part in parts:
+        of_set = [other for set_name, other in parts if set_name == name]
+        taken = sum(other.taken for other in of_set)
+        trained = max(sum(other.trained_tokens for other in of_set), 1)
+        shares = (f"{part.taken / taken:.1%}", f"{part.trained_tokens / trained:.1%}")
+        table.add_row(name, part.name, f"{part.documents:,}", f"{part.taken:,}", *shares)
+    yield table
+
+
 def _masked_share(item: SetReport) -> float:
-    read = item.rows.statistics.read
-    return 1 - read.trained_tokens / max(read.tokens, 1)
+    packed = item.rows.statistics.packed
+    return 1 - packed.document_trained_tokens / max(packed.document_tokens, 1)
 
 
-def _notes(item: SetReport, config: DataConfig) -> Iterator[Text | Panel]:
-    read = item.rows.statistics.read
+def _notes(item: SetReport, config: DataConfig, context: int) -> Iterator[Text | Panel]:
     if item.refusal:
         yield Panel(Text(item.refusal), title="Refused as it is", style=_ALARM_STYLE)
-    else:
-        for line in describe_losses(item.rows.statistics, config):
-            yield Text(f"{item.name}: {line}")
-    if read.thinking_blocks:
-        yield Text(
-            f"{item.name}: {read.thinking_blocks:,} <think> blocks in trained turns, "
-            f"{read.lost_blocks:,} left out by the chat template"
-        )
-    if read.rewritten_turns:
-        yield Text(
-            f"{item.name}: {read.rewritten_turns:,} trained turns stand in the history otherwise "
-            "than they are generated"
-        )
-    if item.overlap is not None:
+    if context and config.max_length > context:
+        yield _context_note(item, config, context)
+    if item.overlap is not None and item.overlap.count:
         yield _overlap_note(item, item.overlap)
 
 
-def _overlap_note(item: SetReport, overlap: Overlap) -> Text | Panel:
+def _overlap_note(item: SetReport, overlap: Overlap) -> Panel:
     documents = item.rows.statistics.documents
-    if not overlap.count:
-        return Text(f"overlap: none of {documents:,} {item.name} documents is in the training set")
     share = f"{overlap.count / documents:.1%}"
     text = (
         f"{overlap.count:,} of {documents:,} {item.name} documents ({share}) are in the training "
@@ -291,15 +390,33 @@ def _overlap_note(item: SetReport, overlap: Overlap) -> Text | Panel:
     return Panel(Text(text), title=f"{item.name} is trained on", style=_ALARM_STYLE)
 
 
+def _context_note(item: SetReport, config: DataConfig, context: int) -> Text:
+    said = f"{item.name}: data.max_length {config.max_length:,} is beyond the model's context of "
+    said += f"{context:,} tokens"
+    longest = min(item.rows.statistics.packed.longest, config.max_length)
+    longest = config.max_length if config.packing == "stream" else longest
+    if longest <= context:
+        return Text(f"{said}; no document is longer than that, so that rows only hold more of them")
+    return Text(
+        f"{said}, and documents have up to {longest:,}: they would be trained on positions that "
+        f"the model has never seen. Set --config.data.max_length={context}",
+        style=_ALARM_STYLE,
+    )
+
+
 def _histogram(item: SetReport) -> Group:
     largest = max(int(item.counts.max()), 1)
     width = len(f"{item.edges[-1]:,}")
+    widest = max(int(np.diff(item.edges[:-1]).max(initial=1)), 1)
     lines = []
     for low, high, count in zip(item.edges, item.edges[1:], item.counts, strict=False):
         bar = "█" * max(round(_BAR_WIDTH * count / largest), int(count > 0))
         over = low > item.rows.max_length
         label = f"{low:>{width},} – {high - 1:>{width},}"
-        lines.append(Text(f"{label}  {bar} {count:,}", style="red" if over else ""))
+        far = " far beyond the others" if high - low > 2 * widest else ""
+        long = " over max_length" if over and count else ""
+        style = "red" if over else ""
+        lines.append(Text(f"{label}  {bar} {count:,}{far or long}", style=style))
     return Group(*lines)
 
 
@@ -313,10 +430,10 @@ def _marks(console: Console, options: ConsoleOptions) -> tuple[str, str]:
 def _sample_panel(sample: Sample, marks: tuple[str, str]) -> Panel:
     text = Text()
     for run, trained in sample.runs:
-        if trained:
+        if trained is None:
+            text.append(run, style=_NOTE_STYLE)
+        elif trained:
             text.append(run.join(marks), style=_TRAINED_STYLE)
         else:
             text.append(run, style=_MASKED_STYLE)
-    if sample.more_tokens:
-        text.append(f" … {sample.more_tokens:,} more tokens")
     return Panel(text, title=Text(sample.origin), title_align="left")

@@ -35,6 +35,10 @@ from jaxft.errors import DataError
 VERSION = 4
 """Part of every cache key: raise it when the same input would give other tokens or rows."""
 
+DATED = (
+    f"the chat template writes the date of the day: here it is always {DATE:%d %b %Y}, so that "
+    "rows do not change from day to day"
+)
 _TOKENISED_TOGETHER = 256
 _SECONDS_BETWEEN_LOGS = 10.0
 _LIMIT = -3
@@ -506,16 +510,19 @@ def _describe_documents(documents: Documents, template: Template, reused: bool) 
         stops = ", ".join(map(repr, statistics.stops))
         yield f"chat template: {statistics.template}; answers end with {stops}"
         if template.is_dated:
-            yield (
-                f"the chat template writes the date of the day: here it is always {DATE:%d %b %Y}, "
-                "so that rows do not change from day to day"
-            )
+            yield DATED
     share = statistics.trained_tokens / max(statistics.tokens, 1)
     yield (
         f"{statistics.documents:,} documents, {statistics.tokens:,} tokens, "
         f"{statistics.trained_tokens:,} trained ({share:.1%})"
         f"{', from the cache' if reused else ''}"
     )
+    yield from describe_findings(documents)
+
+
+def describe_findings(documents: Documents) -> Iterator[str]:
+    """Yields a line for each thing about the documents that its owner should know."""
+    statistics = documents.statistics
     if statistics.skipped:
         yield (
             f"{statistics.skipped:,} bad rows are left out: "

@@ -98,13 +98,20 @@ def _parts(text: str) -> Iterator[str]:
     """Splits at commas, but not within brackets or within the name of a file that exists."""
     pieces = re.split("," + _OUTSIDE_BRACKETS, text)
     while pieces:
-        count = next(
-            (n for n in range(len(pieces), 1, -1) if _exists(",".join(pieces[:n]).strip())), 1
-        )
+        count = next((n for n in range(len(pieces), 1, -1) if _is_one_file(pieces[:n])), 1)
         part = ",".join(pieces[:count]).strip()
         if part:
             yield part
         pieces = pieces[count:]
+
+
+def _is_one_file(pieces: list[str]) -> bool:
+    """Whether a file has the commas between some pieces in its name; options may follow it."""
+    *first, last = pieces
+    return any(
+        _exists(",".join([*first, last[:end]]).strip())
+        for end in (len(last), *(match.start() for match in re.finditer(":", last)))
+    )
 
 
 def _exists(name: str) -> bool:

@@ -1,0 +1,48 @@
+"""Held-out documents that are trained on too."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxft.data.rows import TokenRows
+
+# Documents of the training data that are compared at a time; bounds the memory it takes.
+_STRETCH = 1 << 20
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Documents of a held-out set that are trained on too.
+
+    Attributes:
+      count: Their number.
+      examples: Some of them: `file:line` of the set, and that of the training data.
+    """
+
+    count: int
+    examples: list[str]
+
+
+def find_overlap(held_out: TokenRows, train: TokenRows) -> Overlap:
+    """Finds the documents of a set whose content, but for case and white space, is trained on.
+
+    Of the training data a stretch at a time is in memory.
+    """
+    hashes = held_out.documents.index["hash"][held_out.numbers]
+    trained = train.numbers
+    wanted = np.unique(hashes)
+    where = np.full(len(wanted), -1)  # of each the first document of the training data
+    for start in range(0, len(trained), _STRETCH):
+        part = train.documents.index["hash"][trained[start : start + _STRETCH]]
+        places = np.minimum(np.searchsorted(wanted, part), len(wanted) - 1)
+        hits = np.flatnonzero((wanted[places] == part) & (where[places] < 0))[::-1]
+        where[places[hits]] = start + hits
+    found = where[np.searchsorted(wanted, hashes)]
+    numbers = np.flatnonzero(found >= 0)
+    examples = [
+        f"{held_out.documents.origin(held_out.numbers[number])} = "
+        f"{train.documents.origin(trained[found[number]])}"
+        for number in numbers[:_EXAMPLES]
+    ]
+    return Overlap(len(numbers), examples)
