@@ -486,7 +486,7 @@ def has_answers(config: RunConfig, name: str, rows: TokenRows) -> bool:
 def read_prompts(
     config: RunConfig, tokenizer: Any, source: str, rows: TokenRows, *, name: str
 ) -> Prompts:
-    """Returns the prompts of `eval.answer_rows` of the rows: the same ones for every model and step.
+    """Returns prompts of `eval.answer_rows` of the rows: the same ones for every model and step.
 
     Only rows that are taken are tokenised and kept in memory.
 

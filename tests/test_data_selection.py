@@ -262,7 +262,8 @@ def test_the_report_shows_the_two_sides(tmp_path, config, tokenizer):
     config.train, config.validation = write(tmp_path / "a.jsonl", WORDS[:100]), "10%"
     train, validation = inspect(RunConfig(data=config), tokenizer).sets
     assert (train.counts.sum(), validation.counts.sum()) == (90, 10)
-    assert validation.overlap == 0
+    assert validation.overlap is not None
+    assert validation.overlap.count == 0
 
 
 def test_a_stream_leaves_out_what_is_held_out(tmp_path, config, tokenizer):

@@ -41,8 +41,8 @@ def find_overlap(held_out: TokenRows, train: TokenRows) -> Overlap:
     found = where[np.searchsorted(wanted, hashes)]
     numbers = np.flatnonzero(found >= 0)
     examples = [
-        f"{held_out.documents.origin(held_out.numbers[number])} = "
-        f"{train.documents.origin(trained[found[number]])}"
+        f"{held_out.documents.origin(int(held_out.numbers[number]))} = "
+        f"{train.documents.origin(int(trained[found[number]]))}"
         for number in numbers[:_EXAMPLES]
     ]
     return Overlap(len(numbers), examples)
