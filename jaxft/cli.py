@@ -1,14 +1,20 @@
 """The `jaxft` command: arguments, nothing else. Each command imports what it needs when it runs."""
 
 import argparse
+import importlib.metadata
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import jaxft
 from jaxft.errors import ConfigError, JaxftError, nearest
+
+if TYPE_CHECKING:
+    from jaxft.config import RunConfig
 
 _EPILOG = """
 Any key of the config can be set by a flag: --config.optim.learning_rate=2e-5.
@@ -59,18 +65,45 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. See `{self.prog} --help`.")
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Shows the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        unsaid = action.default in (None, "", argparse.SUPPRESS) or action.default is False
+        if unsaid or "default" in (text or ""):
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+class _Version(argparse.Action):
+    """Prints versions without starting jax."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"jaxft {jaxft.__version__}, jax {importlib.metadata.version('jax')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jaxft", description=jaxft.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action=_Version, nargs=0, help="versions of jaxft and jax")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, run: Callable, text: str, *, config: bool) -> argparse.ArgumentParser:
         epilog = _EPILOG if config else None
         sub = commands.add_parser(
-            name, help=text, description=text, epilog=epilog, allow_abbrev=False
+            name,
+            help=text,
+            description=text,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=_Formatter,
         )
         sub.set_defaults(run=run, takes_config=config, parser=sub)
         if config:
-            sub.add_argument("--config", default="", metavar="FILE", help="such as configs/demo.py")
+            sub.add_argument(
+                "--config", default="", metavar="FILE", help=".py, .yaml or .json; default: none"
+            )
         return sub
 
     train = command("train", _train, "Fine-tune a model.", config=True)
@@ -82,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = command("eval", _eval, "Evaluate a model, checkpoint or export.", config=True)
-    evaluate.add_argument("--checkpoint", default="", metavar="PATH", help="instead of model.path")
+    evaluate.add_argument(
+        "--checkpoint", default="", metavar="PATH", help="default: the config's model.path"
+    )
     evaluate.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, paired")
     evaluate.add_argument("--output", default="", metavar="FILE", help="write results as JSON too")
     _add_step(evaluate)
@@ -103,8 +138,10 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", _export, "Write a Hugging Face folder.", config=False)
     export.add_argument("--checkpoint", required=True, metavar="PATH", help="workdir or checkpoint")
-    export.add_argument("--output", required=True, metavar="FOLDER")
-    export.add_argument("--dtype", default="", help="of every tensor, such as bfloat16")
+    export.add_argument("--output", required=True, metavar="FOLDER", help="where the model goes")
+    export.add_argument(
+        "--dtype", default="", help="of every tensor, such as bfloat16; default: as stored"
+    )
     export.add_argument("--overwrite", action="store_true", help="replace the folder")
     export.add_argument("--verify", action="store_true", help="load it again, compare logits")
     _add_step(export)
@@ -114,9 +151,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("model", metavar="MODEL", help="folder or repository id")
     convert.add_argument("--check", action="store_true", help="every tensor, no weights read")
-    convert.add_argument("--output", default="", metavar="FOLDER")
-    convert.add_argument("--dtype", default="", help="of every tensor, such as bfloat16")
-    convert.add_argument("--revision", default="", help="branch, tag or commit of a repository")
+    convert.add_argument("--output", default="", metavar="FOLDER", help="where it goes")
+    convert.add_argument(
+        "--dtype", default="", help="of every tensor, such as bfloat16; default: as stored"
+    )
+    convert.add_argument(
+        "--revision", default="", help="branch, tag or commit; default: the main one"
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace the folder")
 
     command("data", _data, "Show what the data is and what is trained.", config=True)
@@ -166,15 +207,22 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         help="v5e:4x4, v5p-64, 2xv5e:16x16, h100:64, or local; may be repeated",
     )
     plan.add_argument(
-        "--strategy", action="append", metavar="NAME", help="in place of the config's; repeatable"
+        "--strategy", action="append", metavar="NAME", help="repeatable; default: the config's"
     )
     plan.add_argument("--search", action="store_true", help="look for the fastest way to run")
     plan.add_argument("--no_eval", action="store_true", help="leave the evaluation step out")
     plan.add_argument(
         "--no_remedies", action="store_true", help="try no changes where the run does not fit"
     )
-    plan.add_argument("--prices", default="", metavar="FILE", help="your own table of prices")
-    plan.add_argument("--cache", default="", metavar="FOLDER", help="of compiled programs, or off")
+    plan.add_argument(
+        "--prices", default="", metavar="FILE", help="TOML; default: jaxft's own table"
+    )
+    plan.add_argument(
+        "--cache",
+        default="",
+        metavar="FOLDER",
+        help="of compiled programs, or off; default: the usual",
+    )
     plan.add_argument("--count", type=int, default=8, help="candidates that a search compiles")
     plan.add_argument(
         "--jobs", type=int, default=0, help="processes of a search; 0: a core each, 8 at most"
@@ -199,9 +247,19 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
         "Start the same command on each host. On Cloud TPU, SLURM, Open MPI and in Kubernetes jobs "
         "they find each other; elsewhere give all three.",
     )
-    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
-    group.add_argument("--processes", type=int, default=0, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, default=-1, metavar="I", help="which one this is")
+    group.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="of process 0; default: as found"
+    )
+    group.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how many there are; default: as found",
+    )
+    group.add_argument(
+        "--process", type=int, default=-1, metavar="I", help="this one, from 0; default: as found"
+    )
 
 
 def _together(options: argparse.Namespace) -> AbstractContextManager[None]:
@@ -248,8 +306,36 @@ def _train(options: argparse.Namespace) -> int:
         from jaxft.trainer import train
 
         result = train(config, resume=options.resume, overwrite=options.overwrite)
+    if result.reason not in _STATUS_OF_SIGNAL:
+        _show_next(_after_training(config))
     # What comes next, such as an export or a restart, must see that the run is to go on.
     return _STATUS_OF_SIGNAL.get(result.reason, 0)
+
+
+def _after_training(config: "RunConfig") -> list[str]:
+    """Returns the commands that take a finished run further."""
+    workdir = Path(config.train.workdir).expanduser()
+    evaluate = _command("eval", config=workdir / "config.json", checkpoint=workdir)
+    held_out = config.data.validation or config.eval.datasets or config.eval.retention
+    return [*([evaluate] if held_out else []), _export_command(workdir)]
+
+
+def _export_command(workdir: Path) -> str:
+    output = workdir.with_name(f"{workdir.name}-model")
+    return _command("export", checkpoint=workdir, output=output) + " --verify"
+
+
+def _command(name: str, **flags: Path) -> str:
+    """Returns a command as it can be pasted into a shell."""
+    return " ".join(
+        ["jaxft", name, *(shlex.quote(f"--{flag}={value}") for flag, value in flags.items())]
+    )
+
+
+def _show_next(commands: Sequence[str]) -> None:
+    from jaxft.progress import log
+
+    log("\n".join(["Next:", *(f"  {command}" for command in commands)]))
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -281,6 +367,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.output:
         tables.write_json(options.output, results, differences, config=config)
         print(f"Wrote {options.output}.")
+    checkpoint = Path(options.checkpoint).expanduser()
+    if options.checkpoint and (checkpoint / "checkpoints").is_dir():
+        _show_next([_export_command(checkpoint)])
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -371,6 +460,8 @@ def _export(options: argparse.Namespace) -> int:
         verify=options.verify,
     )
     print(f"Wrote {folder}.")
+    has_template = (folder / "chat_template.jinja").is_file()
+    _show_next([_command("chat" if has_template else "generate", model=Path(options.output))])
     return 0
 
 

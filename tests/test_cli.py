@@ -1,12 +1,15 @@
 """The command line: usage errors without tracebacks, and each command once for real."""
 
+import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+import jaxft
 from jaxft import cli
 from tests.tiny_run import tiny_config
 
@@ -47,9 +50,61 @@ def test_help_lists_the_commands(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for command in ("train", "eval", "generate", "export", "data", "doctor"):
+    for command in ("train", "eval", "generate", "chat", "export", "data", "doctor"):
         assert f"\n    {command} " in text
     assert cli.main([]) == 2
+
+
+def test_public_names_are_shown_and_importing_them_stays_lazy():
+    code = "import sys, jaxft; print(dir(jaxft)); assert 'jax' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in jaxft.__all__:
+        assert f"'{name}'" in run.stdout
+    assert "importlib" not in run.stdout
+
+
+def test_the_version_is_shown_without_starting_jax(capsys):
+    code = "import sys, jaxft.cli\ntry: jaxft.cli.main(['--version'])\n"
+    code += "except SystemExit: assert 'jax' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == f"jaxft {jaxft.__version__}, jax {importlib.metadata.version('jax')}\n"
+
+
+def test_help_shows_every_default(capsys):
+    shown = {}
+    for command in ("train", "eval", "generate", "chat", "export", "convert", "plan"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        shown[command] = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "(default: 128)",
+        "0: most likely token (default: 0.0)",
+        "all tokens (default: 0)",
+    ):
+        assert text in shown["generate"]
+    assert "best (default)" in shown["export"] and "default: as stored" in shown["export"]
+    assert "(default: 1024)" in shown["chat"]
+    assert "-1" not in shown["train"]
+    for action in cli._parser()._subparsers._group_actions[0].choices.values():
+        assert all(a.help for a in action._actions), action.prog
+
+
+def test_what_to_do_next_can_be_pasted(trained, folder, capsys):
+    """Every command that training and export name is run as it stands."""
+    arguments = ["train", *flags(folder), "--resume"]
+    assert cli.main(arguments) == 0
+    evaluate, export = [shlex.split(line) for line in next_commands(capsys)]
+    assert evaluate[:2] == ["jaxft", "eval"] and export[:2] == ["jaxft", "export"]
+    assert cli.main(evaluate[1:]) == 0
+    assert [shlex.split(line) for line in next_commands(capsys)] == [export]
+    assert cli.main(export[1:]) == 0
+    [talk] = next_commands(capsys)
+    assert talk == f"jaxft chat --model={trained}-model"
+
+
+def next_commands(capsys) -> list[str]:
+    lines = capsys.readouterr().err.splitlines()
+    return [line.strip() for line in lines[lines.index("Next:") + 1 :] if line.startswith("  ")]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +130,8 @@ def test_wrong_usage_exits_with_2_and_one_line(capsys, arguments, words):
 
 
 def test_a_model_that_is_not_there_exits_with_1(folder, capsys):
-    assert cli.main(["train", *flags(folder, model__path=folder / "nothing")]) == 1
+    changes = {"model__path": folder / "nothing", "train__workdir": folder / "other"}
+    assert cli.main(["train", *flags(folder, **changes)]) == 1
     error = capsys.readouterr().err
     assert "There is no folder" in error and "Traceback" not in error
 
@@ -166,3 +222,36 @@ def test_data_are_shown_before_training(folder, capsys):
     assert cli.main(["data", *flags(folder)]) == 0
     text = "".join(capsys.readouterr())
     assert "What was detected" in text and "format messages" in text
+
+
+def test_messages_tools_and_a_system_message_reach_the_template(trained, capsys, tmp_path):
+    file = tmp_path / "asked.jsonl"
+    turns = [{"role": "user", "content": "say abc"}, {"role": "assistant", "content": "cba"}]
+    rows = [{"messages": turns}, {"messages": [*turns, {"role": "user", "content": "say de"}]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["generate", f"--model={trained}", f"--messages={file}", "--max_new_tokens=4"]
+    assert cli.main([*arguments, "--system=abc"]) == 0
+    model = jaxft.load(trained)
+    asked = [[{"role": "system", "content": "abc"}, *row["messages"]] for row in rows]
+    expected = model.generate([asked[0][:-1], asked[1]], max_new_tokens=4)
+    printed = capsys.readouterr().out
+    assert printed == f"say abc\n  {expected[0]}\nsay de\n  {expected[1]}\n"
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"type": "function", "function": {"name": "clock"}}]')
+    assert cli.main([*arguments, f"--tools={tools}"]) == 2
+    assert "has no place for tools" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--raw", "--system=a"], "--raw continues a text"),
+        (["--prompt=a", "--messages=b"], "give one"),
+        (["--messages=none.jsonl"], "none.jsonl cannot be read"),
+        (["--prompt=a", "--max_new_tokens=0"], "expected at least 1"),
+        (["--prompt=a", "--top_p=0"], "top_p is 0.0"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_the_model_is_read(capsys, arguments, words):
+    assert cli.main(["generate", "--model=not_there", *arguments]) == 2
+    assert words in capsys.readouterr().err
