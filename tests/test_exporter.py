@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from jaxft.hf.rules import expand
 from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
 from tests.oracle.cases import CASES
-from tests.tiny_run import write_base
+from tests.tiny_run import tiny_config, write_base
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,56 @@ def test_another_dtype_is_written_and_named(base, tmp_path):
     assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
     config = json.loads((output / "config.json").read_text())
     assert {config.get(name, "bfloat16") for name in ("dtype", "torch_dtype")} == {"bfloat16"}
-    assert "Largest difference of logits" in lines[-1]
+    assert re.search(
+        "each is equal once rounded to bfloat16.*largest difference of logits", lines[-1], re.I
+    )
+
+
+@pytest.mark.parametrize("named", ["bfloat16", None])
+def test_random_weights_leave_in_the_type_that_config_json_names(tmp_path, named):
+    config = tiny_config(tmp_path, train__steps=2, model__random_init=True)
+    described = json.loads((tmp_path / "base/config.json").read_text())
+    described = {k: v for k, v in described.items() if k not in ("dtype", "torch_dtype")}
+    described |= {"torch_dtype": named} if named else {}
+    (tmp_path / "base/config.json").write_text(json.dumps(described))
+    result = jaxft.train(config)
+    lines: list[str] = []
+    output = jaxft.export(result.workdir, tmp_path / "out", verify=True, on_log=lines.append)
+    tensors = load_file(output / "model.safetensors")
+    assert {tensor.dtype.name for tensor in tensors.values()} == {"float32"}
+    written = json.loads((output / "config.json").read_text())
+    assert written == described | ({"torch_dtype": "float32"} if named else {})
+    count = sum(tensor.size for tensor in tensors.values())
+    assert lines[-1] == (
+        f"Verified: compared all {count:,} weights of checkpoint 2 of {result.workdir} with those "
+        "of the export, loaded again, and logits of 128 random tokens. All are equal."
+    )
+
+
+def test_verification_notices_weights_that_no_token_of_it_uses(base, tmp_path, monkeypatch):
+    from jaxft import exporter
+
+    def damaged(folder, rules, params, **options):
+        weights = params["embed.w"][slice(0, 64), slice(0, 32)].copy()
+        weights[63, 5] += 1e-3
+        return real(folder, rules, params | {"embed.w": weights}, **options)
+
+    real = exporter.save_params
+    monkeypatch.setattr(exporter, "save_params", damaged)
+    with pytest.raises(ModelError, match=r"embed\.w differs by up to 0\.001"):
+        jaxft.export(base, tmp_path / "out", verify=True, on_log=quiet)
+
+
+def test_a_model_without_tokenizer_is_exported_without(base, tmp_path):
+    source = tmp_path / "bare"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(base / name, source / name)
+    lines: list[str] = []
+    output = jaxft.export(source, tmp_path / "out", verify=True, on_log=lines.append)
+    assert "has no tokenizer; the export has none either" in lines[0]
+    files = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {file.name for file in output.iterdir()} == files
 
 
 def test_a_folder_is_not_overwritten_unless_asked(base, tmp_path):
@@ -111,7 +161,7 @@ def test_verification_notices_other_weights(base, tmp_path, monkeypatch):
 
     real = exporter.save_params
     monkeypatch.setattr(exporter, "save_params", damaged)
-    with pytest.raises(ModelError, match="other logits"):
+    with pytest.raises(ModelError, match=r"other weights than .*base: layers\.attn\.q\.w differs"):
         jaxft.export(base, tmp_path / "out", verify=True, on_log=quiet)
 
 
