@@ -26,6 +26,7 @@ from jaxft.hf.tokenizer import (
     add_special_tokens,
     continuation_ids,
     decode_continuation,
+    has_tokenizer,
     load_tokenizer,
     stop_ids,
 )
@@ -118,7 +119,7 @@ class Model:
       architecture: Shape and naming of the model.
       abstract: Its structure, with shapes, dtypes and axes.
       params: `{dotted path: array}`.
-      tokenizer: As `transformers.AutoTokenizer` loads it.
+      tokenizer: Of transformers; None if the folder has none, which leaves `__call__` alone.
       source: Where it was loaded from.
     """
 
@@ -159,12 +160,14 @@ class Model:
         file = self.source.folder / "generation_config.json"
         generation = read_json(file) if file.is_file() else {}
         known = stop_ids(self.tokenizer, generation, read_config(self.source.folder))
-        turn_ends = self.template.stops.values() if self.tokenizer.chat_template else ()
+        own = self.tokenizer is not None and self.tokenizer.chat_template
+        turn_ends = self.template.stops.values() if own else ()
         return tuple(sorted({*known, *turn_ends}))
 
     @functools.cached_property
     def has_token(self) -> np.ndarray:
         """Which ids the tokenizer knows, bool `[V]`: an embedding often has rows beyond them."""
+        self._require_tokenizer()
         known = np.zeros(self.architecture.config.vocab, bool)
         known[list(self.tokenizer.get_vocab().values())] = True
         return known
@@ -181,6 +184,7 @@ class Model:
           prompt: A text, or messages; the last one is not from the assistant.
           tools: Function descriptions offered to the model, in a conversation.
         """
+        self._require_tokenizer()
         if isinstance(prompt, str):
             return continuation_ids(self.tokenizer, prompt)
         messages = [dict(message) for message in prompt]
@@ -280,6 +284,13 @@ class Model:
         new = self._new_ids(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
         return [self._decode(ids) for ids in new]
 
+    def _require_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.source.folder} has no tokenizer, so the model reads and writes no text. "
+                "Put the files of its tokenizer there; its logits of token ids need none."
+            )
+
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -346,8 +357,9 @@ def load(
       CheckpointError: If a checkpoint cannot be read.
     """
     source = find_source(path_or_repo_id, revision=revision, step=step)
-    tokenizer = load_tokenizer(source.folder)
-    architecture = _describe(source, tokenizer)
+    stored = architecture_from_hf(read_config(source.folder))
+    tokenizer = load_tokenizer(source.folder) if has_tokenizer(source.folder) else None
+    architecture = _grown(stored, tokenizer)
     abstract = architecture.abstract(make_numerics(dtypes))
     if placement is not None:
         shardings = placement.shardings(abstract.params, abstract.axes)
@@ -476,16 +488,16 @@ def read_description(source: Source, config: RunConfig) -> tuple[Architecture, A
     Raises:
       ModelError: If either cannot be read, or they do not belong together.
     """
+    stored = architecture_from_hf(read_config(source.folder))
     tokenizer = load_model_tokenizer(source, config.model)
-    architecture = _describe(source, tokenizer, random_init=config.model.random_init)
+    architecture = _grown(stored, tokenizer, random_init=config.model.random_init)
     if config.data.template:
         tokenizer.chat_template = chat.resolve_template(tokenizer, config.data).text
     return architecture, tokenizer
 
 
-def _describe(source: Source, tokenizer: Any, *, random_init: bool = False) -> Architecture:
+def _grown(stored: Architecture, tokenizer: Any, *, random_init: bool = False) -> Architecture:
     """Returns the shape of a model with a row for each token; says so if it has to grow."""
-    stored = architecture_from_hf(read_config(source.folder))
     architecture = with_rows_for(stored, tokenizer)
     if architecture is not stored:
         rows = stored.config.vocab

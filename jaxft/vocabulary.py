@@ -33,7 +33,7 @@ def tokens_beyond(tokenizer: Any, rows: int) -> dict[str, int]:
         largest = max(beyond[token] for token in base)
         raise ModelError(
             f"The tokenizer has ids up to {largest}, but the model's embedding has {rows} rows. "
-            "Name the tokenizer that belongs to the model (model.tokenizer)."
+            "Name the tokenizer that belongs to the model with --config.model.tokenizer=FOLDER."
         )
     return beyond
 
@@ -41,12 +41,12 @@ def tokens_beyond(tokenizer: Any, rows: int) -> dict[str, int]:
 def with_rows_for(architecture: Architecture, tokenizer: Any) -> Architecture:
     """Returns the architecture with a row for each id that the tokenizer gives.
 
-    It is the same one if there are enough rows already.
+    It is the same one if there are enough rows already, or no tokenizer.
 
     Raises:
       ModelError: If the tokenizer is another model's.
     """
-    beyond = tokens_beyond(tokenizer, architecture.config.vocab)
+    beyond = tokens_beyond(tokenizer, architecture.config.vocab) if tokenizer is not None else {}
     if not beyond:
         return architecture
     rows = -(-(max(beyond.values()) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE

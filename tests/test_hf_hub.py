@@ -30,6 +30,7 @@ REPOS = {
     "org/tiny": FILES,
     "org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
     "org/empty": {"config.json": b"{}"},
+    "org/adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"},
     "org/gated_files": FILES,
 }
 
@@ -189,7 +190,7 @@ def test_offline_uses_the_cache_and_no_network(fetch, server):
 def test_offline_without_cache_says_how_to_get_it(fetch, server):
     asked = len(server.asked)
     answer = fetch("org/tiny", environment={"HF_HUB_OFFLINE": "1"})
-    assert answer.startswith("ModelError: org/tiny is not in the cache")
+    assert answer.startswith("ModelError: There is no folder org/tiny. As a repository, org/tiny")
     assert "HF_HUB_OFFLINE is set" in answer
     assert "hf download org/tiny" in answer
     assert len(server.asked) == asked
@@ -198,14 +199,14 @@ def test_offline_without_cache_says_how_to_get_it(fetch, server):
 def test_offline_with_configs_alone_in_the_cache_is_not_taken_for_a_model(fetch):
     fetch("org/tiny", weights=False)
     answer = fetch("org/tiny", environment={"HF_HUB_OFFLINE": "1"})
-    assert answer.startswith("ModelError: org/tiny")
+    assert "org/tiny is not in the cache" in answer
     assert "HF_HUB_OFFLINE is set" in answer
 
 
 @pytest.mark.parametrize("repo", ["org/tinny", "org/private"])
 def test_a_missing_repository_is_explained(fetch, repo):
     answer = fetch(repo)
-    assert f"neither a folder nor a repository {repo!r}" in answer
+    assert f"There is no folder {repo}. There is no repository {repo!r} either" in answer
     assert "hf auth login" in answer
 
 
@@ -229,13 +230,21 @@ def test_a_missing_revision_is_named(fetch):
 
 
 def test_a_name_that_is_no_repository_id_is_explained(fetch):
-    assert "'a tiny model' is neither a folder that exists nor" in fetch("a tiny model")
+    answer = fetch("a tiny model")
+    assert "no folder a tiny model. 'a tiny model' is no repository id" in answer
 
 
 def test_no_network_is_explained(tmp_path):
     answer = run_resolve(tmp_path, "http://127.0.0.1:9", "org/tiny")
-    assert "org/tiny could not be had from http://127.0.0.1:9" in answer
+    assert "There is no folder org/tiny. The repository org/tiny is not in the cache" in answer
+    assert "http://127.0.0.1:9 is out of reach" in answer
     assert "Check the network" in answer
+
+
+def test_an_adapter_is_called_one(fetch):
+    answer = fetch("org/adapter")
+    assert "org/adapter holds an adapter" in answer
+    assert "Merge it" in answer
 
 
 def test_pickled_weights_are_refused_with_the_conversion(fetch):

@@ -561,8 +561,8 @@ def test_pickled_weights_are_refused_with_the_conversion(folder):
 
 
 def test_a_folder_without_weights_says_what_it_has(folder):
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    assert "only adapter_model.safetensors" in problems_of(folder)[0]
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    assert "only other.safetensors" in problems_of(folder)[0]
 
 
 def test_dtypes_come_from_headers(folder):
@@ -590,7 +590,7 @@ def test_weights_in_mxfp4_are_not_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "has no config.json"),
+        (None, "is empty"),
         ("{", "cannot be read"),
         ("[]", "holds a JSON list"),
         ('{"quantization_config": {"quant_method": "fp8"}}', "quantised by 'fp8'"),

@@ -1,5 +1,6 @@
 """Turns a path or a repository id into a local folder, and explains why where it cannot."""
 
+import difflib
 import errno
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from jaxft.errors import ModelError
+from jaxft.hf.kinds import explain_other_kind, gguf_hint
 from jaxft.hf.read import Entry
 
 # Everything but weights: configs, tokenizers of every kind, chat templates.
@@ -35,16 +37,19 @@ def resolve(path_or_repo_id: str, *, revision: str = "", weights: bool = True) -
       weights: Whether the safetensors are needed too.
 
     Raises:
-      ModelError: If there is no such folder or repository, or it cannot be had, with what to do.
+      ModelError: If there is no such folder or repository, or it is not available, with what to
+        do.
     """
     folder = Path(path_or_repo_id).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf" and folder.exists():
+        raise ModelError(gguf_hint(str(folder.parent), folder.name))
     if folder.exists():
         raise ModelError(f"{folder} is a file; name the folder that holds it.")
     if _looks_local(path_or_repo_id):
         raise ModelError(
-            f"There is no folder {folder}. Give a folder that exists, or a repository id such as "
+            f"{_no_folder(folder)} Give a folder that exists, or a repository id such as "
             "'org/name'."
         )
     try:
@@ -83,19 +88,6 @@ def remote_tensors(repo: str, *, revision: str = "") -> dict[str, Entry]:
     }
 
 
-def conversion_hint(source: str) -> str:
-    """Returns why weights of a folder or repository are refused, and how to convert them."""
-    target = f"{Path(source).name}-safetensors"
-    return (
-        f"{source} holds PyTorch's pickled weights (.bin), which run code when they are opened. "
-        "Convert them once, where torch and transformers are installed:\n"
-        '  python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"M.from_pretrained({source!r}, dtype='auto').save_pretrained({target!r}); "
-        f'T.from_pretrained({source!r}).save_pretrained({target!r})"\n'
-        f"and use the folder {target}."
-    )
-
-
 def lfs_hint(file: Path) -> str:
     """Returns what to do where a clone without Git LFS left a pointer, or an empty string."""
     if not file.is_file():
@@ -109,29 +101,42 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
+def _no_folder(folder: Path) -> str:
+    """Returns that a folder does not exist, and which ones beside it may be meant."""
+    text, parent = f"There is no folder {folder}.", folder.parent
+    if not parent.is_dir():
+        return text if len(folder.parts) <= 2 else f"{text[:-1]}, nor {parent}."
+    beside = sorted(path.name for path in parent.iterdir() if path.is_dir() and path.name[0] != ".")
+    if near := difflib.get_close_matches(folder.name, beside, n=3, cutoff=0.6):
+        return f"{text} Did you mean {' or '.join(str(parent / name) for name in near)}?"
+    if len(folder.parts) == 1 or not beside:
+        return text
+    more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
+    return f"{text} {parent} holds {', '.join(beside[:5])}{more}."
+
+
 def _explain(error: Exception, repo: str, revision: str) -> str:
     page = f"{constants.ENDPOINT}/{repo}"
     log_in = _LOG_IN.format(constants.ENDPOINT)
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated. Accept its terms at {page}, then give your token: {log_in}."
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"There is neither a folder nor a repository {repo!r} ({page}), or it is private. "
-            f"Check the spelling; if it is private: {log_in}."
-        )
     if isinstance(error, RevisionNotFoundError):
         return f"{repo} has no revision {revision!r}. Its branches and tags: {page}/tree/main."
-    if isinstance(error, HFValidationError):
-        return (
-            f"{repo!r} is neither a folder that exists nor a repository id such as 'org/name': "
-            f"{error}"
-        )
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return f"{repo} does not fit on the disk of {constants.HF_HUB_CACHE}; make room, try again."
+    absent = _no_folder(Path(repo).expanduser())
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{absent} There is no repository {repo!r} either ({page}), or it is private. "
+            f"Check the spelling; if it is private: {log_in}."
+        )
+    if isinstance(error, HFValidationError):
+        return f"{absent} {repo!r} is no repository id such as 'org/name' either: {error}"
     if constants.HF_HUB_OFFLINE:
         return (
-            f"{repo} is not in the cache {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set, so it "
-            f"is not downloaded. Unset it, or run `hf download {repo}` where there is a network."
+            f"{absent} As a repository, {repo} is not in the cache {constants.HF_HUB_CACHE}, and "
+            "HF_HUB_OFFLINE is set, so it is not downloaded. Unset it, or run "
+            f"`hf download {repo}` where there is a network."
         )
     cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
     if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
@@ -140,8 +145,8 @@ def _explain(error: Exception, repo: str, revision: str) -> str:
             f"token is not valid or may not read it: {log_in}."
         )
     return (
-        f"{repo} could not be had from {constants.ENDPOINT} and is not in the cache: {cause}. "
-        "Check the network, then try again; a download continues where it stopped."
+        f"{absent} The repository {repo} is not in the cache, and {constants.ENDPOINT} is out of "
+        f"reach: {cause}. Check the network, then try again; a download continues where it stopped."
     )
 
 
@@ -150,6 +155,6 @@ def _no_safetensors(repo: str, revision: str) -> str:
         files = HfApi().list_repo_files(repo, revision=revision or None)
     except (HfHubHTTPError, OSError) as error:
         return f"The cache {constants.HF_HUB_CACHE} holds no weights of {repo}: {error}."
-    if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
-        return conversion_hint(repo)
-    return f"{repo} has no weights in safetensors; use a repository that has, or convert them."
+    return explain_other_kind(repo, files) or (
+        f"{repo} has no weights in safetensors; use a repository that has, or convert them."
+    )

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import ModelError
-from jaxft.hf.hub import conversion_hint, lfs_hint
+from jaxft.hf.hub import lfs_hint
+from jaxft.hf.kinds import explain_folder
 from jaxft.hf.read import DTYPES, Entry, Mxfp4, Reader, Stored, Task
 from jaxft.hf.rules import Part, Rule, Tensor, expand
 
@@ -35,10 +36,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Returns the content of config.json.
 
     Raises:
-      ModelError: If it is missing or broken, or says that the weights are quantised; those in
-        MXFP4 pass, because `load_params` unpacks them.
+      ModelError: If it is missing or broken, with what the folder holds in place of a model, or
+        says that the weights are quantised; those in MXFP4 pass, because `load_params` unpacks
+        them.
     """
-    config = read_json(folder / "config.json")
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not config.get("model_type") and (text := explain_folder(folder)):
+        raise ModelError(text)
+    if not file.is_file():
+        raise ModelError(f"{folder} has no config.json; it is not a complete Hugging Face folder.")
     method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
     if config.get("quantization_config") and method != "mxfp4":
         raise ModelError(
@@ -442,14 +449,20 @@ def _scan(folder: Path) -> tuple[dict[str, Entry | None], list[str]]:
     if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
         raise ModelError(f"{folder / INDEX} has no 'weight_map' that names a file per tensor.")
     stored: dict[str, dict[str, Entry | None]] = {}
-    problems = []
+    problems, lost = [], []
     for shard in sorted(set(names.values())):
         if (folder / shard).is_file():
             stored[shard], broken = _scan_file(folder / shard)
             problems += broken
         else:
             stored[shard] = {}
-            problems.append(f"{shard} is named by {INDEX} but is not there; download it.")
+            lost.append(shard)
+    if len(lost) == 1:
+        problems.insert(0, f"{lost[0]} is named by {INDEX} but is not there; download it.")
+    elif lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        told = f"{len(lost)} files named by {INDEX} are not there: {', '.join(lost[:3])}{more}"
+        problems.insert(0, f"{told}; download them.")
     absent = [name for name, shard in names.items() if stored[shard] and name not in stored[shard]]
     problems += [f"{name} is not in {names[name]}, where {INDEX} says it is." for name in absent]
     return {name: stored[shard].get(name) for name, shard in names.items()}, problems
@@ -577,8 +590,8 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _no_weights(folder: Path) -> str:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        return conversion_hint(str(folder))
+    if text := explain_folder(folder):
+        return text
     found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:5])
     return (
         f"{folder} has neither {SINGLE} nor {INDEX}"

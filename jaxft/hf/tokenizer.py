@@ -158,7 +158,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
 
 
 def stop_ids(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     generation_config: Mapping[str, Any],
     config: Mapping[str, Any],
 ) -> tuple[int, ...]:
@@ -167,7 +167,7 @@ def stop_ids(
     Chat models name the end of a turn in one of three places and the end of text in another, so
     that each of them alone may miss one.
     """
-    ids: list[Any] = [tokenizer.eos_token_id]
+    ids: list[Any] = [] if tokenizer is None else [tokenizer.eos_token_id]
     for source in (generation_config, config):
         eos = source.get("eos_token_id")
         ids += eos if isinstance(eos, list) else [eos]

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxft.errors import ModelError, nearest
+from jaxft.errors import ModelError
 from jaxft.hf.rules import Rule
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.decoder import Decoder
@@ -28,6 +28,9 @@ FAMILIES = {
     "qwen3": "jaxft.models.qwen3",
     "qwen3_moe": "jaxft.models.qwen3_moe",
 }
+
+# Parts of a config.json that describe other senses than text.
+_OTHER_SENSES = ("vision_config", "audio_config", "image_config", "speech_config")
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     """
     kind = config.get("model_type", "")
     if kind not in FAMILIES:
-        raise ModelError(
-            f"config.json: model_type {kind!r} is not supported; supported are "
-            f"{', '.join(sorted(FAMILIES))}.{nearest(str(kind), FAMILIES)}"
-        )
+        raise ModelError(_unsupported(config, str(kind)))
     family = importlib.import_module(FAMILIES[kind])
     decoder = family.config_from_hf(config)
     rules = {rule.ours: rule for rule in family.HF_RULES}
@@ -86,3 +86,24 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         copies=copies,
         prefix=getattr(family, "HF_PREFIX", ""),
     )
+
+
+def _unsupported(config: dict[str, Any], kind: str) -> str:
+    """Returns what a model of no supported family is, as far as its config.json tells."""
+    supported = f"supported are {', '.join(sorted(FAMILIES))}."
+    others = [name for name in _OTHER_SENSES if isinstance(config.get(name), dict)]
+    if others:
+        text = config.get("text_config") or {}
+        inner = text.get("model_type", "") if isinstance(text, dict) else ""
+        return (
+            f"config.json: model_type {kind!r} is a multimodal model: a language model"
+            f"{f' ({inner})' if inner else ''} inside one that also takes what {', '.join(others)} "
+            f"{'describes' if len(others) == 1 else 'describe'}. jaxft trains models of text "
+            f"alone; use one whose config.json has a model_type that is supported: {supported}"
+        )
+    if config.get("is_encoder_decoder"):
+        return (
+            f"config.json: model_type {kind!r} is an encoder and a decoder; jaxft trains models "
+            f"that are a decoder alone; {supported}"
+        )
+    return f"config.json: model_type {kind!r} is not supported; {supported}"
