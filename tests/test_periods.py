@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft.periods import Periods, Sums
-from jaxft.train_step import StepMetrics
+from jaxft.train_step import ExpertMetrics, StepMetrics
 
 
 class Clock:
@@ -140,3 +140,21 @@ def test_every_step_is_checked_before_it_counts(clock):
     periods.end()
     with pytest.raises(ArithmeticError, match="2"):
         periods.read()
+
+
+def test_use_of_experts_is_averaged_but_of_the_busiest_the_most_is_kept(clock):
+    periods = make(clock)
+    for number, experts in ((1, (2.0, 1.5, 0.25, 0.0)), (2, (4.0, 1.25, 0.75, 0.5))):
+        used = ExpertMetrics(*map(np.float32, experts))
+        periods.add(number, step(1.0)._replace(experts=used))
+    periods.end()
+    assert periods.read().experts == {
+        "expert_balance": 3.0,
+        "expert_busiest": 1.5,
+        "expert_unused": 0.5,
+        "expert_dropped": 0.25,
+    }
+    periods.add(3, step(1.0))
+    periods.end()
+    dense = periods.read()
+    assert (dense.experts, dense.grad_norm) == ({}, 1.0)

@@ -80,6 +80,7 @@ def test_what_chips_can_give_away_is_what_the_compiler_says(name):
     assert where.chip.core.usable / 2**30 == pytest.approx(float(available[1]), abs=0.006)
 
 
+@pytest.mark.slow(seconds=110)
 @compiles_for_tpu
 def test_what_does_not_fit_says_by_how_much_and_what_would_help():
     model = SMALL | {"num_hidden_layers": 32, "hidden_size": 1024, "intermediate_size": 4096}
@@ -124,7 +125,7 @@ def exchanged(found: Plan) -> dict[tuple[str, tuple[str, ...]], int]:
     return {(e.kind, e.axes): e.bytes for e in found.exchanges}
 
 
-@pytest.mark.slow(seconds=120)
+@pytest.mark.slow(seconds=100)
 @compiles_for_tpu
 def test_tensor_parallel_devices_sum_the_stream_five_times_a_layer():
     """After each half of a layer, before each in the backward pass, and once when it is made again.
@@ -147,7 +148,7 @@ def test_tensor_parallel_devices_sum_the_stream_five_times_a_layer():
     assert payload == pytest.approx((5 * 32 + 2) * stream, rel=1e-4)
 
 
-@pytest.mark.slow(seconds=120)
+@pytest.mark.slow(seconds=100)
 @compiles_for_tpu
 def test_experts_get_their_tokens_and_give_them_back():
     """Three times, with capacity of an even share: forward, made again, and backward."""
