@@ -211,11 +211,11 @@ def check_missed_accelerator(backend: str, present: set[str]) -> Iterator[Check]
         return
     platforms = os.environ.get("JAX_PLATFORMS")
     kind = "gpu" if "gpu" in present else "tpu"
-    extra, name = {"gpu": ("cuda", "an NVIDIA GPU"), "tpu": ("tpu", "a TPU")}[kind]
+    extra, name = {"gpu": ("cuda13", "an NVIDIA GPU"), "tpu": ("tpu", "a TPU")}[kind]
     advice = (
         f"JAX_PLATFORMS is {platforms!r}; unset it."
         if platforms and "cpu" in platforms
-        else f"Install the extra for it: pip install 'jaxft[{extra}]'."
+        else f"Install jax for it: pip install 'jax[{extra}]'."
     )
     yield Check("accelerator", "warning", f"there is {name}, but jax uses the CPU", advice)
 

@@ -18,7 +18,7 @@ def compiles_for_tpu(test: Callable) -> Callable:
         pytest.mark.tpu_aot,
         pytest.mark.skipif(
             not _HAS_LIBTPU,
-            reason="needs libtpu (pip install 'jaxft[tpu]'), or TPU_LIBRARY_PATH that names it",
+            reason="needs libtpu (pip install 'jax[tpu]'), or TPU_LIBRARY_PATH that names it",
         ),
         pytest.mark.filterwarnings("ignore"),  # libtpu warns that this machine has no TPU
     )

@@ -289,7 +289,7 @@ def _tpu_devices(chip: str, shape: tuple[int, ...], slices: int) -> Sequence[Any
     if not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")):
         raise ConfigError(
             "Planning for TPUs needs their compiler, libtpu, but no TPU: "
-            "pip install 'jaxft[tpu]', or set TPU_LIBRARY_PATH to a libtpu.so."
+            "pip install 'jax[tpu]', or set TPU_LIBRARY_PATH to a libtpu.so."
         )
     _prepare_libtpu()
     torus = chip_named(chip)
