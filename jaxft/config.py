@@ -143,9 +143,15 @@ class DataConfig:
     thinking: str = key(
         "template",
         "Reasoning in <think> blocks of assistant turns: 'template' leaves it to the chat "
-        "template, 'keep' trains each turn as the last one so that no block is dropped, 'drop' "
-        "removes the blocks before rendering.",
+        "template, 'keep' trains each turn as it is generated, as the last one, so that no block "
+        "is dropped, 'drop' removes the blocks before rendering.",
         choices=("template", "keep", "drop"),
+    )
+    control_tokens: str = key(
+        "text",
+        "What rows get that spell a control token of the tokenizer, such as '<|im_end|>': 'text' "
+        "encodes it as plain text, 'refuse' makes it a bad row.",
+        choices=("text", "refuse"),
     )
     train_on: str = key(
         "assistant",

@@ -19,6 +19,8 @@ from jaxft import data, distributed, progress
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_dict
 from jaxft.data import TokenRows, chat
+from jaxft.data.problems import RowError
+from jaxft.data.template import resolve_template
 from jaxft.errors import ConfigError, DataError
 from jaxft.intervals import Estimate, paired_difference, proportion, ratio
 from jaxft.model import (
@@ -458,11 +460,19 @@ def _evaluate_one(task: _Task, evaluator: Evaluator, model: Model, name: str) ->
 
 @dataclass(frozen=True, slots=True)
 class SamplePrompt:
-    """A question as the model sees it, as a person reads it, and the answer expected."""
+    """A question as the model sees it, as a person reads it, and the answer expected.
+
+    Attributes:
+      ids: Token ids of the prompt.
+      text: Its last message, or the text that is to be continued.
+      reference: The answer expected.
+      tokens: Number of tokens that the answer takes, with reasoning and the one that ends it.
+    """
 
     ids: list[int]
     text: str
     reference: str
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -509,10 +519,11 @@ def _check_lengths(
 ) -> None:
     """Refuses labels, and logs references, that no answer of `eval.max_new_tokens` reaches."""
     limit = config.eval.max_new_tokens
-    references = list(dict.fromkeys(row.reference for row in rows))
-    encoded = tokenizer(references, add_special_tokens=False, verbose=False).input_ids
-    # One more, which ends the answer: an answer that is cut off may begin as another label does.
-    lengths = {text: len(ids) + 1 for text, ids in zip(references, encoded, strict=True)}
+    lengths: dict[str, int] = {}
+    for row in rows:
+        # The shortest way to say it: reasoning may be long or short, or absent.
+        lengths[row.reference] = min(row.tokens, lengths.get(row.reference, row.tokens))
+    references = list(lengths)
     longest = max(references, key=lengths.__getitem__)
     if lengths[longest] <= limit:
         return
@@ -541,7 +552,8 @@ def answer(config: RunConfig, model: Model, prompts: Prompts) -> Answers:
     """Generates an answer to each prompt and compares it with the reference.
 
     With `eval.answers=label` an answer is right if it is the reference, letter case and
-    surrounding punctuation aside; with `exact` white space at its ends alone is forgiven.
+    surrounding punctuation aside; with `exact` white space at its ends alone is forgiven. Reasoning
+    is compared in neither; of tool calls the reference is the call as the template writes it.
 
     Where processes share the parameters, all of them call this with the same arguments.
     """
@@ -561,11 +573,11 @@ def answer(config: RunConfig, model: Model, prompts: Prompts) -> Answers:
         part = order[start : start + _ANSWER_BATCH]
         # A last batch of another size would be compiled anew; the first prompt fills it up.
         padded = part + [part[0]] * (min(_ANSWER_BATCH, len(order)) - len(part))
-        texts = model.generate_from_ids(
+        generated = model.complete(
             [rows[i].ids for i in padded], max_new_tokens=config.eval.max_new_tokens
         )
-        for i, text in zip(part, texts, strict=False):
-            outputs[i] = text
+        for i, ids in zip(part, generated, strict=False):
+            outputs[i] = model.template.content_of(model.tokenizer.decode(ids))
     by_label = config.eval.answers == "label"
     normalise = _label if by_label else str.strip
     references = [row.reference for row in rows]
@@ -609,7 +621,7 @@ def read_sample_prompts(
         ids = rows[number].tokens[rows[number].segments == 1][: 2 * _TEXT_PROMPT].tolist()
         half = min(len(ids), _TEXT_PROMPT)
         text, rest = tokenizer.decode(ids[:half]), tokenizer.decode(ids[half:])
-        prompts.append(SamplePrompt(ids[:half], text, rest))
+        prompts.append(SamplePrompt(ids[:half], text, rest, len(ids) - half))
     return prompts
 
 
@@ -643,17 +655,15 @@ def _prompts(
     config: RunConfig, tokenizer: Any, rows: Iterable[data.Conversation]
 ) -> Iterator[SamplePrompt]:
     """Yields the prompt and the reference of rows that end with an answer."""
-    template = chat.resolve_template(tokenizer, config.data)
+    template = resolve_template(tokenizer, config.data)
     for row in rows:
-        *asked, expected = row.messages
-        ids = chat.prompt_ids(
-            tokenizer,
-            asked,
-            template=template,
-            tools=row.tools,
-            thinking=config.data.thinking,
-        )
-        yield SamplePrompt(ids, str(asked[-1]["content"]), str(expected["content"]))
+        try:
+            asked = chat.question(tokenizer, row, template=template, thinking=config.data.thinking)
+        except RowError as error:
+            if config.data.bad_rows == "skip":
+                continue
+            raise DataError(f"{row.origin}: {error}") from error
+        yield SamplePrompt(asked.ids, asked.text, asked.answer, asked.tokens)
 
 
 def _label(text: str) -> str:

@@ -175,14 +175,19 @@ def _identity(source: Source) -> list[Any]:
 
 
 def _write_generation_config(model: Model, folder: Path) -> None:
-    """Copies the file that came with the model, or makes one; every stop id goes into it."""
+    """Copies the file that came with the model, or makes one that names every stop id.
+
+    A file that names stops is taken at its word: it gets only those that training puts at the end
+    of a last answer, without which other tools would never stop.
+    """
     source = model.source.folder / "generation_config.json"
     target = folder / "generation_config.json"
-    stops = list(model.stop_ids)
     fields = json.loads(source.read_text()) if source.is_file() else {}
-    known = fields.get("eos_token_id", [])
-    known = known if isinstance(known, list) else [known]
-    if source.is_file() and set(stops) <= set(known):
+    known = fields.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    taught = model.template.last_stops.values() if model.tokenizer.chat_template else ()
+    stops = sorted({*known, *taught}) if known else list(model.stop_ids)
+    if source.is_file() and set(stops) == set(known):
         shutil.copyfile(source, target)
         return
     if model.tokenizer is not None and model.tokenizer.bos_token_id is not None:

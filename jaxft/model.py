@@ -17,6 +17,7 @@ from jaxft import progress
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import DataConfig, ModelConfig, RunConfig
 from jaxft.data import chat
+from jaxft.data.template import Template, resolve_template
 from jaxft.errors import CheckpointError, ConfigError, ModelError
 from jaxft.generate import Sampling, generate_tokens
 from jaxft.hf.hub import resolve
@@ -24,11 +25,11 @@ from jaxft.hf.load import load_params, read_config, read_json, tensor_dtypes
 from jaxft.hf.rules import expand
 from jaxft.hf.tokenizer import (
     add_special_tokens,
-    continuation_ids,
     decode_continuation,
     has_tokenizer,
     load_tokenizer,
     stop_ids,
+    without_appended,
 )
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
@@ -173,12 +174,14 @@ class Model:
         return known
 
     @functools.cached_property
-    def template(self) -> chat.Template:
+    def template(self) -> Template:
         """The tokenizer's chat template, or the built-in default."""
-        return chat.resolve_template(self.tokenizer, DataConfig())
+        return resolve_template(self.tokenizer, DataConfig())
 
     def prompt_ids(self, prompt: Prompt, *, tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids of a text that goes on, or of a conversation through the chat template.
+
+        Control tokens that it spells are plain text.
 
         Args:
           prompt: A text, or messages; the last one is not from the assistant.
@@ -186,10 +189,9 @@ class Model:
         """
         self._require_tokenizer()
         if isinstance(prompt, str):
-            return continuation_ids(self.tokenizer, prompt)
-        messages = [dict(message) for message in prompt]
-        offered = list(tools) if tools else None
-        return chat.prompt_ids(self.tokenizer, messages, template=self.template, tools=offered)
+            ids = chat.text_ids(prompt, self.template.control)
+            return without_appended(self.tokenizer, ids)
+        return chat.prompt_ids(self.tokenizer, prompt, template=self.template, tools=tools)
 
     def generate(
         self,
@@ -225,7 +227,7 @@ class Model:
             return []
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         ids = [self.prompt_ids(p, tools=tools) for p in prompts]  # pyright: ignore[reportArgumentType]
-        new = self._new_ids(ids, max_new_tokens=max_new_tokens, sampling=sampling)
+        new = self.complete(ids, max_new_tokens=max_new_tokens, sampling=sampling)
         texts = [
             decode_continuation(self.tokenizer, before, after)
             if isinstance(prompt, str)
@@ -281,7 +283,7 @@ class Model:
         sampling: Sampling | None = None,
     ) -> list[str]:
         """As `generate`, for prompts that are token ids already; each result stands alone."""
-        new = self._new_ids(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+        new = self.complete(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
         return [self._decode(ids) for ids in new]
 
     def _require_tokenizer(self) -> None:
@@ -294,13 +296,18 @@ class Model:
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _new_ids(
+    def complete(
         self,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
+        """Returns the new token ids of each prompt, without the one that ends it.
+
+        Raises:
+          ConfigError: If a prompt is empty, or the context too short.
+        """
         self._check_fits(prompts, max_new_tokens)
         return generate_tokens(
             self.abstract.graphdef,
@@ -492,7 +499,7 @@ def read_description(source: Source, config: RunConfig) -> tuple[Architecture, A
     tokenizer = load_model_tokenizer(source, config.model)
     architecture = _grown(stored, tokenizer, random_init=config.model.random_init)
     if config.data.template:
-        tokenizer.chat_template = chat.resolve_template(tokenizer, config.data).text
+        tokenizer.chat_template = resolve_template(tokenizer, config.data).text
     return architecture, tokenizer
 
 

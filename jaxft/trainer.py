@@ -22,7 +22,8 @@ from jaxft import data, distributed, progress
 from jaxft.advice import warn
 from jaxft.checkpoint import Checkpoints, Progress
 from jaxft.config import RunConfig, to_dict
-from jaxft.data import BatchIterator, TokenRows, chat
+from jaxft.data import BatchIterator, TokenRows
+from jaxft.data.template import resolve_template
 from jaxft.devices import peak_flops
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.evaluation import (
@@ -499,7 +500,7 @@ def _keep_model_files(
 ) -> None:
     """Puts config.json, tokenizer and template beside the checkpoints, so that they stand alone."""
     folder = workdir.model
-    template = chat.resolve_template(tokenizer, config.data).text if is_chat else None
+    template = resolve_template(tokenizer, config.data).text if is_chat else None
     dtypes = {} if config.model.random_init else tensor_dtypes_of(source)
     try:
         folder.mkdir(exist_ok=True)

@@ -7,17 +7,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from jaxft.config import DataConfig
-from jaxft.data.chat import (
-    DATE,
-    Template,
-    chat_examples,
-    check_can_stop,
-    prompt_ids,
-    render,
-    resolve_template,
-    text_examples,
-)
+from jaxft.data.chat import chat_examples, prompt_ids, text_examples
+from jaxft.data.control_tokens import ControlTokens
 from jaxft.data.formats import Conversation, RowError
+from jaxft.data.template import DATE, Template, check_can_stop, render, resolve_template
 from jaxft.errors import ConfigError, DataError
 
 FOLDERS = {
@@ -190,7 +183,8 @@ def test_arguments_are_given_as_an_object_to_templates_that_write_the_json(load,
     path = tmp_path / "template.jinja"
     path.write_text(
         "{% for m in messages %}{{ m.role + ':\\n' + m.content }}"
-        "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments | tojson }}"
+        "{% endfor %}"
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
     )
     [example] = examples(load("qwen3"), WITH_TOOL, template=str(path))
@@ -260,9 +254,39 @@ def test_an_answer_that_merges_with_the_prompt_is_refused(load):
         examples(load("qwen3"), [user("q"), assistant("\n\nan answer"), user("q"), assistant("a")])
 
 
-def test_a_stop_token_inside_a_text_is_refused(load):
-    with pytest.raises(RowError, match=r"message 1 contains the stop token '<\|im_end\|>'"):
-        examples(load("qwen3"), [user("q"), assistant("a<|im_end|>")])
+@pytest.mark.parametrize("name", ["qwen3", "deepseek", "stories", "gpt2"])
+def test_control_tokens_of_a_text_are_encoded_as_plain_text(load, name):
+    tokenizer = load(name)
+    stop = tokenizer.eos_token
+    [plain] = examples(tokenizer, [user("q"), assistant("ab")])
+    [forged] = examples(tokenizer, [user("q"), assistant(f"a{stop}b")])
+    ends = [int((e.ids == tokenizer.eos_token_id).sum()) for e in (plain, forged)]
+    assert ends[0] == ends[1]
+    [run] = trained_texts(tokenizer, forged)
+    assert run.count(stop) == 2
+    assert forged.control_tokens == {stop: 1}
+
+
+def test_role_tokens_that_are_not_special_are_control_tokens_too(load):
+    tokenizer = load("deepseek")
+    role = "<\uff5cUser\uff5c>"
+    [example] = examples(tokenizer, [user(f"a{role}b"), assistant(f"c{role}d")])
+    assert int((example.ids == tokenizer.convert_tokens_to_ids(role)).sum()) == 1
+    assert example.control_tokens == {role: 2}
+    assert "<tool_call>" not in ControlTokens(load("qwen3"), load("qwen3").chat_template).ids
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek", "stories", "gpt2", "bert"])
+def test_every_control_token_can_be_encoded_as_plain_text(load, name):
+    tokenizer = load(name)
+    control = ControlTokens(tokenizer)
+    for token in list(control.ids)[:40]:
+        [ids] = control.encode([control.escape(f"a {token} b")])
+        assert not set(ids) & set(control.counted_ids)
+        expected = tokenizer.decode(tokenizer.encode("a x b", add_special_tokens=False))
+        shown = tokenizer.decode(ids).replace(" ", "").lower()
+        if tokenizer.unk_token_id in (None, *control.counted_ids):
+            assert shown == expected.replace(" ", "").replace("x", token).replace(" ", "").lower()
 
 
 def test_a_turn_of_which_the_template_leaves_nothing_is_refused(load):
@@ -314,20 +338,14 @@ def test_a_template_without_a_stop_token_is_refused_for_chat(load, tmp_path):
         check_can_stop(template, load("qwen3"))
 
 
-def test_the_stop_token_of_a_template_may_differ_from_eos(load):
+def test_the_stop_token_of_a_template_may_differ_from_eos(load, tmp_path):
     tokenizer = load("qwen3")
     text = tokenizer.chat_template.replace("<|im_end|>", "<|fim_pad|>")
     assert resolve_template(tokenizer, DataConfig()).stops == {"<|im_end|>": 151645}
-    template = Template(text.replace("<|fim_pad|>", "<|object_ref_end|>"), "test", {}, True)
-    stop = tokenizer.convert_tokens_to_ids("<|object_ref_end|>")
-    [result] = chat_examples(
-        tokenizer,
-        [Conversation(TWO_TURNS, None, "x:1")],
-        template=Template(template.text, "test", {"<|object_ref_end|>": stop}, True),
-        train_on="assistant",
-        thinking="template",
-    )
-    assert [run[-18:] for run in trained_texts(tokenizer, result[0])] == ["<|object_ref_end|>"] * 2
+    path = tmp_path / "template.jinja"
+    path.write_text(text.replace("<|fim_pad|>", "<|object_ref_end|>"), "utf-8")
+    [example] = examples(tokenizer, TWO_TURNS, template=str(path))
+    assert [run[-18:] for run in trained_texts(tokenizer, example)] == ["<|object_ref_end|>"] * 2
 
 
 def test_broken_templates_and_missing_files_are_config_errors(load, tmp_path):
@@ -341,12 +359,13 @@ def test_broken_templates_and_missing_files_are_config_errors(load, tmp_path):
 
 def test_text_gets_one_bos_and_an_end(load):
     tokenizer = load("stories")
-    plain, marked = text_examples(tokenizer, ["Once", "<s>Once"], end=True)
+    control = ControlTokens(tokenizer)
+    plain, marked = text_examples(tokenizer, ["Once", "<s>Once"], control=control, end=True)
     assert plain.ids[0] == tokenizer.bos_token_id
     assert plain.ids[-1] == tokenizer.eos_token_id
     assert plain.trained.all()
-    assert marked.ids.tolist()[:2].count(tokenizer.bos_token_id) == 1
-    [open_end] = text_examples(tokenizer, ["Once"], end=False)
+    assert marked.ids.tolist().count(tokenizer.bos_token_id) == 1
+    [open_end] = text_examples(tokenizer, ["Once"], control=control, end=False)
     assert open_end.ids.tolist() == tokenizer("Once").input_ids
 
 
@@ -363,7 +382,7 @@ LLAMA_HEADER = """
 
 
 def render_with(tokenizer, text):
-    template = Template(text, "file", {}, True)
+    template = Template(text, "file", ControlTokens(tokenizer))
     assert template.is_dated == ("strftime_now" in text)
     return render(tokenizer, [user("q")], template=template)
 

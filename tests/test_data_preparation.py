@@ -105,14 +105,14 @@ def test_bad_rows_of_all_kinds_come_together_and_nothing_is_cached(tmp_path, con
         b'{"prompt": "a", "completion": ""}\n{"prompt": "a </s>", "completion": "b"}\n'
     )
     with pytest.raises(DataError) as error:
-        run(str(path), config, tokenizer)
+        run(str(path), dataclasses.replace(config, control_tokens="refuse"), tokenizer)
     text = str(error.value)
     for line, message in (
         (2, "key 'completion' is missing"),
         (3, "broken JSON"),
         (4, "not UTF-8"),
         (5, "'completion' is empty"),
-        (6, "stop token '</s>'"),
+        (6, "the conversation spells '</s>'"),
     ):
         assert f"a.jsonl:{line}: {message}" in text or message in text
     assert "A right row: " in text
@@ -130,22 +130,8 @@ def test_a_chat_set_without_any_trained_token_is_refused(tmp_path, config, token
         {"role": "assistant", "content": "b", "weight": 0},
     ]
     source = write_rows(tmp_path / "a.jsonl", [{"messages": messages}])
-    with pytest.raises(DataError, match="No token of the conversations would be trained"):
+    with pytest.raises(DataError, match="no token of the conversations would be trained"):
         run(source, config, tokenizer)
-
-
-def test_a_chat_set_with_every_token_trained_is_refused(tmp_path, config, tokenizer):
-    template = tmp_path / "template.jinja"
-    template.write_text(
-        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}"
-        "{% endif %}{% endfor %}"
-    )
-    config.template = str(template)
-    source = write_rows(tmp_path / "a.jsonl", PAIRS)
-    with pytest.raises(DataError, match="Every token of the conversations would be trained"):
-        run(source, config, tokenizer)
-    config.train_on = "all"
-    run(source, config, tokenizer)
 
 
 def test_the_log_reports_what_is_lost(tmp_path, config, tokenizer):

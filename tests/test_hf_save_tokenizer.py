@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.hf.tokenizer import (
     add_special_tokens,
-    continuation_ids,
     decode_continuation,
     load_tokenizer,
+    without_appended,
 )
 from tests.tiny_run import write_base
 
@@ -159,8 +159,8 @@ def test_begin_and_end_are_put_as_the_files_say(base, out, settings, begins, end
     tokenizer = load_tokenizer(base)
     begin, end = [0] * begins, [1] * ends
     assert tokenizer("ab").input_ids == [*begin, 5, 6, *end]
-    assert continuation_ids(tokenizer, "ab") == [*begin, 5, 6]
-    assert continuation_ids(tokenizer, "") == begin
+    assert without_appended(tokenizer, tokenizer("ab").input_ids) == [*begin, 5, 6]
+    assert without_appended(tokenizer, tokenizer("").input_ids) == begin
     save_tokenizer(tokenizer, out)
     (out / "config.json").write_text((base / "config.json").read_text())
     assert AutoTokenizer.from_pretrained(out)("ab").input_ids == [*begin, 5, 6, *end]
@@ -204,7 +204,10 @@ def test_a_class_does_not_build_another_tokenizer_around_the_vocabulary(shared, 
 
 def test_a_continuation_keeps_its_first_space(shared):
     tokenizer = load_tokenizer(shared / "models/stories260K")
-    prompt, whole = (continuation_ids(tokenizer, text) for text in ("there", "there was a dog"))
+    prompt, whole = (
+        without_appended(tokenizer, tokenizer(text).input_ids)
+        for text in ("there", "there was a dog")
+    )
     assert whole[: len(prompt)] == prompt
     assert decode_continuation(tokenizer, prompt, whole[len(prompt) :]) == " was a dog"
     assert decode_continuation(tokenizer, prompt, [tokenizer.eos_token_id]) == ""

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxft.config import DataConfig
 from jaxft.data import chat
+from jaxft.data.template import resolve_template
 from jaxft.errors import ModelError
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer, stop_ids
@@ -59,8 +60,8 @@ def assert_same(again: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBa
     assert len(again) == len(tokenizer)
     for name in ("bos", "eos", "pad", "unk"):
         assert getattr(again, f"{name}_token_id") == getattr(tokenizer, f"{name}_token_id")
-    template = chat.resolve_template(tokenizer, DataConfig())
-    assert chat.resolve_template(again, DataConfig()) == template
+    template = resolve_template(tokenizer, DataConfig())
+    assert resolve_template(again, DataConfig()) == template
     ids = chat.prompt_ids(tokenizer, MESSAGES, template=template)
     assert chat.prompt_ids(again, MESSAGES, template=template) == ids
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -44,6 +45,9 @@ class DocumentStatistics:
       rows: Rows that the documents are made of; a conversation may give several documents.
       skipped: Bad rows that were left out.
       skipped_kinds: How many of them there are of each kind.
+      control_tokens: Control token -> how often rows spell it.
+      control_rows: Number of rows that spell one.
+      unused_keys: Key of messages that nobody reads -> number of conversations that have it.
       digest: Hash of all tokens and of which are trained.
     """
 
@@ -61,6 +65,9 @@ class DocumentStatistics:
     rows: int = 0
     skipped: int = 0
     skipped_kinds: dict[str, int] = field(default_factory=dict)
+    control_tokens: dict[str, int] = field(default_factory=dict)
+    control_rows: int = 0
+    unused_keys: dict[str, int] = field(default_factory=dict)
     digest: str = ""
 
 
@@ -111,6 +118,8 @@ class DocumentWriter:
         totals.thinking_blocks += example.thinking_blocks
         totals.lost_blocks += example.lost_blocks
         totals.rewritten_turns += example.rewritten_turns
+        totals.control_rows += bool(example.control_tokens)
+        add_counts(totals.control_tokens, example.control_tokens)
 
 
 class Documents:
@@ -140,6 +149,12 @@ class Documents:
 def skipped_file(folder: Path) -> Path:
     """Returns where the rows are listed that were left out of the documents of a folder."""
     return folder / "skipped.jsonl"
+
+
+def add_counts(totals: dict[str, int], counts: Mapping[str, int]) -> None:
+    """Adds counts to those that are there."""
+    for name, count in counts.items():
+        totals[name] = totals.get(name, 0) + count
 
 
 def map_array(path: Path, dtype: np.dtype) -> np.ndarray:

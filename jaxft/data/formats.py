@@ -4,17 +4,18 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxft.data.json_text import loads as load_json
 from jaxft.data.problems import Problems, RowError
 from jaxft.data.sources import Row, Source
 from jaxft.data.specs import SourceSpec
+from jaxft.data.thinking import THINKING_KEYS
 from jaxft.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
-THINKING_KEYS = ("reasoning_content", "thinking")
 
 EXAMPLES = {
     "messages": '{"messages": [{"role": "user", "content": "Is it open?"}, '
@@ -44,7 +45,15 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
     "function_call": "assistant",
 }
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "weight", *THINKING_KEYS)
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", *THINKING_KEYS)
+_ROLE_NAMES = {"developer": "system", "function": "tool"}
+"""Roles under other names: of newer and older servers."""
+_TRAIN_KEYS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
+"""Keys that say whether a turn is trained: true or 1, false or 0."""
+_MASK_KEYS = ("mask", "masked", "loss_mask", "ignore", "exclude", "train_detail")
+"""Keys that say so in ways that differ from tool to tool."""
+_MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+_PREFERENCE_COLUMNS = ("chosen", "rejected", "label")
 _PAIRS = (("question", "answer"), ("query", "response"), ("input", "output"), ("source", "target"))
 _LABEL_COLUMNS = ("label", "labels", "category", "class", "intent", "target")
 
@@ -58,11 +67,13 @@ class Conversation:
         name, reasoning and weight (0: a turn that is not trained).
       tools: Function descriptions offered to the model, or None.
       origin: `file:line`.
+      unused: Keys of messages that nobody reads.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     origin: str
+    unused: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -128,6 +139,7 @@ def read_items(
                 description = row_format.description + source.remark()
                 row_format = dataclasses.replace(row_format, description=description)
                 on_format(row_format)
+            _check_meaning(row.value, row_format, named=source.spec.format != "auto")
             item = row_format.convert(row.value, origin)
             _check_characters(item)
         except DataError as error:
@@ -185,6 +197,41 @@ def _check_characters(item: Conversation | Document) -> None:
         ) from None
 
 
+def _check_meaning(value: Any, row_format: Format, *, named: bool) -> None:
+    """Raises RowError for columns without which a row means something else.
+
+    Args:
+      value: The row.
+      row_format: How it is read.
+      named: Whether the user chose that format, and with it what is left out.
+    """
+    if not isinstance(value, dict):
+        return
+    media = [column for column in _MEDIA_COLUMNS if value.get(column) not in (None, "", [], {})]
+    if media:
+        raise RowError(
+            f"the row has {_quoted(media)}, which no model here takes: only text is read. Remove "
+            "the row, or the column if the text is complete without it."
+        )
+    preferred = [column for column in _PREFERENCE_COLUMNS if _is_preference(value, column)]
+    if preferred and row_format.is_chat and not named:
+        raise RowError(
+            f"the row has {_quoted(preferred)}, which tells good answers from bad ones; training "
+            "on the other columns alone leaves that out. If it is meant, name the format: "
+            f"--config.data.format={row_format.name}."
+        )
+
+
+def _is_preference(value: dict[str, Any], column: str) -> bool:
+    if column == "label":
+        return isinstance(value.get(column), bool)
+    return value.get(column) not in (None, "", [], {})
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return " and ".join(map(repr, names))
+
+
 def _check_columns(mapping: Mapping[str, str], columns: list[str], origin: str) -> None:
     problems = [
         f"{origin}: there is no column {column!r}; the columns are {', '.join(columns)}."
@@ -228,16 +275,18 @@ def _detect(value: dict[str, Any], origin: str) -> Format:
 def _detected_name(value: dict[str, Any]) -> tuple[str, list[str]]:
     """Returns the format and the columns that told it apart; an empty name if none fits."""
     if "messages" in value:
-        return "messages", _present(value, "messages", "tools")
+        return "messages", _present(value, "messages", "system", "tools", "functions")
     if "conversations" in value or "conversation" in value:
         column = "conversations" if "conversations" in value else "conversation"
-        return "sharegpt", _present(value, column, "system", "tools")
+        return "sharegpt", _present(value, column, "system", "tools", "functions")
     if "instruction" in value and ("output" in value or "response" in value):
         return "alpaca", _present(
-            value, "instruction", "input", "context", "output", "response", "system"
+            value, "instruction", "input", "context", "output", "response", "system", "history"
         )
     if "prompt" in value and ("completion" in value or "response" in value):
-        return "prompt_completion", _present(value, "prompt", "completion", "response", "tools")
+        return "prompt_completion", _present(
+            value, "prompt", "completion", "response", "system", "tools", "functions"
+        )
     for pair in _PAIRS:
         if all(column in value for column in pair):
             return "columns", list(pair)
@@ -343,9 +392,6 @@ def _from_sharegpt(value: Any, origin: str) -> Conversation:
     if not isinstance(turns, list):
         raise RowError(f"{column!r} is {_show(turns)}; expected a list of turns.")
     messages = [_sharegpt_message(turn, f"{column}[{i}]") for i, turn in enumerate(turns)]
-    system = _optional_text(row, "system")
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
     return _conversation(messages, column, row, origin)
 
 
@@ -360,9 +406,11 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
             f"{where}.from is {_show(turn['from'])}; expected one of {', '.join(_SHAREGPT_ROLES)}."
             f"{nearest(str(turn['from']), _SHAREGPT_ROLES)}"
         )
-    message: dict[str, Any] = {"role": role, "content": turn["value"]}
-    if "weight" in turn:
-        message["weight"] = turn["weight"]
+    message = {
+        **{key: item for key, item in turn.items() if key not in ("from", "value")},
+        "role": role,
+        "content": turn["value"],
+    }
     if turn["from"] == "function_call":
         message |= {"content": None, "tool_calls": [_function_call(turn["value"], where)]}
     return message
@@ -370,7 +418,7 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
 
 def _function_call(text: Any, where: str) -> dict[str, Any]:
     try:
-        call = json.loads(text)
+        call = load_json(text)
         return {"type": "function", "function": {k: call[k] for k in ("name", "arguments")}}
     except (TypeError, ValueError, KeyError) as error:
         raise RowError(
@@ -383,12 +431,31 @@ def _from_alpaca(value: Any, origin: str) -> Conversation:
     answer = "output" if "output" in row else "response" if "response" in row else "output"
     context = _optional_text(row, "input") or _optional_text(row, "context")
     prompt = _text(row, "instruction")
-    return _pair(
+    pair = _pair(
         f"{prompt}\n\n{context}" if context else prompt,
         _text(row, answer),
         origin,
         system=_optional_text(row, "system"),
     )
+    begin = 1 if pair.messages[0]["role"] == "system" else 0
+    messages = [*pair.messages[:begin], *_history(row), *pair.messages[begin:]]
+    return dataclasses.replace(pair, messages=messages)
+
+
+def _history(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the earlier turns of an Alpaca row: a list of pairs of instruction and answer."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    ):
+        raise RowError(
+            f"'history' is {_show(history)}; expected a list of pairs of instruction and answer."
+        )
+    for number, pair in enumerate(history):
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            if not isinstance(text, str) or not text.strip():
+                raise RowError(f"history[{number}] has {_show(text)}; expected two texts.")
+            yield {"role": role, "content": text}
 
 
 def _from_prompt_completion(value: Any, origin: str) -> Conversation:
@@ -397,7 +464,8 @@ def _from_prompt_completion(value: Any, origin: str) -> Conversation:
     prompt, completion = row.get("prompt"), row.get(answer)
     if isinstance(prompt, list) and isinstance(completion, list):
         return _conversation(prompt + completion, "prompt + completion", row, origin)
-    return _pair(_text(row, "prompt"), _text(row, answer), origin)
+    pair = _pair(_text(row, "prompt"), _text(row, answer), origin)
+    return _conversation(pair.messages, "prompt + completion", row, origin)
 
 
 _CONVERTERS: dict[str, Callable[[Any, str], Conversation | Document]] = {
@@ -414,72 +482,166 @@ def _conversation(messages: Any, where: str, row: dict[str, Any], origin: str) -
     if not isinstance(messages, list) or not messages:
         raise RowError(f"{where!r} is {_show(messages)}; expected a list of messages.")
     cleaned = [_message(message, f"{where}[{i}]") for i, message in enumerate(messages)]
+    if system := _optional_text(row, "system"):
+        cleaned.insert(0, {"role": "system", "content": system})
     _check_order(cleaned, where)
-    tools = row.get("tools") or None
+    known = (*_MESSAGE_KEYS, *_TRAIN_KEYS, "function_call")
+    unused = {
+        str(key): None
+        for message in messages
+        for key, item in message.items()
+        if key not in known and item not in (None, "", [], {})
+    }
+    return Conversation(cleaned, _tools(row), origin, tuple(unused))
+
+
+def _tools(row: dict[str, Any]) -> list[Any] | None:
+    """Returns the tools of a row, of which each has a name."""
+    where = "tools" if row.get("tools") else "functions"
+    tools = row.get(where) or None
     if isinstance(tools, str):
-        tools = _parsed(tools, "tools")
-    if tools is not None and not isinstance(tools, list):
-        raise RowError(f"'tools' is {_show(tools)}; expected a list of function descriptions.")
-    return Conversation(cleaned, tools, origin)
+        tools = _parsed(tools, where) or None
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise RowError(f"{where!r} is {_show(tools)}; expected a list of function descriptions.")
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, dict) or not _is_name(tool_name(tool)):
+            raise RowError(
+                f"{where}[{number}] is {_show(tool)}; expected "
+                '{"type": "function", "function": {"name": "…", "parameters": {…}}}.'
+            )
+    if where == "functions":
+        return [{"type": "function", "function": tool} for tool in tools]
+    return tools
+
+
+def tool_name(tool: Mapping[str, Any]) -> Any:
+    """Returns the name of a function description, which may lie under 'function'."""
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return load_json(text)
     except ValueError as error:
-        raise RowError(f"{where!r} is {_show(text)}; expected JSON.") from error
+        raise RowError(f"{where!r} is {_show(text)}; expected JSON: {error}.") from error
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RowError(f"{where} is {_show(message)}; expected an object.")
-    if message.get("role") not in ROLES:
-        role = message.get("role")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in (*ROLES, *_ROLE_NAMES):
         raise RowError(
             f"{where}.role is {_show(role)}; expected one of {', '.join(ROLES)}."
             f"{nearest(str(role), ROLES)}"
         )
-    cleaned = {name: message[name] for name in _MESSAGE_KEYS if message.get(name) is not None}
-    cleaned["content"] = _content(message.get("content"), where)
-    has_reasoning = any(isinstance(cleaned.get(key), str) for key in THINKING_KEYS)
+    cleaned = {name: message[name] for name in _MESSAGE_KEYS if message.get(name)}
+    cleaned |= {"role": _ROLE_NAMES.get(role, role), "content": _content(message, where)}
+    for key in (*THINKING_KEYS, "name", "tool_call_id"):
+        if not isinstance(cleaned.get(key, ""), str):
+            raise RowError(f"{where}.{key} is {_show(cleaned[key])}; expected a string.")
+    _check_one_thinking(cleaned, where)
+    if calls := _calls(message, where):
+        cleaned["tool_calls"] = _tool_calls(calls, where)
+    if weight := _weight(message, where):
+        cleaned["weight"] = weight[0]
+    has_reasoning = any(cleaned.get(key) for key in THINKING_KEYS)
     if not cleaned["content"].strip() and not cleaned.get("tool_calls") and not has_reasoning:
-        kind = "an answer" if message["role"] == "assistant" else "text"
+        kind = "an answer" if cleaned["role"] == "assistant" else "text"
         raise RowError(f"{where}.content is empty; expected {kind}.")
-    weight = cleaned.get("weight", 1)
-    if not isinstance(weight, int | float) or weight not in (0, 1):
-        raise RowError(f"{where}.weight is {_show(weight)}; expected 0 or 1.")
-    if "tool_calls" in cleaned:
-        cleaned["tool_calls"] = _tool_calls(cleaned["tool_calls"], where)
     return cleaned
 
 
-def _content(content: Any, where: str) -> str:
+def _check_one_thinking(message: dict[str, Any], where: str) -> None:
+    """Servers repeat reasoning under two keys; templates would read one of them."""
+    found = {key: message[key] for key in THINKING_KEYS if key in message}
+    if found and message["role"] != "assistant":
+        raise RowError(
+            f"{where} is from {message['role']!r} and has {_quoted(found)}; expected reasoning "
+            "in assistant turns alone."
+        )
+    if len(set(found.values())) > 1:
+        raise RowError(f"{where} has {_quoted(found)} with unlike texts; expected one of them.")
+
+
+def _weight(message: dict[str, Any], where: str) -> list[int]:
+    """Returns whether a turn is trained, 0 or 1; an empty list if the message does not say."""
+    refused = [key for key in _MASK_KEYS if message.get(key) is not None]
+    if refused:
+        raise RowError(
+            f"{where}.{refused[0]} is {_show(message[refused[0]])}, which tools read in unlike "
+            'ways; write "weight": 0 for a turn that is not trained, "weight": 1 for one that is.'
+        )
+    given = {key: message[key] for key in _TRAIN_KEYS if message.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise RowError(f"{where}.{key} is {_show(value)}; expected 0 or 1.")
+        if value and key != "weight" and message["role"] != "assistant":
+            raise RowError(
+                f"{where}.{key} is {_show(value)} on a turn of {message['role']!r}; only assistant "
+                "turns are trained. Remove the key, or train on everything with "
+                "--config.data.train_on=all."
+            )
+    values = {int(value) for value in given.values()}
+    if len(values) > 1:
+        raise RowError(f"{where} has {_quoted(given)}, which contradict each other.")
+    return list(values)
+
+
+def _content(message: dict[str, Any], where: str) -> str:
+    content = message.get("content")
     if content is None:
         return ""
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
+    if isinstance(content, list):
+        return "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
     if not isinstance(content, str):
         raise RowError(f"{where}.content is {_show(content)}; expected a string.")
     return content
 
 
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Returns calls with arguments as the raw JSON text, in which no schema adds keys."""
+def _part(part: Any, where: str) -> str:
+    kinds = ("text", "input_text", "output_text")
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        raise RowError(
+            f"{where} is {_show(part)}; expected a part with a 'text': only text is read."
+        )
+    if part.get("type", "text") not in kinds:
+        raise RowError(
+            f"{where}.type is {_show(part['type'])}; expected one of {', '.join(kinds)}."
+        )
+    return part["text"]
+
+
+def _calls(message: dict[str, Any], where: str) -> list[Any]:
+    """Returns the calls of a message, in their old form too; an empty list if there are none."""
+    calls, old = message.get("tool_calls") or [], message.get("function_call")
+    if (calls or old) and message["role"] != "assistant":
+        raise RowError(f"{where} is from {message['role']!r} and has calls; expected 'assistant'.")
     if not isinstance(calls, list):
         raise RowError(f"{where}.tool_calls is {_show(calls)}; expected a list.")
+    if calls and old:
+        raise RowError(f"{where} has both 'tool_calls' and 'function_call'; expected one of them.")
+    return [old] if old else calls
+
+
+def _tool_calls(calls: list[Any], where: str) -> list[dict[str, Any]]:
+    """Returns calls with arguments as the raw JSON text, in which no schema adds keys."""
     cleaned = []
     for number, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or "name" not in function:
+        if not isinstance(function, dict) or not _is_name(function.get("name")):
             raise RowError(
                 f"{where}.tool_calls[{number}] is {_show(call)}; expected "
                 '{"type": "function", "function": {"name": "…", "arguments": {…}}}.'
             )
-        arguments = function.get("arguments", {})
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
+        arguments = _arguments(function, f"{where}.tool_calls[{number}].arguments")
         cleaned.append(
             {
                 **{key: call[key] for key in ("id",) if call.get(key) is not None},
@@ -488,6 +650,21 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
             }
         )
     return cleaned
+
+
+def _arguments(function: dict[str, Any], where: str) -> str:
+    """Returns the arguments of a call as JSON text: as written, or '{}' where there are none."""
+    arguments = function.get("arguments")
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return "{}"
+    text = arguments
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, where)
+    else:
+        text = json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, dict):
+        raise RowError(f"{where!r} is {_show(arguments)}; expected an object of named arguments.")
+    return text
 
 
 _MAY_FOLLOW = {

@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxft.config import DataConfig, RunConfig
-from jaxft.data.chat import resolve_template
 from jaxft.data.overlap import Overlap, find_overlap
 from jaxft.data.packing import PackingError
 from jaxft.data.preparation import (
@@ -24,6 +23,7 @@ from jaxft.data.preparation import (
     skipped_rows,
 )
 from jaxft.data.rows import TokenRows
+from jaxft.data.template import resolve_template
 from jaxft.errors import ConfigError
 
 _BINS = 12

@@ -12,17 +12,15 @@ from typing import Any
 
 from jaxft.config import DataConfig, held_out_share
 from jaxft.data import cache
-from jaxft.data.chat import (
-    DATE,
-    Example,
-    Template,
-    chat_examples,
-    check_can_stop,
-    resolve_template,
-    text_examples,
-)
+from jaxft.data.chat import Example, chat_examples, text_examples
 from jaxft.data.discovery import find_sources
-from jaxft.data.documents import Documents, DocumentStatistics, DocumentWriter, skipped_file
+from jaxft.data.documents import (
+    Documents,
+    DocumentStatistics,
+    DocumentWriter,
+    add_counts,
+    skipped_file,
+)
 from jaxft.data.formats import Conversation, Document, Format, read_items
 from jaxft.data.loader import shuffled
 from jaxft.data.packing import PackingError, PackingStatistics, pack
@@ -30,9 +28,10 @@ from jaxft.data.problems import IgnoredProblems, Problems, RowError, describe_ki
 from jaxft.data.rows import Statistics, TokenRows, write_rows
 from jaxft.data.selection import Part, Selection, select
 from jaxft.data.sources import Row, Source
+from jaxft.data.template import DATE, Template, check_can_stop, resolve_template
 from jaxft.errors import DataError
 
-VERSION = 4
+VERSION = 5
 """Part of every cache key: raise it when the same input would give other tokens or rows."""
 
 DATED = (
@@ -191,8 +190,9 @@ def document_key(
             "version": VERSION,
             "sources": [_source_key(source, seed) for source in sources],
             "tokenizer": cache.tokenizer_fingerprint(tokenizer),
-            "template": template.text,
-            "stops": template.stops,
+            "template": [template.text, template.tool_text],
+            "stops": dict(template.stops),
+            "control_tokens": config.control_tokens,
             "thinking": config.thinking,
             "train_on": config.train_on,
             "separated": _is_separated(config, tokenizer),
@@ -325,6 +325,7 @@ def _write_documents(
                 statistics=writer.statistics,
             )
             items = read_items(source, problems, on_format=on_format, chosen=chosen[number])
+            items = _noted(items, writer.statistics)
             separator = _SEPARATORS[source.spec.text_split] if separated else ""
             for row, content_hash, example in tokenise(items, separator=separator):
                 writer.add(
@@ -372,6 +373,16 @@ def _sample_rows(sources: list[Source], seed: int, say: Log) -> list[Collection[
     return chosen
 
 
+def _noted(
+    items: Iterator[tuple[Row, Conversation | Document]], statistics: DocumentStatistics
+) -> Iterator[tuple[Row, Conversation | Document]]:
+    """Passes items on and counts the keys of messages that nobody reads."""
+    for row, item in items:
+        if isinstance(item, Conversation):
+            add_counts(statistics.unused_keys, dict.fromkeys(item.unused, 1))
+        yield row, item
+
+
 def _say_format(row_format: Format, *, where: str, on_log: Log) -> None:
     on_log(f"{where}: format {row_format.name}, {row_format.description}")
 
@@ -400,7 +411,6 @@ class _Tokeniser:
         self._config = config
         self._template = template
         self._problems = problems
-        self.chat_tokens = 0
         self.trained_chat_tokens = 0
 
     def __call__(
@@ -418,25 +428,32 @@ class _Tokeniser:
     def _examples(
         self, chunk: list[tuple[Row, Conversation | Document]], separator: str
     ) -> Iterator[tuple[Row, int, Example]]:
-        texts = [item.text + separator for _, item in chunk if isinstance(item, Document)]
-        documents = iter(text_examples(self._tokenizer, texts, end=True))
+        refuse = self._config.control_tokens == "refuse"
+        documents = text_examples(
+            self._tokenizer,
+            [item.text + separator for _, item in chunk if isinstance(item, Document)],
+            control=self._template.control,
+            end=True,
+            refuse=refuse,
+        )
         talks = chat_examples(
             self._tokenizer,
             [item for _, item in chunk if isinstance(item, Conversation)],
             template=self._template,
             train_on=self._config.train_on,
             thinking=self._config.thinking,
+            refuse_control=refuse,
         )
         for row, item in chunk:
-            if isinstance(item, Document):
-                yield row, content_hash(item.text), next(documents)
-                continue
-            result = next(talks)
+            is_document = isinstance(item, Document)
+            result = next(documents) if is_document else next(talks)
             if isinstance(result, RowError):
                 self._problems.add(item.origin, str(result), raw=row.value)
                 continue
+            if isinstance(result, Example):
+                yield row, content_hash(item.text), result
+                continue
             for example in result:
-                self.chat_tokens += len(example.ids)
                 self.trained_chat_tokens += int(example.trained.sum())
                 yield row, content_hash(item.text), example
 
@@ -458,12 +475,10 @@ def _check_statistics(
         )
     if not statistics.chat or config.train_on == "all":
         return
-    if tokenise.trained_chat_tokens in (0, tokenise.chat_tokens):
-        every = "Every" if tokenise.trained_chat_tokens else "No"
+    if not tokenise.trained_chat_tokens:
         raise DataError(
-            f"{name}: {every} token of the conversations would be trained, with data.train_on="
-            f"{config.train_on!r}. Check the weights of the messages and the chat template, or set "
-            "data.train_on=all if that is meant."
+            f"{name}: no token of the conversations would be trained, with data.train_on="
+            f"{config.train_on!r}. Check the weights of the messages."
         )
 
 
@@ -531,12 +546,24 @@ def describe_findings(documents: Documents) -> Iterator[str]:
     if statistics.lost_blocks:
         yield (
             f"{statistics.lost_blocks:,} of {statistics.thinking_blocks:,} <think> blocks are left "
-            "out by the chat template; data.thinking=keep trains on all of them"
+            "out by the chat template; --config.data.thinking=keep trains on all of them"
         )
     if statistics.rewritten_turns:
         yield (
             f"{statistics.rewritten_turns:,} trained turns are written by the chat template "
-            "otherwise in the history than when they are generated"
+            "otherwise in the history than when they are generated; --config.data.thinking=keep "
+            "trains each as it is generated, at the price of more tokens"
+        )
+    if statistics.unused_keys:
+        keys = ", ".join(f"{key!r} in {n:,}" for key, n in sorted(statistics.unused_keys.items()))
+        yield f"keys of messages that are not used: {keys} conversations"
+    if statistics.control_rows:
+        found = sorted(statistics.control_tokens.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{token!r} {count:,} times" for token, count in found[:5])
+        yield (
+            f"{statistics.control_rows:,} rows spell control tokens ({shown}"
+            f"{', …' if len(found) > 5 else ''}), which are encoded as plain text; "
+            "--config.data.control_tokens=refuse refuses such rows"
         )
 
 

@@ -125,11 +125,10 @@ def read_settings(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def continuation_ids(tokenizer: Any, text: str) -> list[int]:
-    """Returns the ids of a text that is to go on: what the tokenizer puts after it is left out."""
+def without_appended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Returns the ids of a text without those that the tokenizer puts after it: it is to go on."""
     around, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     before = next(i for i in range(len(around)) if around[i : i + len(plain)] == plain)
-    ids = tokenizer(text).input_ids
     return ids[: len(ids) - (len(around) - before - len(plain))]
 
 
