@@ -216,3 +216,12 @@ def test_a_model_streams_what_it_generates(tmp_path):
     with pytest.raises(ConfigError, match="no tokens"):
         model.stream("")
     assert np.all(model.has_token[: len(model.tokenizer)])
+
+
+def test_a_real_model_streams_sentencepiece_words_with_their_spaces(shared):
+    model = jaxft.load(shared / "models/stories260K")
+    prompt = "Once upon a time"
+    pieces = list(model.stream(prompt, max_new_tokens=60))
+    assert len(pieces) > 10
+    assert "".join(pieces) == model.generate(prompt, max_new_tokens=60)
+    assert pieces[0].startswith(", ") and any(piece.startswith(" ") for piece in pieces)
