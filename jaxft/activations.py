@@ -42,13 +42,13 @@ def offloaded(remat: str, offload: str) -> frozenset[str]:
     found = _names("model.offload", offload, ALL, ())
     if remat in ("none", "dots"):
         raise ConfigError(
-            f"model.offload is {offload!r}, but model.remat={remat} keeps activations that have no "
-            "names. Use model.remat=full, or name what is kept."
+            f"model.offload is {offload!r}, but model.remat {remat!r} keeps activations "
+            "that have no names. Use --config.model.remat=full, or name what is kept."
         )
     if unkept := found - kept(remat) - {INPUTS}:
         raise ConfigError(
-            f"model.offload names {', '.join(sorted(unkept))}, which model.remat={remat} does not "
-            f"keep. Set model.remat={'+'.join(sorted(kept(remat) | unkept))}."
+            f"model.offload names {', '.join(sorted(unkept))}, which model.remat {remat!r} does "
+            f"not keep. Set --config.model.remat={'+'.join(sorted(kept(remat) | unkept))}."
         )
     return found
 

@@ -339,7 +339,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"A checkpoint takes {size / 1e9:.3g} GB and {need / 1e9:.3g} GB are needed, but "
                 f"{self.folder} has {free / 1e9:.3g} GB free. Older checkpoints are intact; free "
-                "some space, lower train.keep_last, or choose another train.workdir, and start "
+                "some space, lower --config.train.keep_last, or choose another "
+                "--config.train.workdir, and start "
                 "again with --resume."
             )
 

@@ -502,7 +502,7 @@ def yaml_value(value: Any) -> str:
 def _combination_problems(config: RunConfig) -> Iterator[str]:
     model, data, optim, train = config.model, config.data, config.optim, config.train
     if not model.path:
-        yield "model.path is empty; name a Hugging Face folder or a repository id."
+        yield "model.path is empty; name a folder or a repository id with --config.model.path=…."
     problems: list[str] = []
     with collected(problems):
         activations.kept(model.remat)
@@ -519,13 +519,22 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
             f"{train.accumulation}; it counts the rows of all micro-batches together."
         )
     if not train.steps and not train.epochs:
-        yield "train.steps and train.epochs are both 0; set one of them."
+        yield (
+            "train.steps and train.epochs are both 0; set --config.train.steps=… or "
+            "--config.train.epochs=…."
+        )
     if train.steps and optim.warmup_steps > train.steps:
         yield f"optim.warmup_steps {optim.warmup_steps} exceeds train.steps {train.steps}."
     if data.format == "columns" and not data.columns:
-        yield "data.format is 'columns' but data.columns is empty; set 'prompt=…,completion=…'."
+        yield (
+            "data.format is 'columns' but data.columns is empty; set "
+            "--config.data.columns=prompt=…,completion=…."
+        )
     if data.columns and data.format not in ("columns", "text"):
-        yield f"data.columns is set, but data.format is {data.format!r}; set it to 'columns'."
+        yield (
+            f"data.columns is set, but data.format is {data.format!r}; set "
+            "--config.data.format=columns."
+        )
     yield from _held_out_problems(config)
     if config.eval.patience and not data.validation:
         yield (
@@ -604,11 +613,11 @@ def compiler_options(text: str) -> dict[str, str | bool]:
 
 def _training_problems(config: RunConfig) -> Iterator[str]:
     if not config.data.train:
-        yield "data.train is empty; name the files or the hub data set to train on."
+        yield "data.train is empty; name files or a hub data set with --config.data.train=…."
     if config.eval.best == "answers" and not config.data.validation:
         yield (
             "eval.best is 'answers' to the validation data, but data.validation is empty; set "
             "--config.data.validation=…."
         )
     if not config.train.workdir:
-        yield "train.workdir is empty; name the folder that the run writes to."
+        yield "train.workdir is empty; name the folder of the run with --config.train.workdir=…."

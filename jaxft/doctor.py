@@ -278,7 +278,9 @@ def check_disk(config: RunConfig | None) -> Iterator[Check]:
     if needed <= free:
         yield Check("disk", "ok", detail)
         return
-    advice = "Free some space, name another train.workdir, or lower train.keep_last."
+    advice = (
+        "Free some space, name another --config.train.workdir, or lower --config.train.keep_last."
+    )
     yield Check("disk", "error", detail, advice)
 
 
@@ -320,7 +322,8 @@ def check_cache(folder: str) -> Iterator[Check]:
             "compilation cache",
             "warning",
             f"{path} cannot be written: {error.strerror}",
-            "Name another folder with train.compilation_cache; else each start compiles anew.",
+            "Name another folder with --config.train.compilation_cache=…; else each start "
+            "compiles anew.",
         )
         return
     yield Check("compilation cache", "ok", str(path))

@@ -434,7 +434,8 @@ def named_sources(config: RunConfig) -> dict[str, str]:
         sources["retention"] = config.eval.retention
     if not sources:
         raise ConfigError(
-            "There is nothing to evaluate on: set data.validation, eval.datasets or eval.retention."
+            "There is nothing to evaluate on: set --config.data.validation, "
+            "--config.eval.datasets or --config.eval.retention."
         )
     return sources
 

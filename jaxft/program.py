@@ -209,7 +209,7 @@ def _check_length(config: RunConfig, architecture: Architecture) -> None:
     if architecture.config.learned_positions and config.data.max_length > context:
         raise ConfigError(
             f"data.max_length is {config.data.max_length}, but the model has a table of {context} "
-            f"positions and knows none beyond. Set data.max_length to {context} or less."
+            f"positions and knows none beyond. Set --config.data.max_length={context} or less."
         )
 
 
@@ -290,7 +290,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     if not steps:
         raise ConfigError(
             f"train.epochs {train.epochs} of this data is less than one step of "
-            f"{train.batch_size} rows; set train.steps, more epochs or a smaller batch."
+            f"{train.batch_size} rows; set --config.train.steps, more epochs or a smaller batch."
         )
     if config.optim.warmup_steps > steps:
         raise ConfigError(

@@ -699,7 +699,7 @@ def _not_finite(run: _Run, step: int, what: str) -> str:
     )
     return (
         f"Step {step}: {what}. The step read {'; '.join(shown)}{more}. {go_on} after lowering "
-        "optim.learning_rate, raising optim.warmup_steps, or mending those rows."
+        "--config.optim.learning_rate, raising --config.optim.warmup_steps, or fixing those rows."
     )
 
 

@@ -92,15 +92,15 @@ def test_what_is_kept_can_wait_on_the_host(remat, offload, names):
 )
 def test_what_is_not_kept_cannot_be_moved_and_the_advice_works(remat, offload, unkept, advice):
     problem = problem_of(offloaded, remat, offload)
-    assert f"model.offload names {unkept}, which model.remat={remat} does not" in problem
-    assert problem.endswith(f"Set model.remat={advice}.")
+    assert f"model.offload names {unkept}, which model.remat {remat!r} does not" in problem
+    assert problem.endswith(f"Set --config.model.remat={advice}.")
     assert offloaded(advice, offload)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_what_has_no_name_cannot_be_moved(remat):
     problem = problem_of(offloaded, remat, "inputs")
-    assert f"model.remat={remat} keeps activations that have no names" in problem
+    assert f"model.remat {remat!r} keeps activations that have no names" in problem
     assert "model.remat=full" in problem
 
 

@@ -65,7 +65,7 @@ def test_all_problems_are_reported_at_once():
         (lambda c: setattr(c.data, "shuffle", 1), "data.shuffle is 1; expected true or false"),
         (lambda c: setattr(c.train, "batch_size", 0), "expected at least 1"),
         (lambda c: setattr(c.optim, "learning_rate", float("nan")), "expected a finite number"),
-        (lambda c: setattr(c.data, "columns", "prompt=q"), "set it to 'columns'"),
+        (lambda c: setattr(c.data, "columns", "prompt=q"), "set --config.data.format=columns"),
         (lambda c: setattr(c.data, "format", "columns"), "data.columns is empty"),
         (lambda c: setattr(c.eval, "patience", 2), "data.validation is empty"),
         (lambda c: setattr(c.eval, "best", "answers"), "set --config.eval.answers=label"),
@@ -164,6 +164,6 @@ def test_what_layers_keep_and_move_is_checked_with_the_rest():
     config = complete()
     config.model.remat, config.model.offload = "qkv+attention", "inputs+mlp"
     [problem] = problems_of(config)
-    assert "model.offload names mlp, which model.remat=qkv+attention does not keep" in problem
+    assert "model.offload names mlp, which model.remat 'qkv+attention' does not keep" in problem
     config.model.offload = "inputs+attention"
     config.validate()

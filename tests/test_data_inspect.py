@@ -152,7 +152,7 @@ def test_every_held_out_set_is_reported(data, tokenizer):
 
 
 def test_a_report_on_nothing_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match=r"set data\.train, data\.validation"):
+    with pytest.raises(ConfigError, match=r"set --config\.data\.train, --config"):
         inspect(RunConfig(), tokenizer)
 
 

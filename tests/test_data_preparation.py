@@ -152,8 +152,8 @@ def test_a_set_of_which_nothing_is_left_is_refused(tmp_path, config, tokenizer, 
         text = str(error.value)
         assert text.startswith("train: " if training else "validation: ")
         assert "none of 36 documents" in text
-        assert "36 are longer than data.max_length 4 and data.overlength=drop" in text
-        assert "Set data.max_length to 10" in text
+        assert "36 are longer than data.max_length 4 and data.overlength is 'drop'" in text
+        assert "Set --config.data.max_length=10" in text
     config.overlength = "truncate"
     with pytest.raises(DataError, match=r"36 have no token to train within data\.max_length"):
         run(source, config, tokenizer, training=training)

@@ -108,7 +108,7 @@ def test_no_content_is_on_both_sides_and_no_source_gives_more_than_its_share(row
 @pytest.mark.parametrize(
     ("prompts", "share", "message"),
     [
-        (WORDS[:8], "5%", r"data.validation=5% of 8 rows leaves no row for validation"),
+        (WORDS[:8], "5%", r"data.validation 5% of 8 rows leaves no row for validation"),
         (WORDS[:1] * 40, "5%", "no row for validation; rows with the same content stay together"),
         (WORDS[:8], "99%", "leaves nothing to train on"),
     ],

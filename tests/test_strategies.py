@@ -147,7 +147,7 @@ def test_five_steps_equal_those_of_one_device(strategy, family):
             "mixtral",
             "cp",
             {"model__expert_capacity": 1.25},
-            "expert_capacity 1.25 counts .* Set model.expert_capacity=0",
+            "expert_capacity 1.25 counts .* Set --config.model.expert_capacity=0",
         ),
         ("llama", "cp", {}, "rows over 8 devices, .*max_length 24 is not a multiple of 16"),
         ("llama", "pp", {}, "axis 'layers' has size 2, mesh axis 'stage' has size 8"),

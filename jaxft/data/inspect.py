@@ -178,8 +178,8 @@ def inspect(
     named = [item for item in named if item[1]]
     if not named:
         raise ConfigError(
-            "There is no data to look at: set data.train, data.validation or both to files, globs "
-            "or hub ids."
+            "There is no data to look at: set --config.data.train, "
+            "--config.data.validation or both to files, globs or hub ids."
         )
     sets: list[SetReport] = []
     train = None

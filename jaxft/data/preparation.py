@@ -477,7 +477,7 @@ def _check_statistics(
         return
     if not tokenise.trained_chat_tokens:
         raise DataError(
-            f"{name}: no token of the conversations would be trained, with data.train_on="
+            f"{name}: no token of the conversations would be trained, as data.train_on is "
             f"{config.train_on!r}. Check the weights of the messages."
         )
 
@@ -591,13 +591,13 @@ def _no_rows_report(statistics: Statistics, config: DataConfig, name: str) -> st
     if dropped:
         reasons.append(
             f"{dropped:,} are longer than data.max_length {packed.max_length:,} and "
-            "data.overlength=drop leaves them out"
+            "data.overlength is 'drop'"
         )
     if untrained := statistics.documents - dropped:
         cut = " within data.max_length" if packed.over_length > dropped else ""
         reasons.append(f"{untrained:,} have no token to train{cut}")
     if packed.over_length:
-        remedies.append(f"set data.max_length to {packed.longest} to keep all of them")
+        remedies.append(f"set --config.data.max_length={packed.longest} to keep all of them")
     if untrained > packed.over_length - dropped:
         remedies.append("give rows with more text, or check data.train_on")
     return (

@@ -134,7 +134,7 @@ def _check_sides(held_out: np.ndarray, share: float, name: str) -> None:
     if 0 < count < len(held_out):
         return
     raise DataError(
-        f"{name}: data.validation={100 * share:g}% of {len(held_out):,} rows leaves "
+        f"{name}: data.validation {100 * share:g}% of {len(held_out):,} rows leaves "
         f"{'nothing to train on' if count else 'no row for validation'}; rows with the same "
         "content stay together. Choose another share, or a file of its own."
     )

@@ -248,7 +248,9 @@ def choose_backend(
     if asked != "auto":
         if reasons := _OBSTACLES[asked](run):
             advice = "Use auto or xla."
-            problems = [f"model.attention={asked} cannot be used: {r}. {advice}" for r in reasons]
+            problems = [
+                f"--config.model.attention={asked} cannot be used: {r}. {advice}" for r in reasons
+            ]
             raise ConfigError(problems)
         return Choice(asked, "as configured")
     fastest = {"tpu": ["splash"], "gpu": ["cudnn"]}.get(platform, [])
@@ -395,7 +397,7 @@ def check_backend(backend: str, config: DecoderConfig) -> None:
             scale = float(jnp.max(jnp.abs(b)))
             if not error <= 0.03 * scale:
                 raise ConfigError(
-                    f"model.attention={backend} gives wrong results for packed rows on this device "
-                    f"(largest difference {error:.3g} where values reach {scale:.3g}). Use "
-                    "model.attention=xla, or a newer jax or cuDNN."
+                    f"--config.model.attention={backend} gives wrong results for packed rows on "
+                    f"this device (largest difference {error:.3g} where values reach {scale:.3g}). "
+                    "Use --config.model.attention=xla, or a newer jax or cuDNN."
                 )

@@ -540,8 +540,9 @@ def check_experts(placement: Placement, *, capacity: float) -> None:
     if capacity and placement.split("seq"):
         problems.append(
             f"model.expert_capacity {capacity} counts the tokens of a whole row, of which strategy "
-            f"{placement.name!r} gives each device a part. Set model.expert_capacity=0, which "
-            f"drops no token, or use a strategy that does not split rows."
+            f"{placement.name!r} gives each device a part. Set "
+            f"--config.model.expert_capacity=0, which drops no token, or use a "
+            "strategy that does not split rows."
         )
     if problems:
         raise ConfigError(problems)

@@ -57,9 +57,10 @@ def _print_evaluation(plan: Plan) -> None:
     beside = plan.memory.kinds["optimizer"]
     takes = f"{format_bytes(plan.evaluation_memory)} beside {format_bytes(beside)} of optimizer"
     if not plan.evaluation_fits:
+        rows = plan.settings["eval.batch_size"] or plan.settings["train.batch_size"]
         _say(
-            f"[red]An evaluation step does not fit[/red]: {takes}. Set eval.batch_size to fewer "
-            f"rows than {plan.settings['eval.batch_size'] or plan.settings['train.batch_size']}."
+            f"[red]An evaluation step does not fit[/red]: {takes}. Set "
+            f"--config.eval.batch_size to fewer rows than {rows}."
         )
         return
     seconds = f"{format_seconds(plan.evaluation.seconds)} (estimate), " if plan.evaluation else ""
