@@ -41,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has enough, such as `| head`; nothing more can be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError, OSError) as error:
+        from jaxft.devices import shortage
+
+        if not (said := shortage(error)):
+            raise
+        print(f"jaxft: {said} See what else uses memory here: free -h.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("jaxft: stopped.", file=sys.stderr, flush=True)
         # A thread that is writing a checkpoint must not hold up who wants out now: what is
@@ -493,8 +500,7 @@ def _data(options: argparse.Namespace) -> int:
     from jaxft.data.inspect import inspect
     from jaxft.evaluation import named_sources
     from jaxft.model import context_of, find_source, load_model_tokenizer
-    from jaxft.progress import log
-    from jaxft.tables import output
+    from jaxft.progress import log, output
 
     source = find_source(config.model.path, revision=config.model.revision, weights=False)
     tokenizer = load_model_tokenizer(source, config.model)

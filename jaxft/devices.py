@@ -1,11 +1,16 @@
-"""How fast a device can be at best, and how much memory devices and host use now."""
+"""How fast a device can be at best, and how much memory devices and host have and use now."""
 
+import errno
 import fcntl
 import os
+import re
 import resource
 import sys
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+
+import jax
 
 from jaxft.chips import chip_of
 
@@ -26,6 +31,39 @@ class HostMemory(NamedTuple):
 
     resident: int
     peak: int
+
+
+class Room(NamedTuple):
+    """Memory that programs can have on each of some devices.
+
+    Attributes:
+      limit: Bytes in all; 0 if it is not known.
+      free: Bytes of them that nothing uses yet.
+      name: What has them.
+    """
+
+    limit: int
+    free: int
+    name: str
+
+    def __str__(self) -> str:
+        if not self.limit:
+            return f"what {self.name} has is not known"
+        text = f"{self.name} has {gib(self.limit)}"
+        return text + (f", {gib(self.free)} of it free" if self.free < 0.99 * self.limit else "")
+
+
+def gib(size: float) -> str:
+    """Returns bytes in words."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+# What XLA and the libraries of GPUs say if memory is short.
+_EXHAUSTED = re.compile(
+    r"out of memory|out_of_memory|ran out of|failed to allocate|alloc_failed|exceeds available"
+    r"|cannot allocate memory",
+    re.IGNORECASE,
+)
 
 
 def peak_flops(device_kind: str, dtype: Any) -> float | None:
@@ -72,13 +110,81 @@ def host_memory_total() -> int | None:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            limit = int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii"))
-        except (OSError, ValueError):  # absent, or "max"
+    return min([total, *(limit for limit, _ in _memory_groups())])
+
+
+def host_memory_free() -> int | None:
+    """Returns the bytes that this process may still take, or None where that is not known."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    if found is None:
+        return None
+    left = [limit - used for limit, used in _memory_groups()]
+    return max(0, min([int(found.group(1)) * 1024, *left]))
+
+
+def _memory_groups() -> Iterator[tuple[int, int]]:
+    """Yields limit and use in bytes of the control groups that this process is in, if limited.
+
+    A container is one, and so is a job of SLURM.
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if not controllers:
+            mount, names = "", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            mount, names = "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
             continue
-        total = min(total, limit)
-    return total
+        path = PurePosixPath(place)
+        for group in (path, *path.parents):
+            folder = Path("/sys/fs/cgroup", mount, *group.parts[1:])
+            try:
+                limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names)
+                stat = (folder / "memory.stat").read_text(encoding="ascii")
+            except (OSError, ValueError):  # absent, or "max"
+                continue
+            # Cached files are given up when memory is short.
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
+            yield limit, used - int(cached.group(1)) if cached else used
+
+
+def room(devices: Sequence[Any]) -> Room:
+    """Returns what each of some devices of this process has, where they differ the least."""
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        total, free = host_memory_total() or 0, host_memory_free()
+        share = total // len(devices)
+        name = "this machine" if len(devices) == 1 else f"each of {len(devices)} CPU devices"
+        return Room(share, share if free is None else free // len(devices), name)
+    uses = [use for use in map(device_memory, devices) if use is not None and use.limit]
+    if not uses:
+        chip = chip_of(kind)
+        limit = chip.core.limit if chip is not None else 0
+        return Room(limit, limit, f"a {kind}")
+    return Room(
+        min(use.limit for use in uses), min(use.limit - use.in_use for use in uses), f"a {kind}"
+    )
+
+
+def shortage(error: BaseException | None) -> str:
+    """Returns what an error or its causes say of memory that was short; empty if nothing."""
+    while error is not None:
+        said = str(error).strip().partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        of_host = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        of_device = isinstance(error, jax.errors.JaxRuntimeError) and _EXHAUSTED.search(str(error))
+        if of_host or of_device:
+            said = f"{said.rstrip('.')}." if said else ""
+            return said if said.lower().startswith("out of memory") else f"Out of memory: {said}"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def lock_holder(path: Path) -> int | None:

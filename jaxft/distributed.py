@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed as jax_distributed  # its client is nowhere public
 
-from jaxft.errors import CheckpointError, ConfigError, JaxftError, TrainingError
+from jaxft.errors import CheckpointError, ConfigError, JaxftError, OutOfMemoryError, TrainingError
 
 # Seconds in which all hosts must have started.
 _START = 300
@@ -162,6 +162,8 @@ def together(*, coordinator: str = "", processes: int = 0, process: int = -1) ->
 
 def _await_verdict(error: BaseException | None) -> None:
     """Waits, if another host's death may be behind an error, for the watch to say so first."""
+    if isinstance(error, OutOfMemoryError):
+        return
     while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
         error = error.__cause__
     if error is not None and _Watch.leaving.wait(_LOST + 5):

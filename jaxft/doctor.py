@@ -28,11 +28,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxft import capacity
 from jaxft.chips import chip_of
 from jaxft.config import RunConfig
 from jaxft.devices import LIBTPU_LOCK, device_memory, host_memory_total, lock_holder
+from jaxft.errors import JaxftError
 from jaxft.models.config import make_numerics
-from jaxft.models.families import architecture_from_hf
+from jaxft.models.families import Architecture, architecture_from_hf
 
 Status = Literal["ok", "warning", "error"]
 
@@ -71,6 +73,7 @@ def run_doctor(config: RunConfig | None = None) -> list[Check]:
         ("TPU lock", lambda: check_libtpu_lock(LIBTPU_LOCK)),
         ("devices", _check_devices),
         ("host memory", _check_host_memory),
+        ("run's memory", lambda: check_run_memory(config)),
         ("disk", lambda: check_disk(config)),
         ("compilation cache", lambda: check_cache(config_or_default.train.compilation_cache)),
         (
@@ -294,8 +297,35 @@ def checkpoint_bytes(parameters: Mapping[str, jax.ShapeDtypeStruct], *, keep_las
     return 3 * size * (keep_last + 2)
 
 
+def check_run_memory(config: RunConfig | None) -> Iterator[Check]:
+    """Compares what a step of the run takes, by estimate, with the memory that is here."""
+    if config is None or not config.model.path:
+        return
+    name, architecture = "run's memory", _architecture(config)
+    if architecture is None:
+        detail = "unknown, as the model's config.json is not on this machine"
+        yield Check(name, "warning", detail, "Download the model first: hf download …")
+        return
+    try:
+        fits, words, changes = capacity.judge(config, architecture)
+    except JaxftError as error:
+        yield Check(name, "error", "the run cannot be placed here", " ".join(error.problems))
+        return
+    if fits:
+        yield Check(name, "ok", words)
+    else:
+        yield Check(name, "error", f"does not fit: {words}", capacity.advise(changes))
+
+
 def _abstract_parameters(config: RunConfig) -> Mapping[str, jax.ShapeDtypeStruct] | None:
     """Returns the parameters that the model's config.json describes, if it is on this machine."""
+    architecture = _architecture(config)
+    if architecture is None:
+        return None
+    return architecture.abstract(make_numerics(config.model.dtypes)).params
+
+
+def _architecture(config: RunConfig) -> Architecture | None:
     path: Any = Path(config.model.path).expanduser() / "config.json"
     if not path.is_file():
         path = huggingface_hub.try_to_load_from_cache(
@@ -303,8 +333,7 @@ def _abstract_parameters(config: RunConfig) -> Mapping[str, jax.ShapeDtypeStruct
         )
         if not isinstance(path, str):
             return None
-    architecture = architecture_from_hf(json.loads(Path(path).read_text(encoding="utf-8")))
-    return architecture.abstract(make_numerics(config.model.dtypes)).params
+    return architecture_from_hf(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def check_cache(folder: str) -> Iterator[Check]:

@@ -40,6 +40,10 @@ class CheckpointError(JaxftError):
     """A checkpoint or workdir that cannot be used as asked."""
 
 
+class OutOfMemoryError(JaxftError):
+    """What was asked for does not fit into the memory of the devices or of the host."""
+
+
 class TrainingError(JaxftError):
     """The run cannot go on, such as a loss that is not finite."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import data, distributed, progress
+from jaxft import capacity, data, distributed, progress
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_dict
 from jaxft.data import TokenRows, chat
@@ -341,6 +341,7 @@ def _prepare(config: RunConfig, checkpoint: str | Path, step: str) -> _Task:
         phase.detail(source.name)
         architecture, tokenizer = read_description(source, config)
         _say_differences(config, source)
+    capacity.check(capacity.EVALUATION, config, architecture)
     with progress.phase("Data"):
         rows = _read_rows(config, tokenizer, sources)
         prompts = {
@@ -382,6 +383,11 @@ def _with_a_row_for_each_document(task: _Task) -> _Task:
 
 
 def _evaluate(task: _Task) -> dict[str, Evaluation]:
+    with capacity.explained(capacity.EVALUATION, task.config):
+        return _evaluate_all(task)
+
+
+def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
     config = task.config
     evaluator = build_evaluator(
         config,

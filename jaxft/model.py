@@ -1,6 +1,8 @@
 """A loaded model: logits and text, from a Hugging Face folder, a repository id or a checkpoint."""
 
+import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,8 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.config import DataConfig, ModelConfig, RunConfig
 from jaxft.data import chat
 from jaxft.data.template import Template, resolve_template
-from jaxft.errors import CheckpointError, ConfigError, ModelError
+from jaxft.devices import gib, room, shortage
+from jaxft.errors import CheckpointError, ConfigError, ModelError, OutOfMemoryError
 from jaxft.generate import Sampling, generate_tokens
 from jaxft.hf.hub import resolve
 from jaxft.hf.load import load_params, read_config, read_json, tensor_dtypes
@@ -309,15 +312,37 @@ class Model:
           ConfigError: If a prompt is empty, or the context too short.
         """
         self._check_fits(prompts, max_new_tokens)
-        return generate_tokens(
-            self.abstract.graphdef,
-            self.params,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            stop_ids=self.stop_ids,
-            sampling=sampling,
-            has_token=self.has_token,
-        )
+        with self._explained(len(prompts), max(map(len, prompts)) + max_new_tokens):
+            return generate_tokens(
+                self.abstract.graphdef,
+                self.params,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                stop_ids=self.stop_ids,
+                sampling=sampling,
+                has_token=self.has_token,
+            )
+
+    @contextlib.contextmanager
+    def _explained(self, rows: int, length: int) -> Iterator[None]:
+        """Says of a lack of memory what took it, and what would take less."""
+        try:
+            yield
+        except Exception as error:
+            if not (said := shortage(error)):
+                raise
+            c, some = self.architecture.config, next(iter(self.params.values()))
+            cache = 2 * c.layers * rows * length * c.kv_heads * c.head_dim * some.dtype.itemsize
+            weights = sum(array.nbytes for array in self.params.values())
+            fewer = f"at most {rows // 2} prompts at a time, " if rows > 1 else ""
+            wide = some.dtype.itemsize > 2
+            narrow = ", or weights of half the size (--dtypes=bfloat16)" if wide else ""
+            raise OutOfMemoryError(
+                f"{said} Prompts: {rows}, of up to {length} tokens with their answers; their keys "
+                f"and values take {gib(cache)}, the weights {gib(weights)}; "
+                f"{room(list(some.devices()))}. It takes less with {fewer}a smaller "
+                f"--max_new_tokens{narrow}."
+            ) from error
 
     def _check_fits(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         empty = [i for i, ids in enumerate(prompts) if not ids]
@@ -373,8 +398,27 @@ def load(
     else:
         single = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
         shardings = dict.fromkeys(abstract.params, single)
+    _refuse_what_does_not_fit(abstract, shardings, dtypes)
     params = load_weights(source, architecture, abstract, shardings)
     return Model(architecture, abstract, params, tokenizer, source)
+
+
+def _refuse_what_does_not_fit(
+    abstract: AbstractModel, shardings: Mapping[str, jax.sharding.Sharding], dtypes: str
+) -> None:
+    """Raises OutOfMemoryError, before they are read, for weights that no device here can hold."""
+    held = sum(
+        math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
+        for path, spec in abstract.params.items()
+    )
+    found = room(list(next(iter(shardings.values())).addressable_devices))
+    if found.limit and held > found.limit:
+        narrow = (
+            f" As bfloat16 they take {gib(held / 2)}: --dtypes=bfloat16."
+            if dtypes != "bfloat16"
+            else " jaxft.load takes a placement that splits them over several devices."
+        )
+        raise OutOfMemoryError(f"The weights take {gib(held)} as {dtypes}, and {found}.{narrow}")
 
 
 def load_weights(

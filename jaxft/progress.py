@@ -17,6 +17,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+# Results go to stdout; progress goes to stderr.
+output = Console()
 # Set `console.quiet = True` on processes other than the first.
 console = Console(stderr=True, highlight=False)
 

@@ -27,10 +27,10 @@ from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.optim import make_optimizer, make_schedule
 from jaxft.program import Program, build, build_evaluator, make_placement
+from jaxft.progress import output
 from jaxft.sharding.collectives import Total, collectives, summary
 from jaxft.sharding.rules import Placement, as_names
 from jaxft.state import abstract_state, owner_of, partition
-from jaxft.tables import output
 from jaxft.workdir import write_text
 
 # An array of this size that every device holds whole is worth a rule that splits it: of the models

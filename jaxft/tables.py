@@ -7,18 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxft.config import RunConfig, to_dict
 from jaxft.evaluation import Comparison, Evaluation
 from jaxft.intervals import Estimate
 from jaxft.model import Source
+from jaxft.progress import output
 from jaxft.workdir import finite, write_text
-
-# Results go to stdout; progress goes to stderr.
-output = Console()
-
 
 _MEASURES = {
     "loss": ("loss, nats per token", "{:.4f}"),

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import data, distributed, progress
+from jaxft import capacity, data, distributed, progress
 from jaxft.advice import warn
 from jaxft.checkpoint import Checkpoints, Progress
 from jaxft.config import RunConfig, to_dict
@@ -151,7 +151,11 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     placement = make_placement(config)
     _refuse_workdir_of_model(config)
     folder = absolute(config.train.workdir)
-    with explained_files(folder), _claimed(folder) as lock:
+    with (
+        explained_files(folder),
+        capacity.explained(capacity.TRAINING, config),
+        _claimed(folder) as lock,
+    ):
         workdir = _check_workdir(folder, config, resume=resume, overwrite=overwrite)
         return _train(config, placement, workdir, lock)
 
@@ -171,6 +175,7 @@ def _train(
         )
         architecture, tokenizer = read_description(source, config)
     _check_before_reading_data(config, architecture, placement)
+    capacity.check(capacity.TRAINING, config, architecture)
     with progress.phase("Data"):
         rows, held_out = _read_data(config, tokenizer)
         prompts = None
@@ -215,6 +220,9 @@ def _train(
         row_multiple=config.train.accumulation * placement.batch_shards,
     )
     check_backend(evaluator.attention.backend, architecture.config)
+    with progress.phase("Compiling the training step"):
+        step = program.compile()
+    capacity.check_compiled(capacity.TRAINING, config, architecture, step)
     if not start:
         _begin(workdir, config, lock)
     checkpoints = Checkpoints(
@@ -238,8 +246,6 @@ def _train(
             distributed.barrier("model files")
     if start < iterator.steps:
         _list_skipped(workdir, {"train": rows, **{n: found.rows for n, found in held_out.items()}})
-    with progress.phase("Compiling the training step"):
-        step = program.compile()
     run = _Run(
         config=config,
         program=program,

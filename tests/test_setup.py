@@ -21,7 +21,8 @@ PACKAGE = ROOT / "jaxft"
 LAYERS = {
     5: "cli flags config_file __main__",
     4: """__init__ trainer advice program conversion evaluation exporter generate streaming
-          questions terminal model planner doctor report tables shardings sharding_page demo""",
+          questions terminal model planner doctor report tables capacity shardings
+          sharding_page demo""",
     3: """train_step eval_step pipeline objectives checkpoint data
           metrics intervals periods progress charts vocabulary workdir lock signals""",
     2: "models hf optim state",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jaxft import cli, tables
+from jaxft import cli, progress
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, ModelError
 from jaxft.models.config import make_numerics
@@ -131,7 +131,7 @@ def test_large_arrays_that_every_device_holds_whole_are_giants():
 
 
 def test_the_command_prints_and_writes_the_description(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tables.output, "width", 120)
+    monkeypatch.setattr(progress.output, "width", 120)
     folder = folder_of(tmp_path, CASES["gqa"])
     arguments = ["shardings", f"--config.model.path={folder}", "--config.strategy=fsdp_tp"]
     arguments += ["--config.mesh.tensor=2", "--config.data.max_length=16", "--devices=8"]
@@ -224,7 +224,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, caps
 
 
 def test_names_of_parameters_are_not_cut_where_there_is_little_room(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tables.output, "width", 60)
+    monkeypatch.setattr(progress.output, "width", 60)
     folder = folder_of(tmp_path, CASES["gqa"])
     assert cli.main(["shardings", f"--config.model.path={folder}", "--devices=8"]) == 0
     assert "layers.mlp_norm.scale " in capsys.readouterr().out

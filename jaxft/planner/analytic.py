@@ -124,6 +124,25 @@ class Estimator:
         """
         return _Run(self, config, placed).estimate()
 
+    def memory(self, config: RunConfig, placed: Placed) -> dict[str, int]:
+        """Returns bytes of a run by kind, also for a device of which no rates are published.
+
+        Args:
+          config: The run's.
+          placed: The model where the run's strategy puts it.
+        """
+        return _Run(self, config, placed).memory()[0]
+
+    def evaluation_memory(self, config: RunConfig, placed: Placed, rows: int) -> dict[str, int]:
+        """Returns bytes of the evaluation step by kind, as `memory`.
+
+        Args:
+          config: The run's.
+          placed: The model where the run's strategy puts it.
+          rows: Of all devices.
+        """
+        return _Run(self, config, placed, evaluated=rows).evaluation_memory()
+
     def evaluation(self, config: RunConfig, placed: Placed, rows: int) -> Evaluation:
         """Returns memory and time of the evaluation step.
 
@@ -219,7 +238,7 @@ class _Run:
         return frozenset(made)
 
     def estimate(self) -> Estimate:
-        kinds, host = self._memory()
+        kinds, host = self.memory()
         exchanges = self._exchanges()
         work = self._work()
         moved_by_layers, moved_else = self._passed_bytes()
@@ -261,6 +280,12 @@ class _Run:
         _, products, _ = self._rates_of_products()
         work = self._work()
         waits = sum(e.seconds * (1 - e.hidden) for e in self._exchanges())
+        seconds = self.turns * self._layer_seconds(work) + waits
+        seconds += self.passes * work.head / products
+        return Evaluation(sum(self.evaluation_memory().values()), seconds)
+
+    def evaluation_memory(self) -> dict[str, int]:
+        """Returns bytes of a forward pass by kind."""
         kinds = {
             "parameters": self.placed.parameters,
             "batch": self._batch_bytes() * self.passes,
@@ -269,9 +294,7 @@ class _Run:
             "temporaries": self._layer_working_set() / 2,
             "program": _PROGRAM,
         }
-        seconds = self.turns * self._layer_seconds(work) + waits
-        seconds += self.passes * work.head / products
-        return Evaluation(round(sum(kinds.values())), seconds)
+        return {kind: round(size) for kind, size in kinds.items()}
 
     def _split(self, axis: str, size: int) -> int:
         """Returns how many parts a named dimension of a size is cut into."""
@@ -290,7 +313,7 @@ class _Run:
 
     # Memory.
 
-    def _memory(self) -> tuple[dict[str, int], int]:
+    def memory(self) -> tuple[dict[str, int], int]:
         summed = 4 / self.param_itemsize if self.passes > 1 else 1.0
         kept, host = self._kept_bytes()
         if self.stages > 1:

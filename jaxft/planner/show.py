@@ -13,8 +13,8 @@ from jaxft.chips import Chip, Switch
 from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape
 from jaxft.planner.search import Candidate, Search
 from jaxft.planner.timeline import ICI
+from jaxft.progress import output
 from jaxft.shardings import format_bytes, make_table
-from jaxft.tables import output
 from jaxft.workdir import write_text
 
 # Rows of a search that are shown; all are in its JSON.
