@@ -7,7 +7,7 @@ compiled step says of itself.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -126,7 +126,9 @@ def here(config: RunConfig) -> Room:
       ConfigError: If the run's mesh does not fit the devices.
     """
     devices = make_placement(config).mesh.devices.flat
-    return room([d for d in devices if d.process_index == jax.process_index()])
+    # A small mesh may have none of this process; they are like the others.
+    ours = [d for d in devices if d.process_index == jax.process_index()]
+    return room(ours or jax.local_devices())
 
 
 def check(task: Task, config: RunConfig, architecture: Architecture) -> None:
@@ -204,20 +206,52 @@ def _explain(task: Task, config: RunConfig) -> str:
     )
 
 
-def judge(config: RunConfig, architecture: Architecture) -> tuple[bool, str, list[Change]]:
-    """Returns whether training fits here by estimate, that in words, and changes if it does not.
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Whether a run fits, by estimate.
+
+    Attributes:
+      kinds: What training takes on a device.
+      room: What there is.
+      changes: With which it fits, if it does not.
+    """
+
+    kinds: Kinds
+    room: Room
+    changes: list[Change]
+
+    @property
+    def bytes(self) -> int:
+        """All that training takes on a device."""
+        return sum(self.kinds.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits beside what uses the memory now."""
+        return not self.room.limit or self.bytes <= self.room.free
+
+    @property
+    def fits_alone(self) -> bool:
+        """Whether it fits if nothing else uses the memory."""
+        return not self.room.limit or self.bytes <= self.room.limit
+
+    def __str__(self) -> str:
+        return f"{gib(self.bytes)} on a device by estimate ({_listed(self.kinds)}); {self.room}"
+
+
+def judge(config: RunConfig, architecture: Architecture) -> Judgement:
+    """Estimates whether training fits on the devices that are here.
 
     Raises:
-      ConfigError: If the run cannot be placed on the devices that are here.
+      ConfigError: If the run is wrong, or cannot be placed on them.
     """
+    config.validate()
     estimates, found = Estimates(architecture), here(config)
     kinds = TRAINING.kinds(config, estimates)
-    whole = sum(kinds.values())
-    fits = not found.limit or whole <= found.free
-    words = f"{gib(whole)} on a device by estimate ({_listed(kinds)}); "
-    words += str(found)
-    changes = [] if fits else find_changes(TRAINING, config, estimates, kinds, found)
-    return fits, words, changes
+    judged = Judgement(kinds, found, [])
+    if judged.fits:
+        return judged
+    return replace(judged, changes=find_changes(TRAINING, config, estimates, kinds, found))
 
 
 def advise(changes: list[Change]) -> str:

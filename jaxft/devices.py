@@ -183,7 +183,7 @@ def shortage(error: BaseException | None) -> str:
         if of_host or of_device:
             said = f"{said.rstrip('.')}." if said else ""
             return said if said.lower().startswith("out of memory") else f"Out of memory: {said}"
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return ""
 
 

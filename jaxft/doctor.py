@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
@@ -307,14 +308,18 @@ def check_run_memory(config: RunConfig | None) -> Iterator[Check]:
         yield Check(name, "warning", detail, "Download the model first: hf download …")
         return
     try:
-        fits, words, changes = capacity.judge(config, architecture)
+        judged = capacity.judge(config, architecture)
     except JaxftError as error:
         yield Check(name, "error", "the run cannot be placed here", " ".join(error.problems))
         return
-    if fits:
-        yield Check(name, "ok", words)
+    if judged.fits:
+        yield Check(name, "ok", str(judged))
+        return
+    advice = capacity.advise(judged.changes)
+    if judged.fits_alone:
+        yield Check(name, "warning", f"fits only in memory that is now in use: {judged}", advice)
     else:
-        yield Check(name, "error", f"does not fit: {words}", capacity.advise(changes))
+        yield Check(name, "error", f"does not fit: {judged}", advice)
 
 
 def _abstract_parameters(config: RunConfig) -> Mapping[str, jax.ShapeDtypeStruct] | None:
@@ -328,9 +333,12 @@ def _abstract_parameters(config: RunConfig) -> Mapping[str, jax.ShapeDtypeStruct
 def _architecture(config: RunConfig) -> Architecture | None:
     path: Any = Path(config.model.path).expanduser() / "config.json"
     if not path.is_file():
-        path = huggingface_hub.try_to_load_from_cache(
-            config.model.path, "config.json", revision=config.model.revision or None
-        )
+        try:
+            path = huggingface_hub.try_to_load_from_cache(
+                config.model.path, "config.json", revision=config.model.revision or None
+            )
+        except HFValidationError:  # a folder that is not there
+            return None
         if not isinstance(path, str):
             return None
     return architecture_from_hf(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +87,25 @@ def test_host_memory_total_bounds_what_is_resident():
     total = host_memory_total()
     assert total is not None
     assert host_memory().resident < total
+
+
+def test_the_hosts_memory_is_that_of_the_control_group_a_process_is_in(tmp_path):
+    folder = Path("/sys/fs/cgroup/memory/jaxft-test")
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / "memory.limit_in_bytes").write_text(str(2**30))
+    except OSError:
+        pytest.skip("needs the right to make a control group of memory, version 1")
+    code = (
+        f"import os; open('{folder}/cgroup.procs', 'w').write(str(os.getpid()))\n"
+        "from jaxft.devices import host_memory_free, host_memory_total\n"
+        "print(host_memory_total(), host_memory_free())"
+    )
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        total, free = map(int, found.stdout.split())
+        assert total == 2**30 and 0 < free < total
+    finally:
+        folder.rmdir()

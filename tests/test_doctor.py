@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxft import doctor
+from jaxft import capacity, doctor
 from jaxft.config import RunConfig
+from jaxft.devices import Room
 from jaxft.doctor import (
     Check,
     check_cache,
@@ -23,10 +24,12 @@ from jaxft.doctor import (
     check_missed_accelerator,
     check_python,
     check_requirements,
+    check_run_memory,
     checkpoint_bytes,
     print_checks,
     run_doctor,
 )
+from jaxft.shardings import find_architecture
 
 _TOKEN = "hf_secret"
 
@@ -185,6 +188,41 @@ def test_disk_of_a_model_that_is_not_here_is_only_reported(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc, never writable")
+def check_memory(config, monkeypatch, limit, free):
+    monkeypatch.setattr(capacity, "room", lambda devices: Room(limit, free, "this machine"))
+    (check,) = check_run_memory(config)
+    return check
+
+
+def test_what_a_run_takes_is_held_against_the_memory_that_is_here(tmp_path, model, monkeypatch):
+    config = RunConfig()
+    config.model.path, config.data.train = str(model[0]), "train.jsonl"
+    config.strategy, config.mesh.data = "ddp", 1
+    config.data.max_length = 64
+    (check,) = check_run_memory(config)
+    assert check.status == "ok" and "on a device by estimate (" in check.detail
+    whole = capacity.judge(config, find_architecture(config)).bytes
+    check = check_memory(config, monkeypatch, 2 * whole, whole - 1)
+    assert check.status == "warning" and "now in use" in check.detail
+    check = check_memory(config, monkeypatch, whole - 1, whole - 1)
+    assert check.status == "error" and check.detail.startswith("does not fit: ")
+    assert "--config." in check.advice
+    check = check_memory(config, monkeypatch, 1000, 1000)
+    assert "jaxft plan --topology=" in check.advice
+    config.train.accumulation = 3
+    (check,) = check_run_memory(config)
+    assert check.status == "error" and "train.accumulation" in check.advice
+    assert list(check_run_memory(None)) == []
+
+
+@pytest.mark.parametrize("path", ["org/not-here", "runs/of/mine/not-here"])
+def test_memory_of_a_model_that_is_not_here_is_unknown(path):
+    config = RunConfig()
+    config.model.path = path
+    (check,) = check_run_memory(config)
+    assert check.status == "warning" and "config.json is not on this machine" in check.detail
+
+
 def test_a_compilation_cache_that_cannot_be_written_is_reported(tmp_path):
     (check,) = check_cache(str(tmp_path / "a" / "b"))
     assert check.status == "ok"
