@@ -461,6 +461,8 @@ def test_the_loop_dispatches_a_period_before_it_reads_the_one_before(home, confi
             events.append("step")
             return compiled(state, batch)
 
+        step.memory_analysis = compiled.memory_analysis
+
         class Lowered:
             def lower(self, *_):
                 return self
