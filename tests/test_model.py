@@ -118,3 +118,27 @@ def test_a_text_that_goes_on_does_not_end_with_the_token_that_the_tokenizer_puts
     spelt = model.prompt_ids("ab<end>")
     assert 1 not in spelt
     assert model.tokenizer.decode(spelt[1:]).startswith("ab")
+
+
+def test_a_folder_without_tokenizer_gives_logits_and_no_text(model, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model.source.folder / name).read_bytes())
+    bare = jaxft.load(tmp_path)
+    tokens = np.arange(8)[None]
+    assert np.array_equal(bare(tokens), model(tokens))
+    for prompt in ("abc", [{"role": "user", "content": "abc"}]):
+        with pytest.raises(ModelError, match=f"{tmp_path} has no tokenizer"):
+            bare.generate(prompt, max_new_tokens=2)
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        bare.generate_from_ids([[5, 6]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("content", ["{", '{"model_type": "bert"}'])
+def test_a_bad_config_is_what_is_reported_and_not_the_tokenizer(model, tmp_path, content):
+    for file in model.source.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(content)
+    for read in (jaxft.load, lambda path: jaxft.export(path, tmp_path / "out")):
+        with pytest.raises(ModelError, match=r"config\.json") as caught:
+            read(tmp_path)
+        assert "tokenizer" not in str(caught.value)
