@@ -7,11 +7,13 @@ a page; the script adds hover values only.
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from html import escape
 from typing import Literal
 
 _MAX_POINTS = 800  # per series; a screen has few more columns
+_DECADE = 10.0  # values that span less are as readable on a linear axis
 
 Unit = Literal["number", "percent", "count", "rate", "seconds"]
 Point = tuple[float, float]
@@ -25,8 +27,9 @@ class Series:
       name: In the legend and beside hover values.
       points: `(step, value)` in order of steps; values that are not finite leave a gap.
       color: Number of the colour, from 0; it belongs to the entity and not to the rank.
-      style: "faint" is what lies behind a smoothed line; "points" are joined markers.
+      style: "faint" is what lies behind a line of means; "points" are joined markers.
       intervals: `(step, low, high)` drawn as whiskers.
+      spans: First and last step of the points that stand for several, by their place.
     """
 
     name: str
@@ -34,51 +37,51 @@ class Series:
     color: int = 0
     style: Literal["line", "faint", "points"] = "line"
     intervals: tuple[tuple[float, float, float], ...] = ()
+    spans: Mapping[float, tuple[int, int]] = field(default_factory=dict)
+
+    def where(self, x: float) -> str:
+        """Returns the place of a point for readers."""
+        first, last = self.spans.get(x, (x, x))
+        return f"step {last:,.0f}" if first == last else f"steps {first:,.0f} to {last:,.0f}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """One pair of axes; `mark` is a point with a text beside it."""
+    """One pair of axes.
+
+    Attributes:
+      title: In bold above the plot.
+      note: Beside the title: unit, or what the values are of.
+      series: What is drawn.
+      unit: How values are written.
+      from_zero: Whether the axis of values begins at 0.
+      decades: Whether that axis is logarithmic if positive values span a decade and more.
+      wide: Whether the chart takes the whole width of the page.
+      mark: `(step, value, text)`, a point with a text beside it.
+      steps: First and last step of the axis, if not those of the points.
+    """
 
     title: str
     note: str
     series: list[Series]
     unit: Unit = "number"
     from_zero: bool = False
+    decades: bool = False
     wide: bool = False
     mark: tuple[float, float, str] | None = None
+    steps: tuple[float, float] | None = None
 
 
 def render(chart: Chart) -> str:
     """Returns the chart as an HTML figure, with a line of text if there is nothing to draw."""
-    head = f"<b>{escape(chart.title)}</b> <span>{escape(chart.note)}</span>{_legend(chart)}"
+    known = any(math.isfinite(y) for series in chart.series for _, y in series.points)
+    scale = _Scale(chart) if known else None
+    note = f"{chart.note}, logarithmic" if scale is not None and scale.log else chart.note
+    head = f"<b>{escape(chart.title)}</b> <span>{escape(note)}</span>{_legend(chart)}"
     figure = f'<figure class="chart{" wide" if chart.wide else ""}"><figcaption>{head}</figcaption>'
-    if not any(math.isfinite(y) for series in chart.series for _, y in series.points):
+    if scale is None:
         return f'{figure}<p class="empty">No finite values.</p></figure>'
-    scale = _Scale(chart)
     return f"{figure}{_plot(chart, scale)}</figure>"
-
-
-def smooth(points: list[Point], *, span: int) -> list[Point]:
-    """Returns the mean of a forward and a backward exponential average over about `span` points.
-
-    One direction alone lags behind a falling loss and shows it higher than it was.
-    """
-    values = [y for _, y in points]
-    forward, backward = _average(values, span), _average(values[::-1], span)[::-1]
-    return [(x, (a + b) / 2) for (x, _), a, b in zip(points, forward, backward, strict=True)]
-
-
-def _average(values: list[float], span: int) -> list[float]:
-    decay = 1 - 2 / (span + 1)
-    total = weight = 0.0
-    result = []
-    for value in values:
-        if math.isfinite(value):
-            total = decay * total + value
-            weight = decay * weight + 1  # what the weights so far sum to: no bias at the start
-        result.append(total / weight if math.isfinite(value) else math.nan)
-    return result
 
 
 def thin(points: list[Point], limit: int = _MAX_POINTS) -> list[Point]:
@@ -108,6 +111,16 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Returns a few round numbers between `low` and `high`, both positive, evenly in decades."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        found = [f * 10.0**p for p in powers for f in steps if low <= f * 10.0**p <= high]
+        if len(found) <= 8:
+            return found
+    return found[:: math.ceil(len(found) / 8)]
+
+
 def format_value(value: float, unit: Unit) -> str:
     """Returns a value as a reader wants it beside a curve."""
     if not math.isfinite(value):
@@ -124,17 +137,28 @@ def format_value(value: float, unit: Unit) -> str:
 
 
 class _Scale:
-    """Maps steps and values to per cent of the plot, from its top left corner."""
+    """Maps steps and values to per cent of the plot, from its top left corner.
+
+    Attributes:
+      log: Whether the axis of values is logarithmic; what is not positive stands at its foot.
+    """
 
     def __init__(self, chart: Chart):
         xs = [x for series in chart.series for x, _ in series.points]
         ys = [y for series in chart.series for _, y in series.points if math.isfinite(y)]
         ys += [y for series in chart.series for _, *ends in series.intervals for y in ends]
-        self.left, self.right = min(xs), max(xs)
+        self.left, self.right = chart.steps or (min(xs), max(xs))
         if self.left <= 0.1 * self.right:
             self.left = 0
         if self.left == self.right:
             self.left, self.right = self.left - 1, self.right + 1
+        positive = [y for y in ys if y > 0]
+        self.log = chart.decades and bool(positive) and max(positive) >= _DECADE * min(positive)
+        if self.log:
+            low, high = math.log10(min(positive)), math.log10(max(positive))
+            room = 0.06 * (high - low)
+            self.low, self.high = 10 ** (low - room), 10 ** (high + room)
+            return
         low, high = min(ys), max(ys)
         room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         self.low = 0.0 if chart.from_zero and low >= 0 else low - room
@@ -146,16 +170,20 @@ class _Scale:
         return 100 * (value - self.left) / (self.right - self.left)
 
     def y(self, value: float) -> float:
+        if self.log:
+            value = max(value, self.low)
+            return 100 * math.log(self.high / value) / math.log(self.high / self.low)
         return 100 * (self.high - value) / (self.high - self.low)
 
 
 def _plot(chart: Chart, scale: _Scale) -> str:
     across = [t for t in ticks(scale.left, scale.right, 6) if t == round(t)]  # whole steps
-    up = ticks(scale.low, scale.high, 5)
+    up = log_ticks(scale.low, scale.high) if scale.log else ticks(scale.low, scale.high, 5)
     grid = "".join(f"M0 {10 * scale.y(t):.1f}H1000" for t in up)
     spacing = up[1] - up[0] if len(up) > 1 else abs(up[0]) or 1.0
     labels = [
-        f'<i class="y" style="top:{scale.y(t):.2f}%">{_tick(t, spacing, chart.unit)}</i>'
+        f'<i class="y" style="top:{scale.y(t):.2f}%">'
+        f"{_tick(t, t if scale.log else spacing, chart.unit)}</i>"
         for t in up
     ]
     labels += [
@@ -233,7 +261,7 @@ def _hover(chart: Chart, series: list[tuple[Series, list[Point]]], scale: _Scale
                 [
                     round(scale.x(x), 3),
                     round(scale.y(y), 2) if math.isfinite(y) else None,
-                    f"{x:,.0f}",
+                    item.where(x),
                     format_value(y, chart.unit),
                 ]
                 for x, y in points
@@ -359,7 +387,7 @@ document.querySelectorAll(".plot").forEach((plot) => {
     const rule = add(plot, "i", "rule");
     rule.style.left = here[0] + "%";
     const tip = add(plot, "div", "tip");
-    add(tip, "div", "", "step " + here[2]);
+    add(tip, "div", "", here[2]);
     shown = [rule, tip];
     for (const s of series) {
       const p = nearest(s.points, here[0]);

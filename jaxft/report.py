@@ -4,16 +4,19 @@ The page needs no network and no script to be read; the script in it only shows 
 Every piece of a run may be missing.
 """
 
+import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from jaxft import charts
 from jaxft.charts import Chart, Series, Unit
+from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_dict, walk
 from jaxft.progress import format_duration
 from jaxft.workdir import Workdir, read_jsonl, write_text
@@ -23,11 +26,34 @@ _ANSWERS = {"label_accuracy": "Label accuracy", "exact_match": "Exact match"}
 _MEASURES: tuple[tuple[str, str, Unit], ...] = (
     ("loss", "loss, nats per token", "number"),
     ("perplexity", "perplexity", "number"),
+    ("bits_per_byte", "bits per byte of text", "number"),
     ("token_accuracy", "token accuracy", "percent"),
     *((name, title.lower(), "percent") for name, title in _ANSWERS.items()),
 )
 
 Record = dict[str, Any]
+
+# Records of a run beyond which means of neighbours are drawn before them.
+_RECORDS_DRAWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class _Exported:
+    """The checkpoint that an export takes, as long as the run is not continued.
+
+    Attributes:
+      step: Its step.
+      measure: What it is the best by: `loss`, `answers`, or empty if none was evaluated.
+    """
+
+    step: int
+    measure: str
+
+    @property
+    def reason(self) -> str:
+        """Why it is this one."""
+        names = {"loss": "the best by validation loss", "answers": "the best by right answers"}
+        return names.get(self.measure, "the newest; none was evaluated")
 
 
 def write_report(workdir: Workdir) -> Path:
@@ -37,17 +63,30 @@ def write_report(workdir: Workdir) -> Path:
       TrainingError: If the file cannot be written.
     """
     metrics = list(read_jsonl(workdir.metrics))
-    evaluations = _by_dataset(read_jsonl(workdir.evaluations))
+    evaluations, others = _by_dataset(read_jsonl(workdir.evaluations))
+    config, exported = _read_json(workdir.config), _find_exported(workdir)
     sections = [
-        _headline(metrics, evaluations),
+        _headline(metrics, evaluations, exported),
         _curves(metrics, evaluations),
-        _evaluation_table(evaluations),
-        _samples(read_jsonl(workdir.samples)),
-        _configuration(_read_json(workdir.config)),
+        _evaluation_table(evaluations, others),
+        _samples(read_jsonl(workdir.samples), exported),
+        _configuration(config),
         _environment(_read_json(workdir.environment)),
     ]
     write_text(workdir.report, page(workdir.path.name, _subtitle(workdir), sections))
     return workdir.report
+
+
+def _find_exported(workdir: Workdir) -> _Exported | None:
+    if not workdir.checkpoints.is_dir():
+        return None
+    checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
+    steps, best = checkpoints.steps(), checkpoints.best_step()
+    checkpoints.close()
+    if not steps:
+        return None
+    measure = str(_read_json(workdir.config).get("eval.best", "loss"))
+    return _Exported(steps[-1], "") if best is None else _Exported(best, measure)
 
 
 def page(title: str, subtitle: str, sections: Iterable[str], *, style: str = "") -> str:
@@ -90,12 +129,20 @@ def short_name(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1] if path.count("/") > 1 else path
 
 
-def _headline(metrics: list[Record], evaluations: dict[str, list[Record]]) -> str:
+def _headline(
+    metrics: list[Record], evaluations: dict[str, list[Record]], exported: _Exported | None
+) -> str:
     name, points = _primary(evaluations)
-    tiles = [*_loss_tiles(name, points, metrics), *_answer_tiles(points), *_run_tiles(metrics)]
+    tiles = [
+        *_loss_tiles(name, points, metrics),
+        *_answer_tiles(points, exported),
+        *_export_tiles(exported),
+        *_run_tiles(metrics),
+    ]
     if not tiles:
         return '<p class="empty">This run has written no records yet.</p>'
-    return f'<section class="tiles">{"".join(tiles)}</section>{_trouble(metrics)}'
+    trouble = "".join(f'<p class="trouble">{escape(t)}</p>' for t in _troubles(metrics, points))
+    return f'<section class="tiles">{"".join(tiles)}</section>{trouble}'
 
 
 def _loss_tiles(name: str, points: list[Record], metrics: list[Record]) -> list[str]:
@@ -114,19 +161,26 @@ def _loss_tiles(name: str, points: list[Record], metrics: list[Record]) -> list[
     return [tile("Training loss", _number(losses[-1]), note, lead=True)]
 
 
-def _answer_tiles(points: list[Record]) -> list[str]:
+def _answer_tiles(points: list[Record], exported: _Exported | None) -> list[str]:
+    """Returns what the checkpoint that is exported gets right, or the last one evaluated."""
     tiles = []
     for name, title in _ANSWERS.items():
         scored = [p for p in points if _finite(_value(p.get(name)))]
         if not scored:
             continue
-        last = scored[-1]
-        note = f"95 % interval {_interval(last[name])}"
+        shown = next((p for p in scored if exported and p["step"] == exported.step), scored[-1])
+        note = f"at step {shown['step']:,} · 95 % interval {_interval(shown[name])}"
         if len(scored) > 1:
             note += f" · from {charts.format_value(_value(scored[0][name]), 'percent')}"
-        value = charts.format_value(_value(last[name]), "percent")
+        value = charts.format_value(_value(shown[name]), "percent")
         tiles.append(tile(title, value, note, lead=True))
     return tiles
+
+
+def _export_tiles(exported: _Exported | None) -> list[str]:
+    if exported is None:
+        return []
+    return [tile("Checkpoint to export", f"Step {exported.step:,}", exported.reason)]
 
 
 def _run_tiles(metrics: list[Record]) -> list[str]:
@@ -158,41 +212,51 @@ def tile(title: str, value: str, note: str, *, lead: bool = False) -> str:
     )
 
 
-def _trouble(metrics: list[Record]) -> str:
+def _troubles(metrics: list[Record], points: list[Record]) -> Iterator[str]:
     steps = [r["step"] for r in metrics if "loss" in r and not _finite(r["loss"])]
-    if not steps:
-        return ""
-    return (
-        f'<p class="trouble">The training loss was not finite in {len(steps)} record(s), first at '
-        f"step {steps[0]:,}.</p>"
-    )
+    if steps:
+        yield (
+            f"The training loss was not finite in {len(steps)} record(s), first at step "
+            f"{steps[0]:,}."
+        )
+    scored = [p for p in points if _finite(p.get("loss"))]
+    if len(scored) > 1 and min(scored, key=lambda p: p["loss"])["step"] == 0:
+        yield (
+            "The validation loss was lowest before training, at step 0: by it no checkpoint is as "
+            "good as the model that the run began with."
+        )
 
 
 def _curves(metrics: list[Record], evaluations: dict[str, list[Record]]) -> str:
+    steps = _extent(metrics, evaluations)
     drawn = [
         _loss_chart(metrics, evaluations),
         *_evaluation_charts(evaluations),
         _metric_chart(metrics, "learning_rate", "Learning rate", "", "rate", from_zero=True),
         _metric_chart(metrics, "grad_norm", "Gradient norm", "before clipping", "number"),
-        _metric_chart(
-            metrics, "tokens_per_second", "Throughput", "tokens per second", "count", from_zero=True
-        ),
+        _throughput_chart(metrics),
         _mfu_chart(metrics),
         _memory_chart(metrics),
     ]
-    figures = "".join(charts.render(chart) for chart in drawn if chart is not None)
+    figures = "".join(
+        charts.render(dataclasses.replace(chart, steps=steps))
+        for chart in drawn
+        if chart is not None
+    )
     return f'<section class="charts">{figures}</section>' if figures else ""
 
 
+def _extent(
+    metrics: list[Record], evaluations: dict[str, list[Record]]
+) -> tuple[float, float] | None:
+    """Returns the first and last step of all charts: a step stands at one place on the page."""
+    records = [*metrics, *(record for points in evaluations.values() for record in points)]
+    steps = [r["step"] for r in records if isinstance(r.get("step"), int)]
+    return (min(steps), max(steps)) if steps else None
+
+
 def _loss_chart(metrics: list[Record], evaluations: dict[str, list[Record]]) -> Chart | None:
-    series, mark = [], None
-    points = _points(metrics, "loss")
-    if len(points) >= 10:
-        smoothed = charts.smooth(points, span=max(5, len(points) // 25))
-        series.append(Series(name="training, each record", points=points, style="faint"))
-        series.append(Series(name="training, smoothed", points=smoothed))
-    elif points:
-        series.append(Series(name="training", points=points, style="points"))
+    series, mark = [*_training_loss(metrics)], None
     name, records = _primary(evaluations)
     scored = _points(records, "loss")
     if scored:
@@ -203,7 +267,87 @@ def _loss_chart(metrics: list[Record], evaluations: dict[str, list[Record]]) -> 
             mark = (step, loss, f"best {_number(loss)}")
     if not series:
         return None
-    return Chart(title="Loss", note="nats per token", series=series, wide=True, mark=mark)
+    note = "nats per token"
+    return Chart(title="Loss", note=note, series=series, decades=True, wide=True, mark=mark)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mean:
+    """A mean over the steps of a record, or of several.
+
+    Attributes:
+      first: First of the steps.
+      last: Last of the steps.
+      value: The mean.
+      weight: Of the value in a mean of several.
+    """
+
+    first: int
+    last: int
+    value: float
+    weight: float
+
+    @property
+    def place(self) -> float:
+        """Where it stands among evaluations, which are of the weights after a number of steps.
+
+        The loss of a step is that of the weights before it.
+        """
+        return (self.first + self.last) / 2 - 1
+
+
+def _means(metrics: list[Record], name: str) -> list[_Mean]:
+    """Returns the values of a figure that is a mean over the steps since the record before."""
+    found, before, tokens = [], 0, 0
+    for record in metrics:
+        step = record.get("step")
+        if not isinstance(step, int) or name not in record:
+            continue
+        value = record[name] if _finite(record[name]) else math.nan
+        trained = record.get("trained_tokens", 0)
+        found.append(_Mean(before + 1, step, value, max(trained - tokens, 1)))
+        before, tokens = step, trained
+    return found
+
+
+def _series_of_means(name: str, means: list[_Mean], style: Any, color: int = 0) -> Series:
+    return Series(
+        name=name,
+        points=[(mean.place, mean.value) for mean in means],
+        spans={mean.place: (mean.first, mean.last) for mean in means},
+        style=style,
+        color=color,
+    )
+
+
+def _training_loss(metrics: list[Record]) -> Iterator[Series]:
+    """Yields what records say, and of many records the means of neighbours before them.
+
+    A mean is of few records where there are few before it, so that an early fall is drawn as it
+    was, and stands in the middle of the steps that it is of.
+    """
+    means = _means(metrics, "loss")
+    if len(means) > _RECORDS_DRAWN:
+        yield _series_of_means("training, each record", means, "faint")
+        yield _series_of_means("training, means of neighbours", _joined(means), "line")
+    elif means:
+        style = "line" if len(means) >= 10 else "points"
+        yield _series_of_means("training", means, style)
+
+
+def _joined(means: list[_Mean]) -> list[_Mean]:
+    """Returns means over stretches: single ones at first, then an eighth of what is before."""
+    joined, start = [], 0
+    largest = max(len(means) // 40, 1)
+    while start < len(means):
+        size = min(max(start // 8, 1), largest)
+        part = means[start : start + size]
+        known = [mean for mean in part if math.isfinite(mean.value)]
+        weight = sum(mean.weight for mean in known)
+        value = sum(mean.value * mean.weight for mean in known) / weight if known else math.nan
+        joined.append(_Mean(part[0].first, part[-1].last, value, weight))
+        start += size
+    return joined
 
 
 def _evaluation_charts(evaluations: dict[str, list[Record]]) -> list[Chart]:
@@ -226,11 +370,12 @@ def _evaluation_charts(evaluations: dict[str, list[Record]]) -> list[Chart]:
         if enough:
             unit = "number" if name == "loss" else "percent"
             note = "nats per token" if name == "loss" else "share"
-            if name in _ANSWERS:
-                note = "95 % intervals"
-            elif len(series) == 1:
+            if len(series) == 1:
                 note = series[0].name
-            drawn.append(Chart(title=title, note=note, series=series, unit=unit))
+            note += ", 95 % intervals"
+            drawn.append(
+                Chart(title=title, note=note, series=series, unit=unit, decades=name == "loss")
+            )
     return drawn
 
 
@@ -245,13 +390,24 @@ def _metric_chart(
     return Chart(title=title, note=note, series=[series], unit=unit, from_zero=from_zero)
 
 
+def _throughput_chart(metrics: list[Record]) -> Chart | None:
+    means = _means(metrics, "tokens_per_second")
+    if not means:
+        return None
+    style = "line" if len(means) > 1 else "points"
+    series = _series_of_means("throughput", means, style)
+    return Chart(
+        title="Throughput", note="tokens per second", series=[series], unit="count", from_zero=True
+    )
+
+
 def _mfu_chart(metrics: list[Record]) -> Chart | None:
     # Colours 0 and 1 are training and validation all over the page.
     names = {"mfu": ("causal attention counted once", 0), "mfu_full": ("counted in full", 3)}
     series = [
-        Series(name=text, points=_points(metrics, name), color=color)
+        _series_of_means(text, _means(metrics, name), "line", color)
         for name, (text, color) in names.items()
-        if _points(metrics, name)
+        if _means(metrics, name)
     ]
     if not series:
         return None
@@ -271,8 +427,14 @@ def _memory_chart(metrics: list[Record]) -> Chart | None:
     return Chart(title="Memory", note="GiB", series=series, from_zero=True)
 
 
-def _evaluation_table(evaluations: dict[str, list[Record]]) -> str:
+def _evaluation_table(evaluations: dict[str, list[Record]], others: dict[str, int]) -> str:
     rows = []
+    scopes = [_scope(name, records[-1]) for name, records in evaluations.items()]
+    scopes += [
+        f"{count:,} earlier evaluation(s) of {name} were of other data, and are left out"
+        for name, count in others.items()
+    ]
+    scope = "".join(f"{escape(text)}.<br>" for text in scopes if text)
     for dataset, records in evaluations.items():
         for name, title, unit in _MEASURES:
             scored = [r for r in records if _finite(_value(r.get(name)))]
@@ -282,9 +444,23 @@ def _evaluation_table(evaluations: dict[str, list[Record]]) -> str:
     if not rows:
         return ""
     return (
-        '<section><h2>Evaluation</h2><div class="scroll"><table class="numbers"><thead><tr>'
+        f'<section><h2>Evaluation</h2><p class="dim">{scope}</p>'
+        '<div class="scroll"><table class="numbers"><thead><tr>'
         "<th>Data set<th>Measure<th>First<th>Best<th>at step<th>Last<th>Change</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _scope(name: str, record: Record) -> str:
+    """Says how much of a data set was evaluated; empty if the record does not know."""
+    if "rows" not in record:
+        return ""
+    rows, of_rows = record["rows"], record.get("of_rows", record["rows"])
+    text = f"{name}: {rows:,} rows" if rows == of_rows else f"{name}: {rows:,} of {of_rows:,} rows"
+    sampled = "" if rows == of_rows else ", drawn at random"
+    return (
+        f"{text}{sampled}, {record.get('documents', 0):,} documents, "
+        f"{record.get('weight', 0):,.0f} trained tokens"
     )
 
 
@@ -306,8 +482,8 @@ def _evaluation_row(dataset: str, title: str, unit: Unit, name: str, scored: lis
     )
 
 
-def _samples(records: Iterable[Record]) -> str:
-    """Shows the first and the last answer to each prompt side by side."""
+def _samples(records: Iterable[Record], exported: _Exported | None) -> str:
+    """Shows the first answer to each prompt beside that of the checkpoint that is exported."""
     prompts: dict[str, list[Record]] = {}
     for record in records:
         if isinstance(record.get("step"), int) and "prompt" in record:
@@ -315,10 +491,14 @@ def _samples(records: Iterable[Record]) -> str:
     cards = []
     for prompt, answers in prompts.items():
         answers.sort(key=lambda r: r["step"])
-        first, last = answers[0], answers[-1]
+        first = answers[0]
+        last = next((r for r in answers if exported and r["step"] == exported.step), answers[-1])
         panes = [_answer(f"Step {first['step']:,}", first.get("output"), "answer")]
         if last["step"] > first["step"]:
-            panes.append(_answer(f"Step {last['step']:,}", last.get("output"), "answer last"))
+            title = f"Step {last['step']:,}"
+            if exported is not None and last["step"] == exported.step:
+                title += f", {exported.reason}"
+            panes.append(_answer(title, last.get("output"), "answer last"))
         reference = last.get("reference")
         if reference is not None:
             panes.append(_answer("Reference", reference, "answer reference"))
@@ -386,14 +566,24 @@ def _environment(values: Record) -> str:
     return f'<section><h2>Environment</h2><dl class="facts">{"".join(rows)}</dl></section>'
 
 
-def _by_dataset(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Groups evaluations, the primary set first; of two at one step the later one counts."""
+def _by_dataset(records: Iterable[Record]) -> tuple[dict[str, list[Record]], dict[str, int]]:
+    """Groups evaluations, the primary set first; of two at one step the later one counts.
+
+    Returns:
+      Those of the data that was evaluated last, and how many there are of other data.
+    """
     groups: dict[str, dict[int, Record]] = {}
     for record in records:
         if isinstance(record.get("step"), int):
             groups.setdefault(str(record.get("dataset", _PRIMARY)), {})[record["step"]] = record
-    names = sorted(groups, key=lambda name: name != _PRIMARY)
-    return {name: [groups[name][step] for step in sorted(groups[name])] for name in names}
+    kept, others = {}, {}
+    for name in sorted(groups, key=lambda name: name != _PRIMARY):
+        found = [groups[name][step] for step in sorted(groups[name])]
+        digest = found[-1].get("digest")
+        kept[name] = [record for record in found if record.get("digest") == digest]
+        if len(kept[name]) < len(found):
+            others[name] = len(found) - len(kept[name])
+    return kept, others
 
 
 def _primary(evaluations: dict[str, list[Record]]) -> tuple[str, list[Record]]:
@@ -410,11 +600,15 @@ def _points(records: list[Record], name: str) -> list[tuple[float, float]]:
 
 
 def _intervals(records: list[Record], name: str) -> tuple[tuple[float, float, float], ...]:
-    return tuple(
-        (record["step"], record[name]["low"], record[name]["high"])
-        for record in records
-        if isinstance(record.get(name), dict) and _finite(record[name].get("low"))
-    )
+    found = []
+    for record in records:
+        figure = record.get(name)
+        low, high = record.get(f"{name}_low"), record.get(f"{name}_high")
+        if isinstance(figure, dict):
+            low, high = figure.get("low"), figure.get("high")
+        if _finite(low) and _finite(high):
+            found.append((record["step"], low, high))
+    return tuple(found)
 
 
 def _value(figure: Any) -> Any:
@@ -424,7 +618,9 @@ def _value(figure: Any) -> Any:
 def _interval(figure: Any) -> str:
     if not isinstance(figure, dict) or not _finite(figure.get("low")):
         return "unknown"
-    count = f", {figure['count']:,} rows" if figure.get("count") else ""
+    count, of_rows = figure.get("count"), figure.get("of_rows")
+    of = f" of {of_rows:,}" if of_rows and of_rows != count else ""
+    count = f", {count:,}{of} rows" if count else ""
     return f"{100 * figure['low']:.1f} to {100 * figure['high']:.1f} %{count}"
 
 
