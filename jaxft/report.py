@@ -16,7 +16,6 @@ from typing import Any
 
 from jaxft import charts
 from jaxft.charts import Chart, Series, Unit
-from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_dict, walk
 from jaxft.progress import format_duration
 from jaxft.workdir import Workdir, read_jsonl, write_text
@@ -38,8 +37,8 @@ _RECORDS_DRAWN = 60
 
 
 @dataclass(frozen=True, slots=True)
-class _Exported:
-    """The checkpoint that an export takes, as long as the run is not continued.
+class Exported:
+    """The checkpoint of a run that an export takes.
 
     Attributes:
       step: Its step.
@@ -56,37 +55,28 @@ class _Exported:
         return names.get(self.measure, "the newest; none was evaluated")
 
 
-def write_report(workdir: Workdir) -> Path:
+def write_report(workdir: Workdir, exported: Exported | None = None) -> Path:
     """Writes the page from what the run has written so far, and returns its path.
+
+    Args:
+      workdir: The run.
+      exported: The checkpoint that an export would take, if it is known.
 
     Raises:
       TrainingError: If the file cannot be written.
     """
     metrics = list(read_jsonl(workdir.metrics))
     evaluations, others = _by_dataset(read_jsonl(workdir.evaluations))
-    config, exported = _read_json(workdir.config), _find_exported(workdir)
     sections = [
         _headline(metrics, evaluations, exported),
         _curves(metrics, evaluations),
         _evaluation_table(evaluations, others),
         _samples(read_jsonl(workdir.samples), exported),
-        _configuration(config),
+        _configuration(_read_json(workdir.config)),
         _environment(_read_json(workdir.environment)),
     ]
     write_text(workdir.report, page(workdir.path.name, _subtitle(workdir), sections))
     return workdir.report
-
-
-def _find_exported(workdir: Workdir) -> _Exported | None:
-    if not workdir.checkpoints.is_dir():
-        return None
-    checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
-    steps, best = checkpoints.steps(), checkpoints.best_step()
-    checkpoints.close()
-    if not steps:
-        return None
-    measure = str(_read_json(workdir.config).get("eval.best", "loss"))
-    return _Exported(steps[-1], "") if best is None else _Exported(best, measure)
 
 
 def page(title: str, subtitle: str, sections: Iterable[str], *, style: str = "") -> str:
@@ -130,7 +120,7 @@ def short_name(path: str) -> str:
 
 
 def _headline(
-    metrics: list[Record], evaluations: dict[str, list[Record]], exported: _Exported | None
+    metrics: list[Record], evaluations: dict[str, list[Record]], exported: Exported | None
 ) -> str:
     name, points = _primary(evaluations)
     tiles = [
@@ -161,7 +151,7 @@ def _loss_tiles(name: str, points: list[Record], metrics: list[Record]) -> list[
     return [tile("Training loss", _number(losses[-1]), note, lead=True)]
 
 
-def _answer_tiles(points: list[Record], exported: _Exported | None) -> list[str]:
+def _answer_tiles(points: list[Record], exported: Exported | None) -> list[str]:
     """Returns what the checkpoint that is exported gets right, or the last one evaluated."""
     tiles = []
     for name, title in _ANSWERS.items():
@@ -177,7 +167,7 @@ def _answer_tiles(points: list[Record], exported: _Exported | None) -> list[str]
     return tiles
 
 
-def _export_tiles(exported: _Exported | None) -> list[str]:
+def _export_tiles(exported: Exported | None) -> list[str]:
     if exported is None:
         return []
     return [tile("Checkpoint to export", f"Step {exported.step:,}", exported.reason)]
@@ -482,7 +472,7 @@ def _evaluation_row(dataset: str, title: str, unit: Unit, name: str, scored: lis
     )
 
 
-def _samples(records: Iterable[Record], exported: _Exported | None) -> str:
+def _samples(records: Iterable[Record], exported: Exported | None) -> str:
     """Shows the first answer to each prompt beside that of the checkpoint that is exported."""
     prompts: dict[str, list[Record]] = {}
     for record in records:

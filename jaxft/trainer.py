@@ -64,7 +64,7 @@ from jaxft.program import (
     put,
     use_compilation_cache,
 )
-from jaxft.report import write_report
+from jaxft.report import Exported, write_report
 from jaxft.sharding.rules import Placement
 from jaxft.signals import StopRequest, stop_on_signals
 from jaxft.state import TrainState, init_state
@@ -276,10 +276,11 @@ def _train(
         with stop_on_signals() as stop:
             state, reason = _loop(run, step, state, start, stop)
         done = int(state.step)
+        exported = _find_exported(run, done)
         if reason in ("end", "patience"):
-            _write_samples_of_best(run, state)
+            _write_samples_of_exported(run, state, exported.step)
     if distributed.is_first():
-        write_report(workdir)
+        write_report(workdir, exported)
     _announce_end(run, done, reason, workdir)
     newest = workdir.checkpoints / str(done)
     return TrainResult(workdir.path, newest, done, reason, run.counts.best_loss)
@@ -729,23 +730,26 @@ def _peak_flops(evaluator: Evaluator) -> float | None:
     return peak * devices.size if peak else None
 
 
-def _write_samples_of_best(run: _Run, state: TrainState) -> None:
+def _find_exported(run: _Run, step: int) -> Exported:
+    best = distributed.from_first("best checkpoint", run.checkpoints.best_step)
+    return Exported(step, "") if best is None else Exported(best, run.config.eval.best)
+
+
+def _write_samples_of_exported(run: _Run, state: TrainState, step: int) -> None:
     """Answers the prompts with the checkpoint that an export takes, which may be an earlier one.
 
     The state is then deleted, which makes room for the other one's weights.
     """
-    step = int(state.step)
-    best = distributed.from_first("best checkpoint", run.checkpoints.best_step) or step
-    if _has_samples(run, best):
+    if _has_samples(run, step):
         return
     params = state.params
-    if best != step:
+    if step != int(state.step):
         for array in jax.tree.leaves(state):
             array.delete()
-        with progress.phase(f"Weights of step {best}, the best"):
+        with progress.phase(f"Weights of step {step}, the best"):
             shapes: Any = run.program.state.params
-            params = run.checkpoints.restore_params(shapes, best)
-    _write_samples(run, params, best)
+            params = run.checkpoints.restore_params(shapes, step)
+    _write_samples(run, params, step)
 
 
 def _has_samples(run: _Run, step: int) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.charts import Chart, Series, format_value, render, smooth, thin, ticks
+from jaxft.charts import Chart, Series, format_value, log_ticks, render, thin, ticks
 
 _finite = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -25,18 +25,49 @@ def test_ticks_are_few_even_and_inside(a, b):
     assert all(gap == pytest.approx(gaps[0], rel=1e-3) for gap in gaps)
 
 
-def test_smoothing_keeps_a_constant_and_does_not_lag_behind_a_slope():
-    assert smooth([(i, 2.0) for i in range(30)], span=5) == [
-        (i, pytest.approx(2.0)) for i in range(30)
-    ]
-    slope = smooth([(i, float(i)) for i in range(201)], span=9)
-    assert slope[100] == (100, pytest.approx(100.0, abs=1e-6))
+def heights_of(html):
+    """Returns the place of each label of the axis of values, in per cent from the top."""
+    return {float(t): float(p) for p, t in re.findall(r'top:([\d.]+)%">([\d.]+)</i>', html)}
 
 
-def test_smoothing_leaves_gaps_where_values_are_not_finite():
-    result = smooth([(0, 1.0), (1, math.nan), (2, 1.0)], span=3)
-    assert math.isnan(result[1][1])
-    assert result[2][1] == pytest.approx(1.0)
+def drawn(html):
+    """Returns what the script of a chart knows of its series."""
+    return json.loads(re.search(r"<script[^>]*>(.*?)</script>", html).group(1))
+
+
+def test_values_that_span_decades_stand_on_a_logarithmic_axis():
+    points = [(0, 3.0), (10, 0.3), (20, 0.03), (30, 0.0)]
+    html = render(
+        Chart(title="t", note="n", series=[Series(name="s", points=points)], decades=True)
+    )
+    assert "n, logarithmic" in html
+    heights = heights_of(html)
+    assert heights[0.1] - heights[1.0] == pytest.approx(heights[0.2] - heights[2.0], abs=0.02)
+    (data,) = drawn(html)
+    tops = [point[1] for point in data["points"]]
+    assert tops[1] - tops[0] == pytest.approx(tops[2] - tops[1], abs=0.02)
+    assert tops[3] == 100  # what has no logarithm stands at the foot
+    near = [(0, 3.0), (10, 1.0)]
+    assert "logarithmic" not in render(
+        Chart(title="t", note="n", series=[Series(name="s", points=near)], decades=True)
+    )
+
+
+@given(st.floats(1e-6, 1e6), st.floats(10, 1e9))
+def test_ticks_of_decades_are_few_and_inside(low, ratio):
+    found = log_ticks(low, low * ratio)
+    assert 1 <= len(found) <= 8
+    assert all(low <= tick <= low * ratio for tick in found)
+
+
+def test_a_point_of_several_steps_says_which():
+    series = Series(
+        name="s", points=[(4.5, 1.0), (14.5, 0.5)], spans={4.5: (1, 10), 14.5: (11, 20)}
+    )
+    html = render(Chart(title="t", note="", series=[series], steps=(0, 20)))
+    (data,) = drawn(html)
+    assert [point[2] for point in data["points"]] == ["steps 1 to 10", "steps 11 to 20"]
+    assert [point[0] for point in data["points"]] == [22.5, 72.5]
 
 
 def test_thinning_keeps_ends_spikes_and_order():
@@ -57,10 +88,10 @@ def test_points_lie_where_the_axes_say():
         title="t", note="", series=[Series(name="s", points=[(0, 0.0), (50, 5.0), (100, 10.0)])]
     )
     html = render(chart)
-    (data,) = json.loads(re.search(r"<script[^>]*>(.*?)</script>", html).group(1))
-    heights = {float(t): float(p) for p, t in re.findall(r'top:([\d.]+)%">([\d.]+)</i>', html)}
+    (data,) = drawn(html)
+    heights = heights_of(html)
     for x, y, step, text in data["points"]:
-        assert x == float(step)
+        assert f"step {x:.0f}" == step
         if float(text) in heights:
             assert y == pytest.approx(heights[float(text)], abs=0.02)
     assert {0.0, 10.0} <= heights.keys()

@@ -104,6 +104,25 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         assert checkpoints.steps() == [7, 8]
 
 
+def test_scores_by_another_yardstick_are_not_compared(tmp_path):
+    with Checkpoints(tmp_path / "c", keep_last=1, yardstick="old") as checkpoints:
+        for step, score in enumerate([0.5, 0.1, 0.3], start=1):
+            save(checkpoints, step, score)
+    with Checkpoints(tmp_path / "c", keep_last=1, yardstick="new") as checkpoints:
+        save(checkpoints, 4)
+        checkpoints.wait()
+        # Until one is scored anew, the old best is kept and is the best.
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 4], 2)
+        save(checkpoints, 5, 7.0)
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([5], 5)
+        save(checkpoints, 6, 8.0)
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([5, 6], 5)
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert checkpoints.best_step() == 5
+
+
 def test_without_any_evaluation_there_is_no_best(tmp_path):
     with Checkpoints(tmp_path / "c", keep_last=1) as checkpoints:
         for step in (1, 2, 3):

@@ -51,6 +51,9 @@ def configure(home):
             "train__keep_last": 3,
             "eval__samples": 2,
             "eval__max_new_tokens": 4,
+            "eval__answers": "exact",
+            "eval__answer_rows": 5,
+            "eval__max_rows": 4,
             "mesh__data": 0,
         }
         return tiny_config(home, workdir, **common | changes)
@@ -82,7 +85,8 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     assert len(evaluations[0]) == len(evaluations[1])
     for record, other in zip(*evaluations, strict=True):
         assert record["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert record["weight"] == other["weight"]
+        for name in ("weight", "exact_match", "rows", "digest"):
+            assert record[name] == other[name]
     assert read_records(folder / "samples.jsonl") == read_records(reference / "samples.jsonl")
 
 

@@ -1,5 +1,7 @@
 import json
 import math
+import random
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -81,24 +83,89 @@ def test_a_whole_run_is_told(workdir):
     _metrics(workdir, range(10, 301, 10))
     for step, loss, right in ((0, 5.0, 0.25), (150, 1.25, 0.5), (300, 1.5, 0.75)):
         interval = {"value": right, "low": right - 0.05, "high": right + 0.05, "count": 200}
+        interval["of_rows"] = 1000
         append_jsonl(workdir.evaluations, _evaluation(step, loss, label_accuracy=interval))
         append_jsonl(workdir.evaluations, _evaluation(step, 2 + step / 300, "retention"))
-    for step, answer in ((0, "blah"), (150, "middle"), (300, "cardiology")):
+    for step, answer in ((0, "blah"), (150, "oncology"), (300, "cardiology")):
         sample = {"step": step, "prompt": "chest pain?", "output": answer, "reference": "heart"}
         append_jsonl(workdir.samples, sample)
     page = _parse(write_report(workdir))
     words = " ".join(page.text.split())
     assert "Best validation loss 1.250 at step 150 · from 5.000, \N{MINUS SIGN}3.750" in words
-    assert "Label accuracy 75.0 % 95 % interval 70.0 to 80.0 %, 200 rows · from 25.0 %" in words
+    assert (
+        "Label accuracy 75.0 % at step 300 · 95 % interval 70.0 to 80.0 %, 200 of 1,000 rows · "
+        "from 25.0 %" in words
+    )
     assert "Training time 10:00 300 steps" in words
     assert "Tokens 1.2 M 300,000 of them trained" in words
     assert "Step 0 blah Step 300 cardiology Reference heart" in words
-    assert "middle" not in words
-    assert "label accuracy 25.0 % 75.0 % 300 75.0 % (70.0 to 80.0 %, 200 rows) +50.0" in words
+    assert "oncology" not in words
+    assert (
+        "label accuracy 25.0 % 75.0 % 300 75.0 % (70.0 to 80.0 %, 200 of 1,000 rows) +50.0" in words
+    )
     assert "retention loss, nats per token 2.000 2.000 0 3.000 +1.000" in words
     assert "optim.learning_rate 0.125 1e-05 Peak learning rate." in words
     assert page.tags.count("figure") == 6  # loss, evaluation loss, accuracy, rate, norm, speed
     assert "jax" in words
+
+
+def _drawn(workdir, title):
+    """Returns the series of a chart by name: what its script knows."""
+    text = write_report(workdir).read_text()
+    _, _, rest = text.partition(f"<b>{title}</b>")
+    found = json.loads(re.search(r'<script type="application/json">(.*?)</script>', rest).group(1))
+    return {series["name"]: series["points"] for series in found}
+
+
+def test_a_record_stands_in_the_middle_of_its_steps(workdir):
+    # The loss after s steps is 3 / 2^s; a record is the mean of what its steps found before them.
+    losses = [3 / 2**s for s in range(41)]
+    for step in range(4, 41, 4):
+        _metrics(workdir, [step], loss=sum(losses[step - 4 : step]) / 4)
+    for step in (0, 40):
+        append_jsonl(workdir.evaluations, _evaluation(step, losses[step]))
+    chart = _drawn(workdir, "Loss")
+    assert "logarithmic" in workdir.report.read_text()
+    assert chart["training"][0][2] == "steps 1 to 4"
+    # Step 0 is at 0 % and step 40 at 100 %: the first four losses are of the weights of 0 to 3.
+    assert [point[0] for point in chart["training"][:2]] == [3.75, 13.75]
+    assert [point[0] for point in chart["validation"]] == [0, 100]
+    assert [point[3] for point in chart["training"]][:2] == ["1.406", "0.088"]
+    assert _drawn(workdir, "Throughput")["throughput"][0][2] == "steps 1 to 4"
+
+
+def test_an_early_fall_is_drawn_as_it_was_among_many_records(workdir):
+    generator = random.Random(0)
+    losses = {step: 0.03 + 3 / 2**step for step in range(1, 401)}
+    for step, loss in losses.items():
+        _metrics(workdir, [step], loss=loss * generator.uniform(0.9, 1.1))
+    series = _drawn(workdir, "Loss")
+    assert len(series["training, each record"]) == 400
+    means = series["training, means of neighbours"]
+    for point in means[:8]:
+        step = int(point[2].removeprefix("step "))
+        assert float(point[3]) == pytest.approx(losses[step], rel=0.11)
+    assert float(means[-1][3]) == pytest.approx(0.03, rel=0.05)
+    assert 40 < len(means) < 80
+
+
+def test_evaluations_of_other_data_are_left_out_and_counted(workdir):
+    _metrics(workdir, [10, 20])
+    append_jsonl(workdir.evaluations, _evaluation(0, 9.0, digest="a"))
+    append_jsonl(workdir.evaluations, _evaluation(10, 0.5, digest="a"))
+    append_jsonl(workdir.evaluations, _evaluation(20, 2.0, digest="b", rows=5, of_rows=19))
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "Best validation loss 2.000 at step 20" in words
+    assert "2 earlier evaluation(s) of validation were of other data" in words
+    assert "validation: 5 of 19 rows, drawn at random" in words
+
+
+def test_a_run_that_only_made_it_worse_is_told(workdir):
+    _metrics(workdir, [10])
+    for step, loss in ((0, 1.0), (10, 1.5)):
+        append_jsonl(workdir.evaluations, _evaluation(step, loss))
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "lowest before training, at step 0" in words
 
 
 def test_the_page_asks_nothing_of_the_network(workdir):

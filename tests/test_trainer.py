@@ -17,6 +17,7 @@ import jaxft
 from jaxft import model, trainer
 from jaxft.config import to_dict
 from jaxft.errors import CheckpointError, ConfigError, ModelError, TrainingError
+from jaxft.evaluation import Answers
 from jaxft.intervals import Estimate
 from jaxft.trainer import train
 from tests.tiny_run import (
@@ -361,6 +362,134 @@ def test_evaluation_is_due_every_n_steps_or_at_the_end_of_each_epoch(home, confi
         config("epochs", data__validation=held_out(home), train__steps=0, train__epochs=3)
     )
     assert [r["step"] for r in read_records(epochs.workdir / "eval.jsonl")] == [0, 5, 10, 15]
+
+
+def feed_answers(monkeypatch, shares):
+    """Lets the evaluations of a run get these of ten answers right, the first before training."""
+    rest = iter(shares)
+
+    def answer(config, model, prompts):
+        right = np.arange(10) < next(rest)
+        return Answers("exact_match", [], [], [], right, 0, prompts.of_rows)
+
+    monkeypatch.setattr(trainer, "answer", answer)
+
+
+def answering(home, config, **changes):
+    keys = {"eval__answers": "exact", "eval__max_new_tokens": 10, "eval__best": "answers"}
+    keys |= {"data__validation": held_out(home), "train__eval_every": 1, "train__keep_last": 1}
+    return config(**keys | changes)
+
+
+def test_answers_are_generated_at_each_evaluation_and_told(home, config, capfd):
+    run = answering(home, config, eval__best="loss", train__eval_every=4, eval__answer_rows=5)
+    result = train(run)
+    records = read_records(result.workdir / "eval.jsonl")
+    assert [r["step"] for r in records] == [0, 4, 8]
+    assert [(r["exact_match"]["count"], r["exact_match"]["of_rows"]) for r in records] == [
+        (5, 9)
+    ] * 3
+    said = capfd.readouterr().err
+    assert said.count("exact match") == 3
+    assert "Answers to 5 rows took" in said
+    assert "Exact match" in (result.workdir / "report.html").read_text()
+    # They are those that the command generates.
+    run.eval.answers = "exact"
+    found = jaxft.evaluate(run, result.workdir, step="8")["validation"]
+    assert found.record()["exact_match"] == records[-1]["exact_match"]
+    assert found.record()["bits_per_byte"] == pytest.approx(records[-1]["bits_per_byte"])
+
+
+def test_the_best_checkpoint_and_patience_go_by_answers_if_asked(home, config, monkeypatch):
+    run = answering(home, config, eval__patience=3)
+    feed_losses(monkeypatch, [5, 4, 3, 2, 1, 0.5, 0.4])
+    feed_answers(monkeypatch, [1, 4, 7, 6, 7, 5])
+    result = train(run)
+    # At step 4 as many were right as at step 2, which is no improvement.
+    assert (result.step, result.reason) == (5, "patience")
+    assert jaxft.load(result.workdir).source.step == 4, "of equal ones the newest"
+    assert result.best_loss == 0.5
+
+
+def test_best_and_patience_begin_anew_with_other_validation_data(
+    home, config, monkeypatch, tmp_path, capfd
+):
+    run = config(
+        data__validation=held_out(home),
+        train__eval_every=1,
+        train__keep_last=1,
+        eval__patience=3,
+    )
+    feed_losses(monkeypatch, [5, 0.1, 0.2, 0.2, 0.2])
+    stopped = train(run)
+    assert (stopped.step, stopped.reason) == (4, "patience")
+    run.data.validation = str(write_chats(tmp_path / "other.jsonl", 7, seed=8))
+    feed_losses(monkeypatch, [9, 8, 8.5, 8.6])
+    result = train(run, resume=True)
+    assert "best checkpoint and patience begin anew" in " ".join(capfd.readouterr().err.split())
+    assert (result.step, result.reason, result.best_loss) == (8, "end", 8)
+    assert jaxft.load(result.workdir).source.step == 6
+    words = (result.workdir / "report.html").read_text()
+    assert "5 earlier evaluation(s) of validation were of other data" in words
+
+
+def test_samples_are_of_the_checkpoint_that_an_export_takes(home, config, monkeypatch):
+    run = config(data__validation=held_out(home), train__eval_every=2, eval__samples=2)
+    run.optim.learning_rate = 0.05
+    feed_losses(monkeypatch, [5, 4, 2, 3, 3])
+    result = train(run)
+    samples = read_records(result.workdir / "samples.jsonl")
+    assert [r["step"] for r in samples] == [0, 0, 4, 4]
+    best = jaxft.load(result.workdir)
+    assert best.source.step == 4
+    for record in samples[2:]:
+        prompt = [{"role": "user", "content": record["prompt"]}]
+        answer = best.generate(prompt, max_new_tokens=run.eval.max_new_tokens)
+        assert record["output"] == answer
+    page = (result.workdir / "report.html").read_text()
+    assert "Step 4, the best by validation loss" in page
+    assert train(run, resume=True) == result
+
+
+# ---- what is warned of ----
+
+
+def test_a_run_of_hardly_a_step_says_what_makes_it_longer(home, config, capfd):
+    run = config(train__steps=0, train__epochs=2.0, data__max_length=192)
+    result = train(run)
+    assert result.step == 3
+    said = " ".join(capfd.readouterr().err.split())
+    assert "The run has 3 steps" in said
+    found = dict(re.findall(r"--config\.([\w.]+=\w+) \((\d+) steps\)", said))
+    assert found.keys() == {
+        "train.batch_size=1", "train.epochs=40", "data.packing=none", "data.max_length=64"
+    }  # fmt: skip
+    for flag, steps in found.items():
+        path, _, value = flag.partition("=")
+        changed = config(
+            flag.replace("=", "-"), train__steps=0, train__epochs=2.0, data__max_length=192
+        )
+        node, leaf = path.split(".")
+        old = getattr(getattr(changed, node), leaf)
+        setattr(getattr(changed, node), leaf, type(old)(value))
+        count = len(trainer._read_data(changed, jaxft.load(home / "base").tokenizer)[0])
+        made = math.ceil(changed.train.epochs * count / changed.train.batch_size)
+        # How full shorter rows will be is estimated.
+        assert made == pytest.approx(int(steps), abs=2 if leaf == "max_length" else 0)
+    train(config("asked", train__steps=2))
+    assert "too few" not in capfd.readouterr().err
+
+
+def test_validation_that_is_trained_on_is_told(home, config, tmp_path, capfd):
+    mixed = tmp_path / "mixed.jsonl"
+    lines = (home / "train.jsonl").read_text().splitlines()
+    mixed.write_text("\n".join([*(home / "held_out.jsonl").read_text().splitlines(), lines[6]]))
+    train(config(data__validation=str(mixed), train__steps=2))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "1 of 10 validation documents are in the training data too" in said
+    assert f"{mixed}:10 = {home / 'train.jsonl'}:7" in said
+    train(config("apart", data__validation=held_out(home), train__steps=2))
+    assert "training data too" not in capfd.readouterr().err
 
 
 # ---- what is not finite ----
