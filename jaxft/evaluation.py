@@ -72,6 +72,11 @@ class HeldOut:
         """Hash of all that is evaluated: figures with other digests are of other data."""
         return f"{self.rows.digest[:12]}-{len(self.numbers)}"
 
+    @property
+    def is_sample(self) -> bool:
+        """Whether there are more rows."""
+        return len(self.numbers) < len(self.rows)
+
     def record(self) -> dict[str, Any]:
         """Returns what eval.jsonl holds of it."""
         return {
@@ -748,16 +753,17 @@ def _sums_of_documents(name: str, evaluation: Evaluation) -> dict[tuple[int, int
     """Returns bits and bytes, `[2]`, by number of the source and line of the document."""
     held_out = evaluation.held_out
     rows, index = held_out.rows, held_out.rows.documents.index
-    if rows.max_segments > 1:
-        raise ConfigError(
-            f"The models read {name!r} as different tokens, and several documents share a row, so "
-            "that their losses cannot be paired. Compare them with `jaxft eval --compare` or "
-            "evaluation.evaluate_pair, or evaluate both with --config.data.packing=none."
-        )
     sums: dict[tuple[int, int], np.ndarray] = {}
     bits, sizes = _bits_and_bytes(evaluation)
     for number, values in zip(held_out.numbers, np.stack([bits, sizes], axis=1), strict=True):
-        document = index[rows.begun(rows.pieces(number))[0]]
+        pieces = rows.pieces(number)
+        document = index[rows.begun(pieces)[0]]
+        if len(pieces) > 1 or pieces[0, 1] > document["start"] + document["length"]:
+            raise ConfigError(
+                f"The models read {name!r} as different tokens, and several documents share a row, "
+                "so that their losses cannot be paired. Compare them with `jaxft eval --compare` "
+                "or evaluation.evaluate_pair, or evaluate both with --config.data.packing=none."
+            )
         key = (int(document["source"]), int(document["line"]))
         sums[key] = sums.get(key, 0.0) + values
     return sums

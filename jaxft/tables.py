@@ -98,7 +98,7 @@ def _print_scope(results: Mapping[str, Evaluation], config: RunConfig) -> None:
         held_out, answers = evaluation.held_out, evaluation.answers
         rows, of_rows = len(held_out.numbers), len(held_out.rows)
         text = f"{name}: {', '.join(held_out.rows.statistics.read.sources)}; {rows:,} "
-        text += "rows" if rows == of_rows else f"of {of_rows:,} rows, drawn at random"
+        text += f"of {of_rows:,} rows, drawn at random" if held_out.is_sample else "rows"
         text += f", {held_out.documents:,} documents"
         text += f", {evaluation.rows.weight.sum():,.0f} trained tokens"
         if answers is not None and len(answers.right) < answers.of_rows:
@@ -211,7 +211,7 @@ def _jsonable(evaluation: Evaluation) -> dict[str, Any]:
 def _table(columns: list[str]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
     return table
 
 

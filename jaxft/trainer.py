@@ -551,6 +551,8 @@ def _evaluate(run: _Run, state: TrainState) -> float | None:
             f"step {record['step']}: {name} loss {result.loss.value:.4f}, "
             f"perplexity {record['perplexity']:.3f}, token accuracy {record['token_accuracy']:.1%}"
         )
+        if held_out.is_sample:
+            text += f" over {len(held_out.numbers):,} of {len(held_out.rows):,} rows"
         if name == "validation":
             score = result.loss.value
             run.counts = _count_loss(run.counts, score)

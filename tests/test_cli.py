@@ -255,3 +255,10 @@ def test_messages_tools_and_a_system_message_reach_the_template(trained, capsys,
 def test_what_cannot_be_asked_is_refused_before_the_model_is_read(capsys, arguments, words):
     assert cli.main(["generate", "--model=not_there", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_eval_refuses_an_output_that_cannot_be_written_before_it_reads_a_model(tmp_path, capsys):
+    arguments = ["eval", "--config.model.path=nowhere", "--config.data.validation=nothing.jsonl"]
+    for more in ([], ["--compare", "a", "b"]):
+        assert cli.main([*arguments, *more, f"--output={tmp_path}/nodir/x.json"]) == 2
+        assert f"there is no folder {tmp_path}/nodir" in " ".join(capsys.readouterr().err.split())

@@ -246,9 +246,11 @@ def test_models_that_read_other_tokens_are_paired_by_document(run, in_pairs, cap
 
 def test_models_that_read_other_tokens_are_not_paired_by_rows(run, in_pairs):
     config, result = run
-    a, b = (evaluated(config, path) for path in (result.checkpoint, in_pairs))
-    with pytest.raises(ConfigError, match=r"--config\.data\.packing=none"):
-        compare(a, b)
+    for packing in ("documents", "stream"):
+        models = (result.checkpoint, in_pairs)
+        a, b = (evaluated(config, path, data__packing=packing) for path in models)
+        with pytest.raises(ConfigError, match=r"--config\.data\.packing=none"):
+            compare(a, b)
 
 
 def test_bytes_are_those_of_the_answers_and_do_not_depend_on_rows(run, folder):
