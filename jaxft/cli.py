@@ -398,7 +398,8 @@ def _generate(options: argparse.Namespace) -> int:
     sampling = _sampling(options)
     model = jaxft.load(options.model, step=options.step, dtypes=options.dtypes)
     needs_template = options.messages or options.system or tools
-    if options.raw or (model.tokenizer.chat_template is None and not needs_template):
+    template = getattr(model.tokenizer, "chat_template", None)  # there may be no tokenizer
+    if options.raw or not (template or needs_template):
         asked = []
     if asked:
         answers = model.generate_from_ids(

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -262,3 +263,10 @@ def test_eval_refuses_an_output_that_cannot_be_written_before_it_reads_a_model(t
     for more in ([], ["--compare", "a", "b"]):
         assert cli.main([*arguments, *more, f"--output={tmp_path}/nodir/x.json"]) == 2
         assert f"there is no folder {tmp_path}/nodir" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt=a"], ["chat"]])
+def test_a_model_without_tokenizer_cannot_talk(folder, capsys, tmp_path, command):
+    shutil.copytree(folder / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
+    assert cli.main([command[0], f"--model={tmp_path / 'bare'}", *command[1:]]) == 1
+    assert "has no tokenizer, so" in capsys.readouterr().err
