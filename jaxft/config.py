@@ -327,7 +327,8 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     strategy: str = key(
-        "fsdp", "Sharding strategy: a name from docs/sharding.md, or 'package.module'."
+        "fsdp",
+        "Sharding strategy: a name from docs/sharding.md, or a module of yours that defines one.",
     )
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
