@@ -121,7 +121,7 @@ def detect(path: Path, spec: SourceSpec, head: bytes, *, is_whole: bool) -> Cont
     if suffix in _JSON_LINES and not (json_kind == "JSON" and text.startswith("[")):
         return Content("JSON lines")
     if suffix == ".json":
-        return Content("JSON" if _is_one_object(text) else json_kind or "JSON")
+        return Content("JSON" if is_whole and _is_one_object(text) else json_kind or "JSON")
     if json_kind and not (suffix in _TEXTS and spec.format == "text"):
         return Content(json_kind, _remark(json_kind, suffix, ()))
     if suffix in _TABLES or (suffix not in _TEXTS and spec.format == "columns"):
@@ -149,10 +149,10 @@ def _remark(kind: str, suffix: str, usual: tuple[str, ...]) -> str:
 
 def _refuse_binary(path: Path, head: bytes) -> None:
     what = next((what for magic, what in _BINARY.items() if head.startswith(magic)), "")
+    if name := _compression(head):
+        what = f"{name} within compressed data; decompress it once"
     if not what and b"\0" in head:
         what = "a binary file"
-    if not what and (name := _compression(head)):
-        what = f"{name} within {name}; decompress it once"
     if what:
         raise DataError(
             f"{path} is {what}, not JSON, CSV, Parquet or text, and cannot be read as data."
