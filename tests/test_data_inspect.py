@@ -163,3 +163,84 @@ def test_markup_in_the_data_is_shown_as_it_is(tmp_path, tokenizer):
     text = show(inspect(RunConfig(data=data), tokenizer)).export_text()
     assert "[bold]q[/bold]" in text
     assert "[/x] a" in text
+
+
+def test_one_long_document_does_not_flatten_the_histogram(tmp_path, tokenizer):
+    rows = [{"text": "word " * (20 + i)} for i in range(60)] + [{"text": "word " * 5000}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(train=str(path), cache=str(tmp_path / "cache"), overlength="split")
+    report = inspect(RunConfig(data=data), tokenizer)
+    [train] = report.sets
+    assert train.counts.sum() == 61
+    assert train.counts[-1] == 1
+    assert (train.counts[:-1] > 0).all()
+    assert train.edges[-2] < 100
+    assert "1 far beyond the others" in show(report).export_text()
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"), [(1, 3000), (1, 3), (30, 3), (30, 300)], ids=lambda value: str(value)
+)
+def test_the_answer_is_seen_however_long_the_prompt(tmp_path, tokenizer, turns, words):
+    user = {"role": "user", "content": "word " * words}
+    messages = [
+        message
+        for turn in range(turns)
+        for message in (user, {"role": "assistant", "content": f"answer {turn}"})
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    data = DataConfig(train=str(path), cache=str(tmp_path / "cache"), max_length=65536)
+    report = inspect(RunConfig(data=data), tokenizer)
+    [sample] = report.samples
+    assert any(f"answer {turns - 1}" in text for text, trained in sample.runs if trained)
+    assert sample.runs[0][0].startswith("<|im_start|>user")
+    if turns > 4:
+        assert any("parts" in text for text, trained in sample.runs if trained is None)
+    if words > 3:
+        assert any("tokens …" in text for text, trained in sample.runs if trained is None)
+    assert len("".join(text for text, _ in sample.runs)) < 3000
+
+
+@pytest.mark.parametrize(
+    ("packing", "words", "warning"),
+    [
+        ("documents", 100, "trained on positions that the model has never seen"),
+        ("documents", 2, "no document is longer than that"),
+        ("stream", 2, "trained on positions that the model has never seen"),
+    ],
+)
+def test_rows_beyond_the_context_are_said(tmp_path, tokenizer, packing, words, warning):
+    path = tmp_path / "a.txt"
+    path.write_text("word " * words)
+    cache = str(tmp_path / "cache")
+    data = DataConfig(train=str(path), cache=cache, packing=packing, max_length=256)
+    report = inspect(RunConfig(data=data), tokenizer, context=64)
+    text = " ".join(show(report).export_text().split())
+    assert "data.max_length 256 is beyond the model's context of 64 tokens" in text
+    assert warning in text
+    report = inspect(RunConfig(data=data), tokenizer, context=256)
+    assert "context of" not in show(report).export_text()
+
+
+def test_each_fact_is_shown_once(tmp_path, tokenizer):
+    rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(40)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "q"}]))
+    data = DataConfig(
+        train=str(path),
+        validation="10%",
+        cache=str(tmp_path / "cache"),
+        max_length=64,
+        bad_rows="skip",
+        bad_share=0.1,
+    )
+    said = []
+    report = inspect(RunConfig(data=data), tokenizer, on_progress=said.append)
+    assert said == []
+    text = " ".join(show(report).export_text().split())
+    for fact in ("format prompt_completion", "chat template: tokenizer", "key 'completion' is"):
+        assert text.count(fact) == (2 if fact.startswith("key") else 1), fact
+    assert text.count("padding") == 2  # of the tokenizer, and the share
+    assert "validation: a part of the same data" in text

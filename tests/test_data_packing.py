@@ -19,7 +19,15 @@ from jaxft.errors import DataError
 def build(tmp_path_factory):
     """Writes documents, given as lists of trained flags, and packs them."""
 
-    def build_rows(masks, *, packing="documents", overlength="error", max_length=8, order=None):
+    def build_rows(
+        masks,
+        *,
+        packing="documents",
+        overlength="error",
+        max_length=8,
+        order=None,
+        begin_token=None,
+    ):
         folder = tmp_path_factory.mktemp("documents")
         next_id = 1
         with DocumentWriter(folder) as writer:
@@ -38,6 +46,7 @@ def build(tmp_path_factory):
             max_length=max_length,
             order=order or (lambda place: place),
             statistics=statistics,
+            begin_token=begin_token,
         )
         folder = tmp_path_factory.mktemp("rows")
         write_rows(folder, rows, statistics, pad=0)
@@ -169,6 +178,98 @@ def test_the_losses_foretold_are_those_that_occur(build, overlength, lost, dropp
     assert rows.statistics.packed.lost_trained_tokens == lost
     assert rows.statistics.lost_share == pytest.approx(lost / 33)
     assert rows.statistics.dropped == dropped
+
+
+def chat(*lengths):
+    """Returns a mask of turns that are masked and trained by turns, the first one masked."""
+    return [place % 2 == 1 for place, length in enumerate(lengths) for _ in range(length)]
+
+
+@pytest.mark.parametrize(
+    ("mask", "policy", "kept"),
+    [
+        # 12 tokens of prompt, 3 of answer, 1 after it; rows of 8 leave 5 for the prompt.
+        (chat(12, 3, 1), "cut_prompt_start", [8, 9, 10, 11, 12, 13, 14, 15]),
+        (chat(12, 3, 1), "cut_prompt_middle", [1, 2, 10, 11, 12, 13, 14, 15]),
+        # Two answers: of what is before the last one, some of the first is left.
+        (chat(2, 4, 3, 4), "cut_prompt_start", [6, 7, 8, 9, 10, 11, 12, 13]),
+        (chat(2, 4, 3, 4), "cut_prompt_middle", [1, 2, 8, 9, 10, 11, 12, 13]),
+        # What comes after the answer is given up first.
+        (chat(4, 3, 3), "cut_prompt_middle", [1, 2, 3, 4, 5, 6, 7]),
+        # One token is left of the prompt, which predicts the first one of the answer.
+        (chat(12, 7), "cut_prompt_start", [12, 13, 14, 15, 16, 17, 18, 19]),
+        (chat(12, 7), "cut_prompt_middle", [12, 13, 14, 15, 16, 17, 18, 19]),
+        (chat(12, 8), "cut_prompt_start", None),
+        (chat(12, 8), "cut_prompt_middle", None),
+        (chat(5, 2), "cut_prompt_start", [1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_prompts_are_cut_so_that_the_last_answer_stays(build, mask, policy, kept):
+    rows = build([mask, chat(1, 2)], overlength=policy, packing="none")
+    found = [row.tokens[row.segments > 0].tolist() for row in rows]
+    assert found[: 1 if kept else 0] == ([kept] if kept else [])
+    assert rows.statistics.dropped == (0 if kept else 1)
+    if not kept:
+        return
+    row = rows[0]
+    answer = max(place for place, is_trained in enumerate(mask, start=1) if is_trained)
+    first = max((p for p in range(1, answer) if not mask[p - 1]), default=0) + 1
+    trained = row.targets[row.weights > 0].tolist()
+    assert set(range(first, answer + 1)) <= set(trained)
+    assert all(mask[token - 1] for token in trained)
+    count = len(kept)
+    assert row.targets[: count - 1].tolist() == kept[1:]
+    assert row.positions[:count].tolist() == list(range(count))
+    assert set(row.segments[:count]) == {1}
+    assert rows.max_segments == 1
+
+
+def test_the_token_that_begins_a_text_stays_at_the_beginning(build):
+    rows = build([chat(12, 3)], overlength="cut_prompt_start", begin_token=1)
+    assert rows[0].tokens.tolist() == [1, 9, 10, 11, 12, 13, 14, 15]
+    assert rows[0].weights.tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
+    rows = build([chat(12, 7)], overlength="cut_prompt_start", begin_token=1)
+    assert rows[0].tokens.tolist() == [12, 13, 14, 15, 16, 17, 18, 19]  # no place for it
+
+
+@pytest.mark.parametrize("policy", ["cut_prompt_start", "cut_prompt_middle"])
+def test_plain_text_has_no_prompt_to_cut_and_is_split(build, policy):
+    rows = build(lengths_to_masks(20), overlength=policy, packing="none")
+    assert [row.tokens[row.segments > 0].tolist() for row in rows] == [
+        list(range(1, 9)),
+        list(range(9, 17)),
+        list(range(17, 21)),
+    ]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    turns=st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=6), min_size=1, max_size=8),
+    policy=st.sampled_from(["cut_prompt_start", "cut_prompt_middle"]),
+    begin_token=st.sampled_from([None, 1]),
+)
+def test_cut_documents_share_rows_like_others_and_lose_what_is_said(
+    build, turns, policy, begin_token
+):
+    masks = [chat(*lengths) for lengths in turns]
+    rows = build(masks, overlength=policy, begin_token=begin_token)
+    weights = sum(row.weights.sum() for row in rows)
+    assert weights == rows.statistics.trained_tokens
+    lost = rows.statistics.packed.lost_trained_tokens
+    assert weights + lost == sum(sum(mask[1:]) for mask in masks)
+    flags = [flag for mask in masks for flag in mask]
+    for row in rows:
+        assert (row.segments > 0).sum() <= 8
+        for place in np.flatnonzero(row.weights):
+            assert row.tokens[place] + 1 == row.targets[place] == row.tokens[place + 1]
+            assert flags[row.targets[place] - 1]
+    assert max((row.segments.max() for row in rows), default=1) == rows.max_segments
+    if any(len(mask) > 8 for mask in masks):
+        with pytest.raises(DataError) as error:
+            build(masks)
+        share = lost / max(sum(sum(mask[1:]) for mask in masks), 1)
+        if begin_token is None:
+            assert f"{policy} {share:.1%}" in str(error.value)
 
 
 def test_documents_with_nothing_to_train_are_left_out_and_counted(build):

@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import tracemalloc
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jaxft.config import DataConfig
+from jaxft.config import DataConfig, RunConfig
 from jaxft.data import cache
 from jaxft.data.preparation import content_hash, conversations, prepare
-from jaxft.errors import DataError
+from jaxft.errors import ConfigError, DataError
 
 WORDS = "User Assistant : a b c d e f what is how many the answer yes no green red".split()
 
@@ -280,6 +281,47 @@ def test_a_full_disk_is_explained(tmp_path):
 
     with pytest.raises(DataError, match=r"disk is full.*data\.cache"):
         cache.find_or_build(tmp_path / "cache", "key", build)
+
+
+@pytest.mark.parametrize("name", ["/proc/x", "/dev/null/x", "/" + "n" * 300, "file/sub"])
+def test_a_cache_that_cannot_be_written_is_explained(tmp_path, config, tokenizer, name):
+    source = write_rows(tmp_path / "a.jsonl", PAIRS)
+    (tmp_path / "file").write_text("")
+    config.cache = str(tmp_path / name) if name == "file/sub" else name
+    with pytest.raises(DataError, match=r"cannot be written to .*--config\.data\.cache"):
+        run(source, config, tokenizer)
+
+
+def test_a_source_that_cannot_be_opened_is_not_blamed_on_the_cache(tmp_path, config, tokenizer):
+    source = tmp_path / "a.jsonl"
+    write_rows(source, PAIRS)
+    source.chmod(0)
+    if os.access(source, os.R_OK):
+        pytest.skip("the superuser reads every file")
+    with pytest.raises(DataError, match=r"a\.jsonl cannot be read: Permission denied"):
+        run(str(source), config, tokenizer)
+
+
+def test_rows_that_are_absurdly_long_are_refused_before_anything_is_read():
+    config = RunConfig(data=DataConfig(max_length=99999999999))
+    with pytest.raises(ConfigError, match=r"max_length is 99999999999; expected at most 16777216"):
+        config.validate()
+
+
+def test_sources_of_a_run_are_read_in_ways_of_their_own(tmp_path, config, tokenizer):
+    (tmp_path / "a.csv").write_text("question,reply,n\na,yes,1\nb,no,2\n")
+    (tmp_path / "b.txt").write_text("a b\nc d\n\ne f\n")
+    config.format, config.columns = "columns", "prompt=question,completion=reply"
+    task, _ = run(str(tmp_path / "a.csv"), config, tokenizer)
+    assert task.is_chat
+    retention = str(tmp_path / "b.txt")
+    with pytest.raises(DataError, match=r"format of the source is 'columns'.*b\.txt:format=text'"):
+        run(retention, config, tokenizer)
+    rows, log = run(f"{retention}:format=text:text_split=line", config, tokenizer)
+    assert rows.statistics.documents == 3
+    assert "one document a line" in log
+    both, _ = run(f"{tmp_path}/a.csv,{retention}:format=text", config, tokenizer)
+    assert both.statistics.documents == 4
 
 
 def test_of_two_builders_one_wins_and_both_go_on(tmp_path):

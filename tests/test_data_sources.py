@@ -1,18 +1,22 @@
 """Raw rows of every kind of file, each with its line."""
 
 import json
+import logging
 import tracemalloc
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from jaxft.config import DataConfig
 from jaxft.data.discovery import find_sources
+from jaxft.data.preparation import prepare
 from jaxft.data.problems import Problems
 from jaxft.data.sources import Row
 from jaxft.errors import DataError
+from tests.test_data_preparation import make_tokenizer
 
 
 def read(path, **options):
@@ -211,6 +215,47 @@ def test_a_missing_hub_data_set_is_explained():
         list(source.rows(Problems("test")))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_that_is_out_of_reach_is_asked_once_and_the_cache_alone_is_read(
+    monkeypatch, streaming
+):
+    asked = []
+
+    def refuse(api, name, **options):
+        asked.append(name)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waited to try again"))
+    [source] = find_sources("org/name", DataConfig(streaming=streaming))
+    with pytest.raises(DataError, match=r"neither a file nor in the cache.*cannot be reached"):
+        list(source.rows(Problems("test")))
+    assert asked == ["org/name"]
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_warnings_of_the_hub_are_printed_once(hub_folder):
+    find_sources(f"{hub_folder}[test]")
+    assert not logging.getLogger("huggingface_hub").propagate
+
+
+def test_a_stream_with_a_limit_ends_after_its_first_rows(hub_folder, tmp_path):
+    tokenizer = make_tokenizer()
+    config = DataConfig(streaming=True, cache=str(tmp_path / "rows"))
+    rows = prepare(
+        f"{hub_folder}[train]:limit=2",
+        config,
+        tokenizer,
+        seed=0,
+        training=True,
+        on_log=lambda text: None,
+    )
+    assert rows.documents.index["line"].tolist() == [1, 2]
+
+
 @pytest.fixture
 def hub_folder(tmp_path, monkeypatch):
     """A data set in the layout of the hub, with a cache of its own."""
@@ -250,7 +295,7 @@ def test_labels_of_hub_data_sets_are_names(monkeypatch):
     assert row.value == {"text": "a", "label": "yes"}
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "one line.json"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     def peak(count):
         row = {"text": "word " * 60}
@@ -259,6 +304,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
             "a.json": json.dumps([row] * count, indent=0),
             "a.csv": "text,n\n" + f"{row['text']},1\n" * count,
             "a.txt": f"{row['text']}\n\n" * count,
+            "one line.json": json.dumps([row] * count),
         }[name]
         path = write(tmp_path / name, content)
         del content

@@ -686,3 +686,36 @@ def test_a_run_prints_no_warnings(home, config, capfd):
     err = capfd.readouterr().err
     assert "WARNING" not in err
     assert "Warning" not in err
+
+
+def test_a_run_on_parts_of_sources_is_resumed_bit_for_bit_and_lists_what_it_left_out(
+    home, config, monkeypatch, tmp_path
+):
+    first = write_chats(tmp_path / "a.jsonl", 60, seed=3)
+    first.write_text('{"messages": [\n' + first.read_text())
+    second = write_chats(tmp_path / "b.jsonl", 20, seed=4)
+    keys = {
+        "data__train": f"{first}:limit=50:0.75,{second}:0.25",
+        "data__validation": "20%",
+        "data__bad_rows": "skip",
+        "data__bad_share": 0.2,
+        "train__save_every": 3,
+        "train__eval_every": 4,
+    }
+    whole, broken = config("whole", **keys), config("broken", **keys)
+    train(whole)
+    crash(monkeypatch, broken, step=6)
+    train(broken, resume=True)
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "broken")
+    for name in ("whole", "broken"):
+        [skipped] = read_records(tmp_path / name / "skipped.jsonl")
+        assert (skipped["set"], skipped["origin"]) == ("train", f"{first}:1")
+        assert skipped["row"] == '{"messages": ['
+    evaluated = read_records(tmp_path / "whole" / "eval.jsonl")[-1]
+    found = jaxft.evaluate(whole, tmp_path / "whole", step="latest")["validation"]
+    assert found.rows.loss.value == pytest.approx(evaluated["loss"], rel=1e-6)
+    whole.eval.answers, whole.eval.max_new_tokens = "exact", 12
+    answers = jaxft.evaluate(whole, tmp_path / "whole", step="latest")["validation"].answers
+    assert answers is not None
+    # A fifth of 50 and of 20 rows, of which a pass takes 10 and, for a quarter, 3.
+    assert len(answers.right) == 13

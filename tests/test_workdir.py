@@ -101,6 +101,26 @@ def test_resume_reports_changes_that_do_not_break_the_continuation(tmp_path, con
     assert json.loads(workdir.config.read_text())["train.steps"] == 99
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "is_fixed"),
+    [
+        ("a.jsonl", "b.jsonl", False),
+        ("5%", "10%", True),
+        ("5%", "b.jsonl", True),
+        ("", "5%", True),
+    ],
+)
+def test_what_is_held_out_of_the_training_data_stays(tmp_path, config, before, after, is_fixed):
+    config.data.train, config.data.validation = "t.jsonl", before
+    _run(tmp_path, config)
+    config.data.validation, config.data.bad_share = after, 0.5
+    if is_fixed:
+        with pytest.raises(CheckpointError, match=f"data.validation was '{before}' and is now"):
+            _open(tmp_path, config, resume=True)
+    else:
+        assert len(_open(tmp_path, config, resume=True).changes) == 2
+
+
 def test_resume_takes_the_default_for_keys_the_old_run_did_not_know(tmp_path, config):
     workdir = _run(tmp_path, config)
     old = json.loads(workdir.config.read_text())

@@ -18,7 +18,7 @@ from jaxft.data.specs import SourceSpec
 from jaxft.errors import DataError
 
 _HEAD = 1 << 16
-_LONGEST_FIRST_LINE = 1 << 24
+_LONGEST_FIRST_LINE = 1 << 20
 _COMPRESSIONS = {
     b"\x1f\x8b": ("gzip", ".gz"),
     b"\x28\xb5\x2f\xfd": ("zstd", ".zst"),

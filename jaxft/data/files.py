@@ -119,13 +119,14 @@ class File(Source):
 
     def _json_lines(self, problems: Problems) -> Iterator[tuple[Any, int]]:
         for line in self._lines():
+            text = line.text.rstrip("\r\n")
             if line.problem:
-                problems.add(self.origin(line.number), line.problem, raw=line.text)
-            elif line.text.strip():
+                problems.add(self.origin(line.number), line.problem, raw=text)
+            elif text.strip():
                 try:
-                    value = loads(line.text.rstrip("\r\n"))
+                    value = loads(text)
                 except JsonError as error:
-                    problems.add(self.origin(line.number), f"{error}.", raw=line.text)
+                    problems.add(self.origin(line.number), f"{error}.", raw=text)
                 else:
                     yield value, line.number
 

@@ -539,8 +539,9 @@ def describe_findings(documents: Documents) -> Iterator[str]:
     """Yields a line for each thing about the documents that its owner should know."""
     statistics = documents.statistics
     if statistics.skipped:
+        noun = "row is" if statistics.skipped == 1 else "rows are"
         yield (
-            f"{statistics.skipped:,} bad rows are left out: "
+            f"{statistics.skipped:,} bad {noun} left out: "
             f"{'; '.join(describe_kinds(statistics.skipped_kinds))}; listed in {documents.skipped}"
         )
     if statistics.lost_blocks:
