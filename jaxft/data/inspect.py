@@ -34,6 +34,7 @@ _SHOWN_DOCUMENTS = 3
 _SHOWN_TOKENS = 240
 _SHOWN_RUNS = 8
 _SHOWN_SKIPPED = 3
+_WIDEST_NAME = 26
 _TRAINED_STYLE = "bold green"
 _MASKED_STYLE = "dim"
 _ALARM_STYLE = "bold red"
@@ -353,7 +354,6 @@ def _parts_table(sets: list[SetReport]) -> Iterator[Table]:
         return
     headings = ("\nset", "\nsource", "docu-\nments", "in a\npass", "share of\ndocuments")
     table = Table(*headings, "of trained\ntokens", box=None, pad_edge=False)
-    table.columns[1].overflow = "fold"
     for column in table.columns[2:]:
         column.justify = "right"
     for name, part in parts:
@@ -361,7 +361,8 @@ def _parts_table(sets: list[SetReport]) -> Iterator[Table]:
         taken = sum(other.taken for other in of_set)
         trained = max(sum(other.trained_tokens for other in of_set), 1)
         shares = (f"{part.taken / taken:.1%}", f"{part.trained_tokens / trained:.1%}")
-        table.add_row(name, part.name, f"{part.documents:,}", f"{part.taken:,}", *shares)
+        source = part.name if len(part.name) <= _WIDEST_NAME else f"…{part.name[-_WIDEST_NAME:]}"
+        table.add_row(name, source, f"{part.documents:,}", f"{part.taken:,}", *shares)
     yield table
 
 
