@@ -21,8 +21,6 @@ Any key of the config can be set by a flag: --config.optim.learning_rate=2e-5.
 All keys with their meaning: jaxft train --print_config.
 """
 
-_STATUS_OF_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong usage.
@@ -313,10 +311,9 @@ def _train(options: argparse.Namespace) -> int:
         from jaxft.trainer import train
 
         result = train(config, resume=options.resume, overwrite=options.overwrite)
-    if result.reason not in _STATUS_OF_SIGNAL:
+    if not result.exit_code:
         _show_next(_after_training(config))
-    # What comes next, such as an export or a restart, must see that the run is to go on.
-    return _STATUS_OF_SIGNAL.get(result.reason, 0)
+    return result.exit_code
 
 
 def _after_training(config: "RunConfig") -> list[str]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import jax
@@ -101,6 +102,14 @@ class TrainResult:
     step: int
     reason: str
     best_loss: float
+
+    @property
+    def exit_code(self) -> int:
+        """Status that a program ends with, so that what comes next sees a run that is to go on.
+
+        0 at the end, early or not; as in a shell 130 after Ctrl-C and 143 after SIGTERM.
+        """
+        return 0 if self.reason in ("end", "patience") else 128 + Signals[self.reason]
 
 
 @dataclass

@@ -204,12 +204,16 @@ def test_a_signal_to_one_host_lets_all_save_the_same_step_and_stop(
     folder = Path(config.train.workdir)
     with train_on(2, config, tmp_path, devices=2) as hosts:
         hosts.wait_until(lambda: "step 20/" in hosts.text(0))
+        # The first host holds the lock for all.
+        held = json.loads((folder / "run.lock").read_text())
+        assert held["pid"] == hosts.processes[0].pid
         hosts.send(host, number)
         assert set(hosts.wait().values()) == {143}, hosts.all_text()
         assert "Stopped by SIGTERM after step" in hosts.text(0)
     step = read_metrics(folder)[-1]["step"]
     assert 20 <= step < 5000
     assert f"Stopped by SIGTERM after step {step}, which is saved" in hosts.text(0)
+    assert not (folder / "run.lock").exists()
     assert saved_steps(folder) == [step]
 
 

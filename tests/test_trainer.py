@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -248,6 +249,13 @@ def test_train_leaves_the_config_as_it_was_and_says_how_the_run_ended(home, conf
     assert result.checkpoint == result.workdir / "checkpoints/8"
     evaluations = [r["loss"] for r in read_records(result.workdir / "eval.jsonl")]
     assert result.best_loss == min(evaluations) < evaluations[0]
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"), [("end", 0), ("patience", 0), ("SIGINT", 130), ("SIGTERM", 143)]
+)
+def test_a_result_tells_programs_whether_the_run_is_to_go_on(reason, code):
+    assert trainer.TrainResult(Path("run"), Path("run/1"), 1, reason, 0.5).exit_code == code
 
 
 def test_metrics_count_every_token_once(home, config):

@@ -44,6 +44,8 @@ def main() -> None:
     before = jaxft.evaluate(config)
     _heading("2. Training")
     run = jaxft.train(config, overwrite=True)
+    if run.exit_code:
+        sys.exit(run.exit_code)
     _heading("3. The model after training")
     after = jaxft.evaluate(config, checkpoint=run.checkpoint)
     _console.print(results_table(before, after))

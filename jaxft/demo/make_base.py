@@ -6,6 +6,7 @@ into the package. The same versions on the same machine give the same files.
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def main() -> None:
     config = load_run("demo_base")
     config.model.path = str(skeleton)
     run = jaxft.train(config, overwrite=True)
+    if run.exit_code:
+        sys.exit(run.exit_code)
     exported = jaxft.export(run.checkpoint, FOLDER / "export", overwrite=True)
     # Only now, so that the package never holds a tokenizer with another one's weights.
     for file in (*skeleton.iterdir(), exported / "model.safetensors"):
