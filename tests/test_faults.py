@@ -213,7 +213,8 @@ def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save
         assert begun, run.log
         if generator.random() < 0.5:
             run.wait_for(lambda: any(folder.glob(TEMPORARY)))
-        time.sleep(generator.uniform(0, 0.1))
+        else:
+            time.sleep(generator.uniform(0, 0.1))
         run.send(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL, run.log
         in_saves += any(folder.glob(TEMPORARY))
