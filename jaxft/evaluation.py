@@ -382,6 +382,9 @@ def _with_a_row_for_each_document(task: _Task) -> _Task:
     if config.data.packing == "stream":
         config.data.overlength = "split"  # a stream has no documents that are too long
     config.data.packing = "none"
+    longest = max(rows.statistics.packed.longest for rows in task.rows.values())
+    # No more padding than is needed; kernels of attention take multiples of this.
+    config.data.max_length = min(config.data.max_length, -(-longest // 128) * 128)
     with progress.phase("Data, one document a row"):
         rows = _read_rows(config, task.tokenizer, task.sources)
     return dataclasses.replace(task, config=config, rows=rows)

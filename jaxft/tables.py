@@ -19,7 +19,7 @@ from jaxft.workdir import finite, write_text
 _MEASURES = {
     "loss": ("loss, nats per token", "{:.4f}"),
     "perplexity": ("perplexity", "{:.4g}"),
-    "bits_per_byte": ("bits per byte of text", "{:.4f}"),
+    "bits_per_byte": ("bits per byte", "{:.4f}"),
     "token_accuracy": ("token accuracy", "{:.1%}"),
 }
 # What decides which figures a model gets, beside the model and the data.
@@ -72,6 +72,10 @@ def print_comparison(
     _print_line(f"A: {name_a if first.a.model.checkpoints is None else first.a.model.name}")
     _print_line(f"B: {name_b if first.b.model.checkpoints is None else first.b.model.name}")
     _print_scope({name: comparison.a for name, comparison in results.items()}, config)
+    for name, comparison in results.items():
+        if comparison.documents:
+            tokens = comparison.b.rows.weight.sum()
+            _print_line(f"{name}: to B the same documents are {tokens:,.0f} trained tokens")
     table = _table(["data", "measure", "A", "B", "B - A", "95 % interval"])
     for name, comparison in results.items():
         for measure, difference, form in _differences(comparison):
@@ -81,12 +85,11 @@ def print_comparison(
             table.add_row(name, _title(measure), *cells, _range(difference, signed))
             name = ""
     output.print(table)
-    documents = [c.documents for c in results.values() if c.documents]
-    if documents:
+    paired = [f"{c.documents:,} of {name}" for name, c in results.items() if c.documents]
+    if paired:
         _print_line(
-            "The models read other tokens: differences are paired over "
-            f"{', '.join(f'{count:,}' for count in documents)} documents, and their losses per "
-            "token are not comparable."
+            "The models read the data as different tokens: bits per byte of the trained text are "
+            f"paired by document ({', '.join(paired)}), and losses per token are not comparable."
         )
     if "retention" in results and len(results) > 1:
         _print_line(_gain_and_loss(results))
@@ -139,9 +142,10 @@ def _gain_and_loss(results: Mapping[str, Comparison]) -> str:
         unit, change = "nats a token", (gained.loss.value, lost.loss.value)
     else:
         unit, change = "bits a byte", (gained.bits_per_byte.value, lost.bits_per_byte.value)
+    verbs = ["loses" if value > 0 else "gains" for value in change]
     return (
-        f"On {task} B gains {-change[0]:+.4f} {unit} over A; outside its task it "
-        f"{'loses' if change[1] > 0 else 'gains'} {abs(change[1]):.4f}."
+        f"On {task} B {verbs[0]} {abs(change[0]):.4f} {unit} over A; outside its task it "
+        f"{verbs[1]} {abs(change[1]):.4f}."
     )
 
 

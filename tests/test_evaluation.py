@@ -242,6 +242,10 @@ def test_models_that_read_other_tokens_are_paired_by_document(run, in_pairs, cap
     assert comparison.bits_per_byte.value == pytest.approx(per_byte[1] - per_byte[0])
     assert comparison.bits_per_byte.low > 0  # tokens that were never trained
     assert comparison.bits_per_byte.count == 9
+    print_comparison({"validation": comparison}, "one", "two", config)
+    out = " ".join(capfd.readouterr().out.split())
+    assert f"to B the same documents are {b.rows.weight.sum():.0f} trained tokens" in out
+    assert "paired by document (9 of validation)" in out
 
 
 def test_models_that_read_other_tokens_are_not_paired_by_rows(run, in_pairs):
