@@ -188,3 +188,198 @@ def test_mapped_columns_must_exist(tmp_path):
             format="columns",
             columns="prompt=question,completion=answr",
         )
+
+
+def answered(**more):
+    return {"messages": [PAIR[0], {**PAIR[1], **more}]}
+
+
+@pytest.mark.parametrize(
+    ("more", "weight"),
+    [
+        ({"weight": 0}, 0),
+        ({"loss_weight": 0.0}, 0),
+        ({"loss": False}, 0),
+        ({"train": False}, 0),
+        ({"training": True}, 1),
+        ({"trainable": 1, "weight": 1}, 1),
+        ({"train": None}, None),
+    ],
+)
+def test_each_key_that_excludes_a_turn_is_read(tmp_path, more, weight):
+    _, [item] = read(tmp_path, answered(**more))
+    assert item.messages[1].get("weight") == weight
+    turns = [TURNS[0], {**TURNS[1], **more}]
+    _, [item] = read(tmp_path, {"conversations": turns})
+    assert item.messages[1].get("weight") == weight
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (answered(train=0.5), r"messages\[1\]\.train is 0\.5; expected 0 or 1"),
+        (answered(mask=True), r"messages\[1\]\.mask is true, which tools read in unlike ways"),
+        (answered(train_detail=[]), r"train_detail is \[\]"),
+        (answered(weight=1, train=False), "'weight' and 'train', which contradict each other"),
+        (
+            {"messages": [{**PAIR[0], "train": True}, PAIR[1]]},
+            r"on a turn of 'user'; only assistant",
+        ),
+        (answered(thinking="r", reasoning="other"), "with unlike texts"),
+        (
+            {"messages": [{**PAIR[0], "reasoning": "r"}, PAIR[1]]},
+            "reasoning in assistant turns alone",
+        ),
+        (answered(reasoning=["r"]), r"messages\[1\]\.reasoning is \[\"r\"\]; expected a string"),
+    ],
+)
+def test_what_a_message_says_of_its_training_is_understood_or_refused(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, row)
+
+
+def test_reasoning_is_read_under_each_of_its_names(tmp_path):
+    for key in ("reasoning", "reasoning_content", "thinking"):
+        _, [item] = read(tmp_path, answered(**{key: "since so"}))
+        assert item.messages[1][key] == "since so"
+        assert not item.unused
+    _, [item] = read(tmp_path, answered(reasoning="since so", reasoning_content="since so"))
+    assert item.messages[1]["reasoning"] == "since so"
+
+
+def test_empty_members_are_dropped_like_null(tmp_path):
+    row = answered(tool_calls=[], thinking="", reasoning=None, function_call=None)
+    _, [item] = read(tmp_path, row)
+    assert item.messages == PAIR
+
+
+def test_keys_that_nobody_reads_are_listed(tmp_path):
+    row = {"messages": [{**PAIR[0], "id": 3, "note": None}, {**PAIR[1], "citations": ["x"]}]}
+    _, [item] = read(tmp_path, row)
+    assert item.unused == ("id", "citations")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": PAIR, "images": ["a.png"]}, "the row has 'images'"),
+        ({"prompt": "q", "completion": "a", "label": False}, "'label', which tells good answers"),
+        ({"messages": PAIR, "chosen": PAIR, "rejected": PAIR}, "'chosen' and 'rejected'"),
+        (
+            {"instruction": "q", "output": "a", "rejected": "b"},
+            r"--config\.data\.format=alpaca",
+        ),
+        ({"question": "q", "answer": "a", "audio": {"path": "a.wav"}}, "'audio'"),
+        ({"text": "see <image>", "image": "a.png"}, "'image'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, PAIR[1]]},
+            r"content\[0\] is .*expected a part with a 'text'",
+        ),
+    ],
+)
+def test_rows_that_lose_their_meaning_are_refused(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, row)
+
+
+def test_what_is_preferred_may_be_left_out_on_request(tmp_path):
+    row = {"instruction": "q", "output": "a", "chosen": "a", "rejected": "b", "images": []}
+    chosen, [item] = read(tmp_path, row, format="alpaca")
+    assert item.messages == PAIR
+
+
+def test_history_of_alpaca_rows_becomes_earlier_turns(tmp_path):
+    row = {"instruction": "q", "output": "a", "system": "s", "history": [["q0", "a0"]]}
+    _, [item] = read(tmp_path, row)
+    assert [(m["role"], m["content"]) for m in item.messages] == [
+        ("system", "s"),
+        ("user", "q0"),
+        ("assistant", "a0"),
+        ("user", "q"),
+        ("assistant", "a"),
+    ]
+    with pytest.raises(DataError, match=r"'history' is \[\"q0\"\]; expected a list of pairs"):
+        read(tmp_path, {**row, "history": ["q0"]})
+
+
+def test_a_system_column_is_the_first_message_in_every_chat_format(tmp_path):
+    for row in (
+        {"messages": PAIR},
+        {"conversations": TURNS},
+        {"prompt": "q", "completion": "a"},
+        {"instruction": "q", "output": "a"},
+    ):
+        _, [item] = read(tmp_path, {**row, "system": "s"})
+        assert item.messages == WITH_SYSTEM
+    with pytest.raises(DataError, match="role is 'system' and follows 'system'"):
+        read(tmp_path, {"messages": WITH_SYSTEM, "system": "t"})
+
+
+def test_old_calls_functions_and_roles_are_read_as_what_they_are(tmp_path):
+    function = {"name": "time", "parameters": {}}
+    messages = [
+        {"role": "developer", "content": "s"},
+        PAIR[0],
+        {"role": "assistant", "content": None, "function_call": {"name": "time", "arguments": ""}},
+        {"role": "function", "name": "time", "content": "12"},
+        PAIR[1],
+    ]
+    _, [item] = read(tmp_path, {"messages": messages, "functions": [function]})
+    assert [m["role"] for m in item.messages] == "system user assistant tool assistant".split()
+    [call] = item.messages[2]["tool_calls"]
+    assert call == {"type": "function", "function": {"name": "time", "arguments": "{}"}}
+    assert item.tools == [{"type": "function", "function": function}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", "{}"),
+        (" ", "{}"),
+        (None, "{}"),
+        ({}, "{}"),
+        ('{"a":  1}', '{"a":  1}'),
+        ({"a": "ü"}, '{"a": "ü"}'),
+    ],
+)
+def test_arguments_are_an_object_as_it_was_written(tmp_path, arguments, expected):
+    row = answered(content=None, tool_calls=[{"name": "f", "arguments": arguments}])
+    _, [item] = read(tmp_path, row)
+    assert item.messages[1]["tool_calls"][0]["function"]["arguments"] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("{zone: 'CET'}", r"tool_calls\[0\]\.arguments' is .*expected JSON"),
+        ("[1]", r"is \[1\]; expected an object of named arguments"),
+        ("null", "is null; expected an object"),
+        ('{"a": 1, "a": 2}', "'a' occurs twice"),
+        (3, "is 3; expected an object"),
+    ],
+)
+def test_broken_arguments_are_refused(tmp_path, arguments, message):
+    row = answered(content=None, tool_calls=[{"name": "f", "arguments": arguments}])
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, row)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": PAIR, "tools": [{"description": "?"}]}, r"tools\[0\] is .*expected"),
+        ({"messages": PAIR, "tools": "{"}, "'tools' is .*expected JSON"),
+        (answered(tool_calls=[{"name": ""}]), r"tool_calls\[0\] is"),
+        (
+            {"messages": [{**PAIR[0], "tool_calls": [{"name": "f"}]}, PAIR[1]]},
+            r"messages\[0\] is from 'user' and has calls",
+        ),
+        (
+            answered(tool_calls=[{"name": "f"}], function_call={"name": "f"}),
+            "both 'tool_calls' and 'function_call'",
+        ),
+    ],
+)
+def test_tools_and_calls_without_a_name_or_a_speaker_are_refused(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, row)
