@@ -284,7 +284,7 @@ def test_rows_that_lose_their_meaning_are_refused(tmp_path, row, message):
 
 def test_what_is_preferred_may_be_left_out_on_request(tmp_path):
     row = {"instruction": "q", "output": "a", "chosen": "a", "rejected": "b", "images": []}
-    chosen, [item] = read(tmp_path, row, format="alpaca")
+    _, [item] = read(tmp_path, row, format="alpaca")
     assert item.messages == PAIR
 
 
