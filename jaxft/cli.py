@@ -501,7 +501,7 @@ def _data(options: argparse.Namespace) -> int:
     from jaxft.progress import log, output
 
     source = find_source(config.model.path, revision=config.model.revision, weights=False)
-    tokenizer = load_model_tokenizer(source, config.model)
+    tokenizer, _ = load_model_tokenizer(source, config.model)
     held_out = config.data.validation or config.eval.datasets or config.eval.retention
     sources = named_sources(config) if held_out else {}
     report = inspect(

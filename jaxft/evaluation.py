@@ -313,6 +313,7 @@ class _Task:
       source: Where the model is.
       architecture: Its shape.
       tokenizer: Its tokenizer.
+      new_tokens: Ids of tokens that the config adds to it, of those with a row of padding.
       placement: Strategy and mesh.
       sources: Held-out data by name.
       rows: The same as rows.
@@ -323,6 +324,7 @@ class _Task:
     source: Source
     architecture: Architecture
     tokenizer: Any
+    new_tokens: tuple[int, ...]
     placement: Placement
     sources: dict[str, str]
     rows: dict[str, TokenRows]
@@ -344,7 +346,8 @@ def _prepare(config: RunConfig, checkpoint: str | Path, step: str) -> _Task:
         revision = "" if checkpoint else config.model.revision
         source = find_source(config.model.path, revision=revision, step=step)
         phase.detail(source.name)
-        architecture, tokenizer = read_description(source, config)
+        description = read_description(source, config)
+        architecture, tokenizer = description.architecture, description.tokenizer
         _say_differences(config, source)
     capacity.check(capacity.EVALUATION, config, architecture)
     with progress.phase("Data"):
@@ -354,7 +357,17 @@ def _prepare(config: RunConfig, checkpoint: str | Path, step: str) -> _Task:
             for name in rows
             if has_answers(config, name, rows[name])
         }
-    return _Task(config, source, architecture, tokenizer, placement, sources, rows, prompts)
+    return _Task(
+        config,
+        source,
+        architecture,
+        tokenizer,
+        description.new_tokens,
+        placement,
+        sources,
+        rows,
+        prompts,
+    )
 
 
 def _read_rows(
@@ -405,7 +418,12 @@ def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
     )
     with progress.phase("Weights"):
         params = load_weights(
-            task.source, task.architecture, evaluator.abstract, evaluator.shardings
+            task.source,
+            task.architecture,
+            evaluator.abstract,
+            evaluator.shardings,
+            tokenizer=task.tokenizer,
+            new_tokens=task.new_tokens,
         )
     check_backend(evaluator.attention.backend, task.architecture.config)
     model = Model(task.architecture, evaluator.abstract, params, task.tokenizer, task.source)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -399,7 +399,7 @@ def load(
         single = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
         shardings = dict.fromkeys(abstract.params, single)
     _refuse_what_does_not_fit(abstract, shardings, dtypes)
-    params = load_weights(source, architecture, abstract, shardings)
+    params = load_weights(source, architecture, abstract, shardings, tokenizer=tokenizer)
     return Model(architecture, abstract, params, tokenizer, source)
 
 
@@ -426,16 +426,28 @@ def load_weights(
     architecture: Architecture,
     abstract: AbstractModel,
     shardings: Mapping[str, jax.sharding.Sharding],
+    *,
+    tokenizer: Any = None,
+    new_tokens: Collection[int] = (),
 ) -> Params:
     """Reads weights from safetensors or from a checkpoint, each device its own part.
 
     Tables that are smaller in the files than the architecture says grow by mean rows.
 
+    Args:
+      source: Where they are.
+      architecture: What they are to fit.
+      abstract: Its structure.
+      shardings: Placement of each.
+      tokenizer: Means are those of the rows of its tokens; of all rows if absent.
+      new_tokens: Ids of tokens that were just added: they get mean rows, too, where the files have
+        rows for them, which no training has touched.
+
     Raises:
       ModelError: If they cannot be read, or hold values that are not finite.
       CheckpointError: If a checkpoint cannot be read.
     """
-    params = _read_weights(source, architecture, abstract, shardings)
+    params = _read_weights(source, architecture, abstract, shardings, tokenizer, new_tokens)
     _refuse_not_finite(params, architecture, source)
     return params
 
@@ -445,6 +457,8 @@ def _read_weights(
     architecture: Architecture,
     abstract: AbstractModel,
     shardings: Mapping[str, jax.sharding.Sharding],
+    tokenizer: Any,
+    new_tokens: Collection[int],
 ) -> Params:
     target = {
         path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[path])
@@ -460,7 +474,10 @@ def _read_weights(
             copies=architecture.copies,
             prefix=architecture.prefix,
         )
-        return grow(params, target, abstract.axes)
+        known = None
+        if tokenizer is not None:
+            known = set(tokenizer.get_vocab().values()).difference(new_tokens)
+        return grow(params, target, abstract.axes, known=known, new=new_tokens)
     checkpoints = Checkpoints(source.checkpoints, read_only=True)
     try:
         return checkpoints.restore_params(target, source.step)
@@ -512,24 +529,43 @@ def tensor_dtypes_of(source: Source) -> dict[str, str]:
     return read_json(source.folder / "tensor_dtypes.json")
 
 
-def load_model_tokenizer(source: Source, config: ModelConfig) -> Any:
+def load_model_tokenizer(source: Source, config: ModelConfig) -> tuple[Any, list[int]]:
     """Loads the tokenizer of a model as a run changes it; a checkpoint has its own already.
 
     Args:
       source: Its folder holds the tokenizer.
       config: `tokenizer` takes its place, and `add_tokens` are added.
+
+    Returns:
+      The tokenizer, and the ids of the tokens that were added.
     """
     if source.checkpoints is not None:
-        return load_tokenizer(source.folder)
+        return load_tokenizer(source.folder), []
     other = config.tokenizer
     tokenizer = load_tokenizer(resolve(other, weights=False) if other else source.folder)
-    if config.added_tokens:
-        count = add_special_tokens(tokenizer, config.added_tokens)
-        progress.log(f"Special tokens added to the tokenizer: {count}.")
-    return tokenizer
+    if not config.added_tokens:
+        return tokenizer, []
+    new = add_special_tokens(tokenizer, config.added_tokens)
+    progress.log(f"Special tokens added to the tokenizer: {len(new)}.")
+    return tokenizer, new
 
 
-def read_description(source: Source, config: RunConfig) -> tuple[Architecture, Any]:
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What is known of a run's model before its weights are read.
+
+    Attributes:
+      architecture: Its shape, with a row of the embedding for each token.
+      tokenizer: With the tokens and the chat template of the run.
+      new_tokens: Ids of tokens that the run adds and that have a row of padding in the files.
+    """
+
+    architecture: Architecture
+    tokenizer: Any
+    new_tokens: tuple[int, ...]
+
+
+def read_description(source: Source, config: RunConfig) -> Description:
     """Returns the shape of a model and its tokenizer, which then has the template of the run.
 
     Args:
@@ -540,11 +576,17 @@ def read_description(source: Source, config: RunConfig) -> tuple[Architecture, A
       ModelError: If either cannot be read, or they do not belong together.
     """
     stored = architecture_from_hf(read_config(source.folder))
-    tokenizer = load_model_tokenizer(source, config.model)
+    tokenizer, added = load_model_tokenizer(source, config.model)
+    spare = tuple(number for number in added if number < stored.config.vocab)
+    if spare and not config.model.random_init:
+        progress.log(
+            f"Added tokens that take a row of padding in the embedding: {len(spare)}. Each of "
+            "these rows becomes the mean of the others."
+        )
     architecture = _grown(stored, tokenizer, random_init=config.model.random_init)
     if config.data.template:
         tokenizer.chat_template = resolve_template(tokenizer, config.data).text
-    return architecture, tokenizer
+    return Description(architecture, tokenizer, spare)
 
 
 def _grown(stored: Architecture, tokenizer: Any, *, random_init: bool = False) -> Architecture:

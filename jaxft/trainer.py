@@ -44,6 +44,7 @@ from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.lock import Lock
 from jaxft.metrics import Interval, MetricsWriter, require_wandb, train_record, training_flops
 from jaxft.model import (
+    Description,
     Model,
     Source,
     find_source,
@@ -182,7 +183,8 @@ def _train(
             revision=config.model.revision,
             weights=not config.model.random_init,
         )
-        architecture, tokenizer = read_description(source, config)
+        description = read_description(source, config)
+        architecture, tokenizer = description.architecture, description.tokenizer
     _check_before_reading_data(config, architecture, placement)
     capacity.check(capacity.TRAINING, config, architecture)
     with progress.phase("Data"):
@@ -246,7 +248,7 @@ def _train(
                 _begin(workdir, config, lock)
             phase.detail(f"checkpoint of step {start}")
         else:
-            state = _init_state(config, program, source)
+            state = _init_state(config, program, source, description)
             phase.detail("random" if config.model.random_init else config.model.path)
             if distributed.is_first():
                 _keep_model_files(
@@ -475,7 +477,9 @@ def _list_skipped(workdir: Workdir, sets: Mapping[str, TokenRows]) -> None:
         rewrite_jsonl(workdir.skipped, records)
 
 
-def _init_state(config: RunConfig, program: Program, source: Source) -> TrainState:
+def _init_state(
+    config: RunConfig, program: Program, source: Source, description: Description
+) -> TrainState:
     """Returns the state of step 0, from a model's weights or from chance."""
     evaluator = program.evaluator
     if config.model.random_init:
@@ -486,7 +490,12 @@ def _init_state(config: RunConfig, program: Program, source: Source) -> TrainSta
         )()
     else:
         params = load_weights(
-            source, evaluator.architecture, evaluator.abstract, evaluator.shardings
+            source,
+            evaluator.architecture,
+            evaluator.abstract,
+            evaluator.shardings,
+            tokenizer=description.tokenizer,
+            new_tokens=description.new_tokens,
         )
     return jax.jit(
         lambda p: init_state(p, program.optimizer, config.optim.freeze),

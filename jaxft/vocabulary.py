@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.errors import ModelError
@@ -62,19 +63,41 @@ def with_vocab_size(target: Abstract, axes: Axes, rows: int) -> dict[str, jax.Sh
     return {path: _resize(spec, axes[path], rows) for path, spec in target.items()}
 
 
-def grow(params: Params, target: Abstract, axes: Axes) -> Params:
-    """Appends rows to the tables that are smaller than `target` says; the old ones stay as is.
+def grow(
+    params: Params,
+    target: Abstract,
+    axes: Axes,
+    *,
+    known: Collection[int] | None = None,
+    new: Collection[int] = (),
+) -> Params:
+    """Appends rows to the tables that are smaller than `target` says; known ones stay as they are.
 
-    Each new row is the mean of the old ones, so that a new token is at first neither likelier nor
-    stranger than an average one; random rows would take probability from all others.
+    Each new row is the mean of the known ones, so that a new token is at first neither likelier
+    nor stranger than an average one; random rows would take probability from all others, rows of
+    zeros from none.
     Source: Hewitt, 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html.
+
+    Args:
+      params: As they were stored.
+      target: As they shall be.
+      axes: Of each parameter.
+      known: Rows that belong to tokens: the mean is theirs. All stored rows if absent.
+      new: Rows that the table has already, such as padding, and that new tokens take.
     """
-    return {
-        path: array
-        if array.shape == target[path].shape
-        else _grower(axes[path].index("vocab"), target[path])(array)
-        for path, array in params.items()
-    }
+    grown = dict(params)
+    for path, array in params.items():
+        if "vocab" not in axes[path] or (array.shape == target[path].shape and not new):
+            continue
+        axis = axes[path].index("vocab")
+        stored, rows = array.shape[axis], target[path].shape[axis]
+        counted = np.zeros(stored, bool)
+        counted[[i for i in (range(stored) if known is None else known) if i < stored]] = True
+        replaced = np.arange(rows) >= stored
+        replaced[list(new)] = True
+        fill = jax.jit(functools.partial(_fill, axis=axis), out_shardings=target[path].sharding)
+        grown[path] = fill(array, counted, replaced)
+    return grown
 
 
 def _resize(spec: jax.ShapeDtypeStruct, axes: tuple[str, ...], rows: int) -> jax.ShapeDtypeStruct:
@@ -98,12 +121,14 @@ def _if_divisible(sharding: NamedSharding, axis: int, size: int, rank: int) -> N
     return NamedSharding(sharding.mesh, PartitionSpec(*entries))
 
 
-def _grower(axis: int, target: jax.ShapeDtypeStruct) -> Any:
-    extend = functools.partial(_extend, axis=axis, rows=target.shape[axis])
-    return jax.jit(extend, out_shardings=target.sharding)
+def _fill(table: jax.Array, counted: Any, replaced: Any, *, axis: int) -> jax.Array:
+    """Returns the table with the mean of its counted rows in every row to be replaced."""
 
+    def along(mask: Any) -> jax.Array:
+        return jnp.expand_dims(mask, [i for i in range(table.ndim) if i != axis])
 
-def _extend(table: jax.Array, *, axis: int, rows: int) -> jax.Array:
-    mean = jnp.mean(table.astype(jnp.float32), axis, keepdims=True).astype(table.dtype)
-    new = jnp.repeat(mean, rows - table.shape[axis], axis)
-    return jnp.concatenate([table, new], axis)
+    wide = table.astype(jnp.float32)
+    mean = jnp.mean(wide, axis, keepdims=True, where=along(counted)).astype(table.dtype)
+    more = [(0, 0)] * table.ndim
+    more[axis] = (0, len(replaced) - table.shape[axis])
+    return jnp.where(along(replaced), mean, jnp.pad(table, more))

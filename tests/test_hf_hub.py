@@ -236,7 +236,7 @@ def test_a_name_that_is_no_repository_id_is_explained(fetch):
 
 def test_no_network_is_explained(tmp_path):
     answer = run_resolve(tmp_path, "http://127.0.0.1:9", "org/tiny")
-    assert "There is no folder org/tiny. The repository org/tiny is not in the cache" in answer
+    assert "no folder org/tiny. It is no repository in the cache either" in answer
     assert "http://127.0.0.1:9 is out of reach" in answer
     assert "Check the network" in answer
 

@@ -132,6 +132,79 @@ def test_old_rows_keep_their_bits_and_new_ones_are_their_mean(case, strategy, ro
             np.testing.assert_allclose(new[rows:], mean, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("case", ["gqa", "mqa_tied"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp_tp"])
+def test_new_tokens_take_rows_of_padding_as_the_mean_of_rows_with_tokens(case, strategy, tmp_path):
+    config = CASES[case]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = llama_tensors(config)
+    for name in tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+        tensors[name][KNOWN:] = 0
+        tensors[name][50:] = 7.0  # padding that something else has touched
+    save_file(tensors, tmp_path / "model.safetensors")
+    base = load_tokenizer(write_base(tmp_path / "base"))
+    new = add_special_tokens(base, NEW[:3])
+    assert new == [KNOWN, KNOWN + 1, KNOWN + 2]
+    architecture = architecture_from_hf(config)
+    sharded = {"strategy": strategy} | ({"mesh.tensor": 4} if strategy == "fsdp_tp" else {})
+    placement = make_placement(from_dict(sharded))
+    abstract = architecture.abstract(Numerics())
+    shardings = placement.shardings(abstract.params, abstract.axes)
+    source = find_source(tmp_path)
+    given = {"tokenizer": base, "new_tokens": new}
+    params = load_weights(source, architecture, abstract, shardings, **given)
+    plain = load_weights(source, architecture, abstract, shardings)
+    tables = {"embed.w"} if case == "mqa_tied" else {"embed.w", "head.w"}
+    for path, array in params.items():
+        old, found = np.asarray(plain[path]), np.asarray(array)
+        assert array.sharding.is_equivalent_to(shardings[path], array.ndim), path
+        if path not in tables:
+            assert found.tobytes() == old.tobytes()
+            continue
+        mean = np.broadcast_to(old[:KNOWN].astype(np.float64).mean(0), (3, old.shape[1]))
+        np.testing.assert_allclose(found[new], mean, rtol=0, atol=1e-7)
+        kept = np.delete(np.arange(ROWS), new)
+        assert found[kept].tobytes() == old[kept].tobytes()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_run_begins_with_mean_rows_for_tokens_in_padding_and_exports_them(home, tied, capfd):
+    name = f"padded_{tied}"
+    model = home / name
+    shutil.copytree(home / "base", model)
+    tensors = load_file(model / "model.safetensors")
+    described = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    (model / "config.json").write_text(json.dumps(described))
+    if tied:
+        del tensors["lm_head.weight"]
+    tables = tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}
+    for table in tables:
+        tensors[table][KNOWN:] = 0
+    save_file(tensors, model / "model.safetensors")
+    # A learning rate of nothing: what is exported is what the run began with.
+    config = run_config(home, f"run_{name}", optim__learning_rate=1e-30)
+    config.model.path, config.optim.weight_decay = str(model), 0.0
+    config.train.steps, config.train.save_every = 4, 2
+    finished = train(config)
+    assert "row of padding in the embedding: 22" in capfd.readouterr().err
+    exported = jaxft.export(finished.checkpoint, home / f"out_{name}")
+    found = load_file(exported / "model.safetensors")
+    for table in tables:
+        old = tensors[table][:KNOWN].astype(np.float64)
+        assert np.array_equal(found[table][:KNOWN], tensors[table][:KNOWN])
+        rows = found[table][KNOWN:]
+        assert len(rows) == GROWN - KNOWN
+        mean = np.broadcast_to(old.mean(0), rows.shape)
+        np.testing.assert_allclose(rows, mean, rtol=0, atol=1e-7)
+    first = read_records(finished.workdir / "eval.jsonl")[0]
+    assert evaluate(config)["validation"].rows.loss.value == pytest.approx(first["loss"], rel=1e-6)
+    # Resumed, with the rows of a checkpoint and no new ones.
+    shutil.copytree(finished.checkpoint, home / f"four_{name}")
+    shutil.rmtree(finished.checkpoint)
+    assert train(config, resume=True).step == 4
+    assert_same_arrays(finished.checkpoint, home / f"four_{name}")
+
+
 def test_rows_beyond_the_tokenizer_are_imported_and_exported(base, tmp_path):
     folder = jaxft.export(base, tmp_path / "out")
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == ROWS > KNOWN

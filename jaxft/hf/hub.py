@@ -144,9 +144,10 @@ def _explain(error: Exception, repo: str, revision: str) -> str:
             f"{constants.ENDPOINT} refused access to {repo} ({cause.response.status_code}); the "
             f"token is not valid or may not read it: {log_in}."
         )
+    reason = (str(cause) or repr(cause)).splitlines()[0]
     return (
-        f"{absent} The repository {repo} is not in the cache, and {constants.ENDPOINT} is out of "
-        f"reach: {cause}. Check the network, then try again; a download continues where it stopped."
+        f"{absent} It is no repository in the cache either, and {constants.ENDPOINT} is out of "
+        f"reach ({reason}). Check the network; a download that was cut off goes on."
     )
 
 

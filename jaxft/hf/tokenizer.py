@@ -144,16 +144,16 @@ def decode_continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int
     return tokenizer.decode(new, skip_special_tokens=True)
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> int:
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
     """Makes each text one token wherever it stands, which decoding for people leaves out.
 
     Returns:
-      How many are new; a text that is a token already keeps its id.
+      Ids of those that are new; a text that is a token already keeps its id.
     """
-    before = len(tokenizer)
+    before = tokenizer.get_vocab()
     added = [AddedToken(text, special=True, normalized=False) for text in tokens]
     tokenizer.add_tokens(added, special_tokens=True)
-    return len(tokenizer) - before
+    return sorted(i for token, i in tokenizer.get_vocab().items() if token not in before)
 
 
 def stop_ids(
