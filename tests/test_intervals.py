@@ -12,7 +12,8 @@ def test_wilson_interval_equals_published_values():
     assert (round(estimate.low, 4), round(estimate.high, 4)) == (0.2553, 0.3662)
     assert round(proportion(0, 20).high, 4) == 0.1611
     assert proportion(20, 20).high == pytest.approx(1.0)
-    assert np.isnan(proportion(0, 0).value)
+    unknown = proportion(0, 0)
+    assert np.isnan([unknown.value, unknown.low, unknown.high]).all() and unknown.count == 0
 
 
 def test_the_bootstrap_interval_of_a_mean_is_the_normal_one():
@@ -42,6 +43,17 @@ def test_pairing_removes_what_both_models_share():
 def test_one_row_says_nothing_of_its_spread():
     estimate = ratio(np.array([2.0]), np.array([1.0]))
     assert estimate.value == 2.0 and np.isnan(estimate.low) and np.isnan(estimate.high)
+
+
+def test_two_rows_have_a_spread():
+    estimate = ratio(np.array([1.0, 3.0]), np.ones(2))
+    assert (estimate.value, estimate.low, estimate.high) == (2.0, 1.0, 3.0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_rows_without_trained_tokens_have_no_ratio_and_no_interval():
+    estimate = ratio(np.zeros(3), np.zeros(3))
+    assert np.isnan([estimate.value, estimate.low, estimate.high]).all()
 
 
 def test_estimates_do_not_change_between_calls():

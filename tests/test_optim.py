@@ -46,6 +46,15 @@ def test_a_warm_up_as_long_as_the_run_ends_at_the_peak():
         assert float(make_schedule(config, STEPS)(STEPS - 1)) == PEAK
 
 
+def test_a_decay_of_less_than_a_step_leaves_all_steps_at_the_peak():
+    config = OptimConfig(
+        learning_rate=PEAK, schedule="wsd", warmup_steps=0, final_ratio=0.1, decay_fraction=0.001
+    )
+    schedule = make_schedule(config, STEPS)
+    assert float(schedule(STEPS - 1)) == PEAK
+    assert float(schedule(STEPS)) == pytest.approx(0.1 * PEAK)
+
+
 PARAMS = {"norm.scale": jnp.full(3, 2.0), "q.b": jnp.full(3, 2.0), "q.w": jnp.full((2, 3), 2.0)}
 
 

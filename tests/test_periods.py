@@ -90,8 +90,12 @@ def test_pauses_do_not_count(clock):
         clock.now = 102.0
     periods.add(2, step(1.0))
     clock.now = 105.0
+    with periods.paused() as sums:
+        assert sums.seconds == 5.0
+        clock.now = 205.0
+    clock.now = 206.0
     periods.end()
-    assert periods.read().sums.seconds == 5.0
+    assert periods.read().sums.seconds == 6.0
 
 
 def test_a_pause_counts_even_if_what_it_is_for_fails(clock):

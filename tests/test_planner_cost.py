@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxft.hlo import Module
-from jaxft.planner.cost import Cost, cost_of, product_flops
+from jaxft.planner.cost import Cost, cost_of, moved_bytes, product_flops
 
 
 def flops_of(left: str, right: str, result: str, product: str) -> float:
@@ -284,6 +284,55 @@ def test_products_in_fusions_of_fusions_are_added_up():
   ROOT %result = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%outer, \
 backend_config={"window_config":{"estimated_cycles":"1234"}}"""
     assert cost(computations, entry) == Cost(flops=2 * 2 * 8**3, bytes=2 * 256, cycles=1234)
+
+
+@pytest.mark.parametrize(
+    ("precision", "passes"),
+    [
+        ("", 1),
+        (", operand_precision={default,default}", 1),
+        (", operand_precision={high,high}", 3),
+        (", operand_precision={highest,highest}", 6),
+    ],
+)
+def test_a_product_takes_the_passes_of_its_precision_and_a_fusion_the_most(precision, passes):
+    dot = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    alone = f"""\
+  %a = f32[8,8]{{1,0}} parameter(0)
+  ROOT %result = f32[8,8]{{1,0}} dot(%a, %a), {dot}{precision}"""
+    assert cost("", alone).passes == passes
+    bodies = f"""\
+%inner (p: f32[8,8]) -> f32[8,8] {{
+  %p = f32[8,8]{{1,0}} parameter(0)
+  ROOT %d = f32[8,8]{{1,0}} dot(%p, %p), {dot}{precision}
+}}
+
+%outer (q: f32[8,8]) -> f32[8,8] {{
+  %q = f32[8,8]{{1,0}} parameter(0)
+  %f = f32[8,8]{{1,0}} fusion(%q), kind=kOutput, calls=%inner
+  ROOT %e = f32[8,8]{{1,0}} dot(%f, %q), {dot}
+}}
+"""
+    entry = """\
+  %a = f32[8,8]{1,0} parameter(0)
+  ROOT %result = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%outer"""
+    assert cost(bodies, entry).passes == passes
+
+
+@pytest.mark.parametrize(
+    ("shape", "start", "moved"),
+    [
+        ("(f32[32]{0:S(5)}, f32[32]{0}, u32[])", "copy-start", 128),
+        # Of a slice the part: neither its place nor what it is cut from.
+        ("((f32[32]{0}, s32[]), f32[8]{0}, u32[])", "dynamic-slice-start", 32),
+        ("(s32[], u32[])", "slice-start", 0),
+    ],
+)
+def test_a_copy_between_memories_moves_its_smallest_array(shape, start, moved):
+    module = Module(
+        f"HloModule m\n\nENTRY %main () -> f32[] {{\n  ROOT %s = {shape} {start}()\n}}\n"
+    )
+    assert moved_bytes(module.computations["main"].instructions["s"]) == moved
 
 
 SLICED = """\

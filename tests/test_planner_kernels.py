@@ -24,17 +24,26 @@ def test_visible_pairs_are_right_to_half_a_token_of_each_query():
         assert abs(mean_visible_pairs(ALTERNATING, length) - exact) <= length / 2
 
 
-def call(kernel: str, queries: int = LENGTH) -> tuple:
+def call(
+    kernel: str, queries: int = LENGTH, *, dtype: str = "bf16", rows: tuple[int, ...] = (ROWS,)
+) -> tuple:
     """Returns the call of a kernel and the computation that it stands in."""
-    of_keys, of_queries = (f"bf16[{ROWS},{HEADS},{n},{SIZE}]" for n in (LENGTH, queries))
+
+    def shape(dtype: str, *sizes: int) -> str:
+        return f"{dtype}[{','.join(map(str, (*rows, *sizes)))}]"
+
+    of_keys, of_queries = (shape(dtype, HEADS, n, SIZE) for n in (LENGTH, queries))
+    segments = shape("s32", 8, 2 * LENGTH, 1)  # larger than what is multiplied
+    sinks = f"{dtype}[{HEADS},{2 * LENGTH}]"
     module = Module(f"""\
 HloModule kernels
 
-ENTRY %main (s: s32[{ROWS},{LENGTH}], q: {of_queries}, k: {of_keys}) -> {of_queries} {{
-  %segments = s32[{ROWS},{LENGTH}] parameter(0)
-  %q = {of_queries} parameter(1)
-  %k = {of_keys} parameter(2)
-  ROOT %{kernel} = {of_queries} custom-call(%segments, %q, %k)
+ENTRY %main (s: {segments}, b: {sinks}, q: {of_queries}, k: {of_keys}) -> {of_queries} {{
+  %s = {segments} parameter(0)
+  %b = {sinks} parameter(1)
+  %q = {of_queries} parameter(2)
+  %k = {of_keys} parameter(3)
+  ROOT %{kernel} = {of_queries} custom-call(%s, %b, %q, %k)
 }}
 """)
     main = module.computations["main"]
@@ -64,6 +73,15 @@ def test_a_device_with_a_part_of_a_row_has_its_share_of_the_queries():
         splash_flops(*call("splash_mha_fwd", n), ALTERNATING, fused=False) for n in (64, 32)
     )
     assert half[0] == whole[0] / 2  # pyright: ignore
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_a_dimension_of_one_row_may_be_left_out(dtype):
+    of_rows, of_one = (
+        splash_flops(*call("splash_mha_fwd", dtype=dtype, rows=rows), ALTERNATING, fused=False)
+        for rows in ((ROWS,), ())
+    )
+    assert of_one[0] == of_rows[0] / ROWS  # pyright: ignore
 
 
 def test_another_kernel_is_not_counted():

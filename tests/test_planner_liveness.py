@@ -48,6 +48,7 @@ def test_arguments_and_what_is_elsewhere_take_no_room():
     found = peak("""\
   %p = f32[1024]{0} parameter(0)
   %c = f32[1024]{0} constant({...})
+  %numbers = s32[4096]{0} iota(), iota_dimension=0
   %vmem = f32[1024]{0:S(1)} exponential(%p)
   %host = f32[1024]{0:S(5)} copy(%p)
   %view = f32[32,32]{1,0} bitcast(%p)
@@ -132,6 +133,92 @@ def test_an_operand_of_another_size_is_not_replaced():
   %x = f32[512]{0} slice(%p), slice={[0:512]}
   ROOT %y = f32[1024]{0} fusion(%x, %x), kind=kLoop, calls=%added"""
     assert peak(lines, ADDED).bytes == (2 + 4) * KIB
+
+
+def test_of_two_operands_of_the_size_of_one_result_one_is_replaced():
+    lines = """\
+  %p = f32[1024]{0} parameter(0)
+  %x = f32[1024]{0} reverse(%p), dimensions={0}
+  %y = f32[1024]{0} reverse(%x), dimensions={0}
+  %sum = f32[1024]{0} fusion(%x, %y), kind=kLoop, calls=%added
+  %large = f32[4096]{0} custom-call(%sum), custom_call_target="k"
+  ROOT %result = f32[] custom-call(%large, %sum), custom_call_target="k\""""
+    assert peak(lines, ADDED).bytes == (4 + 16) * KIB
+
+
+@pytest.mark.parametrize(
+    ("line", "kib"),
+    [
+        ("add(%x, %p)", 4),
+        ("multiply(%x, %p)", 4),
+        ("subtract(%x, %p)", 4),
+        ("convert(%x)", 4),
+        ("negate(%x)", 8),
+        # It still reads what it would overwrite.
+        ("fusion(%x, %p), kind=kOutput, calls=%product", 8),
+        ("fusion(%x, %p), kind=kOutput, calls=%filtered", 8),
+    ],
+)
+def test_sums_are_made_in_place_and_products_are_not(line, kib):
+    bodies = "".join(
+        f"""\
+%{name} (a: f32[1024], b: f32[1024]) -> f32[1024] {{
+  %a = f32[1024]{{0}} parameter(0)
+  %b = f32[1024]{{0}} parameter(1)
+  ROOT %made = f32[1024]{{0}} {opcode}(%a, %b)
+}}
+
+"""
+        for name, opcode in (("product", "dot"), ("filtered", "convolution"))
+    )
+    lines = f"""\
+  %p = f32[1024]{{0}} parameter(0)
+  %x = f32[1024]{{0}} reverse(%p), dimensions={{0}}
+  ROOT %y = f32[1024]{{0}} {line}"""
+    assert peak(lines, bodies).bytes == kib * KIB
+
+
+def test_what_passes_a_barrier_stays_where_it_is():
+    found = peak("""\
+  %p = f32[1024]{0} parameter(0)
+  %x = f32[1024]{0} reverse(%p), dimensions={0}
+  %y = f32[512]{0} slice(%p), slice={[0:512]}
+  %given = (f32[1024]{0}, f32[512]{0}) tuple(%x, %y)
+  %held = (f32[1024]{0}, f32[512]{0}) opt-barrier(%given)
+  %small = f32[512]{0} get-tuple-element(%held), index=1
+  %large = f32[8192]{0} custom-call(%small), custom_call_target="k"
+  ROOT %result = f32[] custom-call(%large), custom_call_target="k\"""")
+    # `x` is dead once the barrier is passed.
+    assert (found.bytes, names(found)) == ((2 + 32) * KIB, {"y", "large"})
+
+
+def test_a_fusion_that_updates_two_buffers_in_place_takes_no_room():
+    body = """\
+%put (a: f32[4,256], b: f32[4,256], c: f32[1,256], i: s32[]) -> (f32[4,256], f32[4,256]) {
+  %a = f32[4,256]{1,0} parameter(0)
+  %b = f32[4,256]{1,0} parameter(1)
+  %c = f32[1,256]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %new = f32[4,256]{1,0} broadcast(%i), dimensions={}
+  %one = f32[4,256]{1,0} dynamic-update-slice(%a, %c, %i, %i)
+  %two = f32[4,256]{1,0} dynamic-update-slice(%TARGET, %c, %i, %i)
+  ROOT %both = (f32[4,256]{1,0}, f32[4,256]{1,0}) tuple(%one, %two)
+}
+"""
+    lines = """\
+  %p = f32[1,256]{1,0} parameter(0)
+  %i = s32[] constant(0)
+  %x = f32[4,256]{1,0} broadcast(%i), dimensions={}
+  %y = f32[4,256]{1,0} broadcast(%i), dimensions={}
+  %f = (f32[4,256]{1,0}, f32[4,256]{1,0}) fusion(%x, %y, %p, %i), kind=kLoop, calls=%put
+  %one = f32[4,256]{1,0} get-tuple-element(%f), index=0
+  %large = f32[8192]{0} custom-call(%one), custom_call_target="k"
+  ROOT %result = f32[] custom-call(%large), custom_call_target="k\""""
+    both = peak(lines, body.replace("TARGET", "b"))
+    assert (both.bytes, names(both)) == ((4 + 32) * KIB, {"x", "large"})
+    # What is made inside of the fusion has to have a place, and with it all that it makes.
+    new = peak(lines, body.replace("TARGET", "new"))
+    assert (new.bytes, names(new)) == ((4 + 4 + 32) * KIB, {"f", "large"})
 
 
 def loop(body: str) -> Peak:

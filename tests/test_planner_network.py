@@ -322,3 +322,61 @@ def test_a_group_that_is_named_over_slices_sends_what_its_slice_has():
     )
     between = 2 * V * 31 / 32 / 16 / net.chip.dcn
     assert net.seconds(one) == pytest.approx(between + net.seconds(inside), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["all-to-all", "ragged-all-to-all"])
+def test_gpus_send_those_elsewhere_what_is_theirs_each_by_its_own_way(kind):
+    def seconds(chip: str, count: int, groups: list) -> float:
+        return gpus(chip, count).seconds(collective(kind, groups))
+
+    assert seconds("h100", 16, [range(8), range(8, 16)]) == pytest.approx(V * 7 / 8 / 450e9)
+    # Half of what each has is for the other domain.
+    assert seconds("h100", 16, [range(16)]) == pytest.approx(V / 2 / 50e9)
+    assert seconds("h100", 16, [(0, 1, 8, 9), (2, 3, 4, 10)]) == pytest.approx(V / 2 / 50e9)
+    # Of 73 one is elsewhere: the links inside have more to do.
+    assert seconds("gb200", 144, [range(73)]) == pytest.approx(V * 72 / 73 / 900e9)
+
+
+def test_the_group_with_the_fewest_ways_out_is_waited_for():
+    groups = [(0, 1, 8, 9), (2, 3, 4, 10)]
+    seconds = gpus("h100", 16).seconds(collective("all-gather", groups))
+    assert seconds == pytest.approx(V * 3 / 4 / (2 * 50e9))
+
+
+@pytest.mark.parametrize("kind", ["all-gather", "all-to-all"])
+@pytest.mark.parametrize("count", [8, 16])
+def test_a_small_message_of_gpus_takes_the_time_of_one(kind, count):
+    tiny = collective(kind, [range(count)], 1)
+    assert gpus("h100", 16).seconds(tiny) == pytest.approx(HOP_SECONDS, rel=1e-3)
+
+
+def test_where_no_network_is_known_exchanges_take_no_time():
+    one = gpus("h100", 16)
+    one = dataclasses.replace(one, chip=dataclasses.replace(one.chip, network=None))
+    assert one.seconds(collective("all-gather", [range(16)])) == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "leaves"),
+    [
+        ([range(8), range(8, 16)], 8, False),
+        ([range(16)], 16, True),
+        ([(0, 1), (7, 8)], 2, True),  # one of them does
+        ([], 8, False),
+        ([], 9, True),
+    ],
+)
+def test_what_leaves_a_domain_goes_over_the_slow_network(groups, size, leaves):
+    one = collective("all-gather", groups, group_size=size)
+    assert gpus("h100", 16).leaves(one) is leaves
+    assert not network("v5e", (4, 4)).leaves(one)
+    between = dataclasses.replace(one, across_slices=True)
+    assert network("v5e", (4, 4), slices=2).leaves(between)
+    assert gpus("h100", 16).leaves(between)
+
+
+def test_two_chips_of_each_slice_sum_what_they_have_first():
+    net = network("v5e", (4, 4), slices=2)
+    one = dataclasses.replace(collective("all-reduce", [(0, 1, 16, 17)]), across_slices=True)
+    inside = net.seconds(collective("all-reduce", [(0, 1)]))
+    assert net.seconds(one) == pytest.approx(2 * V * 3 / 4 / 2 / net.chip.dcn + inside)

@@ -1,10 +1,12 @@
 """When instructions run: what overlaps and what is waited for, in programs written by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jaxft.chips import Chip, Torus
+from jaxft.chips import Chip, Switch, Torus
 from jaxft.hlo import Module
 from jaxft.planner.network import HOP_SECONDS, Network
 from jaxft.planner.timeline import Rates, Simulator, Timeline
@@ -39,7 +41,9 @@ class FakeChip:
         self.id, self.coords, self.slice_index = number, (number % 4, 0, 0), slice_index
 
 
-def run(body: str, *others: str, slices: int = 1, **rates: bool) -> Timeline:
+def run(
+    body: str, *others: str, slices: int = 1, chip: Chip = CHIP, memory: float = 1.0, **rates: bool
+) -> Timeline:
     """Plays a program of four devices, or of several slices of them, whose entry is `body`."""
     lines = "\n".join(f"  {line}" for line in body.strip().splitlines())
     text = "HloModule test, is_scheduled=true, num_partitions=4\n\n"
@@ -48,13 +52,13 @@ def run(body: str, *others: str, slices: int = 1, **rates: bool) -> Timeline:
     chips = [[FakeChip(4 * j + i, j) for i in range(4)] for j in range(slices)]
     mesh = Mesh(np.array(chips), ("data", "fsdp"))
     module = Module(text)
-    network = Network(CHIP, mesh, (4, 1))
+    network = Network(chip, mesh, (4, 1))
     simulator = Simulator(
         module,
         Reader(module, mesh),
         network,
         kernels=lambda instruction, _: 0.5 if "kernel" in instruction.name else None,
-        rates=Rates(memory=1.0, links=1.0, sums=1.0, **rates),
+        rates=Rates(memory=memory, links=1.0, sums=1.0, **rates),
     )
     return simulator.run()
 
@@ -193,6 +197,32 @@ def test_whole_float32_takes_a_tpu_six_products():
     assert seconds(", operand_precision={highest,highest}") == pytest.approx(6 * seconds(""))
 
 
+def test_on_a_gpu_whole_float32_takes_its_own_rate_and_products_the_share_they_reach():
+    gpu = dataclasses.replace(
+        CHIP, network=Switch(size=8, link=1e9), float32=1e10, product_share=0.5
+    )
+    dot = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+    def seconds(more: str) -> float:
+        body = f"""
+            %p = {ARRAY} parameter(0)
+            ROOT %a = {ARRAY} dot({ARRAY} %p, {ARRAY} %p), {dot}{more}
+            """
+        return run(body, chip=gpu, memory=100.0).seconds
+
+    assert seconds("") == pytest.approx(2e9 / (0.5 * 1e12))
+    precise = seconds(", operand_precision={highest,highest}")
+    assert precise == pytest.approx(2e9 / (0.5 * gpu.exact))
+
+
+def test_memory_is_as_fast_as_the_share_that_it_reaches():
+    body = f"""
+        %p = {ARRAY} parameter(0)
+        ROOT %a = {ARRAY} negate({ARRAY} %p)
+        """
+    assert run(body, memory=0.5).seconds == pytest.approx(2 * COPY_SECONDS)
+
+
 LOOP = (
     f"""%body (p: (s32[], f32[1000,1000])) -> (s32[], f32[1000,1000]) {{
   %p = (s32[], {ARRAY}) parameter(0)
@@ -255,6 +285,80 @@ def test_copies_to_the_host_go_both_ways_at_once():
     assert found.seconds == pytest.approx(4e6 / 1e8)
 
 
+@pytest.mark.parametrize(("other", "times"), [("out", 1), ("in", 2)])
+def test_a_part_that_comes_from_the_host_waits_for_what_comes_and_not_for_what_goes(other, times):
+    host = "f32[1000,1000]{1,0:S(5)}"
+    stack = "f32[4,1000,1000]{2,1,0:S(5)}"
+    shape = f"(({stack}, s32[]), {ARRAY}, u32[])"
+    copies = {
+        "out": f"({host}, {ARRAY}, u32[]) copy-start({ARRAY} %p)",
+        "in": f"({ARRAY}, {host}, u32[]) copy-start({host} %g)",
+    }
+    found = run(
+        f"""
+        %p = {ARRAY} parameter(0)
+        %g = {host} parameter(1)
+        %h = {stack} parameter(2)
+        %i = s32[]{{:S(2)}} constant(0)
+        %c = {copies[other]}
+        %s = {shape} dynamic-slice-start({stack} %h, s32[] %i)
+        %e = {ARRAY} copy-done(({ARRAY}, {host}, u32[]) %c)
+        ROOT %d = {ARRAY} dynamic-slice-done({shape} %s)
+        """
+    )
+    assert found.total(lane="host") == pytest.approx(2 * 4e6 / 1e8)
+    assert found.seconds == pytest.approx(times * 4e6 / 1e8)
+
+
+def test_an_update_of_what_was_started_is_waited_for_like_it():
+    host = "f32[1000,1000]{1,0:S(5)}"
+    found = run(
+        f"""
+        %p = {ARRAY} parameter(0)
+        %s = ({host}, {ARRAY}, u32[]) copy-start({ARRAY} %p)
+        %u = ({host}, {ARRAY}, u32[]) async-update(({host}, {ARRAY}, u32[]) %s)
+        ROOT %d = {host} copy-done(({host}, {ARRAY}, u32[]) %u)
+        """
+    )
+    assert found.total(kind="wait host") == pytest.approx(4e6 / 1e8)
+
+
+def test_what_sparse_cores_move_is_beside_the_core():
+    moved = (
+        f"%moved (p: f32[1000,1000]) -> f32[1000,1000] {{\n"
+        f"  %p = {ARRAY} parameter(0)\n  ROOT %r = {ARRAY} copy({ARRAY} %p)\n}}"
+    )
+    shape = f"(({ARRAY}), {ARRAY}, u32[])"
+    for name in ("to_apply", "calls"):
+        found = run(
+            f"""
+            %p = {ARRAY} parameter(0)
+            %s = {shape} call-start({ARRAY} %p), {name}=%moved
+            %a = {ARRAY} negate({ARRAY} %p)
+            ROOT %d = {ARRAY} call-done({shape} %s)
+            """,
+            moved,
+        )
+        assert found.total(lane="sparsecore") == pytest.approx(COPY_SECONDS)
+        assert found.seconds == pytest.approx(COPY_SECONDS)
+
+
+def test_a_called_function_takes_the_time_of_what_it_does():
+    twice = (
+        f"%twice (p: f32[1000,1000]) -> f32[1000,1000] {{\n"
+        f"  %p = {ARRAY} parameter(0)\n  %q = {ARRAY} negate({ARRAY} %p)\n"
+        f"  ROOT %r = {ARRAY} negate({ARRAY} %q)\n}}"
+    )
+    found = run(
+        f"""
+        %p = {ARRAY} parameter(0)
+        ROOT %c = {ARRAY} call({ARRAY} %p), to_apply=%twice
+        """,
+        twice,
+    )
+    assert found.seconds == found.total(kind="memory") == pytest.approx(2 * COPY_SECONDS)
+
+
 def test_of_branches_the_mean_counts():
     def branch(name: str, what: str) -> str:
         return (
@@ -271,4 +375,4 @@ def test_of_branches_the_mean_counts():
         branch("b0", "negate"),
         branch("b1", "bitcast"),
     )
-    assert found.seconds == pytest.approx(COPY_SECONDS / 2)
+    assert found.seconds == found.total(kind="memory") == pytest.approx(COPY_SECONDS / 2)

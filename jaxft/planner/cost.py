@@ -10,7 +10,7 @@ from jaxft.hlo import HBM, Array, Computation, Instruction, Module, arrays
 _VIEWS = ("bitcast", "get-tuple-element", "reshape", "convert", "copy", "transpose")
 _FREE = (
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
-    "opt-barrier optimization-barrier iota add-dependency send recv send-done recv-done "
+    "opt-barrier iota add-dependency send recv send-done recv-done "
     "call-update async-update"
 ).split()
 

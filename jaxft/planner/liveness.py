@@ -16,7 +16,7 @@ from jaxft.planner.cost import is_view
 
 # Instructions whose result is the memory of an operand.
 _ALIASES = (
-    "bitcast get-tuple-element tuple while optimization-barrier dynamic-update-slice "
+    "bitcast dynamic-update-slice "
     "copy-done slice-done dynamic-slice-done dynamic-update-slice-done "
     "dynamic-update-slice-start async-done all-gather-done all-reduce-done "
     "collective-permute-done add-dependency"
@@ -172,7 +172,7 @@ def _owners(module: Module, life: _Life, made: Instruction) -> list[tuple[str, .
         parts = life.owners.get(made.operands[0], [])
         index = int(made.rest.split("index=")[1].split(",")[0])
         return [parts[index] if index < len(parts) and len(parts) > 1 else _all(parts)]
-    if made.opcode in ("while", "optimization-barrier"):
+    if made.opcode in ("while", "opt-barrier"):
         return life.owners.get(made.operands[0], [])
     if made.opcode in _ALIASES:
         return [_all(life.owners.get(made.operands[0], []))]
