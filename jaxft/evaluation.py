@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxft import capacity, data, distributed, progress
 from jaxft.checkpoint import Checkpoints
-from jaxft.config import RunConfig, to_dict
+from jaxft.config import RunConfig, held_out_share, to_dict
 from jaxft.data import TokenRows, chat
 from jaxft.data.problems import RowError
 from jaxft.data.template import resolve_template
@@ -431,13 +431,18 @@ def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
 
 
 def _say_differences(config: RunConfig, source: Source) -> None:
-    """Logs where a checkpoint was trained on data read in another way than it is evaluated on."""
+    """Logs where a checkpoint was trained on data read in another way than it is evaluated on.
+
+    Raises:
+      ConfigError: If what is held out here is not what was held out in training.
+    """
     if source.checkpoints is None:
         return
     checkpoints = Checkpoints(source.checkpoints, read_only=True)
     trained = checkpoints.restore_config(source.step)
     checkpoints.close()
     here = to_dict(config)
+    _check_held_out(here, trained)
     for key in ("format", "columns", "template", "thinking", "train_on", "text_split"):
         name = f"data.{key}"
         if trained.get(name, here[name]) != here[name]:
@@ -445,6 +450,23 @@ def _say_differences(config: RunConfig, source: Source) -> None:
                 f"{name} is {here[name]!r} here; the run was trained with {trained[name]!r}.",
                 style="yellow",
             )
+
+
+def _check_held_out(here: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Refuses a part of the training data that a run was, by other keys, trained on."""
+    if not held_out_share(here["data.validation"]):
+        return
+    changed = [
+        f"--config.{key}={trained[key]}"
+        for key in ("data.validation", "data.train", "train.seed")
+        if trained.get(key, here[key]) != here[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"data.validation={here['data.validation']} is what the run was not trained on only "
+            "with the keys that it was trained with. Evaluate it with "
+            f"{' '.join(changed)}, or on a file of its own."
+        )
 
 
 def named_sources(config: RunConfig) -> dict[str, str]:

@@ -113,6 +113,13 @@ def test_named_sets_and_retention_are_evaluated_beside_validation(run, folder):
     assert results["retention"].answers is None
 
 
+def test_a_part_of_the_training_data_that_was_trained_on_is_refused(run):
+    config, result = run
+    with pytest.raises(ConfigError, match=r"Evaluate it with --config\.data\.validation="):
+        evaluated(config, result.workdir, step="latest", data__validation="20%")
+    assert "validation" in evaluated(config, data__validation="20%")  # the model before
+
+
 @pytest.mark.parametrize("datasets", ["a.jsonl", "=a.jsonl", "x=", "x=a;x=b", "validation=a"])
 def test_a_malformed_list_of_sets_is_refused(run, datasets):
     config = copy.deepcopy(run[0])
