@@ -185,7 +185,8 @@ def _write_generation_config(model: Model, folder: Path) -> None:
     fields = json.loads(source.read_text()) if source.is_file() else {}
     known = fields.get("eos_token_id")
     known = known if isinstance(known, list) else [] if known is None else [known]
-    taught = model.template.last_stops.values() if model.tokenizer.chat_template else ()
+    chats = model.tokenizer is not None and model.tokenizer.chat_template
+    taught = model.template.last_stops.values() if chats else ()
     stops = sorted({*known, *taught}) if known else list(model.stop_ids)
     if source.is_file() and set(stops) == set(known):
         shutil.copyfile(source, target)

@@ -39,7 +39,9 @@ def parse(arguments: list[str], monkeypatch: Any) -> None:
     """Parses a command as jaxft does: unknown flags and keys, and wrong values, raise."""
     monkeypatch.chdir(ROOT)
     options, rest = cli._parser().parse_known_args(arguments)
-    overrides = cli._overrides(rest, options.parser, options)
+    overrides = cli._overrides(rest, options)
+    if getattr(options, "config", "") == "…":  # of the reader's own
+        options.config = ""
     if overrides or getattr(options, "config", ""):
         read_config(options.config, overrides, training=arguments[0] == "train")
 

@@ -343,7 +343,7 @@ def test_one_chip_has_a_host_of_its_own(compiler):
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch, compiler):
     monkeypatch.delenv("TPU_LIBRARY_PATH")
-    with pytest.raises(ConfigError, match=r"pip install 'jaxft\[tpu\]', or set TPU_LIBRARY_PATH"):
+    with pytest.raises(ConfigError, match=r"pip install 'jax\[tpu\]', or set TPU_LIBRARY_PATH"):
         parse("v5e:4x4").devices()
     assert not compiler
 

@@ -175,5 +175,5 @@ def test_a_slice_without_its_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     topology._tpu_devices.cache_clear()
-    with pytest.raises(ConfigError, match=r"pip install 'jaxft\[tpu\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'jax\[tpu\]'"):
         parse("v5e:4x8").devices()
