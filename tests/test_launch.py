@@ -30,9 +30,11 @@ def commands_of_jaxft(text: str) -> list[list[str]]:
         joined,
     )
     found = re.findall(
-        r"(?:^|[ /'`])jaxft ((?:train|eval|doctor|shardings)\b[^`'\n>]*)", joined, re.M
+        r"(?:^|[ /'`])jaxft ((?:train|eval|doctor|shardings)\b[^`'\n>&]*)", joined, re.M
     )
-    return [shlex.split(line.split(" # ")[0].replace('"$@"', "")) for line in found]
+    # What stands for the reader's own is left out.
+    own = re.compile(r'"\$@"|…')
+    return [shlex.split(own.sub("", line.split(" # ")[0])) for line in found]
 
 
 def parse(arguments: list[str], monkeypatch: Any) -> None:
@@ -40,8 +42,6 @@ def parse(arguments: list[str], monkeypatch: Any) -> None:
     monkeypatch.chdir(ROOT)
     options, rest = cli._parser().parse_known_args(arguments)
     overrides = cli._overrides(rest, options)
-    if getattr(options, "config", "") == "…":  # of the reader's own
-        options.config = ""
     if overrides or getattr(options, "config", ""):
         read_config(options.config, overrides, training=arguments[0] == "train")
 
