@@ -379,6 +379,8 @@ class _Renderer:
         self.tools = template.control.escape(conversation.tools)
         self.turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         self._answers: dict[int, _Answer] = {}
+        self._texts: dict[int, str] = {}
+        self._marked_texts: dict[tuple[int, int], str] = {}
         self._written_out: set[int] = set()
 
     def views(self) -> list[_View]:
@@ -474,16 +476,15 @@ class _Renderer:
             and has_thinking(message)
             and not shows_thinking(answer, message)
         ):
-            self._written_out.add(turn)
+            self._write_out(turn)
             answer = self._behind(prompt, turn)
-        text = self._text(self.messages, turn)
         if not answer:
-            raise RowError(self._prompt_problem(prompt, text, turn))
+            raise RowError(self._prompt_problem(prompt, self._text(turn), turn))
         return prompt, prompt + answer
 
     def _behind(self, prompt: str, turn: int) -> str:
         """Returns what an answer adds to its prompt; empty if the two do not fit together."""
-        text = self._text(self.messages, turn)
+        text = self._text(turn)
         if text.startswith(prompt):
             return text.removeprefix(prompt)
         marked = [*self.messages[: turn - 1], _mark(self.messages[turn - 1])]
@@ -531,16 +532,31 @@ class _Renderer:
             return found
         return max(start, _common_length(text, self._marked_text(last, number)))
 
+    def _text(self, last: int) -> str:
+        """Renders up to and with a turn."""
+        if last not in self._texts:
+            self._texts[last] = self._render_up_to(self.messages, last)
+        return self._texts[last]
+
     def _marked_text(self, last: int, number: int) -> str:
         """Renders up to and with `last`, with marks in place of what one message says."""
-        messages = list(self.messages)
-        messages[number] = _mark(messages[number])
-        try:
-            return self._text(messages, last)
-        except Exception:  # a template may take only certain texts; then nothing is told apart
-            return ""
+        if (last, number) not in self._marked_texts:
+            messages = list(self.messages)
+            messages[number] = _mark(messages[number])
+            try:
+                text = self._render_up_to(messages, last)
+            except Exception:  # a template may take only certain texts; then nothing is told apart
+                text = ""
+            self._marked_texts[last, number] = text
+        return self._marked_texts[last, number]
 
-    def _text(self, messages: list[dict[str, Any]], last: int) -> str:
+    def _write_out(self, turn: int) -> None:
+        """Renders a turn from now on with its reasoning written out."""
+        self._written_out.add(turn)
+        self._texts.clear()
+        self._marked_texts.clear()
+
+    def _render_up_to(self, messages: list[dict[str, Any]], last: int) -> str:
         """Renders up to and with a turn, with its reasoning written out where that is kept."""
         messages = messages[: last + 1]
         if last not in self._written_out:
@@ -561,7 +577,7 @@ class _Renderer:
 
     def _require_all_is_rendered(self) -> None:
         """Raises RowError where the template leaves out what the row says."""
-        text = self._text(self.messages, len(self.messages) - 1)
+        text = self._text(len(self.messages) - 1)
         lost = [
             f"message {number}"
             for number, message in enumerate(self.messages)

@@ -1,13 +1,10 @@
 """Reasoning of assistant turns: under a key of its own, or in a <think> block of the content."""
 
-import re
 from typing import Any
 
 THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message that hold reasoning, as templates and servers call it."""
 THINKING_TOKENS = ("<think>", "</think>")
-
-_BLOCK = re.compile(r"(?:<think>)?(?P<reasoning>(?:(?!<think>).)*?)</think>\s*", re.DOTALL)
 
 
 def has_thinking(message: dict[str, Any]) -> bool:
@@ -38,11 +35,19 @@ def without_thinking(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_block(content: str) -> str:
-    """Returns a text without its <think> block, of which the opening may be missing."""
-    return _BLOCK.sub("", content)
+    """Returns a text without its <think> blocks; the opening of the first may be missing."""
+    kept, rest = [], content
+    while "</think>" in rest:
+        before, _, after = rest.partition("</think>")
+        outside, opening, _ = before.rpartition("<think>")
+        if kept and not opening:
+            break
+        kept.append(outside)
+        rest = after.lstrip()
+    return "".join(kept) + rest
 
 
 def _reasoning(message: dict[str, Any]) -> str:
     separate = next((message[key] for key in THINKING_KEYS if message.get(key)), "")
-    match = _BLOCK.search(message["content"])
-    return (separate or (match["reasoning"] if match else "")).strip()
+    before, closing, _ = message["content"].partition("</think>")
+    return (separate or (before.rpartition("<think>")[2] if closing else "")).strip()
