@@ -150,6 +150,41 @@ GOOD = {"messages": PAIR}
             {"instruction": "q", "output": ""},
             r"'output' is empty",
         ),
+        (
+            {"conversations": TURNS},
+            {"conversations": [{"from": ["human"], "value": "q"}]},
+            r"conversations\[0\]\.from is \[\"human\"\]; expected one of",
+        ),
+        (
+            {"conversations": TURNS},
+            {"conversations": [TURNS[0], {**TURNS[1], "content": "b"}]},
+            r"conversations\[1\] has 'content' beside 'from' and 'value'",
+        ),
+        (
+            {"conversations": TURNS},
+            {"conversations": [TURNS[0], {"from": "function_call", "value": ["f"]}]},
+            r"conversations\[1\]\.value is \[\"f\"\]; expected JSON with 'name' and 'arguments'",
+        ),
+        (
+            {"instruction": "q", "output": "a"},
+            {"instruction": "q", "input": "i", "context": "c", "output": "a"},
+            r"both 'input' and 'context'; expected one",
+        ),
+        (
+            {"instruction": "q", "output": "a"},
+            {"instruction": "q", "output": "a", "response": "b"},
+            r"both 'output' and 'response'; expected one",
+        ),
+        (
+            {"prompt": "q", "completion": "a"},
+            {"prompt": "q", "completion": "a", "response": "b"},
+            r"both 'completion' and 'response'; expected one",
+        ),
+        (
+            GOOD,
+            {**GOOD, "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+            r"both 'tools' and 'functions'; expected one",
+        ),
         ({"prompt": "q", "completion": "a"}, {"prompt": "q"}, r"key 'completion' is missing"),
         ({"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": None}, "is null"),
         ({"text": "t"}, {"text": ["t"]}, r"'text' is \[\"t\"\]; expected a string"),

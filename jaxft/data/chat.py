@@ -385,12 +385,13 @@ class _Renderer:
 
     def views(self) -> list[_View]:
         last = len(self.messages) - 1
+        self._check_messages()
         self._require_all_is_rendered()
         if self.train_on == "all":
             return [self._view(last, [turn for turn in self.turns if not self._is_trained(turn)])]
         turns = self.turns[-1:] if self.train_on == "completion" else self.turns
         turns = [turn for turn in turns if self._is_trained(turn)]
-        if self.thinking != "keep":
+        if self.thinking != "keep" or not turns:
             return [self._view(last, turns)]
         return self._views_as_generated(turns)
 
@@ -405,12 +406,30 @@ class _Renderer:
             turns = [turn for turn in turns[:-1] if turn not in shown]
         return views[::-1]
 
+    def _check_messages(self) -> None:
+        """Raises RowError for messages that are not to be trained as they stand."""
+        for number, message in enumerate(self.messages):
+            if message["role"] == "assistant":
+                if not (
+                    message["content"].strip() or message.get("tool_calls") or has_thinking(message)
+                ):
+                    raise RowError(
+                        f"message {number} is reasoning alone, which --config.data.thinking=drop "
+                        "leaves out. Remove the message, or set --config.data.thinking=keep."
+                    )
+            elif self.train_on == "all" and not self._is_trained(number):
+                raise RowError(
+                    f"message {number} is from {message['role']!r} and not to be trained, but "
+                    "--config.data.train_on=all trains all but answers. Remove the weight, or "
+                    "train on answers alone with --config.data.train_on=assistant."
+                )
+
     def _is_trained(self, turn: int) -> bool:
         return bool(self.messages[turn].get("weight", 1))
 
     def _view(self, last: int, turns: list[int]) -> _View:
         """Renders up to and with the answer `last`, and finds these turns in it."""
-        text = self._answer(last).text
+        text = self._answer(last).text if turns or self.thinking == "keep" else self._text(last)
         found, blocks, lost, rewritten = [], 0, 0, 0
         for turn in turns:
             answer = self._answer(turn)
@@ -429,6 +448,11 @@ class _Renderer:
     def _turn(self, text: str, prompt: str, end: int, *, trained: bool) -> _Turn:
         control = [m for m in self.template.control.find(text) if m.end() <= end]
         within = {m[0] for m in control[:-1] if m.start() >= len(prompt)}
+        if trained and not text[len(prompt) : control[-1].start()].strip():
+            raise RowError(
+                "the chat template leaves nothing of an answer but its stop token; with reasoning "
+                "and no text after it, set --config.data.thinking=keep."
+            )
         if trained and within & self.template.stops.keys():
             raise RowError(
                 f"an answer has the stop token {next(iter(within))!r} before its end, where "
@@ -441,7 +465,7 @@ class _Renderer:
         """Returns a turn as it is generated.
 
         Raises:
-          RowError: If the prompt does not begin the text, or if nothing would be learnt.
+          RowError: If the prompt does not begin the text, or if nothing ends the answer.
         """
         if turn not in self._answers:
             prompt, text = self._text_as_generated(turn)
@@ -452,11 +476,6 @@ class _Renderer:
                     "an answer does not end with a stop token of the chat template "
                     f"({', '.join(self.template.stops) or 'it has none'}), so the model would not "
                     "learn to stop."
-                )
-            if not text[len(prompt) : end.start()].strip():
-                raise RowError(
-                    "the chat template leaves nothing of an answer but its stop token; with "
-                    "reasoning and no text after it, set --config.data.thinking=keep."
                 )
             self._answers[turn] = _Answer(prompt, text, end.end())
         return self._answers[turn]

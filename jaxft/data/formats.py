@@ -400,25 +400,27 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
         return turn
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise RowError(f"{where} is {_show(turn)}; expected an object with 'from' and 'value'.")
-    role = _SHAREGPT_ROLES.get(turn["from"])
-    if role is None:
+    name = turn["from"]
+    if not isinstance(name, str) or name not in _SHAREGPT_ROLES:
         raise RowError(
-            f"{where}.from is {_show(turn['from'])}; expected one of {', '.join(_SHAREGPT_ROLES)}."
-            f"{nearest(str(turn['from']), _SHAREGPT_ROLES)}"
+            f"{where}.from is {_show(name)}; expected one of {', '.join(_SHAREGPT_ROLES)}."
+            f"{nearest(str(name), _SHAREGPT_ROLES)}"
         )
-    message = {
-        **{key: item for key, item in turn.items() if key not in ("from", "value")},
-        "role": role,
-        "content": turn["value"],
-    }
-    if turn["from"] == "function_call":
-        message |= {"content": None, "tool_calls": [_function_call(turn["value"], where)]}
-    return message
+    message = {key: item for key, item in turn.items() if key not in ("from", "value")}
+    said: dict[str, Any] = {"role": _SHAREGPT_ROLES[name]}
+    if name == "function_call":
+        said["tool_calls"] = [_function_call(turn["value"], where)]
+    else:
+        said["content"] = turn["value"]
+    twice = [key for key in said if message.get(key) not in (None, "", [])]
+    if twice:
+        raise RowError(f"{where} has {_quoted(twice)} beside 'from' and 'value'; remove it.")
+    return message | said
 
 
 def _function_call(text: Any, where: str) -> dict[str, Any]:
     try:
-        call = load_json(text)
+        call = load_json(text) if isinstance(text, str) else text
         return {"type": "function", "function": {k: call[k] for k in ("name", "arguments")}}
     except (TypeError, ValueError, KeyError) as error:
         raise RowError(
@@ -428,7 +430,9 @@ def _function_call(text: Any, where: str) -> dict[str, Any]:
 
 def _from_alpaca(value: Any, origin: str) -> Conversation:
     row = _columns(value)
-    answer = "output" if "output" in row else "response" if "response" in row else "output"
+    _check_one_of(row, "output", "response")
+    _check_one_of(row, "input", "context")
+    answer = "response" if "response" in row and "output" not in row else "output"
     context = _optional_text(row, "input") or _optional_text(row, "context")
     prompt = _text(row, "instruction")
     pair = _pair(
@@ -440,6 +444,12 @@ def _from_alpaca(value: Any, origin: str) -> Conversation:
     begin = 1 if pair.messages[0]["role"] == "system" else 0
     messages = [*pair.messages[:begin], *_history(row), *pair.messages[begin:]]
     return dataclasses.replace(pair, messages=messages)
+
+
+def _check_one_of(row: dict[str, Any], one: str, other: str) -> None:
+    """Raises RowError for two columns of which one alone would be read."""
+    if row.get(one) not in (None, "", []) and row.get(other) not in (None, "", [], row[one]):
+        raise RowError(f"the row has both {one!r} and {other!r}; expected one of them.")
 
 
 def _history(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -460,6 +470,7 @@ def _history(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _from_prompt_completion(value: Any, origin: str) -> Conversation:
     row = _columns(value)
+    _check_one_of(row, "completion", "response")
     answer = "response" if "response" in row and "completion" not in row else "completion"
     prompt, completion = row.get("prompt"), row.get(answer)
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -497,6 +508,7 @@ def _conversation(messages: Any, where: str, row: dict[str, Any], origin: str) -
 
 def _tools(row: dict[str, Any]) -> list[Any] | None:
     """Returns the tools of a row, of which each has a name."""
+    _check_one_of(row, "tools", "functions")
     where = "tools" if row.get("tools") else "functions"
     tools = row.get(where) or None
     if isinstance(tools, str):
