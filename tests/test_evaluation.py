@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -406,3 +407,31 @@ def test_tables_and_json_hold_the_figures(run, tmp_path, capsys):
 def test_an_accuracy_without_answers_is_not_a_number():
     nothing = Answers("exact_match", [], [], [], np.array([], bool), 0, 0)
     assert math.isnan(nothing.accuracy.value)
+
+
+@pytest.mark.slow(seconds=12)
+def test_answers_of_a_model_that_opens_with_an_empty_block_are_right(folder):
+    """What is learnt by heart is answered right, whatever the template puts before an answer."""
+    config = tiny_config(folder, "block", train__steps=40, train__batch_size=4)
+    config.model.path = str(Path(jaxft.__file__).parent / "demo" / "base")
+    (folder / "block.jinja").write_text(
+        "{%- for m in messages -%}{{- '<|' + m.role + '|>' -}}"
+        "{%- if m.role == 'assistant' and loop.last -%}"
+        "{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}"
+        "{{- m.content + '<|end|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+    )
+    (folder / "block.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"say {number}", "completion": label}) + "\n"
+            for number, label in enumerate(("cat", "dog", "cow", "hen"))
+        )
+    )
+    config.data.train = config.data.validation = str(folder / "block.jsonl")
+    config.data.template = str(folder / "block.jinja")
+    config.optim.learning_rate = 3e-3
+    config.eval.answers = "label"
+    result = jaxft.train(config)
+    answers = jaxft.evaluate(config, result.checkpoint)["validation"].answers
+    assert answers.references == answers.outputs == ["cat", "dog", "cow", "hen"]
+    assert answers.right.all()
