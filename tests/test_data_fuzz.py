@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from jaxft.config import DataConfig
 from jaxft.data import prepare
 from jaxft.data.preparation import skipped_rows
+from jaxft.errors import DataError, JaxftError
 from tests.templates import BLOCK, HARMONY, NOTES, PLAIN, SPECIAL, TOOLS, byte_tokenizer
 from tests.tiny_run import write_base
 
@@ -133,9 +134,20 @@ class Writer:
                 return {"q": self.text(), "a": self.text(), "s": self.text()}
         return {"text": self.text()}
 
+    def damaged(self, row_format):
+        """A row in which up to two things are changed, as JSON text."""
+        row = self.row(row_format)
+        for _ in range(self.random.randint(0, 2)):
+            self.damage(row)
+        text = json.dumps(row, ensure_ascii=self.random.random() < 0.5)
+        if self.random.random() < 0.05:
+            return text.replace("{", '{"role": "user", "role": "assistant", ', 1)
+        return text.replace('"@deep"', "[" * 2000 + "]" * 2000).replace('"@digits"', "7" * 5000)
+
     def damage(self, row):
-        """Changes one thing; returns the row as JSON text."""
         places = list(_places(row))
+        if not places:
+            return
         parent, key = self.random.choice(places)
         kind = self.random.choice(
             ("value", "value", "text", "drop", "rename", "add", "twice", "role")
@@ -147,9 +159,8 @@ class Writer:
         elif kind == "drop":
             del parent[key]
         elif kind == "rename" and isinstance(parent, dict):
-            parent[self.random.choice(("Role", "content", "from", "k0", key + " "))] = parent.pop(
-                key
-            )
+            name = self.random.choice(("Role", "content", "from", "k0", key + " "))
+            parent[name] = parent.pop(key)
         elif kind == "add" and isinstance(parent, dict):
             parent[self.random.choice(self.keys())] = self.value()
         elif kind == "twice" and isinstance(parent, list):
@@ -158,10 +169,6 @@ class Writer:
             for holder, name in places:
                 if name in ("role", "from") and self.random.random() < 0.4:
                     holder[name] = self.random.choice((*ROLES, "User", "", "k"))
-        text = json.dumps(row, ensure_ascii=self.random.random() < 0.5)
-        if self.random.random() < 0.05:
-            return text.replace("{", '{"role": "user", "role": "assistant", ', 1)
-        return text.replace('"@deep"', "[" * 2000 + "]" * 2000).replace('"@digits"', "7" * 5000)
 
     def value(self):
         return self.random.choice(
@@ -271,7 +278,9 @@ def said(turn):
 
 def shown(turn):
     """A text by which the run of an answer is known among others."""
-    return turn.calls[0]["name"] if turn.calls else said(turn) or turn.thinking.strip()
+    if turn.calls:
+        return turn.calls[0]["name"]
+    return said(turn) or turn.thinking.strip() or turn.content.strip()
 
 
 def markers(text):
@@ -407,10 +416,11 @@ def test_damaged_rows_are_trained_as_they_read_or_refused(tmp_path, row_format, 
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     writer = Writer(f"{row_format} {template} {thinking}", tokenizer.all_special_tokens)
     count = ROWS // len(CASES) + 1 if row_format != "messages" else 5 * ROWS // len(CASES)
-    lines = [writer.damage(writer.row(row_format)) for _ in range(count)]
+    lines = [writer.damaged(row_format) for _ in range(count)]
     lines = [json.dumps(GOOD[row_format]), *lines]
     options = {"thinking": thinking}
     result = read(tmp_path, lines, tokenizer, row_format, path, bad_rows="skip", **options)
+    assert 1 not in result.problems
     harmless = [_harmless(line, tokenizer.all_special_tokens) for line in lines]
     other = read(tmp_path, harmless, tokenizer, row_format, path, bad_rows="skip", **options)
     for number, line in enumerate(lines, 1):
@@ -422,6 +432,39 @@ def test_damaged_rows_are_trained_as_they_read_or_refused(tmp_path, row_format, 
         row = json.loads(line)
         check(result, number, row, row_format, thinking, exact=template != "own")
         assert result.control(number, special) == other.control(number, special), line
+
+
+def test_each_damaged_row_is_refused_alone_as_it_is_left_out_among_others(tmp_path):
+    tokenizer = byte_tokenizer()
+    path = tmp_path / "template.jinja"
+    path.write_text(TOOLS)
+    writer = Writer("alone", SPECIAL)
+    lines = [json.dumps(GOOD["messages"]), *(writer.damaged("messages") for _ in range(60))]
+    together = read(tmp_path, lines, tokenizer, "messages", str(path), bad_rows="skip")
+    assert len(together.problems) > 10
+    for number, line in enumerate(lines, 1):
+        try:
+            alone = read(tmp_path, ["", line], tokenizer, "messages", str(path))
+        except JaxftError as error:
+            if number in together.problems:
+                assert f"rows.jsonl:2: {together.problems[number]}" in str(error)
+            else:
+                [(_, trained)] = together.documents[number]
+                assert not trained.any()
+                assert "no token of the conversations would be trained" in str(error)
+        else:
+            [(ids, trained)] = alone.documents[2]
+            [(other_ids, other_trained)] = together.documents[number]
+            assert ids.tolist() == other_ids.tolist()
+            assert trained.tolist() == other_trained.tolist()
+
+
+def test_a_template_without_an_end_is_refused_though_bad_rows_are_left_out(tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    lines = [json.dumps(GOOD["messages"])] * 3
+    with pytest.raises(DataError, match="puts no special token after an answer"):
+        read(tmp_path, lines, byte_tokenizer(), "messages", str(path), bad_rows="skip")
 
 
 def _harmless(line, control):

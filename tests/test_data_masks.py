@@ -11,7 +11,7 @@ from jaxft.data.chat import chat_examples, question
 from jaxft.data.formats import Conversation, RowError
 from jaxft.data.template import resolve_template
 from jaxft.data.thinking import without_block
-from tests.templates import BLOCK, HARMONY, NOTES, PLAIN, SPECIAL
+from tests.templates import BLOCK, HARMONY, NOTES, PLAIN, SPECIAL, byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,30 @@ def test_only_ends_that_no_answer_has_within_are_stops(make):
 
 
 CALLED = ' to=functions.time<|channel|>commentary<|message|>{"zone": "UTC"}<|call|>'
+
+
+def test_an_end_of_earlier_answers_alone_is_a_stop_but_not_of_the_last(make):
+    ended = "('<|return|>' if loop.last and m.role == 'assistant' else '<|end|>')"
+    text = BLOCK.replace("'<|end|>'", ended)
+    template = make(text.replace("'<think>", "'<|channel|><think>"))
+    assert list(template.stops) == ["<|return|>", "<|end|>"]
+    assert list(template.last_stops) == ["<|return|>"]
+
+
+def test_turns_that_history_rewrites_are_counted(tokenizer, make):
+    messages = [
+        user("q1"),
+        assistant("a1"),
+        user("q2"),
+        assistant("a2"),
+        user("q3"),
+        assistant("a3"),
+    ]
+    conversation = Conversation(messages, None, "x:1")
+    [[example]] = chat_examples(
+        tokenizer, [conversation], template=make(BLOCK), train_on="assistant", thinking="template"
+    )
+    assert example.rewritten_turns == 2
 
 
 def test_a_call_with_an_end_of_its_own_is_trained_and_its_result_is_not(tokenizer, make):
@@ -172,6 +196,10 @@ def test_messages_that_vanish_are_refused(tokenizer, make):
         "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list -%}"
     )
     messages = [{"role": "system", "content": "Be brief."}, user("q"), assistant("a")]
+    assert runs(tokenizer, messages, make(PLAIN))
+    with pytest.raises(RowError, match="leaves out message 0"):
+        runs(tokenizer, messages, make(without_system + PLAIN))
+    messages = [{"role": "system", "content": "q"}, user("q"), assistant("q")]
     assert runs(tokenizer, messages, make(PLAIN))
     with pytest.raises(RowError, match="leaves out message 0"):
         runs(tokenizer, messages, make(without_system + PLAIN))
@@ -326,6 +354,25 @@ def test_control_tokens_in_arguments_do_not_end_a_call(tokenizer, make):
     messages = [user("q"), assistant("", tool_calls=call(arguments=arguments))]
     [[run]] = runs(tokenizer, messages, make(HARMONY), tools=TOOLS)
     assert run.endswith(arguments + "<|call|>")
+
+
+def test_think_tokens_that_are_control_tokens_stay_such_in_answers_alone(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL, "<think>", "</think>"]})
+    (tmp_path / "template.jinja").write_text(PLAIN)
+    template = resolve_template(tokenizer, DataConfig(template=str(tmp_path / "template.jinja")))
+    opening = tokenizer.convert_tokens_to_ids("<think>")
+    block = "<think>r</think>a"
+    for messages, count in (([user("q"), assistant(block)], 1), ([user(block), assistant("a")], 0)):
+        [[example]] = chat_examples(
+            tokenizer,
+            [Conversation(messages, None, "x:1")],
+            template=template,
+            train_on="assistant",
+            thinking="template",
+        )
+        assert example.ids.tolist().count(opening) == count
+        assert block in tokenizer.decode(example.ids)
 
 
 def test_rows_that_spell_control_tokens_are_refused_on_request(tokenizer, make):

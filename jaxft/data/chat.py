@@ -163,7 +163,7 @@ def text_examples(
     problems = [_control_problem(count, control, refuse=refuse, where="") for count in counts]
     good = [control.escape(t) for t, problem in zip(texts, problems, strict=True) if not problem]
     encoded = iter(control.encode(good, add_special_tokens=True))
-    begin, stop = tokenizer.bos_token_id, tokenizer.eos_token_id
+    stop = tokenizer.eos_token_id
     for problem, count in zip(problems, counts, strict=True):
         if problem:
             yield problem
@@ -171,8 +171,6 @@ def text_examples(
         ids = next(encoded)
         if end and stop is not None and ids[-1:] != [stop]:
             ids = [*ids, stop]
-        if begin is not None and ids[:2] == [begin, begin]:
-            ids = ids[1:]
         yield Example(
             np.asarray(ids, np.int32), np.ones(len(ids), bool), control_tokens=dict(count)
         )
@@ -597,10 +595,13 @@ class _Renderer:
     def _require_all_is_rendered(self) -> None:
         """Raises RowError where the template leaves out what the row says."""
         text = self._text(len(self.messages) - 1)
+        spoken = [_spoken(message) for message in self.messages]
         lost = [
             f"message {number}"
-            for number, message in enumerate(self.messages)
-            if _spoken(message) not in text and not self._shows_mark(number)
+            for number, said in enumerate(spoken)
+            # What several messages say must be there as often as they say it.
+            if said and text.count(said) < sum(other.count(said) for other in spoken)
+            if not self._shows_mark(number)
         ]
         if self.tools or any(message.get("tool_calls") for message in self.messages):
             lost += self._lost_tools()

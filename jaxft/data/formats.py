@@ -133,29 +133,41 @@ def read_items(
         rows = itertools.islice((row for row in rows if row.number in chosen), len(chosen))
     for row in rows:
         origin = source.origin(row.line)
-        try:
-            if row_format is None:
+        if row_format is None:
+            try:
                 row_format = choose_format(row, source.spec, origin)
-                description = row_format.description + source.remark()
-                row_format = dataclasses.replace(row_format, description=description)
-                on_format(row_format)
-            _check_meaning(row.value, row_format, named=source.spec.format != "auto")
-            item = row_format.convert(row.value, origin)
-            _check_characters(item)
-        except DataError as error:
-            if not problems.are_skipped:
-                raise
-            unknown = unknown or error
-            problems.add(origin, error.problems[0].removeprefix(f"{origin}: "), raw=row.value)
+            except DataError as error:
+                if not problems.are_skipped:
+                    raise
+                unknown = unknown or error
+                problems.add(origin, error.problems[0].removeprefix(f"{origin}: "), raw=row.value)
+                continue
+            except RowError as error:
+                problems.add(origin, str(error), raw=row.value, example=EXAMPLES["messages"])
+                continue
+            description = row_format.description + source.remark()
+            row_format = dataclasses.replace(row_format, description=description)
+            on_format(row_format)
+        try:
+            item = _convert(row.value, row_format, origin, named=source.spec.format != "auto")
         except RowError as error:
-            example = EXAMPLES[row_format.name] if row_format else EXAMPLES["messages"]
-            problems.add(origin, str(error), raw=row.value, example=example)
-        except RecursionError:
-            problems.add(origin, "the row is nested too deeply.", raw=row.value)
+            problems.add(origin, str(error), raw=row.value, example=EXAMPLES[row_format.name])
         else:
             yield row, item
     if row_format is None and unknown is not None:
         raise unknown
+
+
+def _convert(
+    value: Any, row_format: Format, origin: str, *, named: bool
+) -> Conversation | Document:
+    _check_meaning(value, row_format, named=named)
+    try:
+        item = row_format.convert(value, origin)
+        _check_characters(item)
+    except RecursionError:
+        raise RowError("the row is nested too deeply.") from None
+    return item
 
 
 def choose_format(row: Row, spec: SourceSpec, origin: str) -> Format:

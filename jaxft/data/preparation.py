@@ -31,7 +31,7 @@ from jaxft.data.sources import Row, Source
 from jaxft.data.template import DATE, Template, check_can_stop, resolve_template
 from jaxft.errors import DataError
 
-VERSION = 5
+VERSION = 6
 """Part of every cache key: raise it when the same input would give other tokens or rows."""
 
 DATED = (

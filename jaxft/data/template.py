@@ -191,24 +191,29 @@ def _probe(tokenizer: Any, template: Template) -> Template:
         tokenizer, template, content=MARK, **dict.fromkeys(THINKING_KEYS, _REASONING)
     )
     called = _try_answer(tokenizer, template, content="", tool_calls=[_probe_call(MARK)])
-    within = {
-        match[0]
-        for answer in (plain, thought, called)
-        if answer
-        for match in template.control.find(answer.text[: answer.begin])
-    }
     of_call = _token(template.find_end(called.text, called.end)) if called else ""
-    earlier = "" if earlier in (last, of_call, *within) else earlier
-    separator = ""
-    if thought and _REASONING in thought.text[: thought.begin]:
-        separator = thought.text[: thought.begin].rpartition(_REASONING)[2]
+    answers = [answer for answer in (plain, thought, called) if answer]
+    if earlier in (last, of_call) or _occurs_within(earlier, answers, template):
+        earlier = ""
     return dataclasses.replace(
         template,
         stops=_ids(template, last, of_call, earlier),
         earlier_stop=earlier,
         lead=plain.text[: plain.begin],
-        separator=separator,
+        separator=_separator(thought),
     )
+
+
+def _occurs_within(token: str, answers: Sequence[_Answer], template: Template) -> bool:
+    """Whether answers have a control token before their text, where it ends nothing."""
+    heads = [answer.text[: answer.begin] for answer in answers]
+    return any(match[0] == token for head in heads for match in template.control.find(head))
+
+
+def _separator(thought: _Answer | None) -> str:
+    """Returns the text between reasoning and content; empty if no reasoning is written."""
+    head = thought.text[: thought.begin] if thought else ""
+    return head.rpartition(_REASONING)[2] if _REASONING in head else ""
 
 
 def _token(match: re.Match[str] | None) -> str:
