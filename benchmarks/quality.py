@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -72,12 +73,16 @@ def make_config(
     """Returns the recipe as a config; writes the texts to JSONL files in `folder`."""
     config = jaxft.RunConfig()
     config.model.path = str(shared / "models/stories260K")
+    config.model.tokenizer = _write_tokenizer_without_end(
+        shared / "models/stories260K", folder / "tokenizer"
+    )
     config.model.dtypes = "float32"
     config.model.remat = "none"
     config.data.train = _write(folder / f"{task.name}.train.jsonl", task.train)
     config.data.validation = _write(folder / f"{task.name}.held_out.jsonl", task.held_out)
     config.data.max_length = BLOCK
     config.data.packing = packing
+    config.data.text_split = "file"  # nothing stands between texts but BOS
     config.data.overlength = "split"
     config.data.cache = str(folder / "cache")
     config.optim.learning_rate = 1e-3
@@ -95,6 +100,16 @@ def make_config(
     config.eval.samples = 0
     config.strategy = "ddp"
     return config
+
+
+def _write_tokenizer_without_end(source: Path, target: Path) -> str:
+    """Copies a tokenizer without its EOS, which the reference puts behind no text."""
+    target.mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, target / name)
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    return str(target)
 
 
 def _write(file: Path, texts: list[str]) -> str:
