@@ -44,6 +44,18 @@ from jaxft.sharding.rules import Placement
 
 # Answers are generated in batches of this many prompts of similar length.
 _ANSWER_BATCH = 64
+# Keys on which it depends which rows a part of the training data holds out: they say which rows
+# there are, and what the content is by which they are chosen.
+_DECIDE_WHAT_IS_HELD_OUT = (
+    "data.validation",
+    "data.train",
+    "data.format",
+    "data.columns",
+    "data.text_split",
+    "data.bad_rows",
+    "data.control_tokens",
+    "train.seed",
+)
 # Tokens of a text that a sample in the report continues.
 _TEXT_PROMPT = 32
 
@@ -458,7 +470,7 @@ def _check_held_out(here: dict[str, Any], trained: dict[str, Any]) -> None:
         return
     changed = [
         f"--config.{key}={trained[key]}"
-        for key in ("data.validation", "data.train", "train.seed")
+        for key in _DECIDE_WHAT_IS_HELD_OUT
         if trained.get(key, here[key]) != here[key]
     ]
     if changed:
@@ -735,7 +747,8 @@ class Comparison:
       loss: Loss of b minus loss of a, paired over rows; None if they read other tokens.
       bits_per_byte: The same of bits per byte, over rows, or over documents if they read other
         tokens.
-      answers: Share of right answers of b minus that of a, paired over answers.
+      answers: Share of right answers of b minus that of a, paired over answers; None without, and
+        if the two were asked different questions.
       documents: Documents that were paired in place of rows; 0 if rows were.
     """
 
@@ -758,10 +771,6 @@ def compare(a: dict[str, Evaluation], b: dict[str, Evaluation]) -> dict[str, Com
 
 
 def _compare_one(name: str, a: Evaluation, b: Evaluation) -> Comparison:
-    answers = None
-    if a.answers is not None and b.answers is not None:
-        ones = np.ones(len(a.answers.right))
-        answers = paired_difference((a.answers.right, ones), (b.answers.right, ones))
     loss = None
     if a.held_out.digest == b.held_out.digest:
         loss = paired_difference((a.rows.total, a.rows.weight), (b.rows.total, b.rows.weight))
@@ -769,7 +778,23 @@ def _compare_one(name: str, a: Evaluation, b: Evaluation) -> Comparison:
     else:
         sums_a, sums_b, documents = _paired_by_document(name, a, b)
     bits = paired_difference(sums_a, sums_b)
-    return Comparison(a, b, loss, bits, answers, documents)
+    return Comparison(a, b, loss, bits, _paired_answers(name, a.answers, b.answers), documents)
+
+
+def _paired_answers(name: str, a: Answers | None, b: Answers | None) -> Estimate | None:
+    """Returns the difference of two shares of right answers, if they are to the same questions."""
+    if a is None or b is None:
+        return None
+    if a.prompts != b.prompts:
+        progress.log(
+            f"{name}: the models were asked different questions, as rows that the chat template "
+            "of one cannot write were left out for it alone. Their answers are not paired; for "
+            "that, take these rows out of the data.",
+            style="yellow",
+        )
+        return None
+    ones = np.ones(len(a.right))
+    return paired_difference((a.right, ones), (b.right, ones))
 
 
 def _bits_and_bytes(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
@@ -793,7 +818,7 @@ def _paired_by_document(
 
 
 def _sums_of_documents(name: str, evaluation: Evaluation) -> dict[tuple[int, int], np.ndarray]:
-    """Returns bits and bytes, `[2]`, by number of the source and line of the document."""
+    """Returns bits and bytes, `[2]`, by number of the source and of the document's row in it."""
     held_out = evaluation.held_out
     rows, index = held_out.rows, held_out.rows.documents.index
     sums: dict[tuple[int, int], np.ndarray] = {}
@@ -807,6 +832,6 @@ def _sums_of_documents(name: str, evaluation: Evaluation) -> dict[tuple[int, int
                 "so that their losses cannot be paired. Compare them with `jaxft eval --compare` "
                 "or evaluation.evaluate_pair, or evaluate both with --config.data.packing=none."
             )
-        key = (int(document["source"]), int(document["line"]))
+        key = (int(document["source"]), int(document["row"]))
         sums[key] = sums.get(key, 0.0) + values
     return sums

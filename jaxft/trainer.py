@@ -189,12 +189,7 @@ def _train(
     capacity.check(capacity.TRAINING, config, architecture)
     with progress.phase("Data"):
         rows, held_out = _read_data(config, tokenizer)
-        prompts = None
-        validation = held_out.get("validation")
-        if validation and has_answers(config, "validation", validation.rows):
-            prompts = read_prompts(
-                config, tokenizer, config.data.validation, validation.rows, name="validation"
-            )
+        prompts = _read_prompts(config, tokenizer, held_out.get("validation"))
     yardstick = _yardstick(config, held_out)
     reached = _measured_by(yardstick, reached)
     if _patience_is_over(config, reached) and _has_report(workdir, start):
@@ -456,11 +451,31 @@ def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, 
     with distributed.first_host_first("data", data.cache_folder(config.data)):
         found = {name: prepare(source, name) for name, source in sources.items() if source}
         rows = prepare(config.data.train, "train")
+    # Hosts with other rows would evaluate in other numbers of batches, and wait for each other.
+    distributed.check_same("held-out data", {name: held.digest for name, held in found.items()})
     maximum, seed = config.eval.max_rows, config.train.seed
     return rows, {
         name: take_rows(held_out, tokenizer, maximum=maximum, seed=seed)
         for name, held_out in found.items()
     }
+
+
+def _read_prompts(config: RunConfig, tokenizer: Any, validation: HeldOut | None) -> Prompts | None:
+    """Returns what each evaluation answers; None if the validation data asks nothing.
+
+    Raises:
+      ConfigError: If nothing is asked and the best checkpoint goes by answers.
+    """
+    if validation is not None and has_answers(config, "validation", validation.rows):
+        source = config.data.validation
+        return read_prompts(config, tokenizer, source, validation.rows, name="validation")
+    if config.eval.best == "answers":
+        raise ConfigError(
+            f"eval.best is 'answers', but data.validation {config.data.validation} is plain text, "
+            "which asks nothing. Set --config.eval.best=loss, or name conversations with "
+            "--config.data.validation=…."
+        )
+    return None
 
 
 def _list_skipped(workdir: Workdir, sets: Mapping[str, TokenRows]) -> None:
@@ -473,7 +488,8 @@ def _list_skipped(workdir: Workdir, sets: Mapping[str, TokenRows]) -> None:
         if read[rows.documents.skipped] == name
         for record in data.skipped_rows(rows)
     ]
-    if records and distributed.is_first():
+    # An earlier part of the run may have had other validation data, with bad rows of its own.
+    if distributed.is_first() and (records or workdir.skipped.exists()):
         rewrite_jsonl(workdir.skipped, records)
 
 

@@ -256,6 +256,13 @@ def test_content_tokenizer_template_seed_and_version_are_in_the_key(
     assert not is_cached()
 
 
+def test_a_limit_for_all_files_of_a_glob_is_another_one_than_for_each(tmp_path, config, tokenizer):
+    files = [write_rows(tmp_path / f"{name}.jsonl", PAIRS) for name in "ab"]
+    both, _ = run(f"{tmp_path}/*.jsonl:limit=10", config, tokenizer)
+    each, _ = run(",".join(f"{file}:limit=10" for file in files), config, tokenizer)
+    assert (both.statistics.documents, each.statistics.documents) == (10, 20)
+
+
 def test_the_seed_of_evaluation_changes_nothing(tmp_path, config, tokenizer):
     source = write_rows(tmp_path / "a.jsonl", PAIRS)
     first, _ = run(source, config, tokenizer, seed=0, training=False)

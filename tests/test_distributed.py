@@ -19,7 +19,7 @@ from jaxft.evaluation import evaluate
 from jaxft.program import make_placement, put
 from jaxft.trainer import train
 from tests.hosts import Hosts, script, train_on
-from tests.tiny_run import command, read_metrics, read_records, tiny_config
+from tests.tiny_run import command, read_metrics, read_records, tiny_config, write_chats
 
 STEPS = 8
 # Rows go round the hosts: each holds some that do not follow one another.
@@ -328,6 +328,19 @@ def test_a_workdir_that_hosts_do_not_share_is_refused(configure, tmp_path):
             assert "is not the same folder on all hosts" in hosts.text(i)
             assert "is not seen on host 1 (" in hosts.text(i)
     assert not list(folders[0].iterdir())
+
+
+@pytest.mark.slow(seconds=15)
+def test_hosts_with_unlike_held_out_data_end_together(configure, tmp_path):
+    config = configure("unlike", mesh__data=0)
+    config.data.validation = "held_out.jsonl"  # each host has its own current folder
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for count, folder in zip((9, 40), folders, strict=True):
+        folder.mkdir()
+        write_chats(folder / "held_out.jsonl", count, seed=1)
+    with Hosts([command(config)] * 2, tmp_path, devices=1, folders=folders) as hosts:
+        assert hosts.wait(timeout=60) == {0: 1, 1: 2}
+        assert "The hosts differ in held-out data" in hosts.text(1)
 
 
 @pytest.mark.slow(seconds=30)

@@ -1,6 +1,7 @@
 """Evaluation as a command of its own: figures, answers, comparison, retention."""
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -119,6 +120,14 @@ def test_a_part_of_the_training_data_that_was_trained_on_is_refused(run):
     with pytest.raises(ConfigError, match=r"Evaluate it with --config\.data\.validation="):
         evaluated(config, result.workdir, step="latest", data__validation="20%")
     assert "validation" in evaluated(config, data__validation="20%")  # the model before
+
+
+def test_a_held_out_part_of_rows_that_are_read_otherwise_is_refused(folder):
+    config = tiny_config(folder, "part", data__validation="20%", train__steps=2)
+    result = jaxft.train(config)
+    assert "validation" in evaluated(config, result.workdir, step="latest")
+    with pytest.raises(ConfigError, match=r"Evaluate it with --config\.data\.bad_rows=error"):
+        evaluated(config, result.workdir, step="latest", data__bad_rows="skip")
 
 
 @pytest.mark.parametrize("datasets", ["a.jsonl", "=a.jsonl", "x=", "x=a;x=b", "validation=a"])
@@ -254,6 +263,30 @@ def test_models_that_read_other_tokens_are_paired_by_document(run, in_pairs, cap
     out = " ".join(capfd.readouterr().out.split())
     assert f"to B the same documents are {b.rows.weight.sum():.0f} trained tokens" in out
     assert "paired by document (9 of validation)" in out
+
+
+def test_documents_on_one_line_of_a_file_are_paired_one_by_one(run, in_pairs, folder):
+    config, result = run
+    lines = (folder / "held_out.jsonl").read_text().splitlines()
+    (folder / "held_out.json").write_text(f"[{','.join(lines)}]")
+    config = copy.deepcopy(config)
+    config.data.validation = str(folder / "held_out.json")
+    pair = evaluate_pair(config, result.checkpoint, in_pairs)
+    assert compare(*pair)["validation"].documents == 9
+
+
+def test_answers_to_different_questions_are_not_paired(run, capfd):
+    config, result = run
+    answered = evaluated(config, result.checkpoint, eval__answers="exact")["validation"]
+    assert answered.answers is not None
+    other = dataclasses.replace(answered.answers, prompts=answered.answers.prompts[::-1])
+    same = compare({"a": answered}, {"a": answered})["a"]
+    unlike = compare({"a": answered}, {"a": dataclasses.replace(answered, answers=other)})["a"]
+    assert same.answers is not None
+    assert same.answers.value == 0
+    assert unlike.answers is None
+    assert unlike.loss is not None
+    assert "were asked different questions" in " ".join(capfd.readouterr().err.split())
 
 
 def test_models_that_read_other_tokens_are_not_paired_by_rows(run, in_pairs):

@@ -419,6 +419,25 @@ def test_the_best_checkpoint_and_patience_go_by_answers_if_asked(home, config, m
     assert result.best_loss == 0.5
 
 
+def test_the_best_by_answers_needs_data_that_asks(home, config, tmp_path):
+    (tmp_path / "held_out.txt").write_text("one text\n\nanother text\n")
+    run = answering(home, config, data__validation=str(tmp_path / "held_out.txt"))
+    with pytest.raises(ConfigError, match="plain text, which asks nothing"):
+        train(run)
+
+
+def test_the_list_of_bad_rows_is_of_the_data_of_the_newest_part(config, tmp_path):
+    bad = write_chats(tmp_path / "bad.jsonl", 5, seed=1)
+    bad.write_text('{"messages": [\n' + bad.read_text())
+    good = write_chats(tmp_path / "good.jsonl", 5, seed=1)
+    keys = {"data__bad_rows": "skip", "data__bad_share": 0.5}
+    train(config(data__validation=str(bad), train__steps=2, **keys))
+    listed = tmp_path / "run" / "skipped.jsonl"
+    assert [record["set"] for record in read_records(listed)] == ["validation"]
+    train(config(data__validation=str(good), train__steps=3, **keys), resume=True)
+    assert read_records(listed) == []
+
+
 def test_best_and_patience_begin_anew_with_other_validation_data(
     home, config, monkeypatch, tmp_path, capfd
 ):

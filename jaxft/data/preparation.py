@@ -203,7 +203,8 @@ def document_key(
 
 def _source_key(source: Source, seed: int) -> list[Any]:
     spec = source.spec
-    limit = [spec.limit, seed] if spec.limit else []
+    # Files of a glob share its limit; named one by one, each has a limit of its own.
+    limit = [spec.limit, spec.name, seed] if spec.limit else []
     return [
         source.origin(0),
         source.fingerprint(),
