@@ -56,6 +56,15 @@ _DECIDE_WHAT_IS_HELD_OUT = (
     "data.control_tokens",
     "train.seed",
 )
+_DECIDE_HOW_ROWS_ARE_READ = (
+    "format",
+    "columns",
+    "text_split",
+    "template",
+    "thinking",
+    "control_tokens",
+    "train_on",
+)
 # Tokens of a text that a sample in the report continues.
 _TEXT_PROMPT = 32
 
@@ -455,7 +464,7 @@ def _say_differences(config: RunConfig, source: Source) -> None:
     checkpoints.close()
     here = to_dict(config)
     _check_held_out(here, trained)
-    for key in ("format", "columns", "template", "thinking", "train_on", "text_split"):
+    for key in _DECIDE_HOW_ROWS_ARE_READ:
         name = f"data.{key}"
         if trained.get(name, here[name]) != here[name]:
             progress.log(
@@ -475,8 +484,8 @@ def _check_held_out(here: dict[str, Any], trained: dict[str, Any]) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"data.validation={here['data.validation']} is what the run was not trained on only "
-            "with the keys that it was trained with. Evaluate it with "
+            f"data.validation is {here['data.validation']!r}, which the run was not trained on "
+            "only with the keys that it was trained with. Evaluate it with "
             f"{' '.join(changed)}, or on a file of its own."
         )
 

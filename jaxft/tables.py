@@ -25,6 +25,10 @@ _MEASURES = {
 # What decides which figures a model gets, beside the model and the data.
 _SETTINGS = (
     "data.format",
+    "data.columns",
+    "data.text_split",
+    "data.bad_rows",
+    "data.control_tokens",
     "data.template",
     "data.thinking",
     "data.train_on",

@@ -437,6 +437,17 @@ def test_tables_and_json_hold_the_figures(run, tmp_path, capsys):
     }
 
 
+def test_rows_that_are_read_otherwise_than_in_training_are_told(run, capfd):
+    config, result = run
+    config = copy.deepcopy(config)
+    config.data.control_tokens = "refuse"
+    found = evaluate(config, result.workdir)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "data.control_tokens is 'refuse' here; the run was trained with 'text'." in said
+    print_evaluation(found, config)
+    assert "data.control_tokens=refuse" in capfd.readouterr().out
+
+
 def test_an_accuracy_without_answers_is_not_a_number():
     nothing = Answers("exact_match", [], [], [], np.array([], bool), 0, 0)
     assert math.isnan(nothing.accuracy.value)
