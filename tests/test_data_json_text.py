@@ -21,6 +21,23 @@ BAD = {
 DEEP = "[" * 200_000
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"a": 1}\n{"a": 2}]', "2: .*expected ',' or ']'"),
+        ('[{"a": 1},\n,{"a": 2}]', "2: .*expected a value behind ',', not ','"),
+        ('[{"a": 1},\n]', "2: .*expected a value behind ',', not ']'"),
+        ('{"rows": [{"a": 1}]\n"more": 2}', "2: .*expected ',' or '}'"),
+        ('[{"a": 1},\n', "too early"),
+    ],
+)
+def test_commas_that_are_missing_or_too_many_are_refused(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    [source] = find_sources(str(tmp_path / "a.json"))
+    with pytest.raises((DataError, JsonError), match=message):
+        list(source.rows(Problems("test")))
+
+
 @pytest.mark.parametrize(("text", "message"), BAD.items())
 def test_what_would_be_lost_is_refused_in_every_form_of_json(tmp_path, text, message):
     with pytest.raises(JsonError, match=message):

@@ -109,6 +109,13 @@ def test_wrong_options_of_all_sources_come_together():
     assert len(error.value.problems) == 2
 
 
+@pytest.mark.parametrize("option", ["0.5", "limit=2"])
+def test_a_weight_or_limit_that_is_given_twice_is_refused(option):
+    with pytest.raises(ConfigError, match=r"'a\.jsonl' is named twice"):
+        parse_specs(f"a.jsonl:{option},a.jsonl:{option}", DataConfig())
+    assert len(parse_specs("a.jsonl,a.jsonl", DataConfig())) == 2
+
+
 def test_a_column_that_is_mapped_twice_is_refused():
     with pytest.raises(ConfigError, match="same part twice"):
         parse("a.csv", format="columns", columns="prompt=a,prompt=b,completion=c")

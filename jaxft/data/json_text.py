@@ -121,10 +121,10 @@ class JsonText:
         self._position = position
 
     def peek(self) -> str:
-        """Returns the next character that is neither white space nor a comma; '' at the end."""
+        """Returns the next character that is no white space; '' at the end."""
         while True:
             position = self._position
-            while position < len(self._buffer) and self._buffer[position] in " \t\r\n,":
+            while position < len(self._buffer) and self._buffer[position] in " \t\r\n":
                 position += 1
             self._advance(position)
             if position < len(self._buffer):
@@ -140,15 +140,13 @@ class JsonText:
 
     def items(self) -> Iterator[tuple[Any, int, str]]:
         """Yields the items of the list that comes next, as `value` returns them."""
-        self.skip("[")
-        while self._before("]"):
+        for _ in self._members("[", "]"):
             yield self.value()
 
     def names(self) -> Iterator[str]:
         """Yields the names of the object that comes next; the caller takes each value."""
-        self.skip("{")
         seen: set[str] = set()
-        while self._before("}"):
+        for _ in self._members("{", "}"):
             name = self._decode()
             if not isinstance(name, str):
                 raise JsonError("expected the name of a member in quotes", self.line)
@@ -167,13 +165,23 @@ class JsonText:
                 self.line,
             )
 
-    def _before(self, closing: str) -> bool:
+    def _members(self, opening: str, closing: str) -> Iterator[None]:
+        """Yields before each member of a list or an object, which the caller then takes."""
+        self.skip(opening)
         character = self.peek()
-        if not character:
-            raise JsonError("the file ends too early", self.line)
-        if character == closing:
-            self.skip(closing)
-        return character != closing
+        while character != closing:
+            if not character:
+                raise JsonError("the file ends too early", self.line)
+            yield
+            character = self.peek()
+            if character == ",":
+                self.skip(",")
+                character = self.peek()
+                if character in (",", closing):
+                    raise JsonError(f"expected a value behind ',', not {character!r}", self.line)
+            elif character and character != closing:
+                raise JsonError(f"expected ',' or {closing!r} behind a value", self.line)
+        self.skip(closing)
 
     def value(self) -> tuple[Any, int, str]:
         """Returns the value that comes next, the line where it begins and what is wrong with it."""

@@ -77,6 +77,12 @@ def parse_specs(text: str, config: DataConfig) -> list[SourceSpec]:
             f"{weighted[0].name!r} has a weight and {bare.name!r} has none; give all sources of "
             f"the list one, such as '{bare.name}:0.5', or none of them."
         )
+    problems += [
+        f"{spec.name!r} is named twice with the same weight and limit; name it once, with those "
+        "that are meant in all."
+        for spec in dict.fromkeys(specs)
+        if specs.count(spec) > 1 and (spec.weight or spec.limit)
+    ]
     if problems:
         raise ConfigError(problems)
     return specs
