@@ -55,7 +55,8 @@ class ModelConfig:
     add_tokens: str = key(
         "",
         "Special tokens that the tokenizer gets, comma-separated, such as '<|call|>,<|result|>'; "
-        "the embedding grows if it has no rows to spare.",
+        "the embedding grows if it has no rows to spare. Rows that spell them need "
+        "--config.data.control_tokens=keep.",
     )
     random_init: bool = key(
         False, "Start from random weights: model.path then needs only config.json and a tokenizer."
@@ -149,9 +150,10 @@ class DataConfig:
     )
     control_tokens: str = key(
         "text",
-        "What rows get that spell a control token of the tokenizer, such as '<|im_end|>': 'text' "
-        "encodes it as plain text, 'refuse' makes it a bad row.",
-        choices=("text", "refuse"),
+        "What becomes of a control token of the tokenizer, such as '<|im_end|>', that a row "
+        "spells: 'text' encodes it as plain text, 'refuse' makes the row a bad one, 'keep' makes "
+        "it the real token: for rows that are trusted, such as those with tokens of add_tokens.",
+        choices=("text", "refuse", "keep"),
     )
     train_on: str = key(
         "assistant",

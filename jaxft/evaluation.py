@@ -484,9 +484,8 @@ def _check_held_out(here: dict[str, Any], trained: dict[str, Any]) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"data.validation is {here['data.validation']!r}, which the run was not trained on "
-            "only with the keys that it was trained with. Evaluate it with "
-            f"{' '.join(changed)}, or on a file of its own."
+            f"The part {here['data.validation']} was held out of training only with the keys of "
+            f"the run. Evaluate it with {' '.join(changed)}, or on a file of its own."
         )
 
 

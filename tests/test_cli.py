@@ -221,7 +221,7 @@ def test_prompts_are_read_from_standard_input(trained):
 
 def test_data_are_shown_before_training(folder, capsys):
     assert cli.main(["data", *flags(folder)]) == 0
-    text = "".join(capsys.readouterr())
+    text = " ".join("".join(capsys.readouterr()).split())
     assert "What was detected" in text and "format messages" in text
 
 

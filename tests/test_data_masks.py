@@ -406,3 +406,23 @@ def test_nothing_is_gained_by_a_template_that_names_its_texts_otherwise(make):
     assert template.content_of("<think>\n\n</think>\n\nYes<|end|>") == "Yes"
     assert template.content_of("since so</think>Yes") == "Yes"
     assert template.content_of("Yes") == "Yes"
+
+
+def test_rows_that_are_trusted_may_hold_control_tokens(tokenizer, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text(PLAIN, "utf-8")
+    config = DataConfig(template=str(path), control_tokens="keep")
+    template = resolve_template(tokenizer, config)
+    messages = [user("q<|tool|>"), assistant("a<|call|>b")]
+    [[run]] = runs(tokenizer, messages, template)
+    assert run == "a<|call|>b<|end|>"
+    [[example]] = chat_examples(
+        tokenizer,
+        [Conversation(messages, None, "x:1")],
+        template=template,
+        train_on="assistant",
+        thinking="template",
+    )
+    assert {tokenizer.convert_tokens_to_ids(t) for t in ("<|tool|>", "<|call|>")} <= {*example.ids}
+    with pytest.raises(RowError, match="before its end"):
+        runs(tokenizer, [user("q"), assistant("a<|end|>b")], template)

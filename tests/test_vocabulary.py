@@ -279,7 +279,7 @@ def test_an_export_after_growth_is_a_model_of_its_own(finished, tmp_path):
     tokens = np.arange(KNOWN + len(NEW))[None]
     assert np.array_equal(np.asarray(model(tokens)), np.asarray(again(tokens)))
     assert again.tokenizer(NEW).input_ids == [[KNOWN + i] for i in range(len(NEW))]
-    assert again.prompt_ids([{"role": "user", "content": NEW[3]}])[1] == KNOWN + 3
+    assert again.template.control.ids[NEW[3]] == KNOWN + 3
 
 
 def test_tokens_for_which_there_is_room_leave_the_weights_and_config_as_they_are(home):

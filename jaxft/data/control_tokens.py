@@ -27,12 +27,18 @@ class ControlTokens:
     and that are spelt with bars, as DeepSeek's role tokens are. Others, such as `<tool_call>`, are
     text that a model may write and a row may hold.
 
+    Args:
+      tokenizer: A Hugging Face tokenizer.
+      template: Source of the chat template.
+      kept: Whether rows may spell control tokens: `escape` then leaves them as they are.
+
     Attributes:
       ids: Spelling -> id.
     """
 
-    def __init__(self, tokenizer: Any, template: str = ""):
+    def __init__(self, tokenizer: Any, template: str = "", *, kept: bool = False):
         self._tokenizer = tokenizer
+        self._kept = kept
         self.ids = dict(_control_tokens(tokenizer, template))
         # Of words that are in no vocabulary some tokenizers make this one by themselves.
         unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
@@ -67,6 +73,8 @@ class ControlTokens:
           value: What a row says.
           keep: Control tokens that stay as they are.
         """
+        if self._kept:
+            return value
         match value:
             case str():
                 return self._pattern.sub(
@@ -117,7 +125,8 @@ class ControlTokens:
 
     def require_plain_text(self) -> None:
         """Raises RowError if the tokenizer cannot encode control tokens as plain text."""
-        self._respelt.get_vocab_size()
+        if not self._kept:
+            self._respelt.get_vocab_size()
 
     @functools.cached_property
     def _respelt(self) -> Tokenizer:

@@ -47,6 +47,7 @@ class DocumentStatistics:
       skipped_kinds: How many of them there are of each kind.
       control_tokens: Control token -> how often rows spell it.
       control_rows: Number of rows that spell one.
+      control_policy: What became of them, as `data.control_tokens` says.
       unused_keys: Key of messages that nobody reads -> number of conversations that have it.
       digest: Hash of all tokens and of which are trained.
     """
@@ -67,6 +68,7 @@ class DocumentStatistics:
     skipped_kinds: dict[str, int] = field(default_factory=dict)
     control_tokens: dict[str, int] = field(default_factory=dict)
     control_rows: int = 0
+    control_policy: str = "text"
     unused_keys: dict[str, int] = field(default_factory=dict)
     digest: str = ""
 

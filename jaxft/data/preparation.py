@@ -44,6 +44,12 @@ _LIMIT = -3
 """The permutation that samples of limited sources are taken from; epochs count from 0."""
 _SEPARATORS = {"paragraph": "\n\n", "line": "\n", "file": ""}
 
+_CONTROL_TOKENS = {
+    "text": "which are encoded as plain text; --config.data.control_tokens=refuse refuses such "
+    "rows, keep takes them at their word",
+    "keep": "which are real ones, as --config.data.control_tokens=keep says",
+}
+
 Log = Callable[[str], Any]
 
 
@@ -316,6 +322,7 @@ def _write_documents(
     tokenise = _Tokeniser(tokenizer, config, template, problems)
     last_said = time.monotonic()
     with DocumentWriter(folder) as writer:
+        writer.statistics.control_policy = config.control_tokens
         for number, source in enumerate(sources):
             writer.statistics.sources.append(source.origin(0).rpartition(":")[0])
             on_format = functools.partial(
@@ -564,8 +571,7 @@ def describe_findings(documents: Documents) -> Iterator[str]:
         shown = ", ".join(f"{token!r} {count:,} times" for token, count in found[:5])
         yield (
             f"{statistics.control_rows:,} rows spell control tokens ({shown}"
-            f"{', …' if len(found) > 5 else ''}), which are encoded as plain text; "
-            "--config.data.control_tokens=refuse refuses such rows"
+            f"{', …' if len(found) > 5 else ''}), {_CONTROL_TOKENS[statistics.control_policy]}"
         )
 
 

@@ -131,7 +131,8 @@ def resolve_template(tokenizer: Any, config: DataConfig) -> Template:
       ConfigError: If the file cannot be read, or the template cannot render a conversation.
     """
     text, tool_text, origin = _template_texts(tokenizer, config)
-    control = ControlTokens(tokenizer, text + tool_text)
+    kept = config.control_tokens == "keep"
+    control = ControlTokens(tokenizer, text + tool_text, kept=kept)
     try:
         return _probe(tokenizer, Template(text, origin, control, tool_text))
     except Exception as error:  # templates raise whatever Jinja and they themselves like
