@@ -191,6 +191,17 @@ def test_tools_and_calls_that_vanish_are_refused(tokenizer, make):
         runs(tokenizer, [user("What time is it?"), assistant("Noon.")], make(PLAIN), tools=TOOLS)
 
 
+def test_calls_that_vanish_are_refused_under_templates_that_take_certain_names(tokenizer, make):
+    strict = (
+        "{%- for m in messages -%}{%- for c in m.tool_calls or [] -%}"
+        "{%- if c.function.name != 'time' -%}{{ raise_exception('no such tool') }}{%- endif -%}"
+        "{%- endfor -%}{%- endfor -%}"
+    )
+    messages = [user("How late is it?"), *SILENT_AGENT[1:]]
+    with pytest.raises(RowError, match="leaves out the name 'time'"):
+        runs(tokenizer, messages, make(strict + PLAIN), tools=TOOLS)
+
+
 def test_messages_that_vanish_are_refused(tokenizer, make):
     without_system = (
         "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list -%}"

@@ -621,7 +621,11 @@ class _Renderer:
         try:
             text = render(self.tokenizer, marked, template=self.template, tools=tools)
         except Exception:  # a template may take only certain names or arguments
-            return []
+            text = self._text(len(self.messages) - 1)
+            names = [tool_name(tool) for tool in self.tools or ()]
+            calls = [call for message in self.messages for call in message.get("tool_calls") or ()]
+            names += [call["function"]["name"] for call in calls]
+            return [f"the name {name!r}" for name in dict.fromkeys(names) if name not in text]
         return list(dict.fromkeys(what for mark, what in marks.items() if mark not in text))
 
     def _prompt_problem(self, prompt: str, text: str, turn: int) -> str:

@@ -128,7 +128,9 @@ def read_settings(file: Path) -> dict[str, Any]:
 def without_appended(tokenizer: Any, ids: list[int]) -> list[int]:
     """Returns the ids of a text without those that the tokenizer puts after it: it is to go on."""
     around, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    before = next(i for i in range(len(around)) if around[i : i + len(plain)] == plain)
+    starts = (i for i in range(len(around)) if around[i : i + len(plain)] == plain)
+    # A tokenizer that merges the text with what it adds around it has nothing to be taken off.
+    before = next(starts, len(around) - len(plain))
     return ids[: len(ids) - (len(around) - before - len(plain))]
 
 
