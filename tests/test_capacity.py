@@ -83,6 +83,7 @@ def test_estimates_of_this_machine_are_near_what_is_compiled(config, flags):
     assert 0.75 < estimated_bytes(run) / compiled_bytes(run) < 1.35
 
 
+@pytest.mark.slow(seconds=9)
 def test_changes_that_are_found_fit_when_they_are_compiled(config):
     run = config(train__batch_size=2048)
     limit = compiled_bytes(run) // 3

@@ -125,6 +125,7 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(home, tmp_path, start, nu
     assert [r["step"] for r in read_metrics(result.workdir)][-1] == int(said) + 5
 
 
+@pytest.mark.slow(seconds=15)
 def test_a_folder_in_use_is_refused_until_its_run_is_killed(home, tmp_path, start, capfd):
     config = long_run(home, tmp_path / "run", train__save_every=2)
     run = start(config)

@@ -179,6 +179,7 @@ def test_a_finished_run_that_lacks_its_report_gets_it_with_its_own_settings(home
     assert (result.workdir / "config.json").read_text() == before
 
 
+@pytest.mark.slow(seconds=9)
 def test_a_run_over_epochs_made_longer_reads_every_row_equally_often(home, config):
     run = config("longer", train__steps=0, train__epochs=1, train__batch_size=8)
     rows, _ = trainer._read_data(run, jaxft.load(home / "base").tokenizer)
@@ -192,6 +193,7 @@ def test_a_run_over_epochs_made_longer_reads_every_row_equally_often(home, confi
     assert result.step == math.ceil(len(rows) / 8) * 2
 
 
+@pytest.mark.slow(seconds=12)
 def test_a_run_is_resumed_on_another_mesh(home, config, monkeypatch):
     one = config(train__save_every=4, train__batch_size=8)
     crash(monkeypatch, one, step=5)
@@ -460,6 +462,7 @@ def test_best_and_patience_begin_anew_with_other_validation_data(
     assert "5 earlier evaluation(s) of validation were of other data" in words
 
 
+@pytest.mark.slow(seconds=11)
 def test_samples_are_of_the_checkpoint_that_an_export_takes(home, config, monkeypatch):
     run = config(data__validation=held_out(home), train__eval_every=2, eval__samples=2)
     run.optim.learning_rate = 0.05
@@ -481,6 +484,7 @@ def test_samples_are_of_the_checkpoint_that_an_export_takes(home, config, monkey
 # ---- what is warned of ----
 
 
+@pytest.mark.slow(seconds=11)
 def test_a_run_of_hardly_a_step_says_what_makes_it_longer(home, config, capfd):
     run = config(train__steps=0, train__epochs=2.0, data__max_length=192)
     result = train(run)
@@ -715,6 +719,7 @@ def test_a_run_prints_no_warnings(home, config, capfd):
     assert "Warning" not in err
 
 
+@pytest.mark.slow(seconds=9)
 def test_a_run_on_parts_of_sources_is_resumed_bit_for_bit_and_lists_what_it_left_out(
     home, config, monkeypatch, tmp_path
 ):
