@@ -353,6 +353,9 @@ def test_broken_templates_and_missing_files_are_config_errors(load, tmp_path):
     path.write_text("{% for m in messages %}")
     with pytest.raises(ConfigError, match="cannot render"):
         resolve_template(load("gpt2"), DataConfig(template=str(path)))
+    path.write_text("{% for m in messages %}x{% endfor %}")
+    with pytest.raises(ConfigError, match="leaves out what the assistant says"):
+        resolve_template(load("gpt2"), DataConfig(template=str(path)))
     with pytest.raises(ConfigError, match=r"data\.template cannot be read"):
         resolve_template(load("gpt2"), DataConfig(template=str(tmp_path / "absent")))
 

@@ -323,7 +323,10 @@ def _try_views(
     except UnicodeEncodeError as error:
         return RowError(f"a text of the row is no Unicode: {error}. Remove that character.")
     except Exception as error:  # raised by the template, on purpose or not
-        return RowError(f"the chat template ({template.origin}) fails on this row: {error}")
+        return RowError(
+            f"the chat template ({template.origin}) fails on this row: {error}. If the row is "
+            "right, set --config.data.template to a template that takes it."
+        )
 
 
 def _check_tools(conversation: Conversation, template: Template) -> None:

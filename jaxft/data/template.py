@@ -147,7 +147,7 @@ def _template_texts(tokenizer: Any, config: DataConfig) -> tuple[str, str, str]:
         try:
             text = Path(config.template).expanduser().read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.template cannot be read: {error}") from error
+            raise ConfigError(f"--config.data.template cannot be read: {error}") from error
         return text, text, config.template
     own: Any = tokenizer.chat_template
     named: dict[str, str] = own if isinstance(own, dict) else {"default": own} if own else {}
@@ -232,7 +232,9 @@ def _probe_answer(tokenizer: Any, template: Template, **message: Any) -> _Answer
     messages = [question, {"role": "assistant", **message}]
     text = render(tokenizer, messages, template=template, tools=tools)
     answer = text[len(prompt) if text.startswith(prompt) else 0 :]
-    begin = answer.rindex(MARK)
+    begin = answer.rfind(MARK)
+    if begin < 0:
+        raise ValueError("it leaves out what the assistant says")
     return _Answer(answer, begin, begin + len(MARK))
 
 
