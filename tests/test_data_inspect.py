@@ -243,4 +243,15 @@ def test_each_fact_is_shown_once(tmp_path, tokenizer):
     for fact in ("format prompt_completion", "chat template: tokenizer", "key 'completion' is"):
         assert text.count(fact) == (2 if fact.startswith("key") else 1), fact
     assert text.count("padding") == 2  # of the tokenizer, and the share
-    assert "validation: a part of the same data" in text
+    assert "validation: a part of the same data as train" in text
+
+
+def test_a_source_that_is_named_twice_is_no_part_of_itself(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(cache=str(tmp_path / "cache"), max_length=64)
+    sources = {"validation": str(path), "new": str(path)}
+    text = show(inspect(RunConfig(data=data), tokenizer, sources=sources)).export_text()
+    assert "new: the same data as validation" in text
+    assert "part of" not in text

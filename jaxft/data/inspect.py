@@ -109,8 +109,8 @@ class Report:
         for item, others in self._with_those_of_the_same_data():
             for line in item.rows.statistics.read.formats:
                 yield Text(f"{item.name}: {line}")
-            for name in others:
-                yield Text(f"{name}: a part of the same data")
+            for other in others:
+                yield Text(f"{other.name}: {_relation(other, item)}")
         yield Text(f"tokenizer: {self.tokenizer}")
         yield Text(f"chat template: {self.template}")
         yield _heading("Counts")
@@ -140,13 +140,19 @@ class Report:
         for sample in self.samples:
             yield _sample_panel(sample, marks)
 
-    def _with_those_of_the_same_data(self) -> Iterator[tuple[SetReport, list[str]]]:
-        """Yields sets that were read by themselves, each with the names of other parts of it."""
+    def _with_those_of_the_same_data(self) -> Iterator[tuple[SetReport, list[SetReport]]]:
+        """Yields sets that were read by themselves, each with the others that came of it."""
         groups: dict[Path, list[SetReport]] = {}
         for item in self.sets:
             groups.setdefault(item.rows.documents.skipped, []).append(item)
         for first, *others in groups.values():
-            yield first, [item.name for item in others]
+            yield first, others
+
+
+def _relation(item: SetReport, first: SetReport) -> str:
+    if np.array_equal(item.rows.numbers, first.rows.numbers):
+        return f"the same data as {first.name}"
+    return f"a part of the same data as {first.name}"
 
 
 def inspect(
