@@ -103,6 +103,14 @@ def test_what_cannot_be_understood_is_refused(text, message):
         parse(text)
 
 
+def test_columns_of_a_mistyped_format_are_not_complained_about():
+    with pytest.raises(ConfigError) as error:
+        parse("task.csv:format=colums:prompt=text:completion=label")
+    assert len(error.value.problems) == 1
+    assert "format is 'colums'" in error.value.problems[0]
+    assert "Did you mean 'columns'?" in error.value.problems[0]
+
+
 def test_wrong_options_of_all_sources_come_together():
     with pytest.raises(ConfigError) as error:
         parse("a.jsonl:limt=3,b.jsonl:wait=3")

@@ -180,7 +180,7 @@ def _spec(part: str, name: str, options: dict[str, str], config: DataConfig) -> 
         row_format = config.format
         with collected(problems):
             columns = parse_columns(config.columns, row_format) if row_format in COLUMNS else ()
-    elif columns:
+    elif columns and row_format in FORMATS:
         with collected(problems):
             _check_columns(columns, row_format, repr(part))
     elif row_format == "columns" and config.format == "columns" and config.columns:
