@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxft import capacity, data, distributed, progress
 from jaxft.checkpoint import Checkpoints
-from jaxft.config import RunConfig, held_out_share, to_dict
+from jaxft.config import RunConfig, data_sets, held_out_share, to_dict
 from jaxft.data import TokenRows, chat
 from jaxft.data.problems import RowError
 from jaxft.data.template import resolve_template
@@ -493,17 +493,10 @@ def named_sources(config: RunConfig) -> dict[str, str]:
     """Returns held-out sources by name.
 
     Raises:
-      ConfigError: If there is none, or `eval.datasets` is not of the form 'name=source;…'.
+      ConfigError: If there is none, or `eval.datasets` cannot be understood.
     """
     sources = {"validation": config.data.validation} if config.data.validation else {}
-    for part in filter(None, map(str.strip, config.eval.datasets.split(";"))):
-        name, equals, source = part.partition("=")
-        if not (name.strip() and equals and source.strip()) or name.strip() in sources:
-            raise ConfigError(
-                f"eval.datasets has {part!r}; expected 'name=source' with a new name, several "
-                "separated by ';'."
-            )
-        sources[name.strip()] = source.strip()
+    sources |= data_sets(config.eval.datasets)
     if config.eval.retention:
         sources["retention"] = config.eval.retention
     if not sources:

@@ -132,6 +132,10 @@ def test_answers_are_of_the_held_out_rows(tmp_path, config, tokenizer):
     [
         ({"train": "a", "validation": "0%"}, "more than 0% and less than 100%"),
         ({"train": "a", "validation": "100%"}, "more than 0% and less than 100%"),
+        ({"train": "a", "validation": "0.1"}, r"write --config\.data\.validation=10%, for a file"),
+        ({"train": "a", "validation": "15"}, r"write --config\.data\.validation=15%, for a file"),
+        ({"train": "a", "validation": "yes"}, r"write --config\.data\.validation=10%, for a file"),
+        ({"train": "a", "validation": "5%:limit=3"}, "stands alone, without ':limit=3'"),
         ({"validation": "5%"}, r"data\.train is empty; name it with --config\.data\.train="),
     ],
 )
@@ -256,6 +260,15 @@ def test_views_of_one_conversation_stay_together(tmp_path, config):
     assert [len(set(item.tolist())) for item in lines] == [18, 2]
     assert not set(lines[0].tolist()) & set(lines[1].tolist())
     assert len(lines[0]) == 3 * 18
+
+
+def test_the_log_counts_the_documents_of_each_side(tmp_path, config, tokenizer):
+    config.train, config.validation = write(tmp_path / "a.jsonl", WORDS[:100]), "10%"
+    for source, training, count in ((config.train, True, 90), ("10%", False, 10)):
+        rows, log = run(source, config, tokenizer, training=training)
+        packed = rows.statistics.packed
+        assert f"\n{'train' if training else 'validation'}: {count} of 100 documents, " in log
+        assert f" {packed.document_tokens:,} tokens, {packed.document_trained_tokens:,} t" in log
 
 
 def test_the_report_shows_the_two_sides(tmp_path, config, tokenizer):

@@ -130,12 +130,24 @@ def test_a_held_out_part_of_rows_that_are_read_otherwise_is_refused(folder):
         evaluated(config, result.workdir, step="latest", data__bad_rows="skip")
 
 
-@pytest.mark.parametrize("datasets", ["a.jsonl", "=a.jsonl", "x=", "x=a;x=b", "validation=a"])
-def test_a_malformed_list_of_sets_is_refused(run, datasets):
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ("a.jsonl", "expected 'name=source'"),
+        ("=a.jsonl", "expected 'name=source'"),
+        ("x=", "expected 'name=source'"),
+        ("x=a;x=b", "uses the name 'x' twice, for 'a' and for 'b'"),
+        ("validation=a", r"'validation' is the name of data\.validation: set --config\.data\.val"),
+        ("retention=a", r"'retention' is the name of eval\.retention: set --config\.eval\.ret"),
+    ],
+)
+def test_a_malformed_list_of_sets_is_refused(run, datasets, message):
     config = copy.deepcopy(run[0])
     config.eval.datasets = datasets
-    with pytest.raises(ConfigError, match="name=source"):
+    with pytest.raises(ConfigError, match=message):
         named_sources(config)
+    with pytest.raises(ConfigError, match=message):
+        config.validate()
 
 
 def test_nothing_to_evaluate_on_is_an_error(run):

@@ -106,7 +106,7 @@ def prepare(
 
     found, reused = cache.find_or_build(folder, f"documents-{key}", build)
     documents = Documents(found)
-    for line in _describe_documents(documents, template, reused):
+    for line in _describe_documents(documents, template):
         say(line)
     _check_skipped(documents, config, name)
     if config.packing == "stream" and tokenizer.eos_token_id is None:
@@ -115,6 +115,7 @@ def prepare(
             "separated them"
         )
     selection = _select(documents, sources, source, config, training, seed, name)
+    say(_describe_counts(documents, selection, reused))
     for line in _describe_parts(selection.parts):
         say(line)
     rows = _packed(documents, selection, key, config, tokenizer, folder, seed, training, name)
@@ -526,7 +527,7 @@ def _describe_parts(parts: list[Part]) -> Iterator[str]:
         )
 
 
-def _describe_documents(documents: Documents, template: Template, reused: bool) -> Iterator[str]:
+def _describe_documents(documents: Documents, template: Template) -> Iterator[str]:
     statistics = documents.statistics
     yield from statistics.formats
     if statistics.chat:
@@ -534,13 +535,18 @@ def _describe_documents(documents: Documents, template: Template, reused: bool) 
         yield f"chat template: {statistics.template}; answers end with {stops}"
         if template.is_dated:
             yield DATED
-    share = statistics.trained_tokens / max(statistics.tokens, 1)
-    yield (
-        f"{statistics.documents:,} documents, {statistics.tokens:,} tokens, "
-        f"{statistics.trained_tokens:,} trained ({share:.1%})"
-        f"{', from the cache' if reused else ''}"
-    )
     yield from describe_findings(documents)
+
+
+def _describe_counts(documents: Documents, selection: Selection, reused: bool) -> str:
+    """Says how large the set is, and of how many documents it is a part."""
+    index = documents.index[selection.numbers]
+    tokens, trained = int(index["length"].sum()), int(index["trained"].sum())
+    of_all = f"of {len(documents.index):,} " if len(index) < len(documents.index) else ""
+    return (
+        f"{len(index):,} {of_all}documents, {tokens:,} tokens, {trained:,} trained "
+        f"({trained / max(tokens, 1):.1%}){', from the cache' if reused else ''}"
+    )
 
 
 def describe_findings(documents: Documents) -> Iterator[str]:
