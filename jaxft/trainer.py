@@ -524,10 +524,25 @@ def _check_same_data(counts: Progress, iterator: BatchIterator, workdir: Workdir
     now = iterator.state()
     if {"position": now["position"]} | counts.data != now:
         raise CheckpointError(
-            f"The data has changed since {workdir.path} was started: the checkpoint was at "
-            f"{counts.data} and would go on at {now}. Restore the training data, or start a run in "
-            "another folder."
+            f"The data has changed since {workdir.path} was started: "
+            f"{'; '.join(_describe_changes(counts.data, now))}. Restore the training data, or "
+            "start a run in another folder."
         )
+
+
+def _describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns in words what differs between the data of a checkpoint and that of now."""
+    forms = {
+        "rows": "{:,} rows then, {:,} now",
+        "batch_size": "batches of {:,} rows then, of {:,} now",
+        "shuffle": "--config.data.shuffle={} then, {} now",
+        "seed": "--config.train.seed={} then, {} now",
+    }
+    changed = [key for key in forms if before.get(key) != now[key] and key in before]
+    found = [forms[key].format(before[key], now[key]) for key in changed]
+    if not found and before.get("digest") != now["digest"]:
+        return [f"there are as many rows, {now['rows']:,}, but with other tokens"]
+    return found or [f"{before.get('position', 0):,} rows were read, which is no place in it now"]
 
 
 def _keep_model_files(

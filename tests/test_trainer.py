@@ -224,8 +224,16 @@ def test_resume_refuses_other_data(home, config, monkeypatch, tmp_path):
     run.data.train = str(tmp_path / "mine.jsonl")
     write_chats(tmp_path / "mine.jsonl", 30)
     crash(monkeypatch, run, step=3)
-    write_chats(tmp_path / "mine.jsonl", 30, seed=5)
-    with pytest.raises(CheckpointError, match="The data has changed since"):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(path.read_text().replace("say", "yas", 1))
+    with pytest.raises(
+        CheckpointError, match=r"changed since .*: there are as many rows, \d+, but"
+    ):
+        train(run, resume=True)
+    write_chats(path, 60)
+    with pytest.raises(
+        CheckpointError, match=r"changed since .*: \d+ rows then, \d+ now\. Restore"
+    ):
         train(run, resume=True)
 
 
