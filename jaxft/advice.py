@@ -8,6 +8,7 @@ from jaxft.config import RunConfig
 from jaxft.data import TokenRows
 from jaxft.data.overlap import find_overlap
 from jaxft.evaluation import HeldOut
+from jaxft.progress import counted
 
 # A run of fewer steps is taken for an accident, unless it is asked for.
 _FEW_STEPS = 50
@@ -74,13 +75,15 @@ def _warn_of_few_steps(config: RunConfig, rows: TokenRows, steps: int, row_multi
     remedies = [
         f"{flag} ({count:,} steps)"
         for flag, count in _more_steps(config, rows, row_multiple)
-        if count > steps
+        if count >= _FEW_STEPS
     ]
+    choice = "one of " if len(remedies) > 1 else ""
     _say(
-        f"The run has {steps:,} steps, too few for most models to learn from: "
-        f"{rows.statistics.documents:,} documents are packed into {len(rows):,} rows of "
-        f"{rows.max_length:,} tokens, {config.train.batch_size:,} rows a step. For more, set one "
-        f"of {', '.join(remedies)}."
+        f"The run has {counted(steps, 'step')}, too few for most models to learn from: "
+        f"{counted(rows.statistics.documents, 'document')} packed into "
+        f"{counted(len(rows), 'row')} of {rows.max_length:,} tokens, "
+        f"{counted(config.train.batch_size, 'row')} a step. For more, set {choice}"
+        f"{', '.join(remedies)}."
     )
 
 

@@ -318,14 +318,16 @@ def _train(options: argparse.Namespace) -> int:
 
 def _after_training(config: "RunConfig") -> list[str]:
     """Returns the commands that take a finished run further."""
-    workdir = Path(config.train.workdir).expanduser()
+    from jaxft.workdir import absolute
+
+    workdir = absolute(config.train.workdir)
     evaluate = _command("eval", config=workdir / "config.json", checkpoint=workdir)
     held_out = config.data.validation or config.eval.datasets or config.eval.retention
     return [*([evaluate] if held_out else []), _export_command(workdir)]
 
 
 def _export_command(workdir: Path) -> str:
-    output = workdir.with_name(f"{workdir.name}-model")
+    output = workdir.parent / f"{workdir.name}-model"
     return _command("export", checkpoint=workdir, output=output) + " --verify"
 
 
@@ -352,7 +354,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     config = _config(options, validate=False)  # --checkpoint may stand in for model.path
     from jaxft import distributed, evaluation, tables
     from jaxft.shardings import check_outputs
+    from jaxft.workdir import absolute
 
+    if options.compare and options.checkpoint:
+        raise ConfigError("--compare names both models already; leave --checkpoint out.")
     if distributed.is_first():
         check_outputs(output=options.output)
     if options.compare:
@@ -371,7 +376,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.output:
         tables.write_json(options.output, results, differences, config=config)
         print(f"Wrote {options.output}.")
-    checkpoint = Path(options.checkpoint).expanduser()
+    checkpoint = absolute(options.checkpoint)
     if options.checkpoint and (checkpoint / "checkpoints").is_dir():
         _show_next([_export_command(checkpoint)])
 

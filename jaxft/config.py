@@ -668,10 +668,13 @@ def compiler_options(text: str) -> dict[str, str | bool]:
 def _training_problems(config: RunConfig) -> Iterator[str]:
     if not config.data.train:
         yield "data.train is empty; name files or a hub data set with --config.data.train=…."
-    if config.eval.best == "answers" and not config.data.validation:
+    if config.eval.answers != "none" and not config.data.validation:
         yield (
-            "eval.best is 'answers' to the validation data, but data.validation is empty; set "
-            "--config.data.validation=…."
+            f"eval.answers is {config.eval.answers!r}, which a training run compares with the "
+            "validation data, but data.validation is empty; set --config.data.validation=…, or "
+            "--config.eval.answers=none."
         )
+    if not config.optim.learning_rate:
+        yield "optim.learning_rate is 0; nothing would train. Set --config.optim.learning_rate=…."
     if not config.train.workdir:
         yield "train.workdir is empty; name the folder of the run with --config.train.workdir=…."

@@ -27,6 +27,7 @@ from jaxft.model import (
     Model,
     Source,
     find_source,
+    is_run,
     load_weights,
     read_description,
 )
@@ -309,9 +310,11 @@ def evaluate_pair(
       config: As for `evaluate`.
       a: The first model, as `checkpoint` there.
       b: The second one.
-      step: As for `evaluate`.
+      step: As for `evaluate`; of whichever of the two is a workdir.
     """
-    tasks = [_prepare(config, path, step) for path in (a, b)]
+    has_steps = {path: is_run(path) for path in (a, b)}
+    steps = [step if has_steps[path] or not any(has_steps.values()) else "best" for path in (a, b)]
+    tasks = [_prepare(config, path, step) for path, step in zip((a, b), steps, strict=True)]
     digests = [[rows.digest for rows in task.rows.values()] for task in tasks]
     if digests[0] != digests[1]:
         progress.log(

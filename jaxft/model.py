@@ -72,6 +72,12 @@ class Source:
         return f"{self.checkpoints.parent}, step {self.step}{choice}"
 
 
+def is_run(path: str | Path) -> bool:
+    """Returns whether a path is the workdir of a run: a folder of checkpoints and of a model."""
+    folder = Path(path).expanduser()
+    return (folder / "checkpoints").is_dir() and (folder / "model").is_dir()
+
+
 def find_source(
     path_or_repo_id: str | Path, *, revision: str = "", step: str = "best", weights: bool = True
 ) -> Source:
@@ -86,14 +92,25 @@ def find_source(
       weights: Whether a repository's weights are needed.
 
     Raises:
+      ConfigError: If a step is named of what has none.
       ModelError: If there is no such folder or repository.
       CheckpointError: If the workdir has no such checkpoint.
     """
     path = Path(path_or_repo_id).expanduser()
     if path.name.isdecimal() and path.parent.name == "checkpoints":
+        if step not in ("best", path.name):
+            raise ConfigError(
+                f"{path} is the checkpoint of step {path.name}, and the step asked for is {step}. "
+                f"Leave --step out, or name the run: {path.parent.parent}."
+            )
         path, step = path.parent.parent, path.name
-    if not ((path / "checkpoints").is_dir() and (path / "model").is_dir()):
+    if not is_run(path):
         name = str(path_or_repo_id)
+        if step != "best":
+            raise ConfigError(
+                f"{name} is not the folder of a run, so it has no step {step!r}. Leave --step out, "
+                "or name the run's workdir."
+            )
         return Source(resolve(name, revision=revision, weights=weights), path=name)
     folder = path / "checkpoints"
     checkpoints = Checkpoints(folder, read_only=True)

@@ -29,6 +29,7 @@ from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
 from jaxft.objectives import sft
 from jaxft.optim import make_optimizer, make_schedule
+from jaxft.progress import counted
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.reduce import plan_weight
 from jaxft.sharding.rules import Placement, load_strategy
@@ -294,7 +295,8 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         )
     if config.optim.warmup_steps > steps:
         raise ConfigError(
-            f"optim.warmup_steps {config.optim.warmup_steps} exceeds the run's {steps} steps."
+            f"optim.warmup_steps {config.optim.warmup_steps} exceeds the run's "
+            f"{counted(steps, 'step')}."
         )
     check_weights(abstract, placement, (rows, config.data.max_length))
     schedule = make_schedule(config.optim, steps)

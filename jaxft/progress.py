@@ -205,6 +205,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns '1 step' or '1,200 steps'."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _print(text: Text) -> None:
     # A pipe has no width to wrap at; a wrapped line could not be searched for.
     console.print(text, soft_wrap=True)

@@ -76,6 +76,7 @@ from jaxft.workdir import (
     absolute,
     claimed,
     explained_files,
+    nearest_run,
     read_jsonl,
     rewrite_jsonl,
     write_text,
@@ -167,6 +168,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         _claimed(folder) as lock,
     ):
         workdir = _check_workdir(folder, config, resume=resume, overwrite=overwrite)
+        if resume and not workdir.resumed:
+            _announce_anew(folder)
         return _train(config, placement, workdir, lock)
 
 
@@ -175,6 +178,10 @@ def _train(
 ) -> TrainResult:
     """Trains in a workdir that no other run uses."""
     start, reached = _newest_checkpoint(workdir)
+    if workdir.resumed and not start:
+        progress.log(
+            f"The run in {workdir.path} saved no checkpoint: it starts anew.", style="yellow"
+        )
     if _has_all_steps(config, reached) and _has_report(workdir, start):
         return _finished(config, workdir, start, reached, "end")
     with progress.phase("Model and tokenizer"):
@@ -461,18 +468,20 @@ def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, 
 
 
 def _read_prompts(config: RunConfig, tokenizer: Any, validation: HeldOut | None) -> Prompts | None:
-    """Returns what each evaluation answers; None if the validation data asks nothing.
+    """Returns what each evaluation answers; None if no answers are wanted.
 
     Raises:
-      ConfigError: If nothing is asked and the best checkpoint goes by answers.
+      ConfigError: If answers are wanted and the validation data asks nothing.
     """
     if validation is not None and has_answers(config, "validation", validation.rows):
         source = config.data.validation
         return read_prompts(config, tokenizer, source, validation.rows, name="validation")
-    if config.eval.best == "answers":
+    if config.eval.answers != "none":
+        also = " and --config.eval.best=loss" if config.eval.best == "answers" else ""
         raise ConfigError(
-            f"eval.best is 'answers', but data.validation {config.data.validation} is plain text, "
-            "which asks nothing. Set --config.eval.best=loss, or name conversations with "
+            f"eval.answers is {config.eval.answers!r}, but data.validation "
+            f"{config.data.validation} is plain text, which asks nothing. Set "
+            f"--config.eval.answers=none{also}, or name conversations with "
             "--config.data.validation=…."
         )
     return None
@@ -843,14 +852,22 @@ def _announce(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
         f"{evaluator.parameters:,} parameters in {config.model.dtypes}, strategy "
         f"{config.strategy} on {mesh.size} of {jax.device_count()} "
         f"{mesh.devices.flat[0].device_kind} devices{hosts} ({shape}), "
-        f"attention {evaluator.attention.backend} ({evaluator.attention.reason}), {steps} steps."
+        f"attention {evaluator.attention.backend} ({evaluator.attention.reason}), "
+        f"{progress.counted(steps, 'step')}."
     )
+
+
+def _announce_anew(folder: Path) -> None:
+    near = nearest_run(folder)
+    hint = f" Did you mean --config.train.workdir={folder.parent / near}?" if near else ""
+    progress.log(f"There is no run in {folder} to resume: it starts anew.{hint}", style="yellow")
 
 
 def _announce_finished(config: RunConfig, workdir: Workdir, step: int, reason: str) -> None:
     train = config.train
     if reason == "patience":
-        ended = "when no figure had improved for as long as --config.eval.patience"
+        evaluations = progress.counted(config.eval.patience, "evaluation")
+        ended = f"as {_stale(config)} in {evaluations}"
         longer = f"--config.eval.patience={2 * config.eval.patience}"
     elif train.steps:
         ended, longer = "", f"--config.train.steps={2 * max(step, train.steps)}"
@@ -865,14 +882,23 @@ def _announce_finished(config: RunConfig, workdir: Workdir, step: int, reason: s
         progress.log(f"Not applied, as no step is left: {change}", style="yellow")
 
 
+def _stale(config: RunConfig) -> str:
+    """Says what did not happen to the figure that patience goes by."""
+    change = config.eval.minimum_change
+    by = f" by eval.minimum_change ({change:g})" if change else ""
+    if config.eval.best == "answers":
+        return f"the share of right answers did not rise{by}"
+    return f"the validation loss did not fall{by}"
+
+
 def _announce_end(run: _Run, step: int, reason: str, workdir: Workdir) -> None:
     if reason == "end":
-        progress.log(f"Done: {step} steps. Report: {workdir.report}")
+        progress.log(f"Done: {progress.counted(step, 'step')}. Report: {workdir.report}")
     elif reason == "patience":
-        what = "share of right answers" if run.config.eval.best == "answers" else "validation loss"
         progress.log(
-            f"Stopped at step {step}: the {what} did not improve in "
-            f"{run.counts.stale_evaluations} evaluations. Report: {workdir.report}"
+            f"Stopped at step {step}: {_stale(run.config)} in "
+            f"{progress.counted(run.counts.stale_evaluations, 'evaluation')}. "
+            f"Report: {workdir.report}"
         )
     else:
         progress.log(

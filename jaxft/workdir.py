@@ -19,7 +19,7 @@ import jax
 
 from jaxft.config import RunConfig, held_out_share, to_dict
 from jaxft.devices import host_memory_total
-from jaxft.errors import CheckpointError, ConfigError, TrainingError
+from jaxft.errors import CheckpointError, ConfigError, TrainingError, nearest_of
 from jaxft.lock import Lock, hold
 
 # Keys on which "the run goes on where it stopped" depends; others may change and are reported.
@@ -217,15 +217,22 @@ class Workdir:
 
 
 def absolute(path: str | Path) -> Path:
-    """Returns the folder that `train.workdir` names.
+    """Returns the folder that `train.workdir` names, under a name of its own: no `.` or `..`.
 
     Raises:
       ConfigError: If it begins with the home of a user who has none.
     """
     try:
-        return Path(path).expanduser().absolute()
+        whole = Path(path).expanduser().absolute()
+        return whole.resolve() if ".." in whole.parts else whole
     except RuntimeError as error:
         raise ConfigError(f"train.workdir is {str(path)!r}: {error}.") from error
+
+
+def nearest_run(folder: Path) -> str:
+    """Returns the name most like the folder's among the runs beside it, or an empty string."""
+    beside = [p.name for p in folder.parent.glob("*/") if p != folder and _holds_run(p)]
+    return nearest_of(folder.name, beside, cutoff=0.5)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,15 @@ def test_what_to_do_next_can_be_pasted(trained, folder, capsys):
     assert talk == f"jaxft chat --model={trained}-model"
 
 
+def test_a_run_in_this_folder_is_exported_beside_it(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    config = jaxft.RunConfig()
+    for name in (".", "", "../run/checkpoints/..", "../run"):
+        config.train.workdir = name
+        expected = f"jaxft export --checkpoint={trained} --output={trained}-model --verify"
+        assert cli._after_training(config) == [expected]
+
+
 def next_commands(capsys) -> list[str]:
     lines = capsys.readouterr().err.splitlines()
     return [line.strip() for line in lines[lines.index("Next:") + 1 :] if line.startswith("  ")]
@@ -122,6 +131,10 @@ def next_commands(capsys) -> list[str]:
         (["generate", "--model=m", "--top_k=many"], "invalid int value"),
         (["train", "--config.train.workdir", "--config.train.steps=5"], "has no value"),
         (["export", "--checkpoint=c", "--output=x", "--dtype=bf16"], "expected one of float32"),
+        (["export", "--checkpoint=c", "--output=x", "--step=5"], "c is not the folder of a run"),
+        (["generate", "--model=m", "--prompt=a", "--step=banana"], "it has no step 'banana'"),
+        (["export", "--checkpoint=r/checkpoints/7", "--output=x", "--step=5"], "of step 7"),
+        (["eval", "--checkpoint=r", "--compare", "a", "b"], "leave --checkpoint out"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_one_line(capsys, arguments, words):

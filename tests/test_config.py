@@ -98,6 +98,22 @@ def test_training_needs_data_and_a_workdir_and_evaluation_does_not():
     ]
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: setattr(c.eval, "answers", "exact"), "data.validation is empty"),
+        (lambda c: setattr(c.optim, "learning_rate", 0.0), "nothing would train"),
+    ],
+)
+def test_what_a_training_run_would_not_do_is_refused_for_it_alone(change, words):
+    config = complete()
+    config.data.validation = ""
+    change(config)
+    config.validate()
+    [problem] = problems_of(config, training=True)
+    assert words in problem
+
+
 def test_dict_form_holds_everything():
     config = complete()
     config.mesh.tensor, config.optim.learning_rate = 2, 3e-4

@@ -283,7 +283,7 @@ def test_documents_on_one_line_of_a_file_are_paired_one_by_one(run, in_pairs, fo
     (folder / "held_out.json").write_text(f"[{','.join(lines)}]")
     config = copy.deepcopy(config)
     config.data.validation = str(folder / "held_out.json")
-    pair = evaluate_pair(config, result.checkpoint, in_pairs)
+    pair = evaluate_pair(config, result.workdir, in_pairs, step="latest")  # of the one that has any
     assert compare(*pair)["validation"].documents == 9
 
 

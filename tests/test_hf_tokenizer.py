@@ -168,9 +168,10 @@ def test_stop_ids_are_those_of_all_three_places(shared):
     assert stop_ids(tokenizer, {"eos_token_id": None}, {"eos_token_id": 0}) == (0, 2)
 
 
-def test_nobody_is_advised_to_install_pytorch():
+@pytest.mark.parametrize("module", ["save_tokenizer", "tokenizer"])
+def test_nobody_is_advised_to_install_pytorch(module):
     done = subprocess.run(
-        [sys.executable, "-c", "import jaxft.hf.tokenizer"],
+        [sys.executable, "-c", f"import jaxft.hf.{module}"],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

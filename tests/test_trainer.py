@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxft
-from jaxft import model, trainer
+from jaxft import advice, model, trainer
 from jaxft.config import to_dict
 from jaxft.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from jaxft.evaluation import Answers
@@ -327,6 +327,37 @@ def test_training_stops_when_the_validation_loss_does_not_fall(
     assert (result.workdir / "checkpoints" / str(stopped)).is_dir()
 
 
+def test_the_end_of_patience_names_the_change_that_was_too_small(home, config, monkeypatch, capfd):
+    run = config(
+        data__validation=held_out(home),
+        train__eval_every=1,
+        eval__patience=1,
+        eval__minimum_change=0.5,
+    )
+    feed_losses(monkeypatch, [5, 4.9])
+    train(run)
+    ended = "the validation loss did not fall by eval.minimum_change (0.5) in 1 evaluation."
+    assert ended in " ".join(capfd.readouterr().err.split())
+    train(run, resume=True)
+    assert ended in " ".join(capfd.readouterr().err.split())
+
+
+def test_resuming_where_no_run_is_says_so_and_names_the_nearest(
+    home, config, monkeypatch, tmp_path, capfd
+):
+    train(config("first", train__steps=2))
+    assert "anew" not in capfd.readouterr().err
+    run = config("frist", train__steps=2)
+    crash(monkeypatch, run, step=1, resume=True)
+    said = "".join(capfd.readouterr().err.split())
+    assert f"Thereisnorunin{tmp_path / 'frist'}toresume" in said
+    assert f"--config.train.workdir={tmp_path / 'first'}?" in said
+    (tmp_path / "frist" / "metrics.jsonl").write_text('{"step": 1}\n')
+    train(run, resume=True)
+    assert "savednocheckpoint:itstartsanew" in "".join(capfd.readouterr().err.split())
+    assert "step" in read_metrics(tmp_path / "frist")[0]
+
+
 def test_patience_outlives_a_resume(home, config, monkeypatch):
     run = config(
         data__validation=held_out(home),
@@ -429,9 +460,10 @@ def test_the_best_checkpoint_and_patience_go_by_answers_if_asked(home, config, m
     assert result.best_loss == 0.5
 
 
-def test_the_best_by_answers_needs_data_that_asks(home, config, tmp_path):
+@pytest.mark.parametrize("best", ["loss", "answers"])
+def test_answers_need_data_that_asks(home, config, tmp_path, best):
     (tmp_path / "held_out.txt").write_text("one text\n\nanother text\n")
-    run = answering(home, config, data__validation=str(tmp_path / "held_out.txt"))
+    run = answering(home, config, data__validation=str(tmp_path / "held_out.txt"), eval__best=best)
     with pytest.raises(ConfigError, match="plain text, which asks nothing"):
         train(run)
 
@@ -493,7 +525,8 @@ def test_samples_are_of_the_checkpoint_that_an_export_takes(home, config, monkey
 
 
 @pytest.mark.slow(seconds=11)
-def test_a_run_of_hardly_a_step_says_what_makes_it_longer(home, config, capfd):
+def test_a_run_of_hardly_a_step_says_what_makes_it_longer(home, config, capfd, monkeypatch):
+    monkeypatch.setattr(advice, "_FEW_STEPS", 4)
     run = config(train__steps=0, train__epochs=2.0, data__max_length=192)
     result = train(run)
     assert result.step == 3
@@ -501,7 +534,7 @@ def test_a_run_of_hardly_a_step_says_what_makes_it_longer(home, config, capfd):
     assert "The run has 3 steps" in said
     found = dict(re.findall(r"--config\.([\w.]+=\w+) \((\d+) steps\)", said))
     assert found.keys() == {
-        "train.batch_size=1", "train.epochs=40", "data.packing=none", "data.max_length=64"
+        "train.batch_size=2", "train.epochs=4", "data.packing=none", "data.max_length=64"
     }  # fmt: skip
     for flag, steps in found.items():
         path, _, value = flag.partition("=")
@@ -529,6 +562,15 @@ def test_validation_that_is_trained_on_is_told(home, config, tmp_path, capfd):
     assert f"{mixed}:10 = {home / 'train.jsonl'}:7" in said
     train(config("apart", data__validation=held_out(home), train__steps=2))
     assert "training data too" not in capfd.readouterr().err
+
+
+def test_only_what_makes_a_short_run_long_enough_is_advised(home, config, capfd):
+    run = config(train__steps=0, train__batch_size=64, data__max_length=1024, optim__warmup_steps=0)
+    train(run)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "The run has 1 step, too few" in said and "packed into 1 row of" in said
+    found = re.findall(r"--config\.([\w.]+=\w+) \((\d+) steps\)", said)
+    assert found == [("train.epochs=3200", "50")]
 
 
 # ---- what is not finite ----

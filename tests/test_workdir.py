@@ -77,6 +77,14 @@ def test_resume_where_no_run_is_starts_one(tmp_path, config):
     assert not _open(tmp_path / "new", config, resume=True).resumed
 
 
+def test_a_folder_is_named_without_dots_and_a_link_keeps_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    for path, name in {".": "", "a/..": "", "a/../b": "b", "link": "link", "./c": "c"}.items():
+        assert absolute(path) == tmp_path / name
+
+
 def test_resume_refuses_changes_that_break_the_continuation_all_at_once(tmp_path, config):
     _run(tmp_path, config)
     config.model.path, config.train.seed, config.data.max_length = "org/other", 7, 64

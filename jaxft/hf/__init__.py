@@ -1,1 +1,9 @@
 """Hugging Face's side: folders, the Hub, tensors, tokenizers; knows no model, only named arrays."""
+
+import logging
+
+# transformers advises to install PyTorch, which jaxft does without. It says so when it is imported,
+# so that the filter is here, before any module of this package imports it.
+logging.getLogger("transformers").addFilter(
+    lambda record: not record.getMessage().startswith("PyTorch was not found")
+)

@@ -1,25 +1,19 @@
 """Loads tokenizers as their files say, and finds the ids that end an answer."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxft.errors import ModelError
-from jaxft.hf.hub import lfs_hint
-
-# transformers advises to install PyTorch, which jaxft does without.
-logging.getLogger("transformers").addFilter(
-    lambda record: not record.getMessage().startswith("PyTorch was not found")
-)
-
-from transformers import (  # noqa: E402
+from transformers import (
     AddedToken,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+from jaxft.errors import ModelError
+from jaxft.hf.hub import lfs_hint
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
