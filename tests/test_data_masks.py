@@ -384,6 +384,7 @@ def test_think_tokens_that_are_control_tokens_stay_such_in_answers_alone(tmp_pat
         )
         assert example.ids.tolist().count(opening) == count
         assert block in tokenizer.decode(example.ids)
+        assert dict(example.control_tokens) == ({} if count else {"<think>": 1, "</think>": 1})
 
 
 def test_rows_that_spell_control_tokens_are_refused_on_request(tokenizer, make):
