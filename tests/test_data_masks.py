@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxft.config import DataConfig
-from jaxft.data.chat import chat_examples, question
+from jaxft.data.chat import chat_examples, question, text_examples
 from jaxft.data.formats import Conversation, RowError
 from jaxft.data.template import resolve_template
 from jaxft.data.thinking import without_block
@@ -418,6 +418,20 @@ def test_nothing_is_gained_by_a_template_that_names_its_texts_otherwise(make):
     assert template.content_of("<think>\n\n</think>\n\nYes<|end|>") == "Yes"
     assert template.content_of("since so</think>Yes") == "Yes"
     assert template.content_of("Yes") == "Yes"
+
+
+def test_documents_behind_one_that_is_refused_keep_their_own_tokens(tokenizer, make):
+    control = make(PLAIN).control
+    texts = ["one", "two<|end|>", "three"]
+    first, second, third = text_examples(tokenizer, texts, control=control, end=False, refuse=True)
+    assert isinstance(second, RowError)
+    assert [tokenizer.decode(e.ids) for e in (first, third)] == ["one", "three"]
+
+
+def test_only_templates_that_write_reasoning_part_it_from_the_answer(make):
+    assert make(PLAIN).separator == ""
+    assert make(BLOCK).separator == "\n</think>\n\n"
+    assert make(HARMONY).separator.endswith("<|channel|>final<|message|>")
 
 
 def test_rows_that_are_trusted_may_hold_control_tokens(tokenizer, tmp_path):
