@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from jaxft.config import Item, RunConfig, from_dict, unknown_key, walk
-from jaxft.errors import ConfigError, nearest
+from jaxft.errors import ConfigError, nearest, searched
 
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -33,7 +33,9 @@ def read_file(file: str) -> RunConfig:
     path = Path(file)
     if not path.is_file():
         known = [str(p) for suffix in SUFFIXES for p in Path("configs").glob(f"*{suffix}")]
-        raise ConfigError(f"There is no config file {file!r}.{nearest(file, known)}")
+        raise ConfigError(
+            f"There is no config file {file!r}.{nearest(file, known)}{searched(file)}"
+        )
     match path.suffix.lower():
         case ".py":
             return _read_python(file, path)

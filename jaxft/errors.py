@@ -5,6 +5,7 @@ Problems of one kind are collected and raised once, so that a user fixes them in
 
 import contextlib
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 
@@ -67,6 +68,13 @@ def nearest(name: str, candidates: Iterable[str], *, cutoff: float = 0.7) -> str
     """
     match = nearest_of(name, candidates, cutoff=cutoff)
     return f" Did you mean {match!r}?" if match else ""
+
+
+def searched(path: str) -> str:
+    """Returns where a path was looked for, as " Relative paths start at …", if it is relative."""
+    if os.path.isabs(os.path.expanduser(path)):
+        return ""
+    return f" Relative paths start at the current folder, {os.getcwd()}."
 
 
 def nearest_of(name: str, candidates: Iterable[str], *, cutoff: float = 0.7) -> str:

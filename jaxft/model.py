@@ -41,6 +41,9 @@ from jaxft.sharding.rules import Placement
 from jaxft.streaming import Session, text_pieces
 from jaxft.vocabulary import grow, tokens_beyond, with_rows_for, with_vocab_size
 
+# A tokenizer that shares fewer of its ids with the model's own is taken for another model's.
+_SAME_IDS = 0.9
+
 type Prompt = str | Sequence[Mapping[str, Any]]
 
 
@@ -112,7 +115,7 @@ def find_source(
                 "or name the run's workdir."
             )
         return Source(resolve(name, revision=revision, weights=weights), path=name)
-    folder = path / "checkpoints"
+    folder = resolve(str(path), revision=revision) / "checkpoints"
     checkpoints = Checkpoints(folder, read_only=True)
     steps = checkpoints.steps()
     best = checkpoints.best_step()
@@ -560,11 +563,36 @@ def load_model_tokenizer(source: Source, config: ModelConfig) -> tuple[Any, list
         return load_tokenizer(source.folder), []
     other = config.tokenizer
     tokenizer = load_tokenizer(resolve(other, weights=False) if other else source.folder)
+    if other and not config.random_init:
+        _warn_of_other_ids(tokenizer, source.folder, other)
     if not config.added_tokens:
         return tokenizer, []
+    known = [token for token in config.added_tokens if token in tokenizer.get_vocab()]
     new = add_special_tokens(tokenizer, config.added_tokens)
     progress.log(f"Special tokens added to the tokenizer: {len(new)}.")
+    if known:
+        more = f" and {len(known) - 5} more" if len(known) > 5 else ""
+        progress.log(
+            f"Tokens of model.add_tokens that the tokenizer has already: {', '.join(known[:5])}"
+            f"{more}. They keep their ids and what the model knows of them."
+        )
     return tokenizer, new
+
+
+def _warn_of_other_ids(tokenizer: Any, folder: Path, name: str) -> None:
+    """Says so if a tokenizer gives other ids than the one that the weights were trained with."""
+    if not has_tokenizer(folder):
+        return
+    with contextlib.suppress(ModelError):  # a broken one is a good reason to name another
+        own, other = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
+        same, comparable = len(own.items() & other.items()), min(len(own), len(other))
+        if same < _SAME_IDS * comparable:
+            progress.log(
+                f"The tokenizer of --config.model.tokenizer={name} has {same:,} of {comparable:,} "
+                "tokens under the ids that the model's own tokenizer gives them: the weights were "
+                "trained with other ids. Leave the key out, unless that is meant.",
+                style="yellow",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,23 @@ def test_a_run_in_this_folder_is_exported_beside_it(trained, monkeypatch):
         assert cli._after_training(config) == [expected]
 
 
+def test_a_revision_of_a_folder_is_refused(trained, folder, capsys):
+    for model in (folder / "base", trained):
+        assert cli.main(["convert", str(model), "--check", "--revision=v2"]) == 1
+        assert f"{model} is a folder, which has no revision 'v2'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["data.train", "model.path", ""])
+def test_a_relative_path_that_is_not_there_names_the_current_folder(
+    folder, tmp_path, monkeypatch, capsys, key
+):
+    monkeypatch.chdir(tmp_path)
+    flag = f"--config.{key}=./none.jsonl" if key else "--config=none.yaml"
+    assert cli.main(["data", *flags(folder), flag]) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Relative paths start at the current folder, {tmp_path}." in said
+
+
 def next_commands(capsys) -> list[str]:
     lines = capsys.readouterr().err.splitlines()
     return [line.strip() for line in lines[lines.index("Next:") + 1 :] if line.startswith("  ")]

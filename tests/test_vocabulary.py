@@ -9,12 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxft
-from jaxft.config import from_dict
+from jaxft.config import RunConfig, from_dict
 from jaxft.errors import ModelError
 from jaxft.evaluation import evaluate
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer
-from jaxft.model import find_source, load_weights
+from jaxft.model import Source, find_source, load_model_tokenizer, load_weights
 from jaxft.models.config import Numerics
 from jaxft.models.families import architecture_from_hf
 from jaxft.program import make_placement
@@ -291,6 +291,37 @@ def test_tokens_for_which_there_is_room_leave_the_weights_and_config_as_they_are
     model = jaxft.load(result.checkpoint)
     assert model.architecture.config.vocab == ROWS
     assert model.tokenizer(NEW[-1]).input_ids == [KNOWN]
+
+
+def test_tokens_that_are_there_already_are_named(base, capfd):
+    config = RunConfig()
+    config.model.add_tokens = "<end>,<new>"
+    tokenizer, new = load_model_tokenizer(Source(base), config.model)
+    assert tokenizer.convert_ids_to_tokens(new) == ["<new>"]
+    assert "that the tokenizer has already: <end>." in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_tokenizer_that_gives_other_ids_is_told(base, tmp_path, capfd):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    config = RunConfig()
+    config.model.tokenizer = str(other)
+    load_model_tokenizer(Source(base), config.model)
+    assert not capfd.readouterr().err
+    file = other / "tokenizer.json"
+    described = json.loads(file.read_text())
+    vocabulary = described["model"]["vocab"]
+    letters = [token for token in vocabulary if len(token) == 1]
+    for letter, number in zip(letters, [vocabulary[x] for x in reversed(letters)], strict=True):
+        vocabulary[letter] = number
+    file.write_text(json.dumps(described))
+    load_model_tokenizer(Source(base), config.model)
+    same = KNOWN - len(letters) + len(letters) % 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"has {same} of {KNOWN} tokens under the ids" in said
+    config.model.random_init = True
+    load_model_tokenizer(Source(base), config.model)
+    assert not capfd.readouterr().err
 
 
 def test_random_weights_have_the_rows_from_the_start(home, capfd):

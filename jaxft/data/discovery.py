@@ -9,7 +9,7 @@ from jaxft.data import content
 from jaxft.data.files import File
 from jaxft.data.sources import Source
 from jaxft.data.specs import SourceSpec, parse_specs
-from jaxft.errors import ConfigError, DataError, collected, nearest
+from jaxft.errors import ConfigError, DataError, collected, nearest, searched
 
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SPLITS = {
@@ -145,8 +145,8 @@ def _hub_source(spec: SourceSpec, streaming: bool, training: bool) -> Source | N
 def _missing(part: str) -> str:
     path = Path(part).expanduser()
     if any(character in part for character in "*?["):
-        return f"No file matches {part!r}."
+        return f"No file matches {part!r}.{searched(part)}"
     if path.parent.is_dir():
         names = [item.name for item in path.parent.iterdir()]
-        return f"There is no file {part!r}.{nearest(path.name, names)}"
-    return f"There is no file {part!r}, and no folder {str(path.parent)!r}."
+        return f"There is no file {part!r}.{nearest(path.name, names)}{searched(part)}"
+    return f"There is no file {part!r}, and no folder {str(path.parent)!r}.{searched(part)}"

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from jaxft.errors import ModelError
+from jaxft.errors import ModelError, searched
 from jaxft.hf.kinds import explain_other_kind, gguf_hint
 from jaxft.hf.read import Entry
 
@@ -38,9 +38,14 @@ def resolve(path_or_repo_id: str, *, revision: str = "", weights: bool = True) -
 
     Raises:
       ModelError: If there is no such folder or repository, or it is not available, with what to
-        do.
+        do; if a revision of a folder is asked for.
     """
     folder = Path(path_or_repo_id).expanduser()
+    if folder.is_dir() and revision:
+        raise ModelError(
+            f"{folder} is a folder, which has no revision {revision!r}. Leave the revision out, or "
+            "name a repository that is no folder here too."
+        )
     if folder.is_dir():
         return folder
     if folder.suffix == ".gguf" and folder.exists():
@@ -49,8 +54,8 @@ def resolve(path_or_repo_id: str, *, revision: str = "", weights: bool = True) -
         raise ModelError(f"{folder} is a file; name the folder that holds it.")
     if _looks_local(path_or_repo_id):
         raise ModelError(
-            f"{_no_folder(folder)} Give a folder that exists, or a repository id such as "
-            "'org/name'."
+            f"{_no_folder(folder)}{searched(path_or_repo_id)} Give a folder that exists, or a "
+            "repository id such as 'org/name'."
         )
     try:
         snapshot = Path(
