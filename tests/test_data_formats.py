@@ -54,6 +54,27 @@ def test_alpaca_input_follows_the_instruction(tmp_path):
     assert item.messages[0]["content"] == "Name it.\n\ngrass"
 
 
+@pytest.mark.parametrize(
+    ("cell", "text", "said"),
+    [
+        (True, "true", "; 'a' holds true or false, which become text such as 'true'"),
+        (False, "false", "; 'a' holds true or false, which become text such as 'false'"),
+        (3, "3", "; 'a' holds numbers, which become text such as '3'"),
+        (2.5, "2.5", "; 'a' holds numbers, which become text such as '2.5'"),
+        ("True", "True", ""),
+    ],
+)
+@pytest.mark.parametrize("name", ["columns", "alpaca", "prompt_completion"])
+def test_cells_that_are_no_text_are_written_as_json_has_them(tmp_path, cell, text, said, name):
+    answer = {"columns": "a", "alpaca": "output", "prompt_completion": "completion"}[name]
+    row = {"instruction" if name == "alpaca" else "prompt": "q", answer: cell}
+    mapping = {"format": "columns", "columns": "prompt=prompt,completion=a"}
+    chosen, [item] = read(tmp_path, row, **(mapping if name == "columns" else {}))
+    assert item.messages[-1]["content"] == text
+    assert chosen.description.endswith(said.replace("'a'", repr(answer)))
+    assert ("become text" in chosen.description) == bool(said)
+
+
 def test_columns_are_mapped_and_numbers_are_text(tmp_path):
     row = {"body": "q", "stars": 3, "rest": None}
     chosen, [item] = read(

@@ -224,7 +224,7 @@ def read_turns(row, row_format):
             for asked, answer in row.get("history") or ():
                 found += [_said("user", asked), _said("assistant", answer)]
             more = [row[k] for k in ("input", "context") if _is_given(row.get(k))][:1]
-            asked = "\n\n".join(map(str, [row["instruction"], *more]))
+            asked = "\n\n".join(map(_as_text, [row["instruction"], *more]))
             answer = row["output"] if "output" in row else row["response"]
             found += [_said("user", asked), _said("assistant", answer)]
         case "prompt_completion":
@@ -247,7 +247,11 @@ def _is_given(value):
 
 
 def _said(role, content):
-    return {"role": role, "content": str(content)}
+    return {"role": role, "content": _as_text(content)}
+
+
+def _as_text(cell):
+    return cell if isinstance(cell, str) else json.dumps(cell)
 
 
 def _turn(message, row_format):

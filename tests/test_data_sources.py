@@ -6,6 +6,7 @@ import tracemalloc
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -30,6 +31,69 @@ def read(path, **options):
 def write(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "options"),
+    [
+        ({"prompt": "q", "completion": "a", "id": 3}, {}),
+        ({"instruction": "q", "input": "", "output": "a"}, {}),
+        ({"question": "q", "answer": "a"}, {}),
+        ({"text": "a"}, {}),
+        ({"messages": MESSAGES}, {}),
+        ({"messages": MESSAGES, "tools": [{"type": "function"}]}, {}),
+        ({"conversations": TURNS, "system": "s"}, {}),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, {}),
+        ({"q": "q", "a": True}, {"format": "columns", "columns": "prompt=q,completion=a"}),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_object_in_the_form_of_a_row_is_one_row(tmp_path, value, options, indent):
+    path = write(tmp_path / "one.json", json.dumps(value, indent=indent))
+    [row] = read(path, **options)
+    assert (row.value, row.line) == (value, 1)
+    [source] = find_sources(str(path), DataConfig(**options))
+    assert source.remark() == ""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"conversations": [{"conversations": TURNS}]},
+        {"messages": [{"messages": MESSAGES}], "version": 1},
+        {"text": "A licence.", "data": [{"prompt": "q", "completion": "a"}]},
+    ],
+)
+def test_a_json_object_that_holds_rows_is_no_row(tmp_path, value):
+    path = write(tmp_path / "rows.json", json.dumps(value))
+    [row] = read(path)
+    assert row.value in [item for rows in value.values() if isinstance(rows, list) for item in rows]
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ([3.0, None, 1.0], [3, None, 1]),
+        ([3.0, 2.0, 1.0], [3.0, 2.0, 1.0]),
+        ([3.0, None, 1.5], [3.0, None, 1.5]),
+        ([1e300, None, 1.0], [1e300, None, 1.0]),
+    ],
+)
+@pytest.mark.parametrize("kind", [pyarrow.float64(), pyarrow.float32()])
+def test_integers_that_gaps_made_floats_are_integers_again(tmp_path, cells, expected, kind):
+    if kind == pyarrow.float32():
+        cells, expected = ([x and min(x, 1e30) for x in side] for side in (cells, expected))
+    half = pyarrow.array(np.zeros(3, np.float16))
+    table = pyarrow.table({"a": pyarrow.array(cells, kind), "b": half})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    [source] = find_sources(str(tmp_path / "a.parquet"))
+    found = [row.value["a"] for row in source.rows(Problems("x"))]
+    assert list(map(type, found)) == list(map(type, expected))
+    np.testing.assert_allclose(np.array(found, float), np.array(expected, float), rtol=1e-6)
 
 
 def test_json_lines_skip_blank_lines_and_keep_line_numbers(tmp_path):
@@ -75,7 +139,7 @@ def test_the_one_list_of_objects_in_a_json_object_is_its_rows(tmp_path):
     ("content", "message"),
     [
         ('{"train": [{"a": 1}], "test": [{"a": 2}]}', "several lists of objects: 'train', 'test'"),
-        ('{"prompt": "a", "completion": "b"}', "'prompt', 'completion' are neither a row nor"),
+        ('{"prompts": "a", "answers": "b"}', "'prompts', 'answers' are neither a row nor"),
         ('{"prompt": ["a"], "completion": ["b"]}', "'prompt', 'completion' are neither a row nor"),
         ('{"version": 1, "7": {"a": 1}}', "'version' is neither a row nor"),
     ],

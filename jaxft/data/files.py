@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import lzma
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from jaxft.data import content
+from jaxft.data.formats import told_columns
 from jaxft.data.json_text import READ_CHARACTERS, JsonError, JsonText, loads
 from jaxft.data.problems import Problems
 from jaxft.data.sources import Source, drop_filler
@@ -23,6 +25,7 @@ from jaxft.errors import DataError
 
 _LONGEST_LINE = 1 << 30
 _PARQUET_ROWS = 1024
+_LARGEST_EXACT = 2.0**53
 # What reading compressed bytes raises, beside what every file may.
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -42,6 +45,23 @@ class _Line:
     number: int
     text: str
     problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """Names of the members of a JSON object.
+
+    Attributes:
+      names: All of them.
+      lists: Those that are lists of objects.
+      others: Those that are neither lists of objects nor objects.
+      cells: Those that can be cells of a row: texts, numbers and the like, and lists of messages.
+    """
+
+    names: list[str]
+    lists: list[str]
+    others: list[str]
+    cells: list[str]
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,8 @@ class File(Source):
     def remark(self) -> str:
         """Returns what the file holds where its name does not say, and which list of it is read."""
         remark = self._content.remark
-        if self._content.kind == "JSON" and (lists := self._json_members[0]):
+        lists = self._json_members.lists if self._content.kind == "JSON" else []
+        if lists and not self._is_one_row:
             remark += f"; rows are those of the list {lists[0]!r} in the file"
         return remark
 
@@ -168,9 +189,11 @@ class File(Source):
                 yield value, line
 
     def _json_object(self, text: JsonText, problems: Problems) -> Iterator[tuple[Any, int]]:
-        """Yields the objects of the only list of objects, or else all members, if all are rows."""
-        lists, others = self._json_members
-        if len(lists) > 1:
+        """Yields the object if it is a row, or the rows in its only list, or else all members."""
+        lists, others = self._json_members.lists, self._json_members.others
+        if self._is_one_row:
+            yield from self._json_rows((text.value() for _ in range(1)), problems)
+        elif len(lists) > 1:
             problems.stop(
                 self.origin(1),
                 f"one JSON object with several lists of objects: {_quoted(lists)}. Write each of "
@@ -193,18 +216,28 @@ class File(Source):
             yield from self._json_rows((text.value() for _ in text.names()), problems)
 
     @functools.cached_property
-    def _json_members(self) -> tuple[list[str], list[str]]:
-        """Names of the members that are lists of objects, and of those that are no objects."""
-        lists: list[str] = []
-        others: list[str] = []
+    def _is_one_row(self) -> bool:
+        """Whether the JSON object of the file is a row, and not one or several that hold rows."""
+        members = self._json_members
+        columns = told_columns(members.names, self.spec)
+        return bool(columns) and columns[0] in members.cells and {*members.lists} <= {*columns}
+
+    @functools.cached_property
+    def _json_members(self) -> _Members:
+        found = _Members([], [], [], [])
         text = JsonText(self._pieces())
         for name in text.names() if text.peek() == "{" else ():
+            found.names.append(name)
             if text.peek() == "[":
-                kinds = [isinstance(value, dict) for value, _, _ in text.items()]
-                (lists if kinds and all(kinds) else others).append(name)
+                items = [(isinstance(item, dict), _is_message(item)) for item, _, _ in text.items()]
+                has_objects = bool(items) and all(is_object for is_object, _ in items)
+                (found.lists if has_objects else found.others).append(name)
+                if has_objects and all(is_message for _, is_message in items):
+                    found.cells.append(name)
             elif not isinstance(text.value()[0], dict):
-                others.append(name)
-        return lists, others
+                found.others.append(name)
+                found.cells.append(name)
+        return found
 
     def _table(self, problems: Problems) -> Iterator[tuple[Any, int]]:
         broken: list[_Line] = []
@@ -262,9 +295,12 @@ class File(Source):
         try:
             with parquet.ParquetFile(self.path) as file:
                 self._check_names(file.schema_arrow.names, problems)
+                integers = _integers_with_gaps(file)
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                     for value in batch.to_pylist():
                         line += 1
+                        for name in integers:
+                            value[name] = _whole(value[name])
                         yield drop_filler(value), line
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             problems.stop(
@@ -290,6 +326,40 @@ class File(Source):
             problems.add(self.origin(broken.number), broken.problem, raw=text)
         elif text.strip():
             yield text, lines[0].number
+
+
+def _integers_with_gaps(file: parquet.ParquetFile) -> list[str]:
+    """Returns the names of float columns that have gaps and hold whole numbers otherwise.
+
+    Integers become floats in many tools as soon as one of them is missing; as text, 3 would be 3.0.
+    """
+    kinds = (pyarrow.float32(), pyarrow.float64())
+    has_gaps = {field.name: False for field in file.schema_arrow if field.type in kinds}
+    for batch in file.iter_batches(columns=list(has_gaps)):
+        for name in list(has_gaps):
+            cells = batch.column(name)
+            numbers = cells.filter(compute.is_finite(cells))
+            has_gaps[name] |= len(numbers) < len(cells)
+            if not _are_whole(numbers):
+                del has_gaps[name]
+        if not has_gaps:
+            break
+    return [name for name, gaps in has_gaps.items() if gaps]
+
+
+def _are_whole(numbers: pyarrow.Array) -> bool:
+    """Whether floats are integers, and small enough to tell each from the next."""
+    is_whole = compute.equal(compute.floor(numbers), numbers)
+    is_exact = compute.less_equal(compute.abs(numbers), _LARGEST_EXACT)
+    return compute.all(compute.and_(is_whole, is_exact), min_count=0).as_py()
+
+
+def _whole(value: float | None) -> float | int | None:
+    return value if value is None or not math.isfinite(value) else int(value)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
 def _escaped_bytes(value: Any) -> str:

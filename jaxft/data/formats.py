@@ -1,5 +1,6 @@
 """Turns raw rows of the known formats into conversations or text documents."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -55,6 +56,11 @@ _MASK_KEYS = ("mask", "masked", "loss_mask", "ignore", "exclude", "train_detail"
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 _PREFERENCE_COLUMNS = ("chosen", "rejected", "label")
 _PAIRS = (("question", "answer"), ("query", "response"), ("input", "output"), ("source", "target"))
+_TEXT_COLUMNS = {
+    "alpaca": ("instruction", "input", "context", "output", "response", "system"),
+    "prompt_completion": ("prompt", "completion", "response", "system"),
+}
+"""Columns of the formats with fixed names whose cells are read as text."""
 _LABEL_COLUMNS = ("label", "labels", "category", "class", "intent", "target")
 
 
@@ -97,11 +103,13 @@ class Format:
       name: One of the choices of `data.format`.
       convert: From (row value, origin) to an item; raises `RowError`.
       description: What was found, for the log.
+      columns: Columns whose cells are read as text, numbers included.
     """
 
     name: str
     convert: Callable[[Any, str], Conversation | Document]
     description: str
+    columns: tuple[str, ...] = ()
 
     @property
     def is_chat(self) -> bool:
@@ -146,6 +154,7 @@ def read_items(
                 problems.add(origin, str(error), raw=row.value, example=EXAMPLES["messages"])
                 continue
             description = row_format.description + source.remark()
+            description += _describe_numbers(row.value, row_format.columns)
             row_format = dataclasses.replace(row_format, description=description)
             on_format(row_format)
         try:
@@ -190,7 +199,12 @@ def choose_format(row: Row, spec: SourceSpec, origin: str) -> Format:
         return _mapped_format(spec.format, spec.mapping, columns)
     if spec.format == "auto":
         return _detect(row.value, origin)
-    return Format(spec.format, _CONVERTERS[spec.format], "as the configuration says")
+    return Format(
+        spec.format,
+        _CONVERTERS[spec.format],
+        "as the configuration says",
+        _TEXT_COLUMNS.get(spec.format, ()),
+    )
 
 
 def _check_characters(item: Conversation | Document) -> None:
@@ -281,7 +295,15 @@ def _detect(value: dict[str, Any], origin: str) -> Format:
                 *EXAMPLES.values(),
             ]
         )
-    return Format(name, _CONVERTERS[name], f"columns {', '.join(used)}{_unused(used, columns)}")
+    description = f"columns {', '.join(used)}{_unused(used, columns)}"
+    return Format(name, _CONVERTERS[name], description, _TEXT_COLUMNS.get(name, ()))
+
+
+def told_columns(names: Iterable[str], spec: SourceSpec) -> list[str]:
+    """Returns the columns that make something with these names a row; none if they make no row."""
+    if spec.mapping:
+        return list(spec.mapping.values()) if {*spec.mapping.values()} <= {*names} else []
+    return _detected_name(dict.fromkeys(names))[1]
 
 
 def _detected_name(value: dict[str, Any]) -> tuple[str, list[str]]:
@@ -325,6 +347,7 @@ def _mapped_format(name: str, mapping: dict[str, str], columns: list[str]) -> Fo
             name,
             lambda value, origin: _document(_text(_columns(value), mapping["text"]), origin),
             description,
+            tuple(used),
         )
 
     def convert(value: Any, origin: str) -> Conversation:
@@ -334,7 +357,7 @@ def _mapped_format(name: str, mapping: dict[str, str], columns: list[str]) -> Fo
             _text(row, mapping["prompt"]), _text(row, mapping["completion"]), origin, system=system
         )
 
-    return Format(name, convert, description)
+    return Format(name, convert, description, tuple(used))
 
 
 def _columns(value: Any) -> dict[str, Any]:
@@ -359,7 +382,21 @@ def _text(row: dict[str, Any], key: str) -> str:
     return value
 
 
+def _describe_numbers(value: Any, columns: Iterable[str]) -> str:
+    """Returns what a log should say of cells that are no text but become one; mostly ''."""
+    row, found = _columns(value) if columns else {}, ""
+    for column in columns:
+        if isinstance(row.get(column), bool | int | float):
+            with contextlib.suppress(RowError):  # which is told with the row
+                kind = "true or false" if isinstance(row[column], bool) else "numbers"
+                text = _text(row, column)
+                found += f"; {column!r} holds {kind}, which become text such as {text!r}"
+    return found
+
+
 def _number_text(value: bool | int | float, key: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()  # as JSON has it
     try:
         return str(value)
     except ValueError:  # more digits than Python converts

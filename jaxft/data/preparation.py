@@ -31,7 +31,7 @@ from jaxft.data.sources import Row, Source
 from jaxft.data.template import DATE, Template, check_can_stop, resolve_template
 from jaxft.errors import DataError
 
-VERSION = 6
+VERSION = 7
 """Part of every cache key: raise it when the same input would give other tokens or rows."""
 
 DATED = (
@@ -61,6 +61,7 @@ def prepare(
     seed: int,
     training: bool,
     name: str = "",
+    listed: Path | None = None,
     on_log: Log = print,
     on_progress: Log | None = None,
 ) -> TokenRows:
@@ -76,6 +77,8 @@ def prepare(
         documents share a row when training with shuffling.
       training: Whether the rows are trained on; evaluation keeps the order of the source.
       name: How the data set is called in the log.
+      listed: The file that the caller copies the list of bad rows to, for the log; by default the
+        one in the cache.
       on_log: Called with lines of text on what was found.
       on_progress: Called with lines on how far long work is; by default `on_log`.
 
@@ -106,7 +109,7 @@ def prepare(
 
     found, reused = cache.find_or_build(folder, f"documents-{key}", build)
     documents = Documents(found)
-    for line in _describe_documents(documents, template):
+    for line in _describe_documents(documents, template, listed):
         say(line)
     _check_skipped(documents, config, name)
     if config.packing == "stream" and tokenizer.eos_token_id is None:
@@ -527,7 +530,9 @@ def _describe_parts(parts: list[Part]) -> Iterator[str]:
         )
 
 
-def _describe_documents(documents: Documents, template: Template) -> Iterator[str]:
+def _describe_documents(
+    documents: Documents, template: Template, listed: Path | None
+) -> Iterator[str]:
     statistics = documents.statistics
     yield from statistics.formats
     if statistics.chat:
@@ -535,7 +540,7 @@ def _describe_documents(documents: Documents, template: Template) -> Iterator[st
         yield f"chat template: {statistics.template}; answers end with {stops}"
         if template.is_dated:
             yield DATED
-    yield from describe_findings(documents)
+    yield from describe_findings(documents, listed)
 
 
 def _describe_counts(documents: Documents, selection: Selection, reused: bool) -> str:
@@ -549,14 +554,15 @@ def _describe_counts(documents: Documents, selection: Selection, reused: bool) -
     )
 
 
-def describe_findings(documents: Documents) -> Iterator[str]:
+def describe_findings(documents: Documents, listed: Path | None = None) -> Iterator[str]:
     """Yields a line for each thing about the documents that its owner should know."""
     statistics = documents.statistics
     if statistics.skipped:
         noun = "row is" if statistics.skipped == 1 else "rows are"
         yield (
             f"{statistics.skipped:,} bad {noun} left out: "
-            f"{'; '.join(describe_kinds(statistics.skipped_kinds))}; listed in {documents.skipped}"
+            f"{'; '.join(describe_kinds(statistics.skipped_kinds))}; listed in "
+            f"{listed or documents.skipped}"
         )
     if statistics.lost_blocks:
         yield (
