@@ -195,7 +195,7 @@ def _train(
     _check_before_reading_data(config, architecture, placement)
     capacity.check(capacity.TRAINING, config, architecture)
     with progress.phase("Data"):
-        rows, held_out = _read_data(config, tokenizer)
+        rows, held_out = _read_data(config, tokenizer, workdir)
         prompts = _read_prompts(config, tokenizer, held_out.get("validation"))
     yardstick = _yardstick(config, held_out)
     reached = _measured_by(yardstick, reached)
@@ -440,7 +440,9 @@ def _refuse_workdir_of_model(config: RunConfig) -> None:
         )
 
 
-def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, HeldOut]]:
+def _read_data(
+    config: RunConfig, tokenizer: Any, workdir: Workdir
+) -> tuple[TokenRows, dict[str, HeldOut]]:
     """Returns the training rows, and what is evaluated by name."""
     sources = {"validation": config.data.validation, "retention": config.eval.retention}
 
@@ -452,6 +454,7 @@ def _read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenRows, dict[str, 
             seed=config.train.seed,
             training=name == "train",
             name=name,
+            listed=workdir.skipped,
             on_log=progress.log,
         )
 

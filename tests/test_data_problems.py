@@ -177,10 +177,34 @@ def test_the_report_counts_and_shows_them(tmp_path, config, tokenizer):
         ("broken JSON at column 3: x.", "broken JSON at column 45: x."),
         ('messages[1].role is "a"; expected b.', 'messages[20].role is "c"; expected b.'),
         ("'x' is [\"t\"]; expected a string.", "'x' is [1]; expected a string."),
+        ('\'x\' is {"t": "; expected…; expected a string.', "'x' is null; expected a string."),
+        ("'x' is \"{…; expected JSON: a at 3.", "'x' is \"[; expected JSON: b."),
+        ("the arguments of 'f' are not JSON: x.", "the arguments of 'g' are not JSON: x."),
     ],
 )
 def test_kinds_are_the_same_whatever_the_values(first, second):
     assert kind(first) == kind(second)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the row is [1, 2]; expected an object.", "the row is not an object"),
+        (
+            'messages[3].role is "me"; expected one of a, b. Did…',
+            "messages[N].role is not one of a, b",
+        ),
+        ("messages[3].weight is 2; expected 0 or 1.", "messages[N].weight is not 0 or 1"),
+        ("messages[3].x is empty; expected text.", "messages[N].x is empty"),
+        (
+            "messages[2].loss is true on a turn of 'user'; only",
+            "messages[N].loss is true on a turn of …",
+        ),
+        ("5 fields; expected 2: a, b.", "N fields"),
+    ],
+)
+def test_a_kind_says_what_is_wrong_in_words(text, expected):
+    assert kind(text).startswith(expected)
 
 
 def test_rare_kinds_are_counted_together():

@@ -468,13 +468,14 @@ def test_answers_need_data_that_asks(home, config, tmp_path, best):
         train(run)
 
 
-def test_the_list_of_bad_rows_is_of_the_data_of_the_newest_part(config, tmp_path):
+def test_the_list_of_bad_rows_is_of_the_data_of_the_newest_part(config, tmp_path, capfd):
     bad = write_chats(tmp_path / "bad.jsonl", 5, seed=1)
     bad.write_text('{"messages": [\n' + bad.read_text())
     good = write_chats(tmp_path / "good.jsonl", 5, seed=1)
     keys = {"data__bad_rows": "skip", "data__bad_share": 0.5}
     train(config(data__validation=str(bad), train__steps=2, **keys))
     listed = tmp_path / "run" / "skipped.jsonl"
+    assert f"listed in {listed}" in "".join(capfd.readouterr().err.split("\n"))
     assert [record["set"] for record in read_records(listed)] == ["validation"]
     train(config(data__validation=str(good), train__steps=3, **keys), resume=True)
     assert read_records(listed) == []

@@ -10,6 +10,13 @@ from jaxft.errors import DataError
 
 MAXIMUM_PROBLEMS = 20
 _SHOWN_KINDS = 10
+_VALUE_AND_EXPECTED = re.compile(
+    r"(?P<key>[^\"]*?) is (?:[\"\[{(]|-?\d|null|true|false|-?Infinity|NaN).*"
+    r"; expected (?P<expected>.*)",
+    re.DOTALL,
+)
+"""A key, the JSON that it holds, which may be cut and hold anything, and what was expected."""
+_VALUE = re.compile(r'"[^"]*"|(?<!\w)\[.*\]|\{.*\}|(?<=\bof )\'[^\']*\'')
 
 
 class RowError(ValueError):
@@ -94,8 +101,14 @@ class Problems:
 
 def kind(text: str) -> str:
     """Returns what problems of one kind have in common: the text without numbers and values."""
-    first = re.split(r"[;.] |\.$", text, maxsplit=1)[0]
-    return re.sub(r"\d[\d,]*", "N", re.sub(r'"[^"]*"|\[.*\]|\{.*\}', "…", first))
+    if match := _VALUE_AND_EXPECTED.fullmatch(text):
+        expected = re.split(r"[;.] |\.$|(?<=JSON): ", match["expected"], maxsplit=1)[0]
+        return f"{_without_numbers(match['key'])} is not {expected}"
+    return _without_numbers(re.split(r"[;.] |\.$", _VALUE.sub("…", text), maxsplit=1)[0])
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"\d[\d,]*", "N", text)
 
 
 def describe_kinds(kinds: dict[str, int]) -> list[str]:
