@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
-from pyarrow import compute, parquet
+from pyarrow import parquet
 
 from jaxft.data import content
 from jaxft.data.formats import told_columns
@@ -337,8 +338,8 @@ def _integers_with_gaps(file: parquet.ParquetFile) -> list[str]:
     has_gaps = {field.name: False for field in file.schema_arrow if field.type in kinds}
     for batch in file.iter_batches(columns=list(has_gaps)):
         for name in list(has_gaps):
-            cells = batch.column(name)
-            numbers = cells.filter(compute.is_finite(cells))
+            cells = batch.column(name).to_numpy(zero_copy_only=False)  # gaps become NaN
+            numbers = cells[np.isfinite(cells)]
             has_gaps[name] |= len(numbers) < len(cells)
             if not _are_whole(numbers):
                 del has_gaps[name]
@@ -347,11 +348,9 @@ def _integers_with_gaps(file: parquet.ParquetFile) -> list[str]:
     return [name for name, gaps in has_gaps.items() if gaps]
 
 
-def _are_whole(numbers: pyarrow.Array) -> bool:
+def _are_whole(numbers: np.ndarray) -> bool:
     """Whether floats are integers, and small enough to tell each from the next."""
-    is_whole = compute.equal(compute.floor(numbers), numbers)
-    is_exact = compute.less_equal(compute.abs(numbers), _LARGEST_EXACT)
-    return compute.all(compute.and_(is_whole, is_exact), min_count=0).as_py()
+    return bool(np.all((np.floor(numbers) == numbers) & (np.abs(numbers) <= _LARGEST_EXACT)))
 
 
 def _whole(value: float | None) -> float | int | None:
