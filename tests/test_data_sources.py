@@ -33,6 +33,26 @@ def write(path, content):
     return path
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n', "JSON lines"),
+        ("a.json", '[{"text": "a"}]', "JSON"),
+        ("a.csv", "text,b\na,c\n", "a table"),
+    ],
+)
+def test_a_split_of_text_is_refused_for_what_is_no_text(tmp_path, name, content, kind):
+    path = write(tmp_path / name, content)
+    message = f"{name} holds {kind}, so that 'text_split=line' does not apply; leave it out"
+    with pytest.raises(DataError, match=message):
+        find_sources(f"{path}:format=text:text_split=line")
+    assert find_sources(str(path), DataConfig(text_split="line"))  # which is for other sources
+    text = write(tmp_path / "a.txt", "a\nb\n")
+    assert len(read(f"{text}:text_split=line")) == 2
+    with pytest.raises(DataError, match="org/name is a hub data set, so that 'text_split=line'"):
+        find_sources("org/name:text_split=line")
+
+
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 

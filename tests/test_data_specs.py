@@ -18,7 +18,10 @@ def parse(text, **config):
         ("a.jsonl", {"name": "a.jsonl"}),
         ("a.jsonl:0.3", {"name": "a.jsonl", "weight": 0.3}),
         ("a.jsonl:limit=1000:2", {"name": "a.jsonl", "weight": 2.0, "limit": 1000}),
-        ("faq.txt:format=text:text_split=line", {"format": "text", "text_split": "line"}),
+        (
+            "faq.txt:format=text:text_split=line",
+            {"format": "text", "text_split": "line", "names_split": True},
+        ),
         (
             "a.csv:format=columns:prompt=question:completion=the answer:system=rules",
             {

@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxft.config import DataConfig
@@ -50,16 +51,35 @@ def find_sources(
     return sources
 
 
-def _find(spec: SourceSpec, config: DataConfig, training: bool) -> list[Source]:
+def _find(spec: SourceSpec, config: DataConfig, training: bool) -> Sequence[Source]:
     found = _find_files(spec)
     if not found and (hub := _hub_source(spec, config.streaming, training)) is not None:
+        if spec.names_split:
+            raise DataError(
+                f"{spec.name} is a hub data set, so that 'text_split={spec.text_split}' does not "
+                "apply; leave it out. It says where plain text is cut into documents."
+            )
         return [hub]
     if not found:
         raise DataError(_missing(spec.name))
+    if spec.names_split:
+        _check_text(found)
     return found
 
 
-def _find_files(spec: SourceSpec) -> list[Source]:
+def _check_text(files: list[File]) -> None:
+    """Raises DataError for files with rows, which are not split as text is."""
+    problems = [
+        f"{file.name} holds {file.kind}, so that 'text_split={file.spec.text_split}' does not "
+        "apply; leave it out. It says where plain text is cut into documents."
+        for file in files
+        if file.kind != "text"
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def _find_files(spec: SourceSpec) -> list[File]:
     path = Path(spec.name).expanduser()
     if path.is_file():
         paths = [path]

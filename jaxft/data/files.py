@@ -91,6 +91,11 @@ class File(Source):
             remark += f"; rows are those of the list {lists[0]!r} in the file"
         return remark
 
+    @property
+    def kind(self) -> str:
+        """What the file holds, as `content.Content` calls it."""
+        return self._content.kind
+
     @functools.cached_property
     def _content(self) -> content.Content:
         with content.open_file(self.path) as file:

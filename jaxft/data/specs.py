@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxft.config import FORMATS, TEXT_SPLITS, DataConfig
@@ -36,6 +36,7 @@ class SourceSpec:
       format: One of the choices of `data.format`.
       columns: Pairs of a part, such as 'prompt', and the column that holds it.
       text_split: One of the choices of `data.text_split`.
+      names_split: Whether the source itself says so, and not the configuration.
       weight: Share of the documents of a pass, in proportion to the other weights; 0: none given.
       limit: How many rows are taken; 0: all. They are a seeded sample, of a streamed hub data set
         the first ones.
@@ -47,6 +48,7 @@ class SourceSpec:
     text_split: str = "paragraph"
     weight: float = 0.0
     limit: int = 0
+    names_split: bool = field(default=False, compare=False)
 
     @property
     def mapping(self) -> dict[str, str]:
@@ -210,6 +212,7 @@ def _spec(part: str, name: str, options: dict[str, str], config: DataConfig) -> 
         text_split=text_split,
         weight=float(weight or 0),
         limit=int(limit or 0),
+        names_split="text_split" in options,
     )
 
 
