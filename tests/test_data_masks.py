@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from jaxft.config import DataConfig
 from jaxft.data.chat import chat_examples, question, text_examples
+from jaxft.data.control_tokens import ControlTokens
 from jaxft.data.formats import Conversation, RowError
 from jaxft.data.template import resolve_template
 from jaxft.data.thinking import without_block
@@ -432,6 +433,13 @@ def test_only_templates_that_write_reasoning_part_it_from_the_answer(make):
     assert make(PLAIN).separator == ""
     assert make(BLOCK).separator == "\n</think>\n\n"
     assert make(HARMONY).separator.endswith("<|channel|>final<|message|>")
+
+
+def test_of_control_tokens_that_begin_alike_the_longest_is_found():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|end|>>"]})
+    control = ControlTokens(tokenizer)
+    assert [match[0] for match in control.find("a<|end|>>b<|end|>")] == ["<|end|>>", "<|end|>"]
 
 
 def test_rows_that_are_trusted_may_hold_control_tokens(tokenizer, tmp_path):
