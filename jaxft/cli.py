@@ -21,6 +21,8 @@ Any key of the config can be set by a flag: --config.optim.learning_rate=2e-5.
 All keys with their meaning: jaxft train --print_config.
 """
 
+_SEARCH_ONLY = ("count", "jobs", "budget")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong usage.
@@ -449,12 +451,18 @@ def _sampling(options: argparse.Namespace):
 
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens={options.max_new_tokens}; expected at least 1.")
-    return Sampling(
+    sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
     )
+    if not sampling.temperature and (sampling.top_k or sampling.top_p < 1):
+        raise ConfigError(
+            "--top_k and --top_p limit what is drawn, and --temperature=0 draws nothing; set "
+            "--temperature=1 or another above 0."
+        )
+    return sampling
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -479,6 +487,8 @@ def _convert(options: argparse.Namespace) -> int:
     _refuse_several("convert")
     if options.check == bool(options.output):
         raise ConfigError("Give --check or --output FOLDER. See `jaxft convert --help`.")
+    if options.check and (options.dtype or options.overwrite):
+        raise ConfigError("--check writes nothing: it takes no --dtype and no --overwrite.")
     if options.check:
         from jaxft.conversion import check, describe
 
@@ -541,6 +551,10 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError("--output takes the config of a search; add --search.")
     if options.output and not options.output.endswith((".py", ".yaml", ".yml")):
         raise ConfigError(f"--output={options.output}: a config file ends in .py, .yaml or .yml.")
+    plan = options.parser
+    set_for_search = [n for n in _SEARCH_ONLY if getattr(options, n) != plan.get_default(n)]
+    if set_for_search and not options.search:
+        raise ConfigError(f"--{set_for_search[0]} is for a search; add --search.")
     if options.count < 1 or options.jobs < 0 or not options.budget > 0:
         raise ConfigError("--count is 1 or more, --jobs 0 or more, --budget more than 0 seconds.")
     config = _config(options)

@@ -100,6 +100,8 @@ def find_source(
       CheckpointError: If the workdir has no such checkpoint.
     """
     path = Path(path_or_repo_id).expanduser()
+    if path.name in ("", ".."):  # as in `--checkpoint=.` within the folder
+        path = path.resolve()
     if path.name.isdecimal() and path.parent.name == "checkpoints":
         if step not in ("best", path.name):
             raise ConfigError(

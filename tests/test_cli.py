@@ -12,6 +12,7 @@ import pytest
 
 import jaxft
 from jaxft import cli
+from jaxft.model import find_source
 from tests.tiny_run import tiny_config
 
 
@@ -127,6 +128,14 @@ def test_a_relative_path_that_is_not_there_names_the_current_folder(
     assert cli.main(["data", *flags(folder), flag]) != 0
     said = " ".join(capsys.readouterr().err.split())
     assert f"Relative paths start at the current folder, {tmp_path}." in said
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints/3", "checkpoints/.."])
+def test_a_model_is_found_from_within_its_folder(trained, monkeypatch, place):
+    monkeypatch.chdir(trained / place if place == "checkpoints/3" else trained)
+    found = find_source(place if place == "checkpoints/.." else ".")
+    assert found.step == 3
+    assert found.name.startswith(f"{trained}, step 3")
 
 
 def next_commands(capsys) -> list[str]:
@@ -281,6 +290,7 @@ def test_messages_tools_and_a_system_message_reach_the_template(trained, capsys,
         (["--messages=none.jsonl"], "none.jsonl cannot be read"),
         (["--prompt=a", "--max_new_tokens=0"], "expected at least 1"),
         (["--prompt=a", "--top_p=0"], "top_p is 0.0"),
+        (["--prompt=a", "--top_k=5"], "--temperature=0 draws nothing"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_the_model_is_read(capsys, arguments, words):

@@ -168,3 +168,6 @@ def test_wrong_usage_is_refused(tmp_path, capsys):
     for arguments in ([], ["--check", "--output=x"]):
         assert cli.main(["convert", str(tmp_path), *arguments]) == 2
         assert "Give --check or --output" in capsys.readouterr().err
+    for flag in ("--dtype=bfloat16", "--overwrite"):
+        assert cli.main(["convert", str(tmp_path), "--check", flag]) == 2
+        assert "writes nothing" in capsys.readouterr().err

@@ -380,6 +380,7 @@ def test_gpus_that_are_not_there_are_estimated_and_labelled(folder, capsys):
         (["--topology=v9e-8"], "no chip 'v9e' is known"),
         (["--topology=v5e-12,v6e-3"], "no slice of 3 chips"),
         (["--topology=local", "--output=best.py"], "add --search"),
+        (["--topology=local", "--budget=60"], "--budget is for a search; add --search"),
         (["--topology=local,h100:8"], "plan it by itself"),
         (["--topology=h100:8,h100:4", "--search", "--output=best.py"], "name one --topology"),
         (["--topology=h100:8", "--search", "--jobs=-1"], "--jobs 0 or more"),

@@ -566,9 +566,11 @@ def test_validation_that_is_trained_on_is_told(home, config, tmp_path, capfd):
 
 
 def test_only_what_makes_a_short_run_long_enough_is_advised(home, config, capfd):
-    run = config(train__steps=0, train__batch_size=64, data__max_length=1024, optim__warmup_steps=0)
-    train(run)
+    run = config(train__steps=0, train__batch_size=64, data__max_length=1024)
+    rows, _ = trainer._read_data(run, jaxft.load(home / "base").tokenizer)
+    advice._warn_of_few_steps(run, rows, steps=1, row_multiple=1)
     said = " ".join(capfd.readouterr().err.split())
+    assert "train: 1 row of 1,024 tokens" in said
     assert "The run has 1 step, too few" in said and "packed into 1 row of" in said
     found = re.findall(r"--config\.([\w.]+=\w+) \((\d+) steps\)", said)
     assert found == [("train.epochs=3200", "50")]

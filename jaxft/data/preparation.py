@@ -30,6 +30,7 @@ from jaxft.data.selection import Part, Selection, select
 from jaxft.data.sources import Row, Source
 from jaxft.data.template import DATE, Template, check_can_stop, resolve_template
 from jaxft.errors import DataError
+from jaxft.progress import counted
 
 VERSION = 7
 """Part of every cache key: raise it when the same input would give other tokens or rows."""
@@ -547,9 +548,11 @@ def _describe_counts(documents: Documents, selection: Selection, reused: bool) -
     """Says how large the set is, and of how many documents it is a part."""
     index = documents.index[selection.numbers]
     tokens, trained = int(index["length"].sum()), int(index["trained"].sum())
-    of_all = f"of {len(documents.index):,} " if len(index) < len(documents.index) else ""
+    count = counted(len(documents.index), "document")
+    if len(index) < len(documents.index):
+        count = f"{len(index):,} of {count}"
     return (
-        f"{len(index):,} {of_all}documents, {tokens:,} tokens, {trained:,} trained "
+        f"{count}, {tokens:,} tokens, {trained:,} trained "
         f"({trained / max(tokens, 1):.1%}){', from the cache' if reused else ''}"
     )
 
@@ -591,7 +594,7 @@ def describe_losses(statistics: Statistics, config: DataConfig) -> Iterator[str]
     """Yields lines on rows, padding, and what was cut or dropped."""
     packed = statistics.packed
     yield (
-        f"{packed.rows:,} rows of {packed.max_length:,} tokens, "
+        f"{counted(packed.rows, 'row')} of {packed.max_length:,} tokens, "
         f"{statistics.padding_share:.1%} padding, packing {config.packing!r}"
     )
     if packed.over_length:
