@@ -21,6 +21,7 @@ from jaxft.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from jaxft.evaluation import Answers
 from jaxft.intervals import Estimate
 from jaxft.trainer import train
+from jaxft.workdir import Workdir
 from tests.tiny_run import (
     assert_same_arrays,
     read_arrays,
@@ -65,6 +66,12 @@ def crash(monkeypatch, config, *, step, resume=False):
         patch.setattr(trainer, "put", put)
         with pytest.raises(RuntimeError, match="device lost"):
             train(config, resume=resume)
+
+
+def read_rows(home, config):
+    """Returns the training rows of `config`."""
+    tokenizer = jaxft.load(home / "base").tokenizer
+    return trainer._read_data(config, tokenizer, Workdir(path=Path(config.train.workdir)))[0]
 
 
 def held_out(home):
@@ -182,7 +189,7 @@ def test_a_finished_run_that_lacks_its_report_gets_it_with_its_own_settings(home
 @pytest.mark.slow(seconds=9)
 def test_a_run_over_epochs_made_longer_reads_every_row_equally_often(home, config):
     run = config("longer", train__steps=0, train__epochs=1, train__batch_size=8)
-    rows, _ = trainer._read_data(run, jaxft.load(home / "base").tokenizer)
+    rows = read_rows(home, run)
     assert len(rows) % 8  # the last step has places left over
     train(run)
     run.train.epochs = 2
@@ -272,7 +279,7 @@ def test_metrics_count_every_token_once(home, config):
     result = train(config(train__steps=0, train__epochs=2, train__log_every=4))
     last = read_records(result.workdir / "metrics.jsonl")[-1]
     # Two epochs of all documents, as the preparation of the data counts them.
-    rows, _ = trainer._read_data(config(), jaxft.load(home / "base").tokenizer)
+    rows = read_rows(home, config())
     assert result.step == math.ceil(2 * len(rows) / 4)
     assert last["tokens"] == 2 * rows.statistics.tokens
     assert last["trained_tokens"] == 2 * rows.statistics.trained_tokens
@@ -545,7 +552,7 @@ def test_a_run_of_hardly_a_step_says_what_makes_it_longer(home, config, capfd, m
         node, leaf = path.split(".")
         old = getattr(getattr(changed, node), leaf)
         setattr(getattr(changed, node), leaf, type(old)(value))
-        count = len(trainer._read_data(changed, jaxft.load(home / "base").tokenizer)[0])
+        count = len(read_rows(home, changed))
         made = math.ceil(changed.train.epochs * count / changed.train.batch_size)
         # How full shorter rows will be is estimated.
         assert made == pytest.approx(int(steps), abs=2 if leaf == "max_length" else 0)
@@ -567,7 +574,7 @@ def test_validation_that_is_trained_on_is_told(home, config, tmp_path, capfd):
 
 def test_only_what_makes_a_short_run_long_enough_is_advised(home, config, capfd):
     run = config(train__steps=0, train__batch_size=64, data__max_length=1024)
-    rows, _ = trainer._read_data(run, jaxft.load(home / "base").tokenizer)
+    rows = read_rows(home, run)
     advice._warn_of_few_steps(run, rows, steps=1, row_multiple=1)
     said = " ".join(capfd.readouterr().err.split())
     assert "train: 1 row of 1,024 tokens" in said
@@ -597,9 +604,7 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_lines(home, config, tmp_p
     text = str(error.value)
     assert text.startswith("Step 1: the loss is nan")
     assert "No checkpoint was saved yet; start again with --overwrite" in text
-    iterator = trainer.data.batches(
-        trainer._read_data(run, jaxft.load(home / "base").tokenizer)[0], batch_size=4, steps=1
-    )
+    iterator = trainer.data.batches(read_rows(home, run), batch_size=4, steps=1)
     for number in iterator.row_numbers(0):
         assert f"row {number} ({home / 'train.jsonl'}:" in text
     iterator.close()
