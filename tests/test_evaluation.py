@@ -83,8 +83,12 @@ def test_workdir_checkpoint_and_export_evaluate_alike(run, folder):
     config, result = run
     output = jaxft.export(result.checkpoint, folder / "out", on_log=lambda text: None)
     losses = {
-        str(path): evaluated(config, path, step="latest")["validation"].rows.loss.value
-        for path in (result.checkpoint, output, result.workdir)
+        str(path): evaluated(config, path, step=step)["validation"].rows.loss.value
+        for path, step in (
+            (result.checkpoint, "best"),
+            (output, "best"),
+            (result.workdir, "latest"),
+        )
     }
     assert len(set(losses.values())) == 1
     recorded = [json.loads(s) for s in (result.workdir / "eval.jsonl").read_text().splitlines()]
