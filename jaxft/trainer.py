@@ -162,6 +162,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     placement = make_placement(config)
     _refuse_workdir_of_model(config)
     folder = absolute(config.train.workdir)
+    # Host 0 takes the folder only when no host has anything against the run.
+    distributed.barrier("the run is described alike")
     with (
         explained_files(folder),
         capacity.explained(capacity.TRAINING, config),

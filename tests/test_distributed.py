@@ -164,6 +164,7 @@ def test_when_a_host_is_killed_the_others_say_so_within_a_minute_and_the_run_res
         train__save_every=20,
         train__batch_size=12,
         data__validation="",
+        eval__answers="none",
     )
     folder = Path(config.train.workdir)
     with train_on(count, config, tmp_path, devices=2) as hosts:
@@ -200,6 +201,7 @@ def test_a_signal_to_one_host_lets_all_save_the_same_step_and_stop(
         train__save_every=0,
         train__batch_size=12,
         data__validation="",
+        eval__answers="none",
     )
     folder = Path(config.train.workdir)
     with train_on(2, config, tmp_path, devices=2) as hosts:
