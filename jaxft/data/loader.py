@@ -24,8 +24,9 @@ from jaxft.errors import ConfigError, DataError
 _THREADS = 2
 _PREFETCHED_STEPS = 4
 _SHUFFLE_ROUNDS = 4
-# The permutation that samples are taken from; epochs count from 0, packing has -1.
-_SAMPLE = -2
+PACKED, EVALUATED, LIMITED = -1, -2, -3
+"""Permutations apart from those of epochs, which count from 0: of the documents that are packed, of
+the rows that a sample evaluates, and of the rows of a source with a limit."""
 
 
 def shuffled(place: int, count: int, *, seed: int, epoch: int) -> int:
@@ -206,17 +207,20 @@ class BatchIterator(Iterator[Batch]):
         return shuffled(place, len(self._rows), seed=self._seed, epoch=epoch)
 
 
-def sample_numbers(count: int, maximum: int, *, seed: int) -> Sequence[int]:
+def sample_numbers(
+    count: int, maximum: int, *, seed: int, permutation: int = EVALUATED
+) -> Sequence[int]:
     """Returns which of `count` items stand for all, in order: a sample without repetition.
 
     Args:
       count: Items that there are.
       maximum: Size of the sample; 0 takes all.
-      seed: Of the sample; it depends on nothing else.
+      seed: Of the sample; it depends on this and the permutation alone.
+      permutation: What is sampled, so that samples of unlike things are apart.
     """
     if not maximum or maximum >= count:
         return range(count)
-    return sorted(shuffled(place, count, seed=seed, epoch=_SAMPLE) for place in range(maximum))
+    return sorted(shuffled(place, count, seed=seed, epoch=permutation) for place in range(maximum))
 
 
 def eval_batches(

@@ -22,7 +22,7 @@ from jaxft.data.documents import (
     skipped_file,
 )
 from jaxft.data.formats import Conversation, Document, Format, read_items
-from jaxft.data.loader import shuffled
+from jaxft.data.loader import LIMITED, PACKED, sample_numbers, shuffled
 from jaxft.data.packing import PackingError, PackingStatistics, pack
 from jaxft.data.problems import IgnoredProblems, Problems, RowError, describe_kinds
 from jaxft.data.rows import Statistics, TokenRows, write_rows
@@ -41,8 +41,6 @@ DATED = (
 )
 _TOKENISED_TOGETHER = 256
 _SECONDS_BETWEEN_LOGS = 10.0
-_LIMIT = -3
-"""The permutation that samples of limited sources are taken from; epochs count from 0."""
 _SEPARATORS = {"paragraph": "\n\n", "line": "\n", "file": ""}
 
 _CONTROL_TOKENS = {
@@ -287,7 +285,7 @@ def _packed(
 
     def order(place: int) -> int:
         # Sorted sources would otherwise put like beside like into the same rows.
-        return shuffled(place, count, seed=seed, epoch=-1) if mixed else place
+        return shuffled(place, count, seed=seed, epoch=PACKED) if mixed else place
 
     def build(target: Path) -> None:
         statistics = PackingStatistics(parts=selection.parts)
@@ -376,9 +374,7 @@ def _sample_rows(sources: list[Source], seed: int, say: Log) -> list[Collection[
         total = sum(counts)
         if total <= spec.limit:
             continue
-        places = sorted(
-            shuffled(place, total, seed=seed, epoch=_LIMIT) for place in range(spec.limit)
-        )
+        places = sample_numbers(total, spec.limit, seed=seed, permutation=LIMITED)
         start = 0
         for number, count in zip(numbers, counts, strict=True):
             chosen[number] = {place - start for place in places if start <= place < start + count}
