@@ -8,8 +8,9 @@ from typing import Any
 import jinja2
 
 from jaxft.data import json_text
-from jaxft.data.formats import Conversation, RowError, choose_format
+from jaxft.data.formats import Conversation, choose_format, is_answer, tool_name
 from jaxft.data.json_text import JsonError
+from jaxft.data.problems import RowError
 from jaxft.data.sources import Row
 from jaxft.data.specs import SourceSpec
 from jaxft.errors import ConfigError, DataError
@@ -47,7 +48,7 @@ class Question:
             raise ConfigError(f"The chat template refuses the conversation: {error}") from error
         text = model.tokenizer.decode(ids)
         for tool in self.tools or []:
-            name = str(tool.get("function", tool).get("name", ""))
+            name = str(tool_name(tool))
             if name not in text:
                 raise ConfigError(
                     f"The tool {name!r} does not occur in the prompt: the model's chat template "
@@ -167,7 +168,7 @@ def _question(row: Any, origin: str, *, system: str, tools: list[Any] | None) ->
     turns = row.get(column)
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
         before = [{"role": "system", "content": system}] if system else []
-        answer = [] if _is_answer(turns[-1]) else [{"role": "assistant", "content": "-"}]
+        answer = [] if is_answer(turns[-1]) else [{"role": "assistant", "content": "-"}]
         row = {**row, column: [*before, *turns, *answer]}
     elif system:
         raise RowError("--system goes with rows of messages; leave it out.")
@@ -179,7 +180,3 @@ def _question(row: Any, origin: str, *, system: str, tools: list[Any] | None) ->
     if not isinstance(item, Conversation):
         raise RowError("the row is plain text; expected messages.")
     return Question(item.messages[:-1], item.tools)
-
-
-def _is_answer(turn: dict[str, Any]) -> bool:
-    return turn.get("role", turn.get("from")) in ("assistant", "gpt", "model", "chatgpt")

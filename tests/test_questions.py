@@ -27,6 +27,17 @@ def write(tmp_path, *rows, name="asked.jsonl") -> str:
         ([{"messages": [ASK, TELL, ASK]}, {"messages": [ASK]}], [[ASK, TELL, ASK], [ASK]]),
         ([[ASK, TELL, ASK]], [[ASK, TELL, ASK]]),
         ([[{"messages": [ASK]}, {"messages": [ASK]}]], [[ASK], [ASK]]),
+        (
+            [
+                {
+                    "conversations": [
+                        {"from": "human", "value": "Is it open?"},
+                        {"from": "bard", "value": "Yes."},
+                    ]
+                }
+            ],
+            [[ASK]],
+        ),
         ([{"conversations": [{"from": "human", "value": "Is it open?"}]}], [[ASK]]),
         ([{"instruction": "Is it open?", "output": "Yes."}], [[ASK]]),
         ([{"prompt": "Is it open?", "completion": "Yes."}], [[ASK]]),

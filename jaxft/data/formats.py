@@ -583,6 +583,12 @@ def tool_name(tool: Mapping[str, Any]) -> Any:
     return function.get("name") if isinstance(function, dict) else None
 
 
+def is_answer(turn: Mapping[str, Any]) -> bool:
+    """Says whether a turn, in the form of messages or of ShareGPT, is the assistant's."""
+    role = turn.get("role", turn.get("from"))
+    return isinstance(role, str) and _SHAREGPT_ROLES.get(role) == "assistant"
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
