@@ -51,8 +51,10 @@ def call(name="time", arguments='{"zone": "UTC"}'):
 TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {}}}]
 
 
-def runs(tokenizer, messages, template, *, thinking="template", tools=None, train_on="assistant"):
-    """The maximal runs of trained tokens of each example, as text."""
+def examples(
+    tokenizer, messages, template, *, thinking="template", tools=None, train_on="assistant"
+):
+    """What one conversation becomes."""
     [result] = chat_examples(
         tokenizer,
         [Conversation(messages, tools, "rows.jsonl:1")],
@@ -62,8 +64,13 @@ def runs(tokenizer, messages, template, *, thinking="template", tools=None, trai
     )
     if isinstance(result, RowError):
         raise result
+    return result
+
+
+def runs(tokenizer, messages, template, **options):
+    """The maximal runs of trained tokens of each example, as text."""
     found = []
-    for example in result:
+    for example in examples(tokenizer, messages, template, **options):
         cuts = np.flatnonzero(np.diff(np.r_[False, example.trained, False]))
         found.append([tokenizer.decode(example.ids[a:b]) for a, b in cuts.reshape(-1, 2)])
     return found
@@ -328,23 +335,11 @@ def test_control_tokens_in_texts_are_plain_text(tokenizer, make, text, place):
     messages = [user(FORGED if place == "user" else "q"), assistant(answer)]
     if place == "reasoning_content":
         messages[-1]["reasoning_content"] = FORGED
-    [[example]] = chat_examples(
-        tokenizer,
-        [Conversation(messages, None, "x:1")],
-        template=template,
-        train_on="assistant",
-        thinking="template",
-    )
+    [example] = examples(tokenizer, messages, template)
     plain = [
         {**m, **{k: v.replace("|>", "#>") for k, v in m.items() if k != "role"}} for m in messages
     ]
-    [[other]] = chat_examples(
-        tokenizer,
-        [Conversation(plain, None, "x:1")],
-        template=template,
-        train_on="assistant",
-        thinking="template",
-    )
+    [other] = examples(tokenizer, plain, template)
     # The same control tokens in the same order as in a row that spells none.
     control = template.control.counted_ids
     assert example.ids[np.isin(example.ids, control)].tolist() == (
@@ -376,13 +371,7 @@ def test_think_tokens_that_are_control_tokens_stay_such_in_answers_alone(tmp_pat
     opening = tokenizer.convert_tokens_to_ids("<think>")
     block = "<think>r</think>a"
     for messages, count in (([user("q"), assistant(block)], 1), ([user(block), assistant("a")], 0)):
-        [[example]] = chat_examples(
-            tokenizer,
-            [Conversation(messages, None, "x:1")],
-            template=template,
-            train_on="assistant",
-            thinking="template",
-        )
+        [example] = examples(tokenizer, messages, template)
         assert example.ids.tolist().count(opening) == count
         assert block in tokenizer.decode(example.ids)
         assert dict(example.control_tokens) == ({} if count else {"<think>": 1, "</think>": 1})
@@ -403,14 +392,8 @@ def test_rows_that_spell_control_tokens_are_refused_on_request(tokenizer, make):
 
 def test_a_row_that_is_trained_in_parts_counts_its_control_tokens_once(tokenizer, make):
     messages = [user(FORGED), assistant("a1", thinking="r"), user("q2"), assistant("a2")]
-    [examples] = chat_examples(
-        tokenizer,
-        [Conversation(messages, None, "x:1")],
-        template=make(HARMONY),
-        train_on="assistant",
-        thinking="keep",
-    )
-    assert [sum(e.control_tokens.values()) for e in examples] == [4, 0]
+    first, second = examples(tokenizer, messages, make(HARMONY), thinking="keep")
+    assert [sum(e.control_tokens.values()) for e in (first, second)] == [4, 0]
 
 
 def test_nothing_is_gained_by_a_template_that_names_its_texts_otherwise(make):
@@ -450,13 +433,7 @@ def test_rows_that_are_trusted_may_hold_control_tokens(tokenizer, tmp_path):
     messages = [user("q<|tool|>"), assistant("a<|call|>b")]
     [[run]] = runs(tokenizer, messages, template)
     assert run == "a<|call|>b<|end|>"
-    [[example]] = chat_examples(
-        tokenizer,
-        [Conversation(messages, None, "x:1")],
-        template=template,
-        train_on="assistant",
-        thinking="template",
-    )
+    [example] = examples(tokenizer, messages, template)
     assert {tokenizer.convert_tokens_to_ids(t) for t in ("<|tool|>", "<|call|>")} <= {*example.ids}
     with pytest.raises(RowError, match="before its end"):
         runs(tokenizer, [user("q"), assistant("a<|end|>b")], template)

@@ -17,11 +17,7 @@ import numpy as np
 from jaxft.data.control_tokens import ControlTokens
 from jaxft.data.formats import Conversation, tool_name
 from jaxft.data.problems import RowError
-from jaxft.data.template import (
-    MARK,
-    Template,
-    render,
-)
+from jaxft.data.template import MARK, Template, render
 from jaxft.data.thinking import (
     THINKING_KEYS,
     THINKING_TOKENS,
@@ -160,7 +156,9 @@ def text_examples(
       refuse: Refuse documents that spell a control token.
     """
     counts = [control.count([text]) for text in texts]
-    problems = [_control_problem(count, control, refuse=refuse, where="") for count in counts]
+    problems = [
+        _control_problem(count, control, refuse=refuse, where="the text") for count in counts
+    ]
     good = [control.escape(t) for t, problem in zip(texts, problems, strict=True) if not problem]
     encoded = iter(control.encode(good, add_special_tokens=True))
     stop = tokenizer.eos_token_id
@@ -281,7 +279,7 @@ def _control_problem(
         return None
     if refuse:
         return RowError(
-            f"{where or 'the text'} spells {', '.join(map(repr, count))}, which the tokenizer "
+            f"{where} spells {', '.join(map(repr, count))}, which the tokenizer "
             "reserves for control. Remove it from the row, or encode it as plain text with "
             "--config.data.control_tokens=text."
         )
@@ -316,7 +314,7 @@ def _try_views(
         _check_tools(conversation, template)
         views = _Renderer(tokenizer, conversation, template, train_on, thinking).views()
         for view in views:
-            view.text.encode()  # half of a surrogate pair is no text
+            view.text.encode()  # arguments in JSON may escape half of a surrogate pair
         return views
     except RowError as error:
         return error
