@@ -254,11 +254,11 @@ def measure_load(options: argparse.Namespace) -> dict[str, Any]:
     """Times loading into the arrays of one device, and says what memory the process took."""
     import jax
 
-    from jaxft.devices import host_memory
+    from jaxft.hardware.devices import host_memory
     from jaxft.hf.load import load_params, read_config
     from jaxft.models.config import make_numerics
     from jaxft.models.families import architecture_from_hf
-    from jaxft.workdir import environment
+    from jaxft.workdir.workdir import environment
 
     folder = Path(options.folder)
     architecture = architecture_from_hf(read_config(folder))
@@ -291,12 +291,12 @@ def measure_host(options: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from jaxft.config import RunConfig
-    from jaxft.devices import host_memory
+    from jaxft.hardware.devices import host_memory
     from jaxft.hf.load import read_config, read_slices
     from jaxft.models.config import make_numerics
     from jaxft.models.families import architecture_from_hf
-    from jaxft.program import make_placement
-    from jaxft.workdir import environment
+    from jaxft.training.program import make_placement
+    from jaxft.workdir.workdir import environment
 
     folder = Path(options.folder)
     architecture = architecture_from_hf(read_config(folder))

@@ -25,8 +25,8 @@ from jaxft.hf.load import load_params
 from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.families import FAMILIES, architecture_from_hf
 from jaxft.models.module import merge
-from jaxft.objectives import sft
-from jaxft.workdir import environment
+from jaxft.training.objectives import sft
+from jaxft.workdir.workdir import environment
 from tests.oracle.cases import CASES, FAMILY_CASES, load_case, load_published_sizes, write_folder
 
 

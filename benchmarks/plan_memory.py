@@ -31,18 +31,18 @@ def measure(folder: str, strategy: str, remat: str, *, local: bool) -> dict:
     import jax
     import jax.numpy as jnp
 
+    from jaxft.compiled.layout import make_program
     from jaxft.config import RunConfig
     from jaxft.data.batch import Batch
-    from jaxft.devices import device_memory, host_memory
+    from jaxft.hardware.devices import device_memory, host_memory
     from jaxft.hf.load import read_config
     from jaxft.models.families import architecture_from_hf
     from jaxft.models.module import init_params
     from jaxft.planner.plan import Planner
     from jaxft.planner.prices import read_prices
     from jaxft.planner.topology import parse
-    from jaxft.program import make_placement
-    from jaxft.shardings import make_program
-    from jaxft.state import init_state
+    from jaxft.training.program import make_placement
+    from jaxft.training.state import init_state
 
     config = RunConfig(strategy=strategy)
     config.model.path, config.model.dtypes, config.model.remat = folder, "float32", remat
@@ -106,7 +106,7 @@ def main() -> None:
         environment["JAX_PLATFORMS"] = "cpu"
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={_DEVICES}"
     os.environ |= environment  # jax is asked for its version here, too
-    from jaxft.workdir import environment as describe
+    from jaxft.workdir.workdir import environment as describe
 
     for strategy in _MESHES if options.devices == "cpu" else ("fsdp",):
         for remat in _REMATS:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from jaxft.compiled.layout import format_bytes
 from jaxft.config import RunConfig
+from jaxft.files import write_text
 from jaxft.hf.load import read_config
 from jaxft.models.families import architecture_from_hf
 from jaxft.planner.page import write_page
@@ -20,8 +22,6 @@ from jaxft.planner.plan import Plan, Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.show import format_seconds
 from jaxft.planner.topology import compiler_version, parse, use_compiler_alone
-from jaxft.shardings import format_bytes
-from jaxft.workdir import write_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.published_runs import GPU_RUNS, TPU_RUNS, Run
+from jaxft.compiled.layout import cpu_devices
 from jaxft.config import RunConfig
 from jaxft.hf.load import read_config
 from jaxft.models.config import make_numerics
@@ -35,9 +36,8 @@ from jaxft.planner.placed import Placed
 from jaxft.planner.plan import Planner, estimated_devices
 from jaxft.planner.prices import read_prices
 from jaxft.planner.topology import Topology, parse, use_compiler_alone
-from jaxft.program import make_placement
-from jaxft.shardings import cpu_devices
-from jaxft.workdir import environment
+from jaxft.training.program import make_placement
+from jaxft.workdir.workdir import environment
 
 
 def predict(run: Run, models: Path) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 import jaxft
-from jaxft.evaluation import RowSums
-from jaxft.workdir import environment
+from jaxft.programs.evaluation import RowSums
+from jaxft.workdir.workdir import environment
 
 STEPS, BLOCK, BATCH, EVALUATED_BLOCKS = 300, 256, 16, 64
 BEFORE_TOLERANCE, AFTER_TOLERANCE = 0.005, 0.03

@@ -17,9 +17,9 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from jaxft.compiled.layout import Description, cpu_devices, describe_run
 from jaxft.config import RunConfig
-from jaxft.shardings import Description, cpu_devices, describe_run
-from jaxft.workdir import environment
+from jaxft.workdir.workdir import environment
 from tests.strategies import BUILT_IN, FOR_EXPERTS, MESHES
 
 _DEVICES, _LENGTH, _MICRO_BATCHES = 8, 1024, 2

@@ -152,13 +152,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from jaxft.config import RunConfig
     from jaxft.data.batch import Batch
-    from jaxft.devices import device_memory, host_memory, peak_flops
-    from jaxft.metrics import training_flops
+    from jaxft.hardware.devices import device_memory, host_memory, peak_flops
     from jaxft.models.families import architecture_from_hf
     from jaxft.models.module import init_params
-    from jaxft.program import build, build_evaluator, make_placement, put
-    from jaxft.state import init_state
-    from jaxft.workdir import environment
+    from jaxft.training.flops import training_flops
+    from jaxft.training.program import build, build_evaluator, make_placement, put
+    from jaxft.training.state import init_state
+    from jaxft.workdir.workdir import environment
 
     config = RunConfig()
     config.model.dtypes, config.model.remat = options.dtypes, options.remat

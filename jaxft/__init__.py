@@ -8,25 +8,25 @@ if TYPE_CHECKING:
     __version__: str
     from jaxft.config import RunConfig as RunConfig
     from jaxft.errors import JaxftError as JaxftError
-    from jaxft.evaluation import compare as compare
-    from jaxft.evaluation import evaluate as evaluate
-    from jaxft.exporter import export as export
-    from jaxft.model import Model as Model
-    from jaxft.model import load as load
-    from jaxft.trainer import TrainResult as TrainResult
-    from jaxft.trainer import train as train
+    from jaxft.programs.evaluation import compare as compare
+    from jaxft.programs.evaluation import evaluate as evaluate
+    from jaxft.programs.exporter import export as export
+    from jaxft.programs.model import Model as Model
+    from jaxft.programs.model import load as load
+    from jaxft.programs.trainer import TrainResult as TrainResult
+    from jaxft.programs.trainer import train as train
 
 # Imported on first use: `import jaxft` stays instant, and jax is not set up before it is needed.
 _HOMES = {
     "JaxftError": "jaxft.errors",
-    "Model": "jaxft.model",
+    "Model": "jaxft.programs.model",
     "RunConfig": "jaxft.config",
-    "TrainResult": "jaxft.trainer",
-    "compare": "jaxft.evaluation",
-    "evaluate": "jaxft.evaluation",
-    "export": "jaxft.exporter",
-    "load": "jaxft.model",
-    "train": "jaxft.trainer",
+    "TrainResult": "jaxft.programs.trainer",
+    "compare": "jaxft.programs.evaluation",
+    "evaluate": "jaxft.programs.evaluation",
+    "export": "jaxft.programs.exporter",
+    "load": "jaxft.programs.model",
+    "train": "jaxft.programs.trainer",
 }
 __all__ = [
     "JaxftError",

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError, OSError) as error:
-        from jaxft.devices import shortage
+        from jaxft.hardware.devices import shortage
 
         if not (said := shortage(error)):
             raise
@@ -310,7 +310,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     with _together(options):
         config = _config(options, training=True)
-        from jaxft.trainer import train
+        from jaxft.programs.trainer import train
 
         result = train(config, resume=options.resume, overwrite=options.overwrite)
     if not result.exit_code:
@@ -320,7 +320,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _after_training(config: "RunConfig") -> list[str]:
     """Returns the commands that take a finished run further."""
-    from jaxft.workdir import absolute
+    from jaxft.workdir.workdir import absolute
 
     workdir = absolute(config.train.workdir)
     evaluate = _command("eval", config=workdir / "config.json", checkpoint=workdir)
@@ -341,7 +341,7 @@ def _command(name: str, **flags: Path) -> str:
 
 
 def _show_next(commands: Sequence[str]) -> None:
-    from jaxft.progress import log
+    from jaxft.console import log
 
     log("\n".join(["Next:", *(f"  {command}" for command in commands)]))
 
@@ -354,9 +354,10 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> None:
     config = _config(options, validate=False)  # --checkpoint may stand in for model.path
-    from jaxft import distributed, evaluation, tables
-    from jaxft.shardings import check_outputs
-    from jaxft.workdir import absolute
+    from jaxft import distributed
+    from jaxft.compiled.layout import check_outputs
+    from jaxft.programs import evaluation, tables
+    from jaxft.workdir.workdir import absolute
 
     if options.compare and options.checkpoint:
         raise ConfigError("--compare names both models already; leave --checkpoint out.")
@@ -389,7 +390,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise ConfigError("--raw continues a text: it takes no --system, --tools or --messages.")
     if options.prompt and options.messages:
         raise ConfigError("--prompt and --messages both say what to ask; give one.")
-    from jaxft import questions
+    from jaxft.programs import questions
 
     tools = questions.read_tools(options.tools) if options.tools else None
     texts, asked = [], []
@@ -429,7 +430,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _chat(options: argparse.Namespace) -> int:
     _refuse_several("chat")
-    from jaxft import questions, terminal
+    from jaxft.programs import questions, terminal
 
     tools = questions.read_tools(options.tools) if options.tools else None
     sampling = _sampling(options)
@@ -447,7 +448,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _sampling(options: argparse.Namespace):
-    from jaxft.generate import Sampling
+    from jaxft.programs.generate import Sampling
 
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens={options.max_new_tokens}; expected at least 1.")
@@ -467,7 +468,7 @@ def _sampling(options: argparse.Namespace):
 
 def _export(options: argparse.Namespace) -> int:
     _refuse_several("export")
-    from jaxft.exporter import export
+    from jaxft.programs.exporter import export
 
     folder = export(
         options.checkpoint,
@@ -490,12 +491,12 @@ def _convert(options: argparse.Namespace) -> int:
     if options.check and (options.dtype or options.overwrite):
         raise ConfigError("--check writes nothing: it takes no --dtype and no --overwrite.")
     if options.check:
-        from jaxft.conversion import check, describe
+        from jaxft.programs.conversion import check, describe
 
         found = check(options.model, revision=options.revision)
         print(describe(found))
         return 0 if found.fits else 1
-    from jaxft.exporter import export
+    from jaxft.programs.exporter import export
 
     folder = export(
         options.model,
@@ -510,10 +511,11 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _data(options: argparse.Namespace) -> int:
     config = _config(options)
+    from jaxft.console import log, stdout
     from jaxft.data.inspect import inspect
-    from jaxft.evaluation import named_sources
-    from jaxft.model import context_of, find_source, load_model_tokenizer
-    from jaxft.progress import log, output
+    from jaxft.programs.evaluation import named_sources
+    from jaxft.programs.model import context_of, load_model_tokenizer
+    from jaxft.workdir.source import find_source
 
     source = find_source(config.model.path, revision=config.model.revision, weights=False)
     tokenizer, _ = load_model_tokenizer(source, config.model)
@@ -522,22 +524,23 @@ def _data(options: argparse.Namespace) -> int:
     report = inspect(
         config, tokenizer, sources=sources, context=context_of(source), on_progress=log
     )
-    output.print(report)
+    stdout.print(report)
     return 1 if any(item.refusal for item in report.sets) else 0
 
 
 def _shardings(options: argparse.Namespace) -> int:
-    config = _config(options)
-    from jaxft import shardings
+    from jaxft.compiled import layout
 
-    shardings.check_outputs(html=options.html, output=options.output)
-    devices = None if options.devices is None else shardings.cpu_devices(options.devices)
-    found = shardings.describe_run(config, devices=devices, compiled=options.collectives)
-    shardings.print_description(found)
+    config = _config(options)
+
+    layout.check_outputs(html=options.html, output=options.output)
+    devices = None if options.devices is None else layout.cpu_devices(options.devices)
+    found = layout.describe_run(config, devices=devices, compiled=options.collectives)
+    layout.print_description(found)
     if options.output:
-        print(f"Wrote {shardings.write_json(options.output, found)}.")
+        print(f"Wrote {layout.write_json(options.output, found)}.")
     if options.html:
-        from jaxft.sharding_page import write_page
+        from jaxft.compiled.layout_page import write_page
 
         print(f"Wrote {write_page(options.html, found)}.")
     return 0
@@ -558,10 +561,10 @@ def _plan(options: argparse.Namespace) -> int:
     if options.count < 1 or options.jobs < 0 or not options.budget > 0:
         raise ConfigError("--count is 1 or more, --jobs 0 or more, --budget more than 0 seconds.")
     config = _config(options)
+    from jaxft.compiled.layout import check_outputs
+    from jaxft.console import log
     from jaxft.planner import command
     from jaxft.planner.topology import LOCAL, use_compiler_alone
-    from jaxft.progress import log
-    from jaxft.shardings import check_outputs
 
     check_outputs(html=options.html, json=options.json, output=options.output)
     if options.output and len(topologies) > 1:
@@ -605,6 +608,6 @@ def _listed(values: Sequence[str]) -> list[str]:
 def _doctor(options: argparse.Namespace) -> int:
     named = options.config or options.overrides
     config = _config(options, validate=False) if named else None
-    from jaxft.doctor import print_checks, run_doctor
+    from jaxft.programs.doctor import print_checks, run_doctor
 
     return print_checks(run_doctor(config))

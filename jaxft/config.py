@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxft import activations
 from jaxft.errors import ConfigError, collected, nearest, nearest_of
+from jaxft.models import activations
 
 _YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
 

@@ -12,7 +12,7 @@ import pytest
 
 import jaxft
 from jaxft import cli
-from jaxft.model import find_source
+from jaxft.workdir.source import find_source
 from tests.tiny_run import tiny_config
 
 

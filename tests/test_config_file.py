@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from jaxft.config import RunConfig, describe, from_dict, to_dict, to_yaml, walk
 from jaxft.config_file import _ONE_LINE, read_file
 from jaxft.errors import ConfigError
+from jaxft.files import write_text
 from jaxft.flags import read_config
-from jaxft.workdir import write_text
 
 
 def read(tmp_path, text: str, name: str = "run.yaml") -> RunConfig:

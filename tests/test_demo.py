@@ -32,8 +32,8 @@ from jaxft.demo.make_base import write_skeleton
 from jaxft.demo.runs import load_run
 from jaxft.demo.tokenizer import PADDING, SPECIAL_TOKENS, VOCABULARY, train_tokenizer
 from jaxft.errors import ConfigError
-from jaxft.evaluation import Answers, Evaluation, HeldOut, RowSums
-from jaxft.model import Source
+from jaxft.programs.evaluation import Answers, Evaluation, HeldOut, RowSums
+from jaxft.workdir.source import Source
 
 # Words that say nothing about a department: all that training and held-out cases may share.
 FUNCTION_WORDS = set(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import jaxft
-from jaxft.generate import generate_tokens
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer
+from jaxft.programs.generate import generate_tokens
 from tests.oracle.read_tokenizer import describe
 from tests.tiny_run import tiny_config
 

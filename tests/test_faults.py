@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import jaxft
-from jaxft.checkpoint import Checkpoints
 from jaxft.errors import CheckpointError, ModelError, TrainingError
-from jaxft.trainer import train
-from jaxft.workdir import read_jsonl
+from jaxft.files import read_jsonl
+from jaxft.programs.trainer import train
+from jaxft.workdir.checkpoint import Checkpoints
 from tests.tiny_run import assert_same_arrays, command, read_metrics, read_records, tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +159,8 @@ def test_a_run_that_cannot_start_leaves_no_folder(home, tmp_path):
 # Saves do not end here, as on a slow disk: WHERE is the main thread's part or that of a thread.
 STUCK = """
 import sys, time
-from jaxft import checkpoint, cli
+from jaxft.workdir import checkpoint
+from jaxft import cli
 original = checkpoint.ocp.CheckpointManager.WHERE
 def slow(*args, **kwargs):
     original(*args, **kwargs)

@@ -14,8 +14,8 @@ from jaxft.hf.rules import expand
 from jaxft.models.config import Numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
-from jaxft.program import Program, build, build_evaluator, make_placement, put
-from jaxft.state import TrainState, init_state
+from jaxft.training.program import Program, build, build_evaluator, make_placement, put
+from jaxft.training.state import TrainState, init_state
 from tests.oracle.cases import CASES, llama_tensors, tensors_of
 
 

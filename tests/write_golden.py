@@ -14,10 +14,10 @@ assert conftest
 
 import jax  # noqa: E402
 
+from jaxft.compiled.layout import compile_step, describe, format_spec, make_program  # noqa: E402
 from jaxft.config import RunConfig  # noqa: E402
 from jaxft.models.families import architecture_from_hf  # noqa: E402
-from jaxft.program import make_placement  # noqa: E402
-from jaxft.shardings import compile_step, describe, format_spec, make_program  # noqa: E402
+from jaxft.training.program import make_placement  # noqa: E402
 from tests.oracle.cases import CASES  # noqa: E402
 from tests.strategies import BUILT_IN, FOR_EXPERTS, MESHES  # noqa: E402
 

@@ -16,12 +16,7 @@ from rich.text import Text
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.overlap import Overlap, find_overlap
 from jaxft.data.packing import PackingError
-from jaxft.data.preparation import (
-    DATED,
-    describe_findings,
-    prepare,
-    skipped_rows,
-)
+from jaxft.data.preparation import DATED, describe_findings, prepare, skipped_rows
 from jaxft.data.rows import TokenRows
 from jaxft.data.template import resolve_template
 from jaxft.errors import ConfigError

@@ -14,8 +14,8 @@ from jaxft.demo.complaints import NAMES
 from jaxft.demo.data import HELD_OUT_CASES, TRAIN_CASES, write_task
 from jaxft.demo.runs import load_run
 from jaxft.errors import JaxftError
-from jaxft.evaluation import Evaluation
-from jaxft.intervals import proportion
+from jaxft.programs.evaluation import Evaluation
+from jaxft.reporting.intervals import proportion
 
 FOLDER = Path("runs/demo")
 MAX_NEW_TOKENS = 12

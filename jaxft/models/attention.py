@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.activations import ATTENTION
 from jaxft.errors import ConfigError
+from jaxft.models.activations import ATTENTION
 from jaxft.models.config import DecoderConfig, Scores
 from jaxft.models.ring import BLOCK, ring_attention
 from jaxft.models.row_split import split_rows

@@ -11,23 +11,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxft import activations
-from jaxft.models.attention import (
-    attend,
-    causal_mask,
-    masked_attention,
-    row_attention,
-    row_mask,
-)
+from jaxft.models import activations
+from jaxft.models.attention import attend, causal_mask, masked_attention, row_attention, row_mask
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
-from jaxft.models.layers import (
-    AttentionFn,
-    Embedding,
-    LayerInputs,
-    Linear,
-    Routing,
-    make_norm,
-)
+from jaxft.models.layers import AttentionFn, Embedding, LayerInputs, Linear, Routing, make_norm
 from jaxft.models.module import Params, merge, split, stack
 from jaxft.models.rope import document_lengths, rotary_tables
 from jaxft.sharding.rules import constrain

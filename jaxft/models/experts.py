@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.activations import MLP
 from jaxft.errors import ConfigError
+from jaxft.models.activations import MLP
 from jaxft.models.config import DecoderConfig, ExpertsConfig, Numerics
 from jaxft.models.layers import Linear, Routing
 from jaxft.models.module import Param

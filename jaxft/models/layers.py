@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft import activations
+from jaxft.models import activations
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.module import Param
 from jaxft.models.rope import rotate

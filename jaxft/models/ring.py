@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxft.activations import ATTENTION
+from jaxft.models.activations import ATTENTION
 from jaxft.models.config import Scores
 from jaxft.models.row_split import RowSplit, split_rows
 from jaxft.sharding.rules import active_placement

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxft.activations import ATTENTION
+from jaxft.models.activations import ATTENTION
 from jaxft.models.config import Scores
 from jaxft.models.row_split import split_rows
 from jaxft.sharding.rules import active_placement

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import activations as names
+from jaxft.compiled.collectives import Collective
 from jaxft.config import RunConfig
+from jaxft.models import activations as names
 from jaxft.models.config import make_numerics
 from jaxft.models.experts import slots_of_expert
 from jaxft.models.families import Architecture
@@ -23,7 +24,6 @@ from jaxft.planner.network import Network
 from jaxft.planner.placed import Placed
 from jaxft.planner.timeline import ATTENTION, DCN, ICI, MATMUL, MEMORY, TO_HOST, WAIT, Rates
 from jaxft.planner.topology import Topology
-from jaxft.sharding.collectives import Collective
 from jaxft.sharding.reduce import WeightPlan
 from jaxft.sharding.rules import as_names
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import jax
 
+from jaxft.compiled.layout import cpu_devices, find_architecture
 from jaxft.config import RunConfig, to_dict
 from jaxft.errors import ConfigError, JaxftError, collected
+from jaxft.files import write_text
 from jaxft.planner.plan import Plan, Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.remedies import try_remedies
@@ -15,8 +17,6 @@ from jaxft.planner.search import Search, config_file, search, with_flags
 from jaxft.planner.topology import LOCAL, Topology, next_larger, parse
 from jaxft.sharding.mesh import check_sizes
 from jaxft.sharding.rules import load_strategy
-from jaxft.shardings import cpu_devices, find_architecture
-from jaxft.workdir import write_text
 
 
 @dataclass(frozen=True, kw_only=True)

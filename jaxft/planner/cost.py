@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from jaxft.hlo import HBM, Array, Computation, Instruction, Module, arrays
+from jaxft.compiled.hlo import HBM, Array, Computation, Instruction, Module, arrays
 
 # Values that are the same bytes under another name.
 _VIEWS = ("bitcast", "get-tuple-element", "reshape", "convert", "copy", "transpose")

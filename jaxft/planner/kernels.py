@@ -2,8 +2,8 @@
 
 import math
 
-from jaxft.chips import Chip
-from jaxft.hlo import Computation, Instruction, arrays
+from jaxft.compiled.hlo import Computation, Instruction, arrays
+from jaxft.hardware.chips import Chip
 from jaxft.models.config import DecoderConfig
 
 # What share of a matrix unit's rate flash attention reaches if a head is as wide as the unit,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxft.hlo import HBM, Computation, Instruction, Module, arrays
+from jaxft.compiled.hlo import HBM, Computation, Instruction, Module, arrays
 from jaxft.planner.cost import is_view
 
 # Instructions whose result is the memory of an operand.

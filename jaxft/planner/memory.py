@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxft.chips import Chip
+from jaxft.hardware.chips import Chip
 from jaxft.models.config import DecoderConfig
 from jaxft.planner.compilation import Compiled
 from jaxft.planner.liveness import Buffer, Peak

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.chips import Chip, Switch, Torus
-from jaxft.sharding.collectives import Collective
+from jaxft.compiled.collectives import Collective
+from jaxft.hardware.chips import Chip, Switch, Torus
 
 # Of one message from one chip to the next (scaling book, question 5 of the chapter on TPUs).
 HOP_SECONDS = 1e-6

@@ -10,7 +10,7 @@ import jax
 from jaxft.models.module import AbstractModel
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, as_names
-from jaxft.state import partition, reaches_layers
+from jaxft.training.state import partition, reaches_layers
 
 
 class Weight(NamedTuple):

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from jaxft.compiled.collectives import Collective, Frame, Reader
+from jaxft.compiled.hlo import Computation, Instruction, Module
+from jaxft.compiled.layout import cpu_devices, describe, make_program, with_any_attention
 from jaxft.config import RunConfig, to_dict
 from jaxft.data.batch import Batch
-from jaxft.hlo import Computation, Instruction, Module
-from jaxft.metrics import Learning, training_flops
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
@@ -29,10 +30,9 @@ from jaxft.planner.placed import Placed
 from jaxft.planner.prices import Prices
 from jaxft.planner.timeline import Rates, Simulator, Timeline
 from jaxft.planner.topology import Topology
-from jaxft.program import Program, make_placement, refused_options
-from jaxft.sharding.collectives import Collective, Frame, Reader
 from jaxft.sharding.rules import Placement
-from jaxft.shardings import cpu_devices, describe, make_program, with_any_attention
+from jaxft.training.flops import Learning, training_flops
+from jaxft.training.program import Program, make_placement, refused_options
 
 # Version of the JSON form; a field that changes its meaning or goes away raises it.
 SCHEMA = 1

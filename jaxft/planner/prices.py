@@ -7,8 +7,8 @@ from datetime import date
 from importlib import resources
 from pathlib import Path
 
-from jaxft.chips import CHIPS
 from jaxft.errors import ConfigError, nearest
+from jaxft.hardware.chips import CHIPS
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from jaxft.chips import Chip, Switch
+from jaxft.compiled.layout import format_bytes, make_table
+from jaxft.console import stdout
+from jaxft.files import write_text
+from jaxft.hardware.chips import Chip, Switch
 from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape
 from jaxft.planner.search import Candidate, Search
 from jaxft.planner.timeline import ICI
-from jaxft.progress import output
-from jaxft.shardings import format_bytes, make_table
-from jaxft.workdir import write_text
 
 # Rows of a search that are shown; all are in its JSON.
 _SHOWN = 12
@@ -25,7 +25,7 @@ def print_plans(plans: Sequence[Plan]) -> None:
     """Prints each plan, and a line for each where there are several."""
     for plan in plans:
         print_plan(plan)
-        output.print()
+        stdout.print()
     if len(plans) > 1:
         _print_comparison(plans)
 
@@ -38,13 +38,13 @@ def print_plan(plan: Plan) -> None:
         f"{escape(plan.strategy)} on {describe_shape(plan.topology)} ({mesh})"
     )
     _say(_verdict(plan))
-    output.print(_memory_table(plan))
+    stdout.print(_memory_table(plan))
     if plan.memory.host:
         _say(f"In the host's memory, for each device: {format_bytes(plan.memory.host)}.")
     if plan.time is not None:
         _print_time(plan, plan.time)
     if plan.exchanges:
-        output.print(_exchange_table(plan))
+        stdout.print(_exchange_table(plan))
     if plan.evaluation_memory:
         _print_evaluation(plan)
     if plan.remedies:
@@ -68,7 +68,7 @@ def _print_evaluation(plan: Plan) -> None:
 
 
 def _say(text: str) -> None:
-    output.print(text, highlight=False, soft_wrap=True)
+    stdout.print(text, highlight=False, soft_wrap=True)
 
 
 def _verdict(plan: Plan) -> str:
@@ -194,7 +194,7 @@ def _print_comparison(plans: Sequence[Plan]) -> None:
             f"{speed.mfu:.1%}" if speed else "",
             f"{speed.price_per_million_tokens:.3g}" if speed and speed.price_per_hour else "",
         )
-    output.print(table)
+    stdout.print(table)
     if all(plan.source == "compiled" for plan in plans):
         _say("[dim]Memory is the compiler's; times and what follows are estimates.[/dim]")
     elif any(plan.source == "compiled" for plan in plans):
@@ -221,7 +221,7 @@ def print_search(found: Search) -> None:
             _rate(candidate),
             candidate.outcome,
         )
-    output.print(table)
+    stdout.print(table)
     left = {}
     for candidate in found.candidates[_SHOWN:]:
         reason = candidate.outcome.partition(":")[0]

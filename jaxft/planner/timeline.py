@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxft.chips import Chip
-from jaxft.hlo import HOST, Computation, Instruction, Module, arrays
+from jaxft.compiled.collectives import Collective, Frame, Reader
+from jaxft.compiled.hlo import HOST, Computation, Instruction, Module, arrays
+from jaxft.hardware.chips import Chip
 from jaxft.planner.cost import MOVES, Cost, cost_of, moved_bytes
 from jaxft.planner.network import Network
-from jaxft.sharding.collectives import Collective, Frame, Reader
 
 # What the core does; it waits for what runs on another lane, which the kind then names.
 MATMUL, ATTENTION, MEMORY, WAIT = "matmul", "attention", "memory", "wait"

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from jaxft.chips import CHIPS, Chip, Switch, Torus, chip_named, chip_of
-from jaxft.devices import LIBTPU_LOCK, lock_holder
 from jaxft.errors import ConfigError, nearest
+from jaxft.hardware.chips import CHIPS, Chip, Switch, Torus, chip_named, chip_of
+from jaxft.hardware.devices import LIBTPU_LOCK, lock_holder
 
 LOCAL = "local"
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "ironwood": "tpu7x"}

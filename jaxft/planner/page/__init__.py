@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxft.files import write_text
 from jaxft.planner.page.memory import memory_section
 from jaxft.planner.page.mesh import mesh_section
 from jaxft.planner.page.overview import (
@@ -24,8 +25,7 @@ from jaxft.planner.page.search import search_section
 from jaxft.planner.page.step import collectives_section, time_section, timeline_section
 from jaxft.planner.page.style import STYLE
 from jaxft.planner.plan import Plan
-from jaxft.report import page, short_name
-from jaxft.workdir import write_text
+from jaxft.reporting.report import page, short_name
 
 if TYPE_CHECKING:
     from jaxft.planner.search import Search

@@ -1,8 +1,8 @@
 """The part of a page that shows the memory of a device against its limit."""
 
+from jaxft.compiled.layout import format_bytes
 from jaxft.planner.page.parts import Share, css_number, fit_words, legend, section, stacked_bar
 from jaxft.planner.plan import Plan
-from jaxft.shardings import format_bytes
 
 # What the compiled program states; the rest of the memory is split by its schedule.
 _FACTS = ("parameters", "optimizer", "batch", "padding", "program")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from jaxft.chips import Switch
 from jaxft.errors import ConfigError
+from jaxft.hardware.chips import Switch
 from jaxft.planner.page.parts import section
 from jaxft.planner.plan import Plan
 from jaxft.sharding.rules import load_strategy

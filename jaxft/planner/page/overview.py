@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+from jaxft.compiled.layout import format_bytes
 from jaxft.config import RunConfig, to_dict, walk
 from jaxft.planner.page.parts import (
     fit_words,
@@ -16,8 +17,7 @@ from jaxft.planner.page.parts import (
 )
 from jaxft.planner.plan import Plan, describe_shape
 from jaxft.planner.show import flag, format_seconds
-from jaxft.report import tile
-from jaxft.shardings import format_bytes
+from jaxft.reporting.report import tile
 
 
 def _money(amount: float, currency: str) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from jaxft.compiled.layout import format_bytes
 from jaxft.planner import timeline as lanes
 from jaxft.planner.plan import Plan, StepTime
 from jaxft.planner.show import format_seconds
-from jaxft.report import short_name
-from jaxft.shardings import format_bytes
+from jaxft.reporting.report import short_name
 
 
 def section(title: str, text: str, content: str, *, estimate: bool = False) -> str:

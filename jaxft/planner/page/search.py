@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxft import charts
+from jaxft.compiled.layout import format_bytes
 from jaxft.planner.page.parts import html_table, percent, section
 from jaxft.planner.plan import describe_shape
 from jaxft.planner.show import format_seconds
-from jaxft.shardings import format_bytes
+from jaxft.reporting import charts
 
 if TYPE_CHECKING:
     from jaxft.planner.search import Candidate, Search

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from jaxft import charts
+from jaxft.compiled.layout import format_bytes
 from jaxft.planner import timeline as lanes
 from jaxft.planner.page.parts import (
     Share,
@@ -20,7 +20,7 @@ from jaxft.planner.page.parts import (
 from jaxft.planner.plan import Plan, StepTime
 from jaxft.planner.show import format_seconds, network_name
 from jaxft.planner.timeline import Loop, Span, Timeline
-from jaxft.shardings import format_bytes
+from jaxft.reporting import charts
 
 _LANES = (lanes.CORE, lanes.ICI, lanes.DCN, lanes.TO_HOST, lanes.COPY, lanes.SPARSE)
 _LANE_NAMES = {

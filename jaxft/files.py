@@ -1,0 +1,100 @@
+"""Files that are never half written: texts, JSON lines."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxft.errors import TrainingError
+
+# What names of files that are being written begin with.
+TEMPORARY = ".jaxft-"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file at once: readers and crashes see the old text or the new one.
+
+    Raises:
+      TrainingError: If the disk is full or the folder cannot be written.
+    """
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Appends one object as one line in a single write; numbers that are not finite become null.
+
+    Raises:
+      TrainingError: If the disk is full or the file cannot be written.
+    """
+    append_bytes(path, (json.dumps(finite(record), ensure_ascii=False) + "\n").encode())
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Appends to a file in a single write; nothing is kept back.
+
+    Raises:
+      TrainingError: If the disk is full or the file cannot be written.
+    """
+    try:
+        with path.open("ab", buffering=0) as file:
+            written = file.write(data)
+            if written < len(data):
+                file.write(data[written:])  # raises what stopped the first write
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a file that may be absent, or torn by a crash at any line."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and line.endswith(b"\n"):
+                yield record
+
+
+def rewrite_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Replaces a file's lines at once."""
+    lines = [json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records]
+    write_text(path, "".join(lines))
+
+
+def finite(value: Any) -> Any:
+    """Returns a value for JSON: None for what it cannot say (nan, inf), numbers for NumPy's."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, float) and (number != number or abs(number) == float("inf")):
+        return None
+    return number
+
+
+def write_error(path: Path, error: OSError) -> TrainingError:
+    """Returns what to raise when the system refuses a write."""
+    return TrainingError(
+        f"{path} cannot be written: {error.strerror}. Free some disk space or mend the folder's "
+        "permissions, then run it again; a training run goes on with --resume."
+    )

@@ -1,0 +1,1 @@
+"""Chips and devices: their rates, memory and links."""

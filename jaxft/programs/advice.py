@@ -1,0 +1,108 @@
+"""What a run is warned of before it starts: what is allowed and is seldom meant."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+from jaxft import console
+from jaxft.config import RunConfig
+from jaxft.console import counted
+from jaxft.data import TokenRows
+from jaxft.data.overlap import find_overlap
+from jaxft.programs.evaluation import HeldOut
+
+# A run of fewer steps is taken for an accident, unless it is asked for.
+_FEW_STEPS = 50
+
+
+def warn(
+    config: RunConfig,
+    rows: TokenRows,
+    held_out: Mapping[str, HeldOut],
+    *,
+    steps: int,
+    context: int,
+    row_multiple: int,
+) -> None:
+    """Logs each thing that a run should not be started with unawares.
+
+    Args:
+      config: The run.
+      rows: Training data.
+      held_out: What is evaluated, by name.
+      steps: Of the whole run.
+      context: Tokens that the model can hold.
+      row_multiple: What `train.batch_size` is a multiple of.
+    """
+    _warn_of_length(config, [rows, *(found.rows for found in held_out.values())], context)
+    if config.model.dtypes == "bfloat16":
+        _say(
+            "Parameters are bfloat16, which has 8 bits: updates under 1/256 of a weight are lost. "
+            "Small learning rates need --config.model.dtypes=mixed."
+        )
+    _warn_of_overlap(rows, held_out)
+    _warn_of_few_steps(config, rows, steps, row_multiple)
+
+
+def _say(text: str) -> None:
+    console.log(text, style="yellow")
+
+
+def _warn_of_length(config: RunConfig, sets: list[TokenRows], context: int) -> None:
+    longest = max(min(r.statistics.packed.longest, r.max_length) for r in sets)
+    longest = config.data.max_length if config.data.packing == "stream" else longest
+    if longest > context:
+        _say(
+            f"Documents have up to {longest} tokens and the model's context is {context}: it is "
+            f"trained on positions that it has never seen. Set --config.data.max_length={context}."
+        )
+
+
+def _warn_of_overlap(rows: TokenRows, held_out: Mapping[str, HeldOut]) -> None:
+    for name, found in held_out.items():
+        overlap = find_overlap(found.rows, rows)
+        if overlap.count:
+            _say(
+                f"{overlap.count:,} of {found.rows.statistics.documents:,} {name} documents are in "
+                f"the training data too, such as {'; '.join(overlap.examples)}: figures on {name} "
+                "are then better than on new data. Take them out of one of the two."
+            )
+
+
+def _warn_of_few_steps(config: RunConfig, rows: TokenRows, steps: int, row_multiple: int) -> None:
+    """Says what to change if whole epochs make hardly a step; `train.steps` is what was meant."""
+    if config.train.steps or steps >= _FEW_STEPS:
+        return
+    remedies = [
+        f"{flag} ({count:,} steps)"
+        for flag, count in _more_steps(config, rows, row_multiple)
+        if count >= _FEW_STEPS
+    ]
+    choice = "one of " if len(remedies) > 1 else ""
+    _say(
+        f"The run has {counted(steps, 'step')}, too few for most models to learn from: "
+        f"{counted(rows.statistics.documents, 'document')} packed into "
+        f"{counted(len(rows), 'row')} of {rows.max_length:,} tokens, "
+        f"{counted(config.train.batch_size, 'row')} a step. For more, set {choice}"
+        f"{', '.join(remedies)}."
+    )
+
+
+def _more_steps(config: RunConfig, rows: TokenRows, row_multiple: int) -> Iterator[tuple[str, int]]:
+    """Yields flags that make a run longer, with the steps that it would have."""
+    train, packed = config.train, rows.statistics.packed
+
+    def steps(count: float, *, size: int = train.batch_size, epochs: float = train.epochs) -> int:
+        return math.ceil(round(epochs * count) / size)
+
+    fitting = int(train.epochs * len(rows) / _FEW_STEPS) // row_multiple * row_multiple
+    size = max(fitting, row_multiple)
+    yield f"--config.train.batch_size={size}", steps(len(rows), size=size)
+    epochs = math.ceil(_FEW_STEPS * train.batch_size / len(rows))
+    yield f"--config.train.epochs={epochs}", steps(len(rows), epochs=epochs)
+    if config.data.packing == "documents":
+        yield "--config.data.packing=none", steps(rows.statistics.documents - packed.dropped)
+        shorter = -(-packed.longest // 64) * 64
+        if shorter < rows.max_length:
+            # As full as the rows are now.
+            count = len(rows) * rows.max_length / shorter
+            yield f"--config.data.max_length={shorter}", steps(count)

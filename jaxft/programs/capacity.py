@@ -1,0 +1,442 @@
+"""Whether a run fits into the memory that is here, and the smallest changes with which it does.
+
+What it takes is the planner's estimate in closed form, which costs milliseconds, or what the
+compiled step says of itself.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from jaxft import console
+from jaxft.compiled.layout import find_architecture
+from jaxft.config import RunConfig, TrainConfig, to_dict
+from jaxft.errors import JaxftError, OutOfMemoryError
+from jaxft.hardware.devices import Room, gib, room, shortage
+from jaxft.models.config import make_numerics
+from jaxft.models.families import Architecture
+from jaxft.planner.analytic import Estimator
+from jaxft.planner.placed import Placed
+from jaxft.planner.plan import attention_on, place
+from jaxft.planner.search import with_flags
+from jaxft.planner.topology import LOCAL, parse
+from jaxft.training.program import check_rows, check_strategy, make_placement
+
+# Bytes by kind, as `planner.memory.KINDS`.
+type Kinds = dict[str, int]
+type Flags = dict[str, Any]
+
+# Of what an estimate says that was too little, changes are looked for that take this share.
+_SURE = 0.75
+# What an estimate says that is too much by this factor is so for sure.
+_HOPELESS = 2.0
+# Kinds that take less than this share of the whole are not listed.
+_SMALL = 0.03
+# Rows shorter than this are no remedy.
+_SHORTEST = 64
+
+
+class Estimates:
+    """Estimates of runs of one model, which share what they have in common."""
+
+    def __init__(self, architecture: Architecture):
+        self._architecture = architecture
+        self._topology = parse(LOCAL)
+        self._estimator = Estimator(architecture=architecture, topology=self._topology)
+        self._placed: dict[tuple, Placed] = {}
+
+    def training(self, config: RunConfig) -> Kinds:
+        """Returns what a training step takes.
+
+        Raises:
+          ConfigError: If the strategy cannot place the model, or rows cannot be split.
+        """
+        placed = self._place(config)
+        check_rows(config, placed.placement)
+        return self._estimator.memory(config, placed)
+
+    def evaluation(self, config: RunConfig) -> Kinds:
+        """Returns what an evaluation step takes.
+
+        Raises:
+          ConfigError: If the strategy cannot place the model.
+        """
+        placed = self._place(config)
+        rows = placed.placement.whole_rows(config.eval.batch_size or config.train.batch_size)
+        return self._estimator.evaluation_memory(config, placed, rows)
+
+    def _place(self, config: RunConfig) -> Placed:
+        model, length = config.model, config.data.max_length
+        mesh = tuple(to_dict(config.mesh).values())
+        key = (model.dtypes, model.attention, config.strategy, mesh, length, config.optim.freeze)
+        if key not in self._placed:
+            placement = make_placement(config)
+            check_strategy(config, self._architecture, placement)
+            abstract = self._architecture.abstract(make_numerics(model.dtypes))
+            choice = attention_on(config, self._architecture, self._topology, placement)
+            self._placed[key] = place(config, placement, abstract, choice)
+        return self._placed[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Something that takes memory.
+
+    Attributes:
+      name: What it is.
+      kinds: Its estimate for one device.
+      held: Kinds that are held throughout, whatever else changes.
+      changes: Ways to take less, each a list of flags, from the least change to the most; those
+        that leave the result as it is, and those that do not.
+    """
+
+    name: str
+    kinds: Callable[[RunConfig, Estimates], Kinds]
+    held: tuple[str, ...]
+    changes: Callable[[RunConfig], tuple[list[list[Flags]], list[list[Flags]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change with which a run fits by estimate.
+
+    Attributes:
+      flags: Config keys and values.
+      bytes: That it then takes on a device.
+      same: Whether the result stays what it was.
+    """
+
+    flags: Flags
+    bytes: int
+    same: bool
+
+    def __str__(self) -> str:
+        words = " ".join(f"--config.{key}={value}" for key, value in self.flags.items())
+        return f"{words}  ({gib(self.bytes)}{'' if self.same else ', another result'})"
+
+
+def here(config: RunConfig) -> Room:
+    """Returns what each device of this process has on which a run computes.
+
+    Raises:
+      ConfigError: If the run's mesh does not fit the devices.
+    """
+    devices = make_placement(config).mesh.devices.flat
+    # A small mesh may have none of this process; they are like the others.
+    ours = [d for d in devices if d.process_index == jax.process_index()]
+    return room(ours or jax.local_devices())
+
+
+def check(task: Task, config: RunConfig, architecture: Architecture) -> None:
+    """Warns of a run that may not fit, before anything is loaded.
+
+    Raises:
+      OutOfMemoryError: If it cannot: what it holds throughout is more than there is, or all that it
+        takes is so by far.
+    """
+    estimates = Estimates(architecture)
+    kinds, found = task.kinds(config, estimates), here(config)
+    held, whole = sum(kinds[kind] for kind in task.held), sum(kinds.values())
+    if not found.limit or whole <= found.free:
+        return
+    advice = _advice(task, config, estimates, kinds, found)
+    if held > found.limit:
+        raise OutOfMemoryError(
+            f"{task.name} does not fit: {' and '.join(task.held)} alone take {gib(held)} on a "
+            f"device, and {found.name} has {gib(found.limit)}. {advice}"
+        )
+    takes = f"by estimate it takes {gib(whole)} on a device ({_listed(kinds)}), and {found}"
+    if whole > _HOPELESS * found.limit:
+        raise OutOfMemoryError(f"{task.name} does not fit: {takes}. {advice}")
+    end = ", on a CPU without a word" if jax.default_backend() == "cpu" else ""
+    console.log(
+        f"{task.name} may not fit: {takes}. It may end for lack of memory{end}. {advice}",
+        style="yellow",
+    )
+
+
+def check_compiled(task: Task, config: RunConfig, architecture: Architecture, step: Any) -> None:
+    """Refuses a run whose compiled step says that it takes more than there is.
+
+    The compiler for TPU has done so by itself.
+
+    Raises:
+      OutOfMemoryError: Before anything is loaded that would end for lack of memory.
+    """
+    found, memory = here(config), step.memory_analysis()
+    if memory is None or not found.limit or jax.default_backend() == "tpu":
+        return
+    apart = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + apart
+    if needed > found.limit:
+        estimates = Estimates(architecture)
+        kinds = task.kinds(config, estimates)
+        raise OutOfMemoryError(
+            f"{task.name} does not fit: compiled it takes {gib(needed)} on a device, and "
+            f"{found}. {_advice(task, config, estimates, kinds, found)}"
+        )
+
+
+@contextlib.contextmanager
+def explained(task: Task, config: RunConfig) -> Iterator[None]:
+    """Turns a lack of memory, on a device or the host, into an OutOfMemoryError with what to do."""
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except Exception as error:
+        said = shortage(error)
+        if not said:
+            raise
+        raise OutOfMemoryError(f"{said} {_explain(task, config)}") from error
+
+
+def _explain(task: Task, config: RunConfig) -> str:
+    try:
+        estimates = Estimates(find_architecture(config))
+        kinds, found = task.kinds(config, estimates), here(config)
+    except JaxftError:
+        return ""
+    return (
+        f"{task.name} takes about {gib(sum(kinds.values()))} on a device by estimate "
+        f"({_listed(kinds)}); {found}. "
+        f"{_advice(task, config, estimates, kinds, found)}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Whether a run fits, by estimate.
+
+    Attributes:
+      kinds: What training takes on a device.
+      room: What there is.
+      changes: With which it fits, if it does not.
+    """
+
+    kinds: Kinds
+    room: Room
+    changes: list[Change]
+
+    @property
+    def bytes(self) -> int:
+        """All that training takes on a device."""
+        return sum(self.kinds.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits beside what uses the memory now."""
+        return not self.room.limit or self.bytes <= self.room.free
+
+    @property
+    def fits_alone(self) -> bool:
+        """Whether it fits if nothing else uses the memory."""
+        return not self.room.limit or self.bytes <= self.room.limit
+
+    def __str__(self) -> str:
+        return f"{gib(self.bytes)} on a device by estimate ({_listed(self.kinds)}); {self.room}"
+
+
+def judge(config: RunConfig, architecture: Architecture) -> Judgement:
+    """Estimates whether training fits on the devices that are here.
+
+    Raises:
+      ConfigError: If the run is wrong, or cannot be placed on them.
+    """
+    config.validate()
+    estimates, found = Estimates(architecture), here(config)
+    kinds = TRAINING.kinds(config, estimates)
+    judged = Judgement(kinds, found, [])
+    if judged.fits:
+        return judged
+    return replace(judged, changes=find_changes(TRAINING, config, estimates, kinds, found))
+
+
+def advise(changes: list[Change]) -> str:
+    """Says which changes would make a run fit."""
+    if not changes:
+        return (
+            "None of the settings that save memory is enough. `jaxft plan --topology=…`, with the "
+            "same flags, says on which machine it fits."
+        )
+    return "\n  ".join(["The smallest changes that fit, by estimate:", *map(str, changes)])
+
+
+def _advice(task: Task, config: RunConfig, estimates: Estimates, kinds: Kinds, found: Room) -> str:
+    return advise(find_changes(task, config, estimates, kinds, found))
+
+
+def find_changes(
+    task: Task, config: RunConfig, estimates: Estimates, kinds: Kinds, found: Room
+) -> list[Change]:
+    """Returns the smallest changes with which a run fits by estimate.
+
+    Args:
+      task: What is to fit.
+      config: Of the run that does not.
+      estimates: Of its model.
+      kinds: Its own estimate. If that fits, the estimate was too low, and changes have to save
+        more.
+      found: What there is.
+    """
+    whole = sum(kinds.values())
+    limit = min(found.limit, max(found.free, sum(kinds[kind] for kind in task.held)))
+    most = limit if whole > limit else _SURE * whole
+    chosen: list[Change] = []
+    for same, ways in zip((True, False), task.changes(config), strict=True):
+        for way in ways:
+            change = _first_that_fits(task, config, estimates, way, most, same)
+            more = change and any(c.flags.items() <= change.flags.items() for c in chosen)
+            if change and not more:
+                chosen.append(change)
+        if chosen:
+            break
+    return chosen
+
+
+def _first_that_fits(
+    task: Task,
+    config: RunConfig,
+    estimates: Estimates,
+    way: list[Flags],
+    most: float,
+    same: bool,
+) -> Change | None:
+    for flags in way:
+        changed = with_flags(config, flags)
+        with contextlib.suppress(JaxftError):  # such as rows that a mesh cannot split
+            changed.validate()
+            size = sum(task.kinds(changed, estimates).values())
+            if size <= most:
+                return Change(flags, size, same)
+    return None
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+def _training_kinds(config: RunConfig, estimates: Estimates) -> Kinds:
+    """Returns the fuller of a training step, and of evaluation beside the optimizer's state."""
+    step = estimates.training(config)
+    if not (config.data.validation or config.eval.retention):
+        return step
+    tested = estimates.evaluation(config) | {"optimizer": step["optimizer"]}
+    return max(step, tested, key=lambda kinds: sum(kinds.values()))
+
+
+def _training_changes(config: RunConfig) -> tuple[list[list[Flags]], list[list[Flags]]]:
+    train, model = config.train, config.model
+    whole = {"model.remat": "full"} if model.remat != "full" else {}
+    chunk = {"objective.chunk": 64} if not 0 < config.objective.chunk <= 64 else {}
+    counts = [{"train.accumulation": count} for count in _more_parts(train)]
+    smaller: list[Flags] = []
+    if config.data.validation or config.eval.retention:
+        rows = config.eval.batch_size or train.batch_size
+        smaller = [{"eval.batch_size": rows >> i} for i in range(1, rows.bit_length())]
+    both = [whole | chunk | more for more in ({}, *counts)]
+    everything = [more | rows for more in both for rows in (smaller[-1:] or [{}])]
+    ways = [
+        [whole] if whole else [],
+        counts,
+        smaller,
+        [whole | more for more in counts] if whole else [],
+        [more for more in both if more],
+        [more for more in everything if more],
+        _on_all_devices(config, [{}, whole, *both, *everything]),
+    ]
+    if jax.default_backend() != "cpu" and model.offload != "inputs":
+        on_host = {"model.remat": "full", "model.offload": "inputs"}
+        ways.append([on_host, *(on_host | more for more in everything)])
+    least = everything[-1]
+    narrow = {"model.dtypes": "bfloat16"} if model.dtypes != "bfloat16" else {}
+    shorter = _shorter(config)
+    rows = [{"train.batch_size": train.batch_size >> i} for i in range(1, 63)]
+    fewer = [
+        {**whole, **chunk, **row, "train.accumulation": row["train.batch_size"]}
+        for row in rows
+        if row["train.batch_size"]
+    ]
+    others = [
+        [narrow | more for more in ({}, whole, *everything)] if narrow else [],
+        fewer,
+        [more | least for more in shorter],
+        [narrow | more | least for more in shorter] if narrow else [],
+        _on_all_devices(config, [narrow | more | least for more in ({}, *shorter)]),
+    ]
+    return ways, others
+
+
+# --- Evaluation ---------------------------------------------------------------------------------
+
+
+def _evaluation_kinds(config: RunConfig, estimates: Estimates) -> Kinds:
+    return estimates.evaluation(config)
+
+
+def _evaluation_changes(config: RunConfig) -> tuple[list[list[Flags]], list[list[Flags]]]:
+    rows = config.eval.batch_size or config.train.batch_size
+    fewer = [{"eval.batch_size": rows >> i} for i in range(1, rows.bit_length())]
+    chunk = {"objective.chunk": 64} if not 0 < config.objective.chunk <= 64 else {}
+    ways = [
+        fewer,
+        [chunk | more for more in ({}, *fewer)] if chunk else [],
+        _on_all_devices(config, [{}, *(chunk | more for more in fewer)]),
+    ]
+    least = chunk | (fewer[-1] if fewer else {})
+    narrow = {"model.dtypes": "bfloat16"} if config.model.dtypes != "bfloat16" else {}
+    others = [
+        [narrow | more for more in ({}, least)] if narrow else [],
+        [more | least for more in _shorter(config)],
+        _on_all_devices(config, [narrow | least]),
+    ]
+    return ways, others
+
+
+def _more_parts(train: TrainConfig) -> list[int]:
+    """Returns into how many micro-batches more a step can be cut, each twice the last or more."""
+    size = train.batch_size
+    low = [n for n in range(1, math.isqrt(size) + 1) if size % n == 0]
+    parts, least = [], 2 * train.accumulation
+    for count in [*low, *(size // n for n in reversed(low))]:
+        if count >= least:
+            parts.append(count)
+            least = 2 * count
+    return parts if parts[-1:] == [size] or size == train.accumulation else [*parts, size]
+
+
+def _on_all_devices(config: RunConfig, ways: list[Flags]) -> list[Flags]:
+    """Returns changes with weights and moments split over all devices, if that is another run."""
+    if jax.device_count() == 1 or config.strategy == "fsdp":
+        return []
+    mesh = {f"mesh.{axis}": 0 for axis, size in to_dict(config.mesh).items() if size}
+    return [{"strategy": "fsdp", **mesh, **flags} for flags in ways]
+
+
+def _shorter(config: RunConfig) -> list[Flags]:
+    length = config.data.max_length
+    halves = (length >> i for i in range(1, length.bit_length()))
+    return [{"data.max_length": half} for half in halves if half >= _SHORTEST]
+
+
+TRAINING = Task(
+    name="Training",
+    kinds=_training_kinds,
+    held=("parameters", "optimizer"),
+    changes=_training_changes,
+)
+EVALUATION = Task(
+    name="Evaluation", kinds=_evaluation_kinds, held=("parameters",), changes=_evaluation_changes
+)
+
+
+# --- Words --------------------------------------------------------------------------------------
+
+
+def _listed(kinds: Mapping[str, int]) -> str:
+    whole = sum(kinds.values())
+    large = {kind: size for kind, size in kinds.items() if size > _SMALL * whole}
+    return ", ".join(f"{kind} {gib(size)}" for kind, size in large.items())

@@ -1,0 +1,234 @@
+"""Evaluation results as tables for a terminal and as JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from jaxft.config import RunConfig, to_dict
+from jaxft.console import stdout
+from jaxft.files import finite, write_text
+from jaxft.programs.evaluation import Comparison, Evaluation
+from jaxft.reporting.intervals import Estimate
+from jaxft.workdir.source import Source
+
+_MEASURES = {
+    "loss": ("loss, nats per token", "{:.4f}"),
+    "perplexity": ("perplexity", "{:.4g}"),
+    "bits_per_byte": ("bits per byte", "{:.4f}"),
+    "token_accuracy": ("token accuracy", "{:.1%}"),
+}
+# What decides which figures a model gets, beside the model and the data.
+_SETTINGS = (
+    "data.format",
+    "data.columns",
+    "data.text_split",
+    "data.bad_rows",
+    "data.control_tokens",
+    "data.template",
+    "data.thinking",
+    "data.train_on",
+    "data.max_length",
+    "data.overlength",
+    "data.packing",
+    "eval.max_rows",
+    "eval.answers",
+    "eval.answer_rows",
+    "eval.max_new_tokens",
+    "train.seed",
+    "model.dtypes",
+)
+
+
+def print_evaluation(results: Mapping[str, Evaluation], config: RunConfig) -> None:
+    """Prints what was evaluated on what, and a line for each figure with its interval.
+
+    Args:
+      results: By data set.
+      config: As it was evaluated with.
+    """
+    first = next(iter(results.values()))
+    _print_line(f"Model: {first.model.name}")
+    _print_scope(results, config)
+    table = _table(["data", "measure", "value", "95 % interval", "over"])
+    for name, evaluation in results.items():
+        for measure, (title, form) in _MEASURES.items():
+            estimate: Estimate = getattr(evaluation.rows, measure)
+            over = f"{estimate.count:,} rows"
+            table.add_row(name, title, form.format(estimate.value), _range(estimate, form), over)
+            name = ""
+        if (answers := evaluation.answers) is not None:
+            share = answers.accuracy
+            title, over = answers.metric.replace("_", " "), f"{share.count:,} answers"
+            table.add_row("", title, _percent(share.value), _range(share, "{:.1%}"), over)
+    stdout.print(table)
+
+
+def print_comparison(
+    results: Mapping[str, Comparison], name_a: str, name_b: str, config: RunConfig
+) -> None:
+    """Prints both models with the paired difference; retention says what was lost elsewhere."""
+    first = next(iter(results.values()))
+    _print_line(f"A: {name_a if first.a.model.checkpoints is None else first.a.model.name}")
+    _print_line(f"B: {name_b if first.b.model.checkpoints is None else first.b.model.name}")
+    _print_scope({name: comparison.a for name, comparison in results.items()}, config)
+    for name, comparison in results.items():
+        if comparison.documents:
+            tokens = comparison.b.rows.weight.sum()
+            _print_line(f"{name}: to B the same documents are {tokens:,.0f} trained tokens")
+    table = _table(["data", "measure", "A", "B", "B - A", "95 % interval"])
+    for name, comparison in results.items():
+        for measure, difference, form in _differences(comparison):
+            a, b = (_figure(evaluation, measure) for evaluation in (comparison.a, comparison.b))
+            signed = form.replace(":", ":+")
+            cells = (form.format(a), form.format(b), signed.format(difference.value))
+            table.add_row(name, _title(measure), *cells, _range(difference, signed))
+            name = ""
+    stdout.print(table)
+    paired = [f"{c.documents:,} of {name}" for name, c in results.items() if c.documents]
+    if paired:
+        _print_line(
+            "The models read the data as different tokens: bits per byte of the trained text are "
+            f"paired by document ({', '.join(paired)}), and losses per token are not comparable."
+        )
+    if "retention" in results and len(results) > 1:
+        _print_line(_gain_and_loss(results))
+
+
+def _print_scope(results: Mapping[str, Evaluation], config: RunConfig) -> None:
+    """Prints how much of which data was evaluated, and with which settings."""
+    for name, evaluation in results.items():
+        held_out, answers = evaluation.held_out, evaluation.answers
+        rows, of_rows = len(held_out.numbers), len(held_out.rows)
+        text = f"{name}: {', '.join(held_out.rows.statistics.read.sources)}; {rows:,} "
+        text += f"of {of_rows:,} rows, drawn at random" if held_out.is_sample else "rows"
+        text += f", {held_out.documents:,} documents"
+        text += f", {evaluation.rows.weight.sum():,.0f} trained tokens"
+        if answers is not None and len(answers.right) < answers.of_rows:
+            text += f"; answers to {len(answers.right):,} of {answers.of_rows:,} rows"
+        _print_line(text)
+    values, defaults = to_dict(config), to_dict(RunConfig())
+    settings = [f"{k}={values[k]}" for k in _SETTINGS if values[k] != defaults[k]]
+    if settings:
+        _print_line(f"Settings: {', '.join(settings)}")
+
+
+def _print_line(text: str) -> None:
+    stdout.print(text, markup=False, highlight=False)
+
+
+def _differences(comparison: Comparison) -> Iterator[tuple[str, Estimate, str]]:
+    if comparison.loss is not None:
+        yield "loss", comparison.loss, "{:.4f}"
+    yield "bits_per_byte", comparison.bits_per_byte, "{:.4f}"
+    if comparison.answers is not None and comparison.a.answers is not None:
+        yield comparison.a.answers.metric, comparison.answers, "{:.1%}"
+
+
+def _figure(evaluation: Evaluation, measure: str) -> float:
+    if measure in _MEASURES:
+        return getattr(evaluation.rows, measure).value
+    return evaluation.answers.accuracy.value if evaluation.answers else float("nan")
+
+
+def _title(measure: str) -> str:
+    return _MEASURES[measure][0] if measure in _MEASURES else measure.replace("_", " ")
+
+
+def _gain_and_loss(results: Mapping[str, Comparison]) -> str:
+    task = next(name for name in results if name != "retention")
+    gained, lost = results[task], results["retention"]
+    if gained.loss is not None and lost.loss is not None:
+        unit, change = "nats a token", (gained.loss.value, lost.loss.value)
+    else:
+        unit, change = "bits a byte", (gained.bits_per_byte.value, lost.bits_per_byte.value)
+    verbs = ["loses" if value > 0 else "gains" for value in change]
+    return (
+        f"On {task} B {verbs[0]} {abs(change[0]):.4f} {unit} over A; outside its task it "
+        f"{verbs[1]} {abs(change[1]):.4f}."
+    )
+
+
+def write_json(
+    file: str,
+    results: Mapping[str, Mapping[str, Evaluation]],
+    differences: Mapping[str, Comparison] | None = None,
+    *,
+    config: RunConfig,
+) -> None:
+    """Writes all figures, what they are of, the generated answers and the paired differences.
+
+    Args:
+      file: Path.
+      results: By model and by data set.
+      differences: Of two models, by data set.
+      config: As they were evaluated with.
+    """
+    content: dict[str, Any] = {
+        model: {name: _jsonable(evaluation) for name, evaluation in evaluations.items()}
+        for model, evaluations in results.items()
+    }
+    if differences:
+        content["b - a"] = {
+            name: {
+                "loss": comparison.loss and dataclasses.asdict(comparison.loss),
+                "bits_per_byte": dataclasses.asdict(comparison.bits_per_byte),
+                "answers": comparison.answers and dataclasses.asdict(comparison.answers),
+                "paired_documents": comparison.documents,
+            }
+            for name, comparison in differences.items()
+        }
+    content["models"] = {
+        model: _model_record(next(iter(evaluations.values())).model)
+        for model, evaluations in results.items()
+    }
+    content["config"] = to_dict(config)
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False)
+    write_text(Path(file), text + "\n")
+
+
+def _model_record(source: Source) -> dict[str, Any]:
+    """Says which model it was; `step` is null for one that is no checkpoint of a run."""
+    if source.checkpoints is None:
+        return {"path": source.path or str(source.folder), "step": None}
+    path = str(source.checkpoints.parent)
+    return {"path": path, "step": source.step, "choice": source.choice}
+
+
+def _jsonable(evaluation: Evaluation) -> dict[str, Any]:
+    record = evaluation.record()
+    if evaluation.answers is not None:
+        fields = dataclasses.asdict(evaluation.answers)
+        record["answers"] = [
+            {"prompt": prompt, "output": output, "reference": reference, "right": bool(right)}
+            for prompt, output, reference, right in zip(
+                fields["prompts"],
+                fields["outputs"],
+                fields["references"],
+                fields["right"],
+                strict=True,
+            )
+        ]
+    return record
+
+
+def _table(columns: list[str]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
+    return table
+
+
+def _range(estimate: Estimate, form: str) -> str:
+    """Returns the interval, or a dash where one row says nothing of the spread."""
+    if not math.isfinite(estimate.low):
+        return "–"
+    return f"{form.format(estimate.low)} to {form.format(estimate.high)}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"

@@ -1,0 +1,1 @@
+"""What a run's figures look like: intervals, charts and the page."""

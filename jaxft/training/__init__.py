@@ -1,0 +1,1 @@
+"""What a step computes: objectives, the optimizer, the compiled steps and their state."""

@@ -1,0 +1,66 @@
+"""Operations that the mathematics of a training step needs."""
+
+from typing import NamedTuple
+
+
+class TrainingFlops(NamedTuple):
+    """Operations that the mathematics of a step needs, in the two usual ways of counting.
+
+    Attributes:
+      causal: Attention scores counted once for each pair that may see each other: about half.
+      full: Attention counted as if each token saw its whole document, as most papers do.
+    """
+
+    causal: float
+    full: float
+
+
+class Learning(NamedTuple):
+    """How much of a model learns.
+
+    Attributes:
+      trained: Parameters that have a gradient, of those that tokens are multiplied with.
+      passed: Those that gradients pass on their way back.
+      attends_back: Whether they pass attention.
+    """
+
+    trained: int
+    passed: int
+    attends_back: bool
+
+
+def training_flops(
+    parameters_without_embedding: int,
+    *,
+    learning: Learning | None = None,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    squared_lengths: float,
+) -> TrainingFlops:
+    """Returns the FLOPs of a forward and a backward pass over some documents.
+
+    A weight takes part in one multiplication and one addition per token forward, and twice that
+    backward (gradients of input and of weight): 6 per parameter and token, less where parameters
+    are frozen. In each layer the
+    products q·k and p·v of a document of length n take 2 n² heads head_dim operations each
+    forward and twice that backward: 12 n² heads head_dim. Rematerialisation, norms, rotary
+    embedding and softmax are not counted. For one document of length T as a row this is the
+    familiar 6 N + 12 L H T per token, H = heads · head_dim (Chowdhery et al. 2022, appendix B).
+
+    Args:
+      parameters_without_embedding: Without the input embedding, which is a look-up, but with the
+        output head, tied or not.
+      learning: What learns; all by default.
+      layers: Layers with attention.
+      heads: Query heads; grouped keys do not lower the count.
+      head_dim: Size of a head.
+      tokens: Tokens of the batch without padding.
+      squared_lengths: Sum of the squared lengths of the documents, packed or not.
+    """
+    count = parameters_without_embedding
+    trained, passed, attends_back = learning or Learning(count, count, True)
+    weights = 2.0 * (count + trained + passed) * tokens
+    attention = (12.0 if attends_back else 4.0) * layers * heads * head_dim * squared_lengths
+    return TrainingFlops(weights + attention / 2, weights + attention)

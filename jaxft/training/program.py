@@ -1,0 +1,386 @@
+"""From a config to the compiled parts of a run: placement, abstract state, training and eval step.
+
+Nothing here allocates parameters: the trainer materialises a program, and whoever only wants to
+know what it would cost compiles it.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.config import RunConfig, compiler_options, to_dict
+from jaxft.console import counted
+from jaxft.data.batch import Batch
+from jaxft.errors import ConfigError, collected
+from jaxft.models.attention import Choice, choose_backend
+from jaxft.models.config import Numerics, make_numerics
+from jaxft.models.experts import check_experts
+from jaxft.models.families import Architecture
+from jaxft.models.module import AbstractModel
+from jaxft.sharding.mesh import make_mesh
+from jaxft.sharding.reduce import plan_weight
+from jaxft.sharding.rules import Placement, load_strategy
+from jaxft.training.evaluation_step import make_eval_step
+from jaxft.training.flops import Learning
+from jaxft.training.objectives import sft
+from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.state import TrainState, abstract_state, reaches_layers
+from jaxft.training.step import make_train_step
+
+# By `objective.name`: modules with `loss` and `row_terms`.
+OBJECTIVES = {"sft": sft}
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What evaluating needs: a model without weights, its placement and the step.
+
+    Attributes:
+      architecture: Shape and naming of the model.
+      abstract: Its structure, shapes, dtypes and axes.
+      placement: Strategy and mesh.
+      shardings: Of each parameter.
+      numerics: Dtypes, rematerialisation and attention back end.
+      attention: The back end, and why.
+      eval_step: `(params, Batch [B, T]) -> LossTerms [B]`.
+    """
+
+    architecture: Architecture
+    abstract: AbstractModel
+    placement: Placement
+    shardings: dict[str, jax.sharding.NamedSharding]
+    numerics: Numerics
+    attention: Choice
+    eval_step: Any
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; a tied table counts once."""
+        return sum(math.prod(spec.shape) for spec in self.abstract.params.values())
+
+    @property
+    def multiplied_parameters(self) -> int:
+        """Number of parameters that a token is multiplied with.
+
+        Tables that are looked up in are left out, but a tied one counts as the head; of experts the
+        chosen ones count.
+        """
+        return self._multiplied(self.abstract.params)
+
+    def learning(self, trainable: Collection[str]) -> Learning:
+        """Returns how much learns if the parameters at these paths have gradients."""
+        back = reaches_layers(trainable)
+        passed = set(self.abstract.params) if back else set()
+        if any(path.startswith("norm.") for path in trainable):
+            passed.add("embed.w" if self.architecture.config.tied else "head.w")
+        return Learning(self._multiplied(trainable), self._multiplied(passed), back)
+
+    def _multiplied(self, paths: Collection[str]) -> int:
+        config, counted = self.architecture.config, 0
+        for path in paths:
+            size = math.prod(self.abstract.params[path].shape)
+            if path == "positions.w" or (path == "embed.w" and not config.tied):
+                continue
+            if config.experts is not None and "experts" in self.abstract.axes[path]:
+                size = size * config.experts.chosen // config.experts.count
+            counted += size
+        return counted
+
+
+@dataclass(frozen=True)
+class Program:
+    """An evaluator, and what training needs beside it.
+
+    Attributes:
+      evaluator: Model, placement and eval step.
+      optimizer: optax transformation.
+      state: Abstract `TrainState` with shardings.
+      batch: Abstract `Batch` of `[A, B, T]` arrays with shardings.
+      train_step: `(state, batch) -> (state, StepMetrics)`, donating the state.
+      compiler_options: For it, by name.
+    """
+
+    evaluator: Evaluator
+    optimizer: Any
+    state: TrainState
+    batch: Batch
+    train_step: Any
+    compiler_options: dict[str, str | bool]
+
+    def lower(self) -> Any:
+        """Traces the training step."""
+        return self.train_step.lower(self.state, self.batch)
+
+    def compile(self, lowered: Any = None) -> Any:
+        """Compiles the training step, ahead of the first batch.
+
+        Args:
+          lowered: From `lower`, if it was traced before.
+
+        Raises:
+          ConfigError: If the compiler does not know one of the options, or its value.
+        """
+        with refused_options():
+            return (lowered or self.lower()).compile(compiler_options=self.compiler_options)
+
+
+@contextlib.contextmanager
+def refused_options() -> Iterator[None]:
+    """Turns what the compiler says of `train.compiler_options` into a ConfigError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" in str(error) or "While setting option" in str(error):
+            raise ConfigError(f"train.compiler_options: {error}") from error
+        raise
+
+
+def make_placement(config: RunConfig, devices: Sequence[Any] | None = None) -> Placement:
+    """Lays out the devices as the config's strategy and mesh say.
+
+    Raises:
+      ConfigError: If the strategy is unknown or the mesh does not fit.
+    """
+    strategy = load_strategy(config.strategy)
+    sizes = to_dict(config.mesh)
+    mesh = make_mesh(sizes, strategy, name=config.strategy, devices=devices)
+    return Placement(config.strategy, strategy, mesh)
+
+
+def build_evaluator(
+    config: RunConfig, architecture: Architecture, *, max_segments: int, placement: Placement
+) -> Evaluator:
+    """Resolves dtypes, attention and shardings.
+
+    Args:
+      config: The run.
+      architecture: Of the model.
+      max_segments: Most documents in one row of the data.
+      placement: From `make_placement`.
+
+    Raises:
+      ConfigError: If the strategy cannot place the model, or attention cannot be had.
+    """
+    _check_length(config, architecture)
+    check_strategy(config, architecture, placement)
+    numerics = make_numerics(config.model.dtypes)
+    device = placement.mesh.devices.flat[0]
+    attention = choose_backend(
+        config.model.attention,
+        architecture.config,
+        platform=device.platform,
+        length=config.data.max_length,
+        compute_dtype=numerics.compute_dtype,
+        max_segments=max_segments,
+        compute_capability=str(getattr(device, "compute_capability", "")),
+        parts=placement.parts("seq"),
+    )
+    numerics = make_numerics(
+        config.model.dtypes,
+        remat=config.model.remat,
+        offload=config.model.offload,
+        attention=attention.backend,
+    )
+    abstract = architecture.abstract(numerics)
+    row_terms = functools.partial(
+        OBJECTIVES[config.objective.name].row_terms, chunk=config.objective.chunk
+    )
+    return Evaluator(
+        architecture=architecture,
+        abstract=abstract,
+        placement=placement,
+        shardings=placement.shardings(abstract.params, abstract.axes),
+        numerics=numerics,
+        attention=attention,
+        eval_step=make_eval_step(abstract.graphdef, row_terms, placement=placement),
+    )
+
+
+def _check_length(config: RunConfig, architecture: Architecture) -> None:
+    context = architecture.config.max_length
+    if architecture.config.learned_positions and config.data.max_length > context:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but the model has a table of {context} "
+            f"positions and knows none beyond. Set --config.data.max_length={context} or less."
+        )
+
+
+def check_strategy(config: RunConfig, architecture: Architecture, placement: Placement) -> None:
+    """Raises what the strategy cannot do with this model or these rows, before anything is traced.
+
+    What does not divide among the parameters is found when they are placed.
+    """
+    model, length = architecture.config, config.data.max_length
+    problems: list[str] = []
+    with collected(problems):
+        placement.slots(length)
+    with collected(problems):
+        placement.spec(("stream_seq",), (length,), "rows of data.max_length")
+    if model.experts is not None:
+        with collected(problems):
+            check_experts(placement, capacity=config.model.expert_capacity)
+    if model.experts is None and placement.split("experts"):
+        problems.append(
+            f"strategy {placement.name!r} splits experts over {placement.parts('experts')} devices "
+            "and the model has none. Use a strategy without experts, such as fsdp."
+        )
+    if len(placement.split("layers")) > 1:
+        problems.append(
+            f"strategy {placement.name!r} splits layers over {placement.split('layers')}; stages "
+            "of a pipeline lie along one mesh axis."
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_weights(abstract: AbstractModel, placement: Placement, tokens: tuple[int, int]) -> None:
+    """Raises what the strategy cannot do with weights and tokens `[B, T]` together."""
+    problems: dict[str, None] = {}
+    for path, spec in abstract.params.items():
+        axes, shape = abstract.axes[path], spec.shape
+        if axes[0] == "layers":
+            axes, shape = axes[1:], shape[1:]
+        found: list[str] = []
+        with collected(found), placement.activate():
+            plan_weight(axes, shape, tokens)
+        problems |= dict.fromkeys(found)
+    if problems:
+        raise ConfigError(list(problems))
+
+
+def check_rows(config: RunConfig, placement: Placement) -> int:
+    """Returns the rows of a micro-batch.
+
+    Raises:
+      ConfigError: If they cannot be split over the mesh.
+    """
+    train = config.train
+    rows = train.batch_size // train.accumulation
+    if rows % placement.batch_shards:
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} in {train.accumulation} micro-batches gives "
+            f"{rows} rows, which cannot be split over {placement.batch_shards} devices. Use a "
+            f"multiple of {placement.batch_shards * train.accumulation}."
+        )
+    return rows
+
+
+def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
+    """Adds optimizer, abstract state and the training step.
+
+    Args:
+      config: The run.
+      evaluator: From `build_evaluator`.
+      steps: Optimizer steps of the whole run, which the schedule depends on.
+
+    Raises:
+      ConfigError: If a micro-batch cannot be split over the mesh, or nothing would train.
+    """
+    abstract, placement = evaluator.abstract, evaluator.placement
+    train = config.train
+    rows = check_rows(config, placement)
+    if not steps:
+        raise ConfigError(
+            f"train.epochs {train.epochs} of this data is less than one step of "
+            f"{train.batch_size} rows; set --config.train.steps, more epochs or a smaller batch."
+        )
+    if config.optim.warmup_steps > steps:
+        raise ConfigError(
+            f"optim.warmup_steps {config.optim.warmup_steps} exceeds the run's "
+            f"{counted(steps, 'step')}."
+        )
+    check_weights(abstract, placement, (rows, config.data.max_length))
+    schedule = make_schedule(config.optim, steps)
+    optimizer = make_optimizer(config.optim, schedule)
+    of_moments, of_gradients = (
+        placement.shardings(abstract.params, abstract.axes, rules=rules)
+        for rules in (placement.moment_rules, placement.gradient_rules)
+    )
+    state = abstract_state(
+        abstract.params,
+        evaluator.shardings,
+        optimizer,
+        config.optim.freeze,
+        placement=placement,
+        moments=of_moments,
+    )
+    shape = (train.accumulation, rows, config.data.max_length)
+    batch = Batch(
+        *(
+            jax.ShapeDtypeStruct(shape, dtype, sharding=placement.micro_batches)
+            for dtype in Batch(np.int32, np.int32, np.float32, np.int32, np.int32)
+        )
+    )
+    pattern = evaluator.architecture.config.pattern
+    # Evaluation and samples drop no token; training may.
+    numerics = dataclasses.replace(evaluator.numerics, expert_capacity=config.model.expert_capacity)
+    step = make_train_step(
+        evaluator.architecture.abstract(numerics).graphdef,
+        functools.partial(
+            OBJECTIVES[config.objective.name].loss,
+            chunk=config.objective.chunk,
+            balance=config.objective.balance,
+        ),
+        optimizer,
+        schedule=schedule,
+        placement=placement,
+        abstract_state=state,
+        gradients={path: of_gradients[path] for path in state.trainable},
+        windows=[evaluator.architecture.config.kinds[k].window for k in pattern],
+    )
+    options = compiler_options(train.compiler_options)
+    return Program(evaluator, optimizer, state, batch, step, options)
+
+
+def put(
+    batch: Batch,
+    sharding: jax.sharding.Sharding,
+    *,
+    places: Sequence[int] | None = None,
+    rows: int = 0,
+) -> Batch:
+    """Moves rows to the devices of this process that hold them.
+
+    Args:
+      batch: NumPy arrays of `[B, T]` or `[A, B, T]`.
+      sharding: Of the arrays over all processes.
+      places: Where the rows of `batch` stand among all rows, in order, as
+        `Placement.held_rows` gives them; by default they are all rows.
+      rows: Number of all rows, where `places` is given.
+    """
+    return Batch(*(_put_field(field, sharding, places, rows) for field in batch))
+
+
+def _put_field(
+    field: np.ndarray, sharding: jax.sharding.Sharding, places: Sequence[int] | None, rows: int
+) -> jax.Array:
+    if places is None or len(places) == rows:
+        places, rows = range(field.shape[-2]), field.shape[-2]
+
+    def part(index: Any) -> np.ndarray:
+        *before, row, token = index
+        # What one device holds of the rows is contiguous, here as well.
+        first, stop, _ = row.indices(rows)
+        start = bisect.bisect_left(places, first)
+        return field[(*before, slice(start, start + stop - first), token)]
+
+    return jax.make_array_from_callback((*field.shape[:-2], rows, field.shape[-1]), sharding, part)
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs on disk between runs; `off` keeps none."""
+    if folder == "off":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    path = Path(folder or "~/.cache/jaxft/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,420 @@
+"""The folder a run writes to: its layout, who may use it, and writes that are never half done."""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxft.config import RunConfig, held_out_share, to_dict
+from jaxft.errors import CheckpointError, ConfigError, nearest_of
+from jaxft.files import TEMPORARY, write_error, write_text
+from jaxft.hardware.devices import host_memory_total
+from jaxft.workdir.lock import Lock, hold
+
+# Keys on which "the run goes on where it stopped" depends; others may change and are reported.
+_FIXED = ("model.", "data.", "objective.", "train.seed", "train.batch_size", "optim.freeze")
+_FREE = (
+    "model.attention",
+    "model.remat",
+    "model.offload",
+    "data.cache",
+    "data.bad_share",
+    "data.validation",
+    "objective.chunk",
+)
+_LOCK = "run.lock"
+_FILES = (
+    _LOCK,
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "samples.jsonl",
+    "skipped.jsonl",
+    "report.html",
+)
+_FOLDERS = ("events", "checkpoints", "model", "wandb")
+_PACKAGES = (
+    "jaxft",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "datasets",
+    "grain",
+    "numpy",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Workdir:
+    """A run's folder. `Workdir.check` and `begin` make one; `read` looks at one that is there.
+
+    Attributes:
+      path: The folder.
+      resumed: Whether it holds an earlier part of this run.
+      changes: One text per configuration key that differs from that part.
+    """
+
+    path: Path
+    resumed: bool = False
+    changes: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration, `{dotted path: value}`."""
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and devices, from `environment()`."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per log step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON object per evaluation and data set."""
+        return self.path / "eval.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One JSON object per generated answer."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """One JSON object per bad row that the data was read without."""
+        return self.path / "skipped.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page that `jaxft.reporting.report` writes."""
+        return self.path / "report.html"
+
+    @property
+    def events(self) -> Path:
+        """Folder of TensorBoard event files."""
+        return self.path / "events"
+
+    @property
+    def model(self) -> Path:
+        """Folder of config.json, tokenizer and chat template; checkpoints are read with these."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def has_report_since(self, step: int) -> bool:
+        """Whether the report was written after the checkpoint of a step."""
+        report, checkpoint = self.report, self.checkpoints / str(step)
+        return report.is_file() and report.stat().st_mtime >= checkpoint.stat().st_mtime
+
+    @classmethod
+    def check(
+        cls, path: str | Path, config: RunConfig, *, resume: bool, overwrite: bool
+    ) -> "Workdir":
+        """Says whether a run may use the folder; changes nothing before `begin`.
+
+        A folder in which a start failed before its first record counts as empty. Resuming where
+        there is no run starts one, so that a restarted job needs no other command.
+
+        Raises:
+          ConfigError: If the configuration is wrong, or both flags are set.
+          CheckpointError: If the folder holds a run and neither flag is set, if a key that the
+            continuation depends on has changed, or if files would be deleted that no run made.
+        """
+        if resume and overwrite:
+            raise ConfigError(
+                "--resume continues the run in the folder and --overwrite deletes it; give one."
+            )
+        config.validate()
+        folder = absolute(path)
+        with explained(folder):
+            return cls._check(folder, config, resume=resume, overwrite=overwrite)
+
+    @classmethod
+    def _check(cls, folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> "Workdir":
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is a file; a run needs a folder. Name one with --config.train.workdir=…."
+            )
+        if not _holds_run(folder):
+            _refuse_files_of_others(folder)
+            return cls(path=folder)
+        if resume:
+            return cls._continue(folder, config)
+        if overwrite:
+            _refuse_foreign_files(folder)
+            return cls(path=folder)
+        raise CheckpointError(
+            f"{folder} holds another run. Continue it with --resume, delete it with --overwrite, "
+            "or name another folder with --config.train.workdir=…."
+        )
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Workdir":
+        """Returns the workdir of an existing run.
+
+        Raises:
+          CheckpointError: If the folder holds none.
+        """
+        folder = absolute(path)
+        with explained(folder):
+            has_config = (folder / "config.json").is_file()
+        if not has_config:
+            raise CheckpointError(f"{folder} is no run's folder: it has no config.json.")
+        return cls(path=folder, resumed=True)
+
+    @classmethod
+    def _continue(cls, folder: Path, config: RunConfig) -> "Workdir":
+        changes = _changes(folder / "config.json", config)
+        fatal = [text for text, is_fixed in changes if is_fixed]
+        if fatal:
+            raise CheckpointError(
+                [
+                    f"{folder} cannot be resumed, because the run would not go on where it "
+                    "stopped. Restore these keys, or start a run in another folder:",
+                    *fatal,
+                ]
+            )
+        return cls(path=folder, resumed=True, changes=tuple(text for text, _ in changes))
+
+    def begin(self, config: RunConfig) -> None:
+        """Deletes an earlier run, unless it is resumed, and describes this one.
+
+        Raises:
+          CheckpointError: If the folder cannot be made.
+        """
+        with explained(self.path):
+            if not self.resumed:
+                _remove_run(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, _json(to_dict(config)))
+        write_text(self.environment, _json(environment()))
+
+
+def absolute(path: str | Path) -> Path:
+    """Returns the folder that `train.workdir` names, under a name of its own: no `.` or `..`.
+
+    Raises:
+      ConfigError: If it begins with the home of a user who has none.
+    """
+    try:
+        whole = Path(path).expanduser().absolute()
+        return whole.resolve() if ".." in whole.parts else whole
+    except RuntimeError as error:
+        raise ConfigError(f"train.workdir is {str(path)!r}: {error}.") from error
+
+
+def nearest_run(folder: Path) -> str:
+    """Returns the name most like the folder's among the runs beside it, or an empty string."""
+    beside = [p.name for p in folder.parent.glob("*/") if p != folder and _holds_run(p)]
+    return nearest_of(folder.name, beside, cutoff=0.5)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[Lock]:
+    """Keeps other runs out of a folder during the block; it is made if it is not there.
+
+    A block that leaves a new folder empty leaves none.
+
+    Raises:
+      CheckpointError: If another run is using it, or it cannot be made or written to.
+    """
+    with contextlib.ExitStack() as stack:
+        with explained(folder):
+            for made in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+                made.mkdir(exist_ok=True)
+                stack.callback(_remove_if_empty, made)
+            lock = stack.enter_context(hold(folder / _LOCK))
+        yield lock
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a run's folder into a CheckpointError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # a ValueError is of characters that no name can have
+        raise _unusable(folder, error) from error
+
+
+@contextlib.contextmanager
+def explained_files(folder: Path) -> Iterator[None]:
+    """Turns what the system says of files in a run's folder into a JaxftError."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str) or folder not in Path(error.filename).parents:
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise write_error(Path(error.filename), error) from error
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} cannot be the folder of a run: {_reason(folder, error)}. Name another one with "
+        "--config.train.workdir=…."
+    )
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    for path in (*reversed(folder.parents), folder):
+        with contextlib.suppress(OSError, ValueError):
+            if path.is_file():
+                return f"{path} is a file"
+            if path.is_symlink() and not path.exists():
+                return f"{path} is a link to {os.readlink(path)}, where there is nothing"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or folder}: {error.strerror}"
+    return str(error)
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a result depends on beside its configuration; no host or user name."""
+    devices = jax.devices()
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "host_memory": host_memory_total(),
+        "backend": jax.default_backend(),
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+        "packages": dict(_versions()),
+        "commit": _commit(),
+    }
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _holds_run(folder: Path) -> bool:
+    records = (folder / "metrics.jsonl", folder / "eval.jsonl")
+    if any(path.is_file() and path.stat().st_size for path in records):
+        return True
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(checkpoints.iterdir())
+
+
+def _refuse_files_of_others(folder: Path) -> None:
+    """Raises CheckpointError if names that a run uses are taken by what no run made."""
+    taken = [n for n in (*_FILES, *_FOLDERS) if n != _LOCK and (folder / n).exists()]
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        ours = isinstance(config, dict) and set(config) <= set(to_dict(RunConfig()))
+    except (OSError, ValueError):
+        ours = False
+    if taken and not ours:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(taken)}, which no run of jaxft made and which a run would "
+            "replace. Name another folder with --config.train.workdir=…."
+        )
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    foreign = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in (*_FILES, *_FOLDERS) and not path.name.startswith(TEMPORARY)
+    )
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
+        raise CheckpointError(
+            f"--overwrite will not delete {folder}: it also holds {shown}, which no run makes. "
+            "Move that away, or name another folder with --config.train.workdir=…."
+        )
+
+
+def _remove_run(folder: Path) -> None:
+    leftovers = list(folder.glob(f"{TEMPORARY}*")) if folder.is_dir() else []
+    named = [folder / name for name in (*_FOLDERS, *_FILES) if name != _LOCK]
+    for path in [*named, *leftovers]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_fixed(key: str, values: Iterable[Any]) -> bool:
+    if key == "data.validation" and any(map(held_out_share, values)):
+        return True  # what is held out is not trained
+    return key.startswith(_FIXED) and key not in _FREE
+
+
+def _changes(path: Path, config: RunConfig) -> list[tuple[str, bool]]:
+    """Returns for each key that changed a text, and whether the run cannot go on with it."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}), so it is unknown what would be resumed. Restore "
+            "it, or start a run in another folder."
+        ) from error
+    new, defaults = to_dict(config), to_dict(RunConfig())
+    old = defaults | {key: value for key, value in old.items() if key in new}
+    return [
+        (f"{key} was {old[key]!r} and is now {new[key]!r}.", _is_fixed(key, (old[key], new[key])))
+        for key in new
+        if old[key] != new[key] and key != "train.workdir"
+    ]
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _commit() -> str | None:
+    """Returns the commit of the checkout that jaxft runs from, with '+' if it was changed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head, status = (
+            subprocess.run(
+                ["git", "-C", str(root), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=5,
+                check=True,
+            ).stdout.strip()
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if status else "")

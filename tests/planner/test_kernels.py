@@ -1,0 +1,96 @@
+"""Work of attention's kernels, by the shapes of their calls, against pairs counted one by one."""
+
+import dataclasses
+
+import pytest
+
+from jaxft.compiled.hlo import Module
+from jaxft.hardware.chips import chip_named
+from jaxft.models.families import architecture_from_hf
+from jaxft.planner.kernels import EFFICIENCY, efficiency, mean_visible_pairs, splash_flops
+from tests.oracle.cases import CASES
+
+ALTERNATING = architecture_from_hf(CASES["qwen2_layer_types"]).config  # windows of 6 and none
+ROWS, HEADS, LENGTH, SIZE = 2, 4, 64, 128
+
+
+def visible(window: int, length: int = LENGTH) -> int:
+    return sum(min(query + 1, window or length) for query in range(length))
+
+
+def test_visible_pairs_are_right_to_half_a_token_of_each_query():
+    for length in (1, 5, 64):
+        exact = (visible(6, length) + visible(0, length)) / 2
+        assert abs(mean_visible_pairs(ALTERNATING, length) - exact) <= length / 2
+
+
+def call(
+    kernel: str, queries: int = LENGTH, *, dtype: str = "bf16", rows: tuple[int, ...] = (ROWS,)
+) -> tuple:
+    """Returns the call of a kernel and the computation that it stands in."""
+
+    def shape(dtype: str, *sizes: int) -> str:
+        return f"{dtype}[{','.join(map(str, (*rows, *sizes)))}]"
+
+    of_keys, of_queries = (shape(dtype, HEADS, n, SIZE) for n in (LENGTH, queries))
+    segments = shape("s32", 8, 2 * LENGTH, 1)  # larger than what is multiplied
+    sinks = f"{dtype}[{HEADS},{2 * LENGTH}]"
+    module = Module(f"""\
+HloModule kernels
+
+ENTRY %main (s: {segments}, b: {sinks}, q: {of_queries}, k: {of_keys}) -> {of_queries} {{
+  %s = {segments} parameter(0)
+  %b = {sinks} parameter(1)
+  %q = {of_queries} parameter(2)
+  %k = {of_keys} parameter(3)
+  ROOT %{kernel} = {of_queries} custom-call(%s, %b, %q, %k)
+}}
+""")
+    main = module.computations["main"]
+    return main.instructions[kernel], main
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fused", "products"),
+    [
+        ("splash_mha_fwd_residuals.1", False, 2),
+        ("splash_mha_fwd_residuals.1", True, 2),
+        # Two kernels of the backward pass make seven products, one kernel five.
+        ("splash_mha_dkv.3", False, 4),
+        ("splash_mha_dq.2", False, 3),
+        ("splash_mha_dkv.3", True, 4 * 5 / 7),
+    ],
+)
+def test_a_kernel_multiplies_the_pairs_that_its_windows_leave(kernel, fused, products):
+    flops, size = splash_flops(*call(kernel), ALTERNATING, fused=fused)  # pyright: ignore
+    pairs = mean_visible_pairs(ALTERNATING, LENGTH)
+    assert size == SIZE
+    assert flops == pytest.approx(2 * products * ROWS * HEADS * pairs * SIZE)
+
+
+def test_a_device_with_a_part_of_a_row_has_its_share_of_the_queries():
+    whole, half = (
+        splash_flops(*call("splash_mha_fwd", n), ALTERNATING, fused=False) for n in (64, 32)
+    )
+    assert half[0] == whole[0] / 2  # pyright: ignore
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_a_dimension_of_one_row_may_be_left_out(dtype):
+    of_rows, of_one = (
+        splash_flops(*call("splash_mha_fwd", dtype=dtype, rows=rows), ALTERNATING, fused=False)
+        for rows in ((ROWS,), ())
+    )
+    assert of_one[0] == of_rows[0] / ROWS  # pyright: ignore
+
+
+def test_another_kernel_is_not_counted():
+    assert splash_flops(*call("ragged_dot.1"), ALTERNATING, fused=False) is None
+
+
+def test_small_heads_leave_a_matrix_unit_idle():
+    v6e, h100 = chip_named("v6e"), chip_named("h100")
+    assert v6e is not None and h100 is not None
+    assert efficiency(v6e, v6e.lanes) == efficiency(v6e, 2 * v6e.lanes) == EFFICIENCY
+    assert efficiency(v6e, v6e.lanes // 4) == EFFICIENCY / 4
+    assert efficiency(dataclasses.replace(v6e, lanes=0), 64) == EFFICIENCY

@@ -1,0 +1,232 @@
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from jaxft.config import RunConfig
+from jaxft.files import append_jsonl
+from jaxft.reporting.report import write_report
+from jaxft.workdir.workdir import Workdir
+
+_VOID = {"meta", "path", "br", "img", "link", "input", "hr"}
+_OPTIONAL = {"th", "td", "dt", "dd", "tr", "p"}  # HTML lets their end tags be left out
+
+
+class _Page(HTMLParser):
+    """Collects tags and text, and checks that elements close in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        while self.open[-1] != tag:
+            assert self.open[-1] in _OPTIONAL, (tag, self.open)
+            self.open.pop()
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text += " " + data
+
+
+def _parse(path):
+    page = _Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    config = RunConfig()
+    config.model.path = "/somewhere/deep/stories260K"
+    config.data.train = "train.jsonl"
+    config.optim.learning_rate = 0.125
+    workdir = Workdir.check(tmp_path / "run <1>", config, resume=False, overwrite=False)
+    workdir.begin(config)
+    return workdir
+
+
+def _metrics(workdir, steps, **changes):
+    for step in steps:
+        record = {
+            "step": step,
+            "loss": 5.0 - step / 100,
+            "learning_rate": 1e-3,
+            "grad_norm": 1.0,
+            "tokens": 4000 * step,
+            "trained_tokens": 1000 * step,
+            "tokens_per_second": 2000.0 + step,
+            "seconds": 2.0 * step,
+        }
+        append_jsonl(workdir.metrics, record | changes)
+
+
+def _evaluation(step, loss, dataset="validation", **more):
+    return {"step": step, "dataset": dataset, "loss": loss, "perplexity": math.exp(loss)} | more
+
+
+def test_a_whole_run_is_told(workdir):
+    _metrics(workdir, range(10, 301, 10))
+    for step, loss, right in ((0, 5.0, 0.25), (150, 1.25, 0.5), (300, 1.5, 0.75)):
+        interval = {"value": right, "low": right - 0.05, "high": right + 0.05, "count": 200}
+        interval["of_rows"] = 1000
+        append_jsonl(workdir.evaluations, _evaluation(step, loss, label_accuracy=interval))
+        append_jsonl(workdir.evaluations, _evaluation(step, 2 + step / 300, "retention"))
+    for step, answer in ((0, "blah"), (150, "oncology"), (300, "cardiology")):
+        sample = {"step": step, "prompt": "chest pain?", "output": answer, "reference": "heart"}
+        append_jsonl(workdir.samples, sample)
+    page = _parse(write_report(workdir))
+    words = " ".join(page.text.split())
+    assert "Best validation loss 1.250 at step 150 · from 5.000, \N{MINUS SIGN}3.750" in words
+    assert (
+        "Label accuracy 75.0 % at step 300 · 95 % interval 70.0 to 80.0 %, 200 of 1,000 rows · "
+        "from 25.0 %" in words
+    )
+    assert "Training time 10:00 300 steps" in words
+    assert "Tokens 1.2 M 300,000 of them trained" in words
+    assert "Step 0 blah Step 300 cardiology Reference heart" in words
+    assert "oncology" not in words
+    assert (
+        "label accuracy 25.0 % 75.0 % 300 75.0 % (70.0 to 80.0 %, 200 of 1,000 rows) +50.0" in words
+    )
+    assert "retention loss, nats per token 2.000 2.000 0 3.000 +1.000" in words
+    assert "optim.learning_rate 0.125 1e-05 Peak learning rate." in words
+    assert page.tags.count("figure") == 6  # loss, evaluation loss, accuracy, rate, norm, speed
+    assert "jax" in words
+
+
+def _drawn(workdir, title):
+    """Returns the series of a chart by name: what its script knows."""
+    text = write_report(workdir).read_text()
+    _, _, rest = text.partition(f"<b>{title}</b>")
+    found = json.loads(re.search(r'<script type="application/json">(.*?)</script>', rest).group(1))
+    return {series["name"]: series["points"] for series in found}
+
+
+def test_a_record_stands_in_the_middle_of_its_steps(workdir):
+    # The loss after s steps is 3 / 2^s; a record is the mean of what its steps found before them.
+    losses = [3 / 2**s for s in range(41)]
+    for step in range(4, 41, 4):
+        _metrics(workdir, [step], loss=sum(losses[step - 4 : step]) / 4)
+    for step in (0, 40):
+        append_jsonl(workdir.evaluations, _evaluation(step, losses[step]))
+    chart = _drawn(workdir, "Loss")
+    assert "logarithmic" in workdir.report.read_text()
+    assert chart["training"][0][2] == "steps 1 to 4"
+    # Step 0 is at 0 % and step 40 at 100 %: the first four losses are of the weights of 0 to 3.
+    assert [point[0] for point in chart["training"][:2]] == [3.75, 13.75]
+    assert [point[0] for point in chart["validation"]] == [0, 100]
+    assert [point[3] for point in chart["training"]][:2] == ["1.406", "0.088"]
+    assert _drawn(workdir, "Throughput")["throughput"][0][2] == "steps 1 to 4"
+
+
+def test_an_early_fall_is_drawn_as_it_was_among_many_records(workdir):
+    generator = random.Random(0)
+    losses = {step: 0.03 + 3 / 2**step for step in range(1, 401)}
+    for step, loss in losses.items():
+        _metrics(workdir, [step], loss=loss * generator.uniform(0.9, 1.1))
+    series = _drawn(workdir, "Loss")
+    assert len(series["training, each record"]) == 400
+    means = series["training, means of neighbours"]
+    for point in means[:8]:
+        step = int(point[2].removeprefix("step "))
+        assert float(point[3]) == pytest.approx(losses[step], rel=0.11)
+    assert float(means[-1][3]) == pytest.approx(0.03, rel=0.05)
+    assert 40 < len(means) < 80
+
+
+def test_evaluations_of_other_data_are_left_out_and_counted(workdir):
+    _metrics(workdir, [10, 20])
+    append_jsonl(workdir.evaluations, _evaluation(0, 9.0, digest="a"))
+    append_jsonl(workdir.evaluations, _evaluation(10, 0.5, digest="a"))
+    append_jsonl(workdir.evaluations, _evaluation(20, 2.0, digest="b", rows=5, of_rows=19))
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "Best validation loss 2.000 at step 20" in words
+    assert "2 earlier evaluation(s) of validation were of other data" in words
+    assert "validation: 5 of 19 rows, drawn at random" in words
+
+
+def test_a_run_that_only_made_it_worse_is_told(workdir):
+    _metrics(workdir, [10])
+    for step, loss in ((0, 1.0), (10, 1.5)):
+        append_jsonl(workdir.evaluations, _evaluation(step, loss))
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "lowest before training, at step 0" in words
+
+
+def test_the_page_asks_nothing_of_the_network(workdir):
+    _metrics(workdir, range(10, 301, 10))
+    page = _parse(write_report(workdir))
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
+    assert not {"src", "href", "action", "srcset"} & {name for name, _ in page.attributes}
+    text = workdir.report.read_text()
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "http" not in text
+
+
+def test_a_run_that_has_only_begun_has_a_page(workdir):
+    assert "no records yet" in _parse(write_report(workdir)).text
+    _metrics(workdir, [10])
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "Training loss 4.900 at the last step · first 4.900; no evaluation" in words
+
+
+def test_a_folder_without_config_and_environment_has_a_page(tmp_path):
+    workdir = Workdir(path=tmp_path)
+    _metrics(workdir, [10, 20])
+    workdir.evaluations.write_text('{"broken\n{"no step": 1}\n')
+    assert "Loss" in _parse(write_report(workdir)).text
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step(workdir):
+    _metrics(workdir, range(10, 100, 10))
+    _metrics(workdir, [100], loss=math.nan, grad_norm=math.inf, tokens_per_second=math.nan)
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "not finite in 1 record(s), first at step 100" in words
+    assert "NaN" not in workdir.report.read_text()
+
+
+def test_texts_of_the_run_cannot_break_the_page(workdir):
+    bad = '</pre></script><script>alert("x")</script>&'
+    append_jsonl(workdir.samples, {"step": 0, "prompt": bad, "output": bad, "reference": bad})
+    _metrics(workdir, range(1, 30))
+    append_jsonl(workdir.evaluations, _evaluation(0, 1.0, bad))
+    append_jsonl(workdir.evaluations, _evaluation(9, 0.5, bad))
+    values = json.loads(workdir.config.read_text())
+    workdir.config.write_text(json.dumps(values | {"data.train": bad, "old.key": bad}))
+    page = _parse(write_report(workdir))
+    assert "alert(" not in "".join(workdir.report.read_text().split("<script>")[1:])
+    assert page.text.count(bad) >= 3
+
+
+def test_an_evaluation_repeated_after_a_resume_counts_once(workdir):
+    append_jsonl(workdir.evaluations, _evaluation(0, 3.0))
+    append_jsonl(workdir.evaluations, _evaluation(10, 9.0))
+    append_jsonl(workdir.evaluations, _evaluation(10, 2.0))
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "Best validation loss 2.000 at step 10 · from 3.000, \N{MINUS SIGN}1.000" in words
+
+
+def test_a_long_run_has_a_small_page(workdir):
+    lines = [
+        json.dumps({"step": s, "loss": 1 + 1 / s, "grad_norm": 1.0, "tokens_per_second": 1.0})
+        for s in range(1, 40_001)
+    ]
+    workdir.metrics.write_text("\n".join(lines) + "\n")
+    assert write_report(workdir).stat().st_size < 600_000

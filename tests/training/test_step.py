@@ -1,0 +1,247 @@
+"""The training step: PyTorch's trajectory, and what must not change its result."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.data.batch import Batch
+from jaxft.errors import ConfigError
+from jaxft.models.config import make_numerics
+from jaxft.training.objectives import sft
+from jaxft.training.step import make_train_step
+from tests.oracle.cases import load_case
+from tests.tiny import (
+    feed,
+    load_tiny,
+    make_documents,
+    make_program,
+    pack,
+    random_rows,
+    relative_error,
+    start,
+)
+
+VOCAB, LENGTH = 64, 24
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_tiny("gqa", num_key_value_heads=1)
+
+
+@pytest.fixture(scope="module")
+def program_of(tiny):
+    """Returns `make_program`, whose steps are compiled once for all tests here."""
+    return functools.cache(functools.partial(make_program, tiny))
+
+
+def run(program, params, batches, freeze=""):
+    """Returns the final state and the metrics of each step."""
+    state, metrics = start(program, params, freeze), []
+    for rows in batches:
+        state, step_metrics = program.train_step(state, feed(program, rows))
+        metrics.append(jax.device_get(step_metrics))
+    return state, metrics
+
+
+def losses(metrics) -> np.ndarray:
+    return np.array([m.total / m.weight for m in metrics])
+
+
+def test_ten_steps_follow_the_reference_implementation():
+    case, tiny = load_case("trajectory"), load_tiny("trajectory")
+    program = make_program(tiny, data__max_length=16, train__batch_size=4, optim__weight_decay=0.1)
+    batches = [Batch(*(case.arrays[f][i] for f in Batch._fields)) for i in range(10)]
+    state, metrics = run(program, tiny.params, batches)
+    np.testing.assert_allclose(losses(metrics), case.losses, rtol=1e-5)
+    np.testing.assert_allclose([m.grad_norm for m in metrics], case.grad_norms, rtol=1e-4)
+    logits = tiny.merge(state.params)(batches[0].tokens)
+    np.testing.assert_allclose(logits, case.final_logits, atol=1e-4)
+
+
+def ragged_rows() -> Batch:
+    """Eight rows whose quarters have no, one, few and many trained tokens."""
+    rows = random_rows(8, LENGTH, VOCAB, seed=3)
+    weights = np.zeros_like(rows.weights)
+    weights[2, 1] = 1
+    weights[4:6, :5] = rows.weights[4:6, :5]
+    weights[6:] = rows.segments[6:] > 0
+    return rows._replace(weights=weights)
+
+
+def test_accumulation_does_not_change_the_result(tiny, program_of):
+    batches = [ragged_rows(), random_rows(8, LENGTH, VOCAB, seed=1), ragged_rows()]
+    results = {}
+    for accumulation in (1, 2, 4):
+        program = program_of(train__accumulation=accumulation)
+        state, metrics = run(program, tiny.params, batches)
+        results[accumulation] = jax.device_get(state.params), metrics
+    for accumulation in (2, 4):
+        assert relative_error(results[accumulation], results[1]) < 1e-5
+
+
+def test_a_step_without_trained_tokens_changes_nothing_but_the_counter(tiny, program_of):
+    rows = random_rows(8, LENGTH, VOCAB)
+    program = program_of(train__accumulation=2)
+    empty = rows._replace(weights=np.zeros_like(rows.weights))
+    state, (metrics,) = run(program, tiny.params, [empty])
+    assert (metrics.total, metrics.weight, metrics.grad_norm) == (0, 0, 0)
+    assert int(state.step) == 1
+    for path, value in state.params.items():
+        decay = 1 if path.endswith("scale") else 1 - 1e-3 * 0.01
+        np.testing.assert_allclose(value, decay * tiny.params[path], rtol=1e-6)
+
+
+def test_metrics_count_tokens_and_squared_document_lengths(tiny, program_of):
+    documents = make_documents([5, 9, 24, 3], VOCAB)
+    rows = pack([documents[:2], documents[2:3], documents[3:], *[[]] * 5], LENGTH)
+    program = program_of(train__accumulation=2)
+    _, (metrics,) = run(program, tiny.params, [rows])
+    assert metrics.tokens == 5 + 9 + 24 + 3
+    assert metrics.squared_lengths == 5**2 + 9**2 + 24**2 + 3**2
+    assert metrics.weight == rows.weights.sum()
+    assert metrics.learning_rate == np.float32(1e-3)
+
+
+def summed_gradient(tiny, rows: Batch, chunk: int = 0):
+    def total(params):
+        return sft.loss(tiny.merge(params), rows, chunk=chunk).total
+
+    return jax.jit(jax.value_and_grad(total))(tiny.params)
+
+
+def test_packing_does_not_change_the_gradient(tiny):
+    documents = make_documents([5, 9, 3, 7, 24, 12, 11], VOCAB)
+    packed = pack([documents[:4], documents[4:5], documents[5:]], LENGTH)
+    alone = pack([[document] for document in documents], LENGTH)
+    found, expected = summed_gradient(tiny, packed), summed_gradient(tiny, alone)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_the_step_is_traced_once_and_donates_its_state(tiny):
+    program = make_program(tiny, train__accumulation=2)
+    evaluator, traces = program.evaluator, []
+
+    def loss(model, batch):
+        traces.append(None)
+        return sft.loss(model, batch, chunk=0)
+
+    step = make_train_step(
+        evaluator.abstract.graphdef,
+        loss,
+        program.optimizer,
+        schedule=lambda step: 1e-3 / (step + 1),
+        placement=evaluator.placement,
+        abstract_state=program.state,
+        gradients={path: spec.sharding for path, spec in program.state.trainable.items()},
+        windows=[0, 0],
+    )
+    state = start(program, tiny.params)
+    after_first = None
+    for seed in range(4):
+        before = jax.tree.leaves(state)
+        state, metrics = step(state, feed(program, random_rows(8, LENGTH, VOCAB, seed=seed)))
+        assert all(leaf.is_deleted() for leaf in before)
+        np.testing.assert_allclose(metrics.learning_rate, 1e-3 / (seed + 1), rtol=1e-6)
+        after_first = after_first or len(traces)
+    assert len(traces) == after_first
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 12, 24, 100])
+def test_chunked_cross_entropy_equals_the_plain_one(tiny, chunk):
+    rows = random_rows(3, LENGTH, VOCAB)
+    hidden = np.random.RandomState(0).randn(3, LENGTH, 32).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def terms_and_gradients(hidden, chunk):
+        def total(hidden, params):
+            terms = sft.chunked_cross_entropy(
+                tiny.merge(params), hidden, rows.targets, rows.weights, chunk=chunk
+            )
+            return jnp.sum(terms.total), terms
+
+        return jax.grad(total, (0, 1), has_aux=True)(hidden, tiny.params)
+
+    found = terms_and_gradients(hidden, chunk)
+    assert relative_error(found, terms_and_gradients(hidden, 0)) < 1e-5
+    logits = hidden @ np.asarray(tiny.params["head.w"]).T
+    log_z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    nats = log_z - np.take_along_axis(logits, rows.targets[..., None], -1)[..., 0]
+    terms = found[1]
+    np.testing.assert_allclose(terms.total, (nats * rows.weights).sum(-1), rtol=1e-5)
+    np.testing.assert_array_equal(terms.weight, rows.weights.sum(-1))
+    hits = logits.argmax(-1) == rows.targets
+    np.testing.assert_array_equal(terms.correct, (hits * rows.weights).sum(-1))
+
+
+def test_chunks_keep_the_logits_of_all_positions_from_existing():
+    tiny = load_tiny("gqa", vocab_size=8192, num_hidden_layers=1)
+    rows = random_rows(2, 256, 8192)
+    logits = 2 * 256 * 8192 * 4
+
+    def temporary_bytes(chunk: int) -> int:
+        def total(params):
+            return sft.loss(tiny.merge(params), rows, chunk=chunk).total
+
+        compiled = jax.jit(jax.grad(total)).lower(tiny.params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(0) > 2 * logits
+    assert temporary_bytes(32) < logits
+
+
+def test_frozen_parameters_stay_bit_equal_and_have_no_moments(tiny):
+    freeze = r"^embed|\.mlp\."
+    program = make_program(tiny, optim__freeze=freeze)
+    state, _ = run(
+        program, tiny.params, [random_rows(8, LENGTH, VOCAB, seed=seed) for seed in (0, 1)], freeze
+    )
+    assert set(state.frozen) == {"embed.w", *(f"layers.mlp.{n}.w" for n in ("gate", "up", "down"))}
+    for path, value in state.frozen.items():
+        np.testing.assert_array_equal(value, tiny.params[path])
+    for path, value in state.trainable.items():
+        assert not np.array_equal(value, tiny.params[path]), path
+    with_moments = {
+        path[-1].key
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if leaf.shape
+    }
+    assert with_moments == set(state.trainable)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_bfloat16_parameters_and_moments_stay_in_their_type(accumulation):
+    tiny = load_tiny("gqa", make_numerics("bfloat16"))
+    program = make_program(tiny, model__dtypes="bfloat16", train__accumulation=accumulation)
+    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), program.batch)
+    state, metrics = jax.eval_shape(program.train_step, program.state, batch)
+    arrays = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.shape]
+    assert set(arrays) == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(metrics)} == {jnp.dtype(jnp.float32)}
+
+
+def test_a_micro_batch_that_cannot_be_split_is_refused_with_a_size_that_can(program_of):
+    message = (
+        "batch_size 8 in 2 micro-batches gives 4 rows, .* over 8 devices. Use a multiple of 16"
+    )
+    with pytest.raises(ConfigError, match=message):
+        program_of(8, train__accumulation=2)
+
+
+def test_attention_work_is_counted_within_windows():
+    tiny = load_tiny("gemma2_gqa")
+    program = make_program(tiny)
+    rows = pack([[document] for document in make_documents([20] * 8, VOCAB)], LENGTH)
+    _, metrics = program.train_step(start(program, tiny.params), feed(program, rows))
+    config = tiny.architecture.config
+    expected = 0
+    for kind in config.pattern:
+        window = config.kinds[kind].window or 20
+        # Twice the keys that each query sees, less itself.
+        expected += 8 * sum(2 * min(place + 1, window) - 1 for place in range(20))
+    assert len({kind.window for kind in config.kinds}) == 2
+    np.testing.assert_allclose(metrics.squared_lengths, expected / config.layers, rtol=1e-6)

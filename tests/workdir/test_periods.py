@@ -1,0 +1,164 @@
+"""Sums of log periods and the time they took, by a clock and a device that the test moves."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from jaxft.training.step import ExpertMetrics, StepMetrics
+from jaxft.workdir.periods import Periods, Sums
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Pending:
+    """A number on a device that is busy until `finish`."""
+
+    def __init__(self, value):
+        self._value = np.float32(value)
+        self._done = threading.Event()
+
+    def finish(self):
+        self._done.set()
+
+    def block_until_ready(self):
+        self._done.wait()
+        return self
+
+    def __array__(self, *_, **__):
+        self._done.wait()
+        return self._value
+
+
+def step(loss, weight=2.0, tokens=3.0):
+    return StepMetrics(*map(np.float32, (loss, weight, 0.1, 1.0, tokens, 9.0)))
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def make(clock, sums=None, check=lambda step, metrics: None):
+    return Periods(sums or Sums(), check=check, clock=clock)
+
+
+def test_a_period_is_returned_when_the_next_one_ends(clock):
+    periods = make(clock)
+    periods.add(1, step(1.0))
+    periods.add(2, step(2.5))
+    clock.now = 4.0
+    assert periods.end() is None
+    periods.add(3, step(7.0))
+    first = periods.end()
+    assert (first.step, first.learning_rate) == (2, np.float32(0.1))
+    assert first.sums == Sums(3.5, 6, 4, 18.0, 4.0)
+    assert periods.read().sums.loss == 7.0
+    assert periods.read() is None
+    assert periods.end() is None
+
+
+def test_a_period_ends_when_its_last_step_does_not_when_it_is_read(clock):
+    periods = make(clock)
+    slow = Pending(1.0)
+    periods.add(1, step(0.0)._replace(total=slow))
+    periods.end()
+    clock.now = 10.0
+    slow.finish()
+    periods._done.result()
+    clock.now = 15.0
+    assert periods.read().sums.seconds == 10.0
+    periods.add(2, step(0.0))
+    periods.end()
+    assert periods.read().sums.seconds == 5.0
+
+
+def test_pauses_do_not_count(clock):
+    periods = make(clock)
+    periods.add(1, step(1.0))
+    clock.now = 2.0
+    with periods.paused() as sums:
+        assert sums == Sums(1.0, 3, 2, 9.0, 2.0)
+        clock.now = 102.0
+    periods.add(2, step(1.0))
+    clock.now = 105.0
+    with periods.paused() as sums:
+        assert sums.seconds == 5.0
+        clock.now = 205.0
+    clock.now = 206.0
+    periods.end()
+    assert periods.read().sums.seconds == 6.0
+
+
+def test_a_pause_counts_even_if_what_it_is_for_fails(clock):
+    periods = make(clock)
+    with pytest.raises(ValueError), periods.paused():
+        clock.now = 100.0
+        raise ValueError
+    periods.add(1, step(1.0))
+    clock.now = 101.0
+    periods.end()
+    assert periods.read().sums.seconds == 1.0
+
+
+def test_the_period_of_an_earlier_part_goes_on(clock):
+    whole, first = make(clock), make(clock)
+    for number in (1, 2, 3):
+        whole.add(number, step(0.1 * number))
+    whole.end()
+    first.add(1, step(0.1))
+    clock.now = 1.0
+    with first.paused() as sums:
+        pass
+    second = make(clock, sums)
+    for number in (2, 3):
+        second.add(number, step(0.1 * number))
+    clock.now = 3.0
+    second.end()
+    end = second.read()
+    assert end.sums.loss == whole.read().sums.loss
+    assert (end.sums.tokens, end.sums.seconds) == (9, 3.0)
+    second.add(4, step(1.0))
+    second.end()
+    assert second.read().sums.tokens == 3
+
+
+def test_every_step_is_checked_before_it_counts(clock):
+    def check(number, metrics):
+        if not np.isfinite(metrics.total):
+            raise ArithmeticError(number)
+
+    periods = make(clock, check=check)
+    periods.add(1, step(1.0))
+    periods.add(2, step(np.nan))
+    with pytest.raises(ArithmeticError, match="2"), periods.paused():
+        pass
+    periods.end()
+    with pytest.raises(ArithmeticError, match="2"):
+        periods.read()
+
+
+def test_use_of_experts_is_averaged_but_of_the_busiest_the_most_is_kept(clock):
+    periods = make(clock)
+    for number, experts in ((1, (2.0, 1.5, 0.25, 0.0)), (2, (4.0, 1.25, 0.75, 0.5))):
+        used = ExpertMetrics(*map(np.float32, experts))
+        periods.add(number, step(1.0)._replace(experts=used))
+    periods.end()
+    assert periods.read().experts == {
+        "expert_balance": 3.0,
+        "expert_busiest": 1.5,
+        "expert_unused": 0.5,
+        "expert_dropped": 0.25,
+    }
+    periods.add(3, step(1.0))
+    periods.end()
+    dense = periods.read()
+    assert (dense.experts, dense.grad_norm) == ({}, 1.0)
