@@ -15,6 +15,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from jaxft.formatting import counted as counted
+from jaxft.formatting import format_duration
+
 # Results go to stdout; progress goes to stderr.
 stdout = Console()
 # Set `console.stderr.quiet = True` on processes other than the first.
@@ -105,23 +108,6 @@ def phase(name: str) -> Iterator[Phase]:
         screen.phases.remove(item)
         screen.refresh()
         item._finish(failed=failed)
-
-
-def format_duration(seconds: float) -> str:
-    """Returns '0.4 s', '12 s', '3:05' or '1:02:03'."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    hours, rest = divmod(whole, 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Returns '1 step' or '1,200 steps'."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def write(text: Text) -> None:

@@ -24,6 +24,7 @@ from jaxft.config import RunConfig
 from jaxft.console import stdout
 from jaxft.errors import ConfigError
 from jaxft.files import write_text
+from jaxft.formatting import format_bytes
 from jaxft.hf.load import read_config
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
@@ -333,15 +334,6 @@ def _layout(spec: Any, sharding: jax.sharding.NamedSharding) -> Layout:
 def format_spec(spec: Spec) -> str:
     """Returns `(-, tensor, fsdp+context)`: mesh axes by dimension, `-` where it is whole."""
     return f"({', '.join('+'.join(names) or '-' for names in spec)})"
-
-
-def format_bytes(count: float) -> str:
-    """Returns three digits and a binary unit."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            value = count / 1024**power
-            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-    return f"{count:,.0f} B"
 
 
 def print_description(found: Description) -> None:

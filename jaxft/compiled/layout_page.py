@@ -18,10 +18,10 @@ from jaxft.compiled.layout import (
     Description,
     Layout,
     Parameter,
-    format_bytes,
     format_spec,
 )
 from jaxft.files import write_text
+from jaxft.formatting import format_bytes
 from jaxft.reporting.report import page, short_name, tile
 
 # Of more blocks along one dimension than this the first and the last are drawn.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.config import DataConfig, held_out_share
-from jaxft.console import counted
 from jaxft.data import cache
 from jaxft.data.chat import Example, chat_examples, text_examples
 from jaxft.data.discovery import find_sources
@@ -31,6 +30,7 @@ from jaxft.data.selection import Part, Selection, select
 from jaxft.data.sources import Row, Source
 from jaxft.data.template import DATE, Template, check_can_stop, resolve_template
 from jaxft.errors import DataError
+from jaxft.formatting import counted
 
 VERSION = 7
 """Part of every cache key: raise it when the same input would give other tokens or rows."""

@@ -15,6 +15,7 @@ from jaxft.demo import BASE, corpus
 from jaxft.demo.data import write_corpus
 from jaxft.demo.runs import load_run
 from jaxft.demo.tokenizer import SPECIAL_TOKENS, VOCABULARY, train_tokenizer, write_tokenizer
+from jaxft.formatting import format_storage
 
 FOLDER = Path("runs/demo_base")
 TOKENIZER_DOCUMENTS = 20_000
@@ -76,7 +77,7 @@ def main() -> None:
     for file in (*skeleton.iterdir(), exported / "model.safetensors"):
         shutil.copyfile(file, BASE / file.name)
     size = sum(file.stat().st_size for file in BASE.iterdir())
-    print(f"{BASE} holds the base model, {size / 1e6:.1f} MB.")
+    print(f"{BASE} holds the base model, {format_storage(size)}.")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

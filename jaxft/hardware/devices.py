@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxft.formatting import format_bytes
 from jaxft.hardware.chips import chip_of
 
 # Which process uses libtpu is decided by a lock on it.
@@ -49,13 +50,10 @@ class Room(NamedTuple):
     def __str__(self) -> str:
         if not self.limit:
             return f"what {self.name} has is not known"
-        text = f"{self.name} has {gib(self.limit)}"
-        return text + (f", {gib(self.free)} of it free" if self.free < 0.99 * self.limit else "")
-
-
-def gib(size: float) -> str:
-    """Returns bytes in words."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+        text = f"{self.name} has {format_bytes(self.limit)}"
+        if self.free < 0.99 * self.limit:
+            text += f", {format_bytes(self.free)} of it free"
+        return text
 
 
 # What XLA and the libraries of GPUs say if memory is short.

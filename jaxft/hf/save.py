@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxft.errors import ModelError
+from jaxft.formatting import format_storage
 from jaxft.hf.load import INDEX, SINGLE
 from jaxft.hf.read import DTYPES
 from jaxft.hf.rules import Rule, Tensor, expand
@@ -316,8 +317,8 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise _NoRoomError(
-            f"The weights take {needed / 1e9:.3g} GB more, but the disk of {folder} has "
-            f"{free / 1e9:.3g} GB free. Make room, or export to another disk."
+            f"The weights take {format_storage(needed)} more, but the disk of {folder} has "
+            f"{format_storage(free)} free. Make room, or export to another disk."
         )
 
 

@@ -21,6 +21,7 @@ import jax
 
 from jaxft.config import MeshConfig, RunConfig, from_dict, to_dict, to_yaml
 from jaxft.errors import ConfigError, JaxftError
+from jaxft.formatting import format_bytes
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
@@ -469,7 +470,7 @@ def _result(candidate: Candidate) -> str:
     if candidate.plan is None:
         return candidate.outcome
     if candidate.plan.time is None:
-        return f"does not fit, by {-candidate.plan.memory.headroom / 2**30:.2f} GiB"
+        return f"does not fit, by {format_bytes(-candidate.plan.memory.headroom)}"
     return f"{candidate.plan.time.seconds:.3g} s a step"
 
 
@@ -486,7 +487,7 @@ def config_file(
         title += (
             f"\n\nPredicted by jaxft plan, not measured: {plan.time.seconds:.3g} s a step,\n"
             f"{plan.speed.tokens_per_second_per_chip:,.0f} tokens/s a chip, "
-            f"{plan.memory.used / 2**30:.2f} of {plan.memory.limit / 2**30:.2f} GiB of memory."
+            f"{format_bytes(plan.memory.used)} of {format_bytes(plan.memory.limit)} of memory."
         )
     if suffix != ".py":
         comment = "".join(f"# {line}".rstrip() + "\n" for line in title.splitlines())

@@ -9,9 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from jaxft.compiled.layout import format_bytes, make_table
+from jaxft.compiled.layout import make_table
 from jaxft.console import stdout
 from jaxft.files import write_text
+from jaxft.formatting import format_bytes, format_seconds
 from jaxft.hardware.chips import Chip, Switch
 from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape
 from jaxft.planner.search import Candidate, Search
@@ -239,15 +240,6 @@ def _rate(candidate: Candidate) -> str:
     if plan is None or plan.speed is None:
         return ""
     return f"{plan.speed.tokens_per_second_per_chip:,.0f}"
-
-
-def format_seconds(seconds: float) -> str:
-    """Returns three digits and the unit that suits."""
-    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= size:
-            value = seconds / size
-            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
 
 
 def write_json(file: str, plans: Sequence[Plan], searches: Sequence[Search] = ()) -> Path:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 
 from jaxft import console
 from jaxft.config import RunConfig
-from jaxft.console import counted
 from jaxft.data import TokenRows
 from jaxft.data.overlap import find_overlap
+from jaxft.formatting import counted
 from jaxft.programs.evaluation import HeldOut
 
 # A run of fewer steps is taken for an accident, unless it is asked for.

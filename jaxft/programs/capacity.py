@@ -16,7 +16,8 @@ from jaxft import console
 from jaxft.compiled.layout import find_architecture
 from jaxft.config import RunConfig, TrainConfig, to_dict
 from jaxft.errors import JaxftError, OutOfMemoryError
-from jaxft.hardware.devices import Room, gib, room, shortage
+from jaxft.formatting import format_bytes
+from jaxft.hardware.devices import Room, room, shortage
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.planner.analytic import Estimator
@@ -116,7 +117,7 @@ class Change:
 
     def __str__(self) -> str:
         words = " ".join(f"--config.{key}={value}" for key, value in self.flags.items())
-        return f"{words}  ({gib(self.bytes)}{'' if self.same else ', another result'})"
+        return f"{words}  ({format_bytes(self.bytes)}{'' if self.same else ', another result'})"
 
 
 def here(config: RunConfig) -> Room:
@@ -146,10 +147,13 @@ def check(task: Task, config: RunConfig, architecture: Architecture) -> None:
     advice = _advice(task, config, estimates, kinds, found)
     if held > found.limit:
         raise OutOfMemoryError(
-            f"{task.name} does not fit: {' and '.join(task.held)} alone take {gib(held)} on a "
-            f"device, and {found.name} has {gib(found.limit)}. {advice}"
+            f"{task.name} does not fit: {' and '.join(task.held)} alone take "
+            f"{format_bytes(held)} on a device, and {found.name} has "
+            f"{format_bytes(found.limit)}. {advice}"
         )
-    takes = f"by estimate it takes {gib(whole)} on a device ({_listed(kinds)}), and {found}"
+    takes = (
+        f"by estimate it takes {format_bytes(whole)} on a device ({_listed(kinds)}), and {found}"
+    )
     if whole > _HOPELESS * found.limit:
         raise OutOfMemoryError(f"{task.name} does not fit: {takes}. {advice}")
     end = ", on a CPU without a word" if jax.default_backend() == "cpu" else ""
@@ -176,7 +180,7 @@ def check_compiled(task: Task, config: RunConfig, architecture: Architecture, st
         estimates = Estimates(architecture)
         kinds = task.kinds(config, estimates)
         raise OutOfMemoryError(
-            f"{task.name} does not fit: compiled it takes {gib(needed)} on a device, and "
+            f"{task.name} does not fit: compiled it takes {format_bytes(needed)} on a device, and "
             f"{found}. {_advice(task, config, estimates, kinds, found)}"
         )
 
@@ -202,7 +206,7 @@ def _explain(task: Task, config: RunConfig) -> str:
     except JaxftError:
         return ""
     return (
-        f"{task.name} takes about {gib(sum(kinds.values()))} on a device by estimate "
+        f"{task.name} takes about {format_bytes(sum(kinds.values()))} on a device by estimate "
         f"({_listed(kinds)}); {found}. "
         f"{_advice(task, config, estimates, kinds, found)}"
     )
@@ -238,7 +242,8 @@ class Judgement:
         return not self.room.limit or self.bytes <= self.room.limit
 
     def __str__(self) -> str:
-        return f"{gib(self.bytes)} on a device by estimate ({_listed(self.kinds)}); {self.room}"
+        size = format_bytes(self.bytes)
+        return f"{size} on a device by estimate ({_listed(self.kinds)}); {self.room}"
 
 
 def judge(config: RunConfig, architecture: Architecture) -> Judgement:
@@ -439,4 +444,4 @@ EVALUATION = Task(
 def _listed(kinds: Mapping[str, int]) -> str:
     whole = sum(kinds.values())
     large = {kind: size for kind, size in kinds.items() if size > _SMALL * whole}
-    return ", ".join(f"{kind} {gib(size)}" for kind, size in large.items())
+    return ", ".join(f"{kind} {format_bytes(size)}" for kind, size in large.items())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from jaxft.formatting import format_storage
 from jaxft.hf.hub import remote_tensors, resolve
 from jaxft.hf.load import (
     group_names,
@@ -202,8 +203,8 @@ def describe(found: Check) -> str:
     table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     bad = sum(not line.fits for line in found.lines) + len(found.problems)
     totals = (
-        f"{found.parameters:,} parameters; {found.stored_bytes / 1e9:,.2f} GB in the files, "
-        f"{found.loaded_bytes / 1e9:,.2f} GB loaded. "
+        f"{found.parameters:,} parameters; {format_storage(found.stored_bytes)} in the files, "
+        f"{format_storage(found.loaded_bytes)} loaded. "
         + (f"Lines that do not fit: {bad}." if bad else "Everything fits.")
     )
     return "\n".join([*table, "", *found.problems, totals])

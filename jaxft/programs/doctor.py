@@ -31,6 +31,7 @@ from rich.text import Text
 
 from jaxft.config import RunConfig
 from jaxft.errors import JaxftError
+from jaxft.formatting import format_bytes, format_storage
 from jaxft.hardware.chips import chip_of
 from jaxft.hardware.devices import LIBTPU_LOCK, device_memory, host_memory_total, lock_holder
 from jaxft.models.config import make_numerics
@@ -231,9 +232,9 @@ def _check_device_memory(devices: list[Any]) -> Iterator[Check]:
     limit = min(use.limit for use in uses if use)
     in_use = max(use.in_use for use in uses if use)
     chip = chip_of(devices[0].device_kind)
-    detail = f"{limit / _GIB:.1f} GiB for jax on each device, {in_use / _GIB:.1f} GiB in use"
+    detail = f"{format_bytes(limit)} for jax on each device, {format_bytes(in_use)} in use"
     if chip:
-        detail += f", of {chip.core.memory / _GIB:.0f} GiB"
+        detail += f", of {format_bytes(chip.core.memory)}"
     if chip and limit < 0.5 * chip.core.memory:
         advice = "Another process may hold the rest, or XLA_PYTHON_CLIENT_MEM_FRACTION limits it."
         yield Check("device memory", "warning", detail, advice)
@@ -258,14 +259,14 @@ def _check_matmul(devices: list[Any]) -> Check:
 def _check_host_memory() -> Iterator[Check]:
     total = host_memory_total()
     if total is not None:
-        yield Check("host memory", "ok", f"{total / _GIB:.1f} GiB, {os.cpu_count()} CPUs")
+        yield Check("host memory", "ok", f"{format_bytes(total)}, {os.cpu_count()} CPUs")
 
 
 def check_disk(config: RunConfig | None) -> Iterator[Check]:
     """Compares the free disk under the workdir with the checkpoints a run keeps at once."""
     folder = _existing(Path(config.train.workdir if config else "").expanduser().absolute())
     free = shutil.disk_usage(folder).free
-    detail = f"{_size(free)} free at {folder}"
+    detail = f"{format_storage(free)} free at {folder}"
     if config is None or not config.model.path:
         low = free < 5 * _GIB
         advice = "A checkpoint of a model of 1 billion parameters takes 12 GB." if low else ""
@@ -278,7 +279,7 @@ def check_disk(config: RunConfig | None) -> Iterator[Check]:
         return
     needed = checkpoint_bytes(model, keep_last=config.train.keep_last)
     count = sum(math.prod(parameter.shape) for parameter in model.values())
-    detail += f"; checkpoints need up to {_size(needed)} ({count:,} parameters)"
+    detail += f"; checkpoints need up to {format_storage(needed)} ({count:,} parameters)"
     if needed <= free:
         yield Check("disk", "ok", detail)
         return
@@ -444,7 +445,3 @@ def _existing(path: Path) -> Path:
     while not path.is_dir():
         path = path.parent
     return path
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

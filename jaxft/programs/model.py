@@ -20,7 +20,8 @@ from jaxft.config import DataConfig, ModelConfig, RunConfig
 from jaxft.data import chat
 from jaxft.data.template import Template, resolve_template
 from jaxft.errors import ConfigError, ModelError, OutOfMemoryError
-from jaxft.hardware.devices import gib, room, shortage
+from jaxft.formatting import format_bytes
+from jaxft.hardware.devices import room, shortage
 from jaxft.hf.hub import resolve
 from jaxft.hf.load import load_params, read_config, read_json, tensor_dtypes
 from jaxft.hf.rules import expand
@@ -272,7 +273,7 @@ class Model:
             narrow = ", or weights of half the size (--dtypes=bfloat16)" if wide else ""
             raise OutOfMemoryError(
                 f"{said} Prompts: {rows}, of up to {length} tokens with their answers; their keys "
-                f"and values take {gib(cache)}, the weights {gib(weights)}; "
+                f"and values take {format_bytes(cache)}, the weights {format_bytes(weights)}; "
                 f"{room(list(some.devices()))}. It takes less with {fewer}a smaller "
                 f"--max_new_tokens{narrow}."
             ) from error
@@ -347,11 +348,13 @@ def _refuse_what_does_not_fit(
     found = room(list(next(iter(shardings.values())).addressable_devices))
     if found.limit and held > found.limit:
         narrow = (
-            f" As bfloat16 they take {gib(held / 2)}: --dtypes=bfloat16."
+            f" As bfloat16 they take {format_bytes(held / 2)}: --dtypes=bfloat16."
             if dtypes != "bfloat16"
             else " jaxft.load takes a placement that splits them over several devices."
         )
-        raise OutOfMemoryError(f"The weights take {gib(held)} as {dtypes}, and {found}.{narrow}")
+        raise OutOfMemoryError(
+            f"The weights take {format_bytes(held)} as {dtypes}, and {found}.{narrow}"
+        )
 
 
 def load_weights(

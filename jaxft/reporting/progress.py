@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxft import console
+from jaxft.formatting import format_duration
 
 
 class TrainProgress:
@@ -59,14 +60,14 @@ class TrainProgress:
         step, eta = record["step"], self.eta()
         parts = [f"step {step:,}/{self._total:,}", *format_record(record)]
         if eta is not None:
-            parts.append(f"eta {console.format_duration(eta)}")
+            parts.append(f"eta {format_duration(eta)}")
         return "  ".join(parts)
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
         eta = self.eta()
         head = f"{self._step:,}/{self._total:,}"
         share = f"{100 * self._step // max(self._total, 1)} %"
-        figures = [f"eta {console.format_duration(eta)}" if eta is not None else "eta …"]
+        figures = [f"eta {format_duration(eta)}" if eta is not None else "eta …"]
         figures += format_record(self._record)
         # Figures that do not fit are left out from the end; the bar takes what is left over.
         room = options.max_width - len(head) - len(share) - 4 - 12

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.config import RunConfig, to_dict, walk
-from jaxft.console import format_duration
 from jaxft.files import read_jsonl, write_text
+from jaxft.formatting import format_duration
 from jaxft.reporting import charts
 from jaxft.reporting.charts import Chart, Series, Unit
 from jaxft.workdir.workdir import Workdir

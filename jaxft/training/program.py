@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from jaxft.config import RunConfig, compiler_options, to_dict
-from jaxft.console import counted
 from jaxft.data.batch import Batch
 from jaxft.errors import ConfigError, collected
+from jaxft.formatting import counted
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.experts import check_experts

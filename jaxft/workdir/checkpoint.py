@@ -24,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import (  # pyright: ignore[reportMiss
 
 from jaxft import distributed
 from jaxft.errors import CheckpointError
+from jaxft.formatting import format_storage
 from jaxft.training.state import TrainState
 
 # Where a checkpoint is moved before it is deleted.
@@ -337,11 +338,10 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         if free < need:
             raise CheckpointError(
-                f"A checkpoint takes {size / 1e9:.3g} GB and {need / 1e9:.3g} GB are needed, but "
-                f"{self.folder} has {free / 1e9:.3g} GB free. Older checkpoints are intact; free "
-                "some space, lower --config.train.keep_last, or choose another "
-                "--config.train.workdir, and start "
-                "again with --resume."
+                f"A checkpoint takes {format_storage(size)} and {format_storage(need)} are "
+                f"needed, but {self.folder} has {format_storage(free)} free. Older checkpoints are "
+                "intact; free some space, lower --config.train.keep_last, or choose another "
+                "--config.train.workdir, and start again with --resume."
             )
 
     @contextlib.contextmanager

@@ -14,12 +14,10 @@ from jax.sharding import Mesh
 
 from jaxft import cli, console
 from jaxft.compiled.layout import (
-    GIANT_BYTES,
     check_outputs,
     cpu_devices,
     describe,
     describe_run,
-    format_bytes,
     make_program,
 )
 from jaxft.compiled.layout_page import write_page
@@ -291,11 +289,3 @@ def test_a_page_needs_nothing_else_and_shows_giants_in_red(tmp_path):
         assert not re.search(r"https?://|<link|<img|src=|@import|url\(", page)
         red[strategy] = page.count('<figure class="giant">'), page.count("<tr class=giant>")
     assert red == {"ddp": (6, 9), "fsdp": (0, 0)}
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (GIANT_BYTES, "64 MiB"), (5e11, "466 GiB")],
-)
-def test_bytes_are_shown_in_three_digits(count, text):
-    assert format_bytes(count) == text

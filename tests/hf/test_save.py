@@ -143,7 +143,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, params, monkey
     target.mkdir()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    with pytest.raises(ModelError, match=r"The weights take 7\.85e-05 GB more.*Make room"):
+    with pytest.raises(ModelError, match=r"The weights take 78\.5 kB more.*Make room"):
         save_params(target, RULES, params, dtypes="float32")
     assert not list(target.iterdir())
 

@@ -14,7 +14,6 @@ from jaxft.planner.memory import KINDS, Memory
 from jaxft.planner.page import write_page
 from jaxft.planner.page.search import pareto
 from jaxft.planner.plan import Exchange, Plan, Remedy, Speed, StepTime, Work
-from jaxft.planner.show import format_seconds
 from jaxft.planner.timeline import Loop, Span, Timeline
 from jaxft.planner.topology import parse
 
@@ -429,11 +428,3 @@ def test_a_search_that_compiled_nothing_joins_estimates_that_fit(page):
     assert inside(text, 'class="front"', "/>").count("L") == 1
     refused = search_of(candidate(math.inf, 0, "refused: nothing suits."))
     assert "nothing suits" in page([], [refused])
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (4.013, "4.01 s"), (123.4, "123 s"), (0.0364, "36.4 ms"), (5e-6, "5.00 µs")],
-)
-def test_times_have_three_digits_and_a_unit(seconds, text):
-    assert format_seconds(seconds) == text

@@ -18,7 +18,7 @@ from jaxft.flags import read_config
 from jaxft.hardware.chips import Switch, chip_named
 from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
-from jaxft.planner import command, show
+from jaxft.planner import command
 from jaxft.planner.analytic import Estimator
 from jaxft.planner.compilation import _key
 from jaxft.planner.memory import KINDS
@@ -420,13 +420,6 @@ def test_all_unknown_slices_are_named_at_once(folder, capsys):
     said = capsys.readouterr().err
     assert "v5e-12" in said
     assert "v9e-8" in said
-
-
-def test_seconds_have_three_digits_and_a_unit():
-    numbers = [0, 2.5e-9, 0.0000123456, 0.0987654, 1.23456, 123.456, 98765]
-    shown = [show.format_seconds(number) for number in numbers]
-    assert shown == ["0 s", "2.5 ns", "12.3 µs", "98.8 ms", "1.23 s", "123 s", "98,765 s"]
-    assert np.all([len(text) <= 8 for text in shown])
 
 
 def test_a_search_where_scores_are_held_whole_finds_what_fits(folder):

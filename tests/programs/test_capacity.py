@@ -274,8 +274,8 @@ def test_devices_of_a_cpu_share_the_hosts_memory():
     devices = jax.local_devices()
     assert room(devices).limit == host_memory_total() // len(devices)
     assert 0 < host_memory_free() <= host_memory_total()
-    assert str(Room(8 << 30, 2 << 30, "a chip")) == "a chip has 8.0 GiB, 2.0 GiB of it free"
-    assert str(Room(8 << 30, 8 << 30, "a chip")) == "a chip has 8.0 GiB"
+    assert str(Room(8 << 30, 2 << 30, "a chip")) == "a chip has 8 GiB, 2 GiB of it free"
+    assert str(Room(8 << 30, 8 << 30, "a chip")) == "a chip has 8 GiB"
 
 
 def test_other_errors_of_a_run_stay_what_they_are(config, monkeypatch):

@@ -111,12 +111,3 @@ def test_a_quiet_process_prints_nothing(screen):
 
 def test_figures_that_are_null_are_shown_as_nan():
     assert progress.format_record({"loss": None}) == ["loss nan"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1:00"),
-     (3599.7, "1:00:00"), (3723, "1:02:03")],
-)  # fmt: skip
-def test_durations_are_short(seconds, text):
-    assert console.format_duration(seconds) == text

@@ -1,6 +1,6 @@
 """The part of a page that shows the memory of a device against its limit."""
 
-from jaxft.compiled.layout import format_bytes
+from jaxft.formatting import format_bytes
 from jaxft.planner.page.parts import Share, css_number, fit_words, legend, section, stacked_bar
 from jaxft.planner.plan import Plan
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from jaxft.compiled.layout import format_bytes
 from jaxft.config import RunConfig, to_dict, walk
+from jaxft.formatting import format_bytes, format_count, format_seconds
 from jaxft.planner.page.parts import (
     fit_words,
     html_table,
@@ -16,7 +16,7 @@ from jaxft.planner.page.parts import (
     section,
 )
 from jaxft.planner.plan import Plan, describe_shape
-from jaxft.planner.show import flag, format_seconds
+from jaxft.planner.show import flag
 from jaxft.reporting.report import tile
 
 
@@ -73,7 +73,7 @@ def tiles_section(plan: Plan) -> str:
     boxes = [
         fits if plan.fits else fits.replace('class="tile', 'class="tile bad'),
         *_speed_tiles(plan),
-        tile("Parameters", _short(plan.parameters), f"{plan.parameters:,}"),
+        tile("Parameters", format_count(plan.parameters), f"{plan.parameters:,}"),
         tile("Chips", f"{topology.chips:,}", ", ".join(filter(None, names))),
     ]
     return f'<section class="tiles">{"".join(boxes)}</section>'
@@ -100,13 +100,6 @@ def _speed_tiles(plan: Plan) -> Iterator[str]:
         f"estimate, {hourly} an hour"
         + (f" by the price of {speed.priced}" if speed.priced else ""),
     )
-
-
-def _short(count: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if count >= size:
-            return f"{count / size:.3g} {letter}"
-    return f"{count:,.0f}"
 
 
 def notes(plan: Plan) -> str:

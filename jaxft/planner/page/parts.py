@@ -4,10 +4,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from jaxft.compiled.layout import format_bytes
+from jaxft.formatting import format_bytes, format_seconds
 from jaxft.planner import timeline as lanes
 from jaxft.planner.plan import Plan, StepTime
-from jaxft.planner.show import format_seconds
 from jaxft.reporting.report import short_name
 
 

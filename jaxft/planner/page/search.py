@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxft.compiled.layout import format_bytes
+from jaxft.formatting import format_bytes, format_seconds
 from jaxft.planner.page.parts import html_table, percent, section
 from jaxft.planner.plan import describe_shape
-from jaxft.planner.show import format_seconds
 from jaxft.reporting import charts
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from jaxft.compiled.layout import format_bytes
+from jaxft.formatting import format_bytes, format_seconds
 from jaxft.planner import timeline as lanes
 from jaxft.planner.page.parts import (
     Share,
@@ -18,7 +18,7 @@ from jaxft.planner.page.parts import (
     stacked_bar,
 )
 from jaxft.planner.plan import Plan, StepTime
-from jaxft.planner.show import format_seconds, network_name
+from jaxft.planner.show import network_name
 from jaxft.planner.timeline import Loop, Span, Timeline
 from jaxft.reporting import charts
 
