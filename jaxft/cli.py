@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jaxft
 from jaxft.errors import ConfigError, JaxftError, nearest
@@ -377,8 +377,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         name_a, name_b = options.compare
         tables.print_comparison(differences, name_a, name_b, config)
     if options.output:
-        tables.write_json(options.output, results, differences, config=config)
-        print(f"Wrote {options.output}.")
+        _write_json(options.output, tables.record(results, differences, config=config))
     checkpoint = absolute(options.checkpoint)
     if options.checkpoint and (checkpoint / "checkpoints").is_dir():
         _show_next([_export_command(checkpoint)])
@@ -528,6 +527,13 @@ def _data(options: argparse.Namespace) -> int:
     return 1 if any(item.refusal for item in report.sets) else 0
 
 
+def _write_json(file: str, value: Any) -> None:
+    from jaxft.files import write_json
+
+    write_json(Path(file), value)
+    print(f"Wrote {file}.")
+
+
 def _shardings(options: argparse.Namespace) -> int:
     from jaxft.compiled import layout
 
@@ -538,7 +544,7 @@ def _shardings(options: argparse.Namespace) -> int:
     found = layout.describe_run(config, devices=devices, compiled=options.collectives)
     layout.print_description(found)
     if options.output:
-        print(f"Wrote {layout.write_json(options.output, found)}.")
+        _write_json(options.output, layout.record(found))
     if options.html:
         from jaxft.compiled.layout_page import write_page
 
@@ -590,7 +596,7 @@ def _plan(options: argparse.Namespace) -> int:
         show.print_search(found)
     show.print_plans(plans)
     if options.json:
-        print(f"Wrote {show.write_json(options.json, plans, searches)}.")
+        _write_json(options.json, show.record(plans, searches))
     if options.html:
         from jaxft.planner.page import write_page
 

@@ -1,4 +1,4 @@
-"""Files that are never half written: texts, JSON lines."""
+"""Files that are never half written, and the one form of JSON that is written."""
 
 import json
 import os
@@ -19,11 +19,30 @@ def write_text(path: Path, text: str) -> None:
     Raises:
       TrainingError: If the disk is full or the folder cannot be written.
     """
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file at once; numbers that are not finite become null.
+
+    Raises:
+      TrainingError: If the disk is full or the folder cannot be written.
+    """
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """Returns the text of a JSON file, as people read it; numbers that are not finite are null."""
+    return json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces a file at once, as `write_text` does."""
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -40,7 +59,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     Raises:
       TrainingError: If the disk is full or the file cannot be written.
     """
-    append_bytes(path, (json.dumps(finite(record), ensure_ascii=False) + "\n").encode())
+    append_bytes(path, _as_line(record).encode())
 
 
 def append_bytes(path: Path, data: bytes) -> None:
@@ -74,8 +93,11 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def rewrite_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Replaces a file's lines at once."""
-    lines = [json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records]
-    write_text(path, "".join(lines))
+    write_text(path, "".join(map(_as_line, records)))
+
+
+def _as_line(record: dict[str, Any]) -> str:
+    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:
@@ -95,6 +117,6 @@ def finite(value: Any) -> Any:
 def write_error(path: Path, error: OSError) -> TrainingError:
     """Returns what to raise when the system refuses a write."""
     return TrainingError(
-        f"{path} cannot be written: {error.strerror}. Free some disk space or mend the folder's "
+        f"{path} cannot be written: {error.strerror}. Free some disk space or fix the folder's "
         "permissions, then run it again; a training run goes on with --resume."
     )

@@ -5,7 +5,6 @@ devices.
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,6 @@ from jaxft.compiled.collectives import Total, collectives, summary
 from jaxft.config import RunConfig
 from jaxft.console import stdout
 from jaxft.errors import ConfigError
-from jaxft.files import write_text
 from jaxft.formatting import format_bytes
 from jaxft.hf.load import read_config
 from jaxft.models.config import make_numerics
@@ -441,9 +439,6 @@ def check_outputs(**files: str) -> None:
         raise ConfigError(problems)
 
 
-def write_json(file: str, found: Description) -> Path:
-    """Writes the description as JSON and returns its path."""
-    content = dataclasses.asdict(found) | {"bytes_per_device": found.bytes_per_device}
-    path = Path(file)
-    write_text(path, json.dumps(content, indent=2) + "\n")
-    return path
+def record(found: Description) -> dict[str, Any]:
+    """Returns the description for JSON."""
+    return dataclasses.asdict(found) | {"bytes_per_device": found.bytes_per_device}

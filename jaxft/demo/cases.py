@@ -1,12 +1,12 @@
 """Generates the demo's task: complaints in plain words, answered by a clinic department."""
 
-import json
 import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from jaxft.demo.complaints import DEPARTMENTS, Department, speak
+from jaxft.files import rewrite_jsonl
 
 QUESTION = "Which department?"
 """Ends every case. The base model knows the form of the answer, not what belongs where."""
@@ -71,8 +71,7 @@ def messages(complaint: str, department: str) -> list[dict[str, str]]:
 
 def write_cases(path: Path, cases: Iterable[tuple[str, str]]) -> Path:
     """Writes JSON Lines with one chat under `messages` each, and returns the path."""
-    lines = [json.dumps({"messages": messages(*case)}, ensure_ascii=False) for case in cases]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rewrite_jsonl(path, ({"messages": messages(*case)} for case in cases))
     return path
 
 

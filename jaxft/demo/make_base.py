@@ -4,7 +4,6 @@ Generates the text, trains the tokenizer, pre-trains by `configs/demo_base.py` a
 into the package. The same versions on the same machine give the same files.
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxft.demo import BASE, corpus
 from jaxft.demo.data import write_corpus
 from jaxft.demo.runs import load_run
 from jaxft.demo.tokenizer import SPECIAL_TOKENS, VOCABULARY, train_tokenizer, write_tokenizer
+from jaxft.files import write_json
 from jaxft.formatting import format_storage
 
 FOLDER = Path("runs/demo_base")
@@ -58,8 +58,8 @@ def write_skeleton(folder: Path) -> None:
     texts = corpus.documents(TOKENIZER_DOCUMENTS, seed=corpus.TRAIN_SEED)
     max_length = CONFIG["max_position_embeddings"]
     write_tokenizer(train_tokenizer(texts), folder, max_length=max_length)
-    _write_json(folder / "config.json", CONFIG)
-    _write_json(folder / "generation_config.json", GENERATION_CONFIG)
+    write_json(folder / "config.json", CONFIG)
+    write_json(folder / "generation_config.json", GENERATION_CONFIG)
 
 
 def main() -> None:
@@ -78,10 +78,6 @@ def main() -> None:
         shutil.copyfile(file, BASE / file.name)
     size = sum(file.stat().st_size for file in BASE.iterdir())
     print(f"{BASE} holds the base model, {format_storage(size)}.")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Trains the base model's tokenizer: byte-level BPE, with the chat template that goes with it."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from jaxft.files import write_json, write_text
 
 VOCABULARY = 2048
 END_OF_TEXT, END_OF_TURN, PADDING = "<|endoftext|>", "<|end|>", "<|pad|>"
@@ -47,9 +48,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
         "eos_token": END_OF_TEXT,
         "pad_token": PADDING,
     }
-    text = json.dumps(settings, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
+    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
 
 
 def _without_special_tokens(texts: Iterable[str]) -> Iterable[str]:

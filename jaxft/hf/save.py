@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxft.errors import ModelError
+from jaxft.files import as_json
 from jaxft.formatting import format_storage
 from jaxft.hf.load import INDEX, SINGLE
 from jaxft.hf.read import DTYPES
@@ -187,8 +188,8 @@ def save_params(
             t.name: file for file, shard in zip(files, shards, strict=True) for t in shard
         }
         metadata = {"total_size": sum(_size(tensor, stored) for tensor in tensors)}
-        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
-        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+        text = as_json({"metadata": metadata, "weight_map": weight_map})
+        (folder / INDEX).write_text(text, encoding="utf-8")
     return len(files) - len(missing)
 
 

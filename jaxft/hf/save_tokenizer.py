@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from jaxft.files import as_json
 from jaxft.hf.tokenizer import read_settings, read_tokenizer
 
 _TEMPLATES = "additional_chat_templates"
@@ -231,4 +232,4 @@ def _write_added_tokens(tokenizer: Any, folder: Path) -> None:
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(as_json(content), encoding="utf-8")

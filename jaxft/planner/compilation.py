@@ -1,5 +1,6 @@
 """Compiling a step for devices that are not there, and keeping what came of it."""
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -14,6 +15,8 @@ from typing import Any
 
 import jax
 
+from jaxft.errors import TrainingError
+from jaxft.files import write_bytes
 from jaxft.planner.topology import compiler_version
 
 # Changes when what is kept of a compilation does.
@@ -119,13 +122,10 @@ def _read(file: Path) -> Compiled | None:
 
 def _write(file: Path, found: Compiled) -> None:
     """Keeps a compilation; that it cannot be kept is no reason to stop."""
-    try:
+    data = gzip.compress(json.dumps(dataclasses.asdict(found)).encode(), 6)
+    with contextlib.suppress(OSError, TrainingError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(found)).encode(), 6))
-        temporary.replace(file)
-    except OSError:
-        pass
+        write_bytes(file, data)
 
 
 def _allocation(memory: Any) -> Allocation:

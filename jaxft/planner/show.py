@@ -1,8 +1,6 @@
 """Plans and searches as tables for a terminal, and as JSON."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -11,7 +9,6 @@ from rich.text import Text
 
 from jaxft.compiled.layout import make_table
 from jaxft.console import stdout
-from jaxft.files import write_text
 from jaxft.formatting import format_bytes, format_seconds
 from jaxft.hardware.chips import Chip, Switch
 from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape
@@ -242,16 +239,13 @@ def _rate(candidate: Candidate) -> str:
     return f"{plan.speed.tokens_per_second_per_chip:,.0f}"
 
 
-def write_json(file: str, plans: Sequence[Plan], searches: Sequence[Search] = ()) -> Path:
-    """Writes plans and searches as JSON, `docs/planning.md` says in which form, and its path."""
-    content = {
+def record(plans: Sequence[Plan], searches: Sequence[Search] = ()) -> dict[str, Any]:
+    """Returns plans and searches for JSON; `docs/planning.md` describes the form."""
+    return {
         "schema": SCHEMA,
         "plans": [plan.record() for plan in plans],
         "searches": [_search_record(found) for found in searches],
     }
-    path = Path(file)
-    write_text(path, json.dumps(content, indent=2) + "\n")
-    return path
 
 
 def _search_record(found: Search) -> dict[str, Any]:

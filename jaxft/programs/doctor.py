@@ -388,7 +388,7 @@ def check_hub(endpoint: str, *, token: str | None, offline: bool) -> Iterator[Ch
             "hub",
             "warning",
             f"{endpoint} cannot be reached: {reason}",
-            "Local files work. For hub ids mend the network, set HTTPS_PROXY or HF_ENDPOINT, or "
+            "Local files work. For hub ids fix the network, set HTTPS_PROXY or HF_ENDPOINT, or "
             "set HF_HUB_OFFLINE=1 to use what is cached without asking.",
         )
         return

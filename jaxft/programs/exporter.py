@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxft.errors import ConfigError, ModelError, nearest
+from jaxft.files import as_json
 from jaxft.hf.load import open_params, read_config, tensor_dtypes
 from jaxft.hf.read import Reader
 from jaxft.hf.save import Readable, atomic_folder, save_params
@@ -104,7 +105,7 @@ def export(
         if kept:
             on_log(f"Files of weights that an earlier export had written: {kept}.")
         config |= _dtype_fields(config, folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "config.json").write_text(as_json(config), encoding="utf-8")
         # Without its weights: only its files and its tokenizer are asked.
         model = Model(
             architecture, architecture.abstract(make_numerics("float32")), {}, tokenizer, source
@@ -196,7 +197,7 @@ def _write_generation_config(model: Model, folder: Path) -> None:
         fields.setdefault("bos_token_id", model.tokenizer.bos_token_id)
     if stops:
         fields["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-    target.write_text(json.dumps(fields, indent=2) + "\n")
+    target.write_text(as_json(fields), encoding="utf-8")
 
 
 def _verify(source: Source, architecture: Architecture, folder: Path, *, grown: bool) -> str:

@@ -1,17 +1,14 @@
 """Evaluation results as tables for a terminal and as JSON."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from jaxft.config import RunConfig, to_dict
 from jaxft.console import stdout
-from jaxft.files import finite, write_text
 from jaxft.programs.evaluation import Comparison, Evaluation
 from jaxft.reporting.intervals import Estimate
 from jaxft.workdir.source import Source
@@ -153,17 +150,15 @@ def _gain_and_loss(results: Mapping[str, Comparison]) -> str:
     )
 
 
-def write_json(
-    file: str,
+def record(
     results: Mapping[str, Mapping[str, Evaluation]],
     differences: Mapping[str, Comparison] | None = None,
     *,
     config: RunConfig,
-) -> None:
-    """Writes all figures, what they are of, the generated answers and the paired differences.
+) -> dict[str, Any]:
+    """Returns for JSON all figures, the generated answers and the paired differences.
 
     Args:
-      file: Path.
       results: By model and by data set.
       differences: Of two models, by data set.
       config: As they were evaluated with.
@@ -187,8 +182,7 @@ def write_json(
         for model, evaluations in results.items()
     }
     content["config"] = to_dict(config)
-    text = json.dumps(finite(content), indent=2, ensure_ascii=False)
-    write_text(Path(file), text + "\n")
+    return content
 
 
 def _model_record(source: Source) -> dict[str, Any]:

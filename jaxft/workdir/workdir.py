@@ -18,7 +18,7 @@ import jax
 
 from jaxft.config import RunConfig, held_out_share, to_dict
 from jaxft.errors import CheckpointError, ConfigError, nearest_of
-from jaxft.files import TEMPORARY, write_error, write_text
+from jaxft.files import TEMPORARY, write_error, write_json
 from jaxft.hardware.devices import host_memory_total
 from jaxft.workdir.lock import Lock, hold
 
@@ -211,8 +211,8 @@ class Workdir:
             if not self.resumed:
                 _remove_run(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.config, _json(to_dict(config)))
-        write_text(self.environment, _json(environment()))
+        write_json(self.config, to_dict(config))
+        write_json(self.environment, environment())
 
 
 def absolute(path: str | Path) -> Path:
@@ -314,10 +314,6 @@ def environment() -> dict[str, Any]:
         "packages": dict(_versions()),
         "commit": _commit(),
     }
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _holds_run(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from jaxft import data
 from jaxft.config import DataConfig
 from jaxft.data import prepare
 from jaxft.errors import ConfigError
+from jaxft.files import as_json
 from jaxft.hf.tokenizer import load_tokenizer
 from jaxft.programs import evaluation
 from jaxft.programs.evaluation import (
@@ -24,7 +25,7 @@ from jaxft.programs.evaluation import (
     named_sources,
     read_sample_prompts,
 )
-from jaxft.programs.tables import print_comparison, print_evaluation, write_json
+from jaxft.programs.tables import print_comparison, print_evaluation, record
 from tests.tiny_run import tiny_config, write_chats
 
 
@@ -410,12 +411,11 @@ def test_references_that_no_answer_can_reach_are_counted(run, capfd):
     assert f"Set --config.eval.max_new_tokens={max(tokens)} to reach all" in said
 
 
-def test_an_evaluation_says_which_checkpoint_it_took(run, folder, tmp_path, capsys):
+def test_an_evaluation_says_which_checkpoint_it_took(run, folder, capsys):
     config, result = run
     found = evaluated(config, result.workdir)
     assert found["validation"].model.name == f"{result.workdir}, step 30 (the best)"
-    write_json(str(tmp_path / "out.json"), {"results": found}, config=config)
-    stored = json.loads((tmp_path / "out.json").read_text())
+    stored = json.loads(as_json(record({"results": found}, config=config)))
     assert stored["models"]["results"] == {
         "path": str(result.workdir),
         "step": 30,
@@ -432,7 +432,7 @@ def test_an_evaluation_says_which_checkpoint_it_took(run, folder, tmp_path, caps
     assert "data.max_length=48" in out
 
 
-def test_tables_and_json_hold_the_figures(run, tmp_path, capsys):
+def test_tables_and_json_hold_the_figures(run, capsys):
     config, result = run
     changes = {"eval__retention": config.data.train, "eval__answers": "exact"}
     a, b = evaluated(config, **changes), evaluated(config, result.checkpoint, **changes)
@@ -442,8 +442,7 @@ def test_tables_and_json_hold_the_figures(run, tmp_path, capsys):
     loss = a["validation"].rows.loss.value
     assert f"{loss:.4f}" in text and "exact match" in text
     assert "nats a token over A" in text
-    write_json(str(tmp_path / "out.json"), {"a": a, "b": b}, compare(a, b), config=config)
-    stored = json.loads((tmp_path / "out.json").read_text())
+    stored = json.loads(as_json(record({"a": a, "b": b}, compare(a, b), config=config)))
     assert stored["a"]["validation"]["loss"] == loss
     assert stored["b - a"]["validation"]["loss"]["value"] < 0
     assert stored["b"]["validation"]["answers"][0].keys() == {

@@ -1,16 +1,13 @@
 import contextlib
 import json
-import math
 import os
 import subprocess
-import threading
 
-import numpy as np
 import pytest
 
 from jaxft.config import RunConfig, to_dict
-from jaxft.errors import CheckpointError, ConfigError, TrainingError
-from jaxft.files import append_jsonl, read_jsonl, write_text
+from jaxft.errors import CheckpointError, ConfigError
+from jaxft.files import append_jsonl, read_jsonl
 from jaxft.workdir.workdir import Workdir, absolute, claimed, environment, explained_files
 
 
@@ -258,53 +255,6 @@ def test_a_claimed_folder_is_no_folder_of_others(tmp_path, config):
         append_jsonl(tmp_path / "metrics.jsonl", {"step": 1})
         workdir = _open(tmp_path, config, overwrite=True)
         assert not workdir.metrics.exists() and (tmp_path / "run.lock").is_file()
-
-
-def test_readers_see_the_old_text_or_the_new_one(tmp_path):
-    path = tmp_path / "page"
-    texts = {"a" * 300_000, "b" * 300_000}
-    write_text(path, "a" * 300_000)
-    seen, stop = set(), threading.Event()
-
-    def read():
-        while not stop.is_set():
-            seen.add(path.read_text())
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    for text in sorted(texts) * 10:
-        write_text(path, text)
-    stop.set()
-    reader.join()
-    assert seen <= texts
-    assert [p.name for p in tmp_path.iterdir()] == ["page"]
-
-
-def test_lines_are_valid_json_whatever_the_numbers(tmp_path):
-    path = tmp_path / "x.jsonl"
-    record = {"a": math.nan, "b": [np.float32("inf"), np.int64(3)], "c": {"d": np.float32(0.5)}}
-    append_jsonl(path, record)
-    text = path.read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {
-        "a": None,
-        "b": [None, 3],
-        "c": {"d": 0.5},
-    }
-
-
-def test_torn_lines_are_skipped(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"step": 1}\n\0\0\0\n7\n{"step": 2}\n{"step": 3}')
-    assert list(read_jsonl(path)) == [{"step": 1}, {"step": 2}]
-
-
-def test_full_disk_is_a_clear_error():
-    from pathlib import Path
-
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full, a device that is always full")
-    with pytest.raises(TrainingError, match=r"No space left.*--resume"):
-        append_jsonl(Path("/dev/full"), {"step": 1})
 
 
 def test_environment_has_versions_and_devices_but_no_host_name():
