@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.config import RunConfig, walk
-from tests.test_setup import ROOT, sources
+from tests.test_setup import PACKAGE, ROOT, sources
 
 KEYS = "|".join(re.escape(item.path) for item in walk(RunConfig()) if "." in item.path)
 BARE = rf"(?<![\w.])(?P<key>{KEYS})"
@@ -18,6 +18,61 @@ ADVICE = re.compile(
     rf"\b(?i:set|unset|lower|lowering|raise|raising|increase|choose|change|use|try|with)\s+"
     rf"(?:a\s+|another\s+|smaller\s+|larger\s+|higher\s+|lower\s+)*{BARE.replace('key', 'other')}"
 )
+
+
+# A summary is an imperative or a sentence with a subject, and what an attribute means is a noun
+# phrase: neither leans on a name that stands somewhere else ("Of the whole array", "As `k`").
+LEANING = re.compile(
+    r"(?:Of|That|As|What|Whose|How|Where|Which|Those|Their|Its|Why|If|By|With|From|To|In|When|Inside"
+    r"|On|For)\b"
+)
+QUAINT = re.compile(r"\bmend(?:s|ed|ing)?\b|\bcan(?:not)? be had\b")
+# Files whose docstrings do not keep this yet.
+EXEMPT = (
+    "cli.py",
+    "compiled/layout",
+    "config",
+    "console.py",
+    "data/",
+    "distributed/",
+    "errors.py",
+    "files.py",
+    "flags.py",
+    "formatting.py",
+    "hf/load.py",
+    "hf/tokenizer.py",
+    "planner/page/",
+    "programs/",
+    "reporting/",
+    "training/",
+    "workdir/",
+)
+
+
+def docstrings(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
+    """Yields line, name and docstring of a module and of all that it defines."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if text := ast.get_docstring(node):
+            yield node.body[0].lineno, getattr(node, "name", "the module"), text
+
+
+def attributes(docstring: str) -> Iterator[tuple[str, str]]:
+    """Yields the names under `Attributes:` and the lines behind them."""
+    section = re.search(r"^Attributes:\n((?:  .*\n?|\n)+)", docstring, re.MULTILINE)
+    yield from re.findall(r"^  (\w+): (.*)", section[1], re.MULTILINE) if section else []
+
+
+def leaning(tree: ast.AST) -> Iterator[str]:
+    """Yields the docstrings of a module that are no sentence and no noun phrase."""
+    for line, name, text in docstrings(tree):
+        summary = text.splitlines()[0]
+        if LEANING.match(summary) or not summary.endswith("."):
+            yield f"{line}: {name}: {summary}"
+        for attribute, meaning in attributes(text):
+            if LEANING.match(meaning):
+                yield f"{line}: {name}.{attribute}: {meaning}"
 
 
 def texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -58,6 +113,49 @@ def test_advice_names_keys_as_flags_that_can_be_pasted():
 )
 def test_advice_is_told_from_naming_a_key(text, found):
     assert bool(ADVICE.search(text)) is found
+
+
+def test_docstrings_are_sentences_and_attributes_noun_phrases():
+    found = [
+        f"{path}:{one}"
+        for path, tree in sources()
+        if not str(path).startswith(EXEMPT)
+        for one in leaning(tree)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_a_docstring_that_leans_on_a_name_is_found():
+    tree = ast.parse(
+        '''
+class Price:
+    """Of one chip.
+
+    Attributes:
+      currency: Of both.
+      date: Day on which it was looked up.
+    """
+
+    def total(self):
+        """Returns the sum"""
+'''
+    )
+    assert list(leaning(tree)) == [
+        "3: Price: Of one chip.",
+        "3: Price.currency: Of both.",
+        "11: total: Returns the sum",
+    ]
+
+
+def test_nothing_is_mended_or_had():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    modules = [PACKAGE / path for path, _ in sources() if not str(path).startswith(EXEMPT)]
+    found = [
+        f"{file.relative_to(ROOT)}: {match.group()}"
+        for file in [*pages, *modules]
+        for match in QUAINT.finditer(file.read_text())
+    ]
+    assert not found
 
 
 def test_links_of_the_documents_lead_somewhere():

@@ -1,1 +1,1 @@
-"""What a compiled program says of itself: layouts, collectives, instructions."""
+"""Facts of a compiled program: layouts, collectives, instructions."""

@@ -1,4 +1,4 @@
-"""What devices say to each other in a compiled program: its collectives, read from its text.
+"""The collectives of a compiled program, read from its text: what devices exchange.
 
 XLA prints a program after all of its passes, so what is found here is what runs: what a strategy
 was meant to do, and what the compiler made of it.
@@ -38,7 +38,7 @@ class Collective:
       axes: Mesh axes of size over 1 along which devices of one group differ, in the mesh's order;
         a group may be smaller than their product.
       group_size: Devices that take part in one.
-      count: How often one step runs it, loops multiplied.
+      count: Number of runs in one step, loops multiplied.
       exact: False if it lies in a loop whose length the text does not give: `count` is then the
         least it can be.
       arrays: Payload of each array in bytes of one device, for one run: of the operand for
@@ -49,7 +49,7 @@ class Collective:
       gathers: It is an all-reduce of arrays that are zero but for a device's own part. That is how
         XLA for TPU gathers small arrays; it is left an all-reduce, as it sends what one does.
       name: The instruction's, to be found in the text.
-      origin: What of the traced function it came from, `op_name` in the text.
+      origin: Part of the traced function that it came from, `op_name` in the text.
       groups: Places in the mesh of the devices of each group, or of source and target of each pair
         of a permute; of what leaves a slice they are not in the text.
     """
@@ -73,7 +73,7 @@ class Collective:
 
     @property
     def wire_bytes(self) -> int:
-        """What a device sends in one run if groups are rings, which is the least it can be.
+        """Bytes that a device sends in one run if groups are rings, which is the least.
 
         For n devices and the payload b: 2b(n-1)/n for all-reduce, b(n-1)/n for all-gather,
         reduce-scatter and all-to-all, b for a permute.
@@ -86,11 +86,11 @@ class Total:
     """All collectives of one kind over the same mesh axes, in one step and per device.
 
     Attributes:
-      kind: As `Collective.kind`.
-      axes: As `Collective.axes`.
+      kind: Kind of the collectives, see `Collective.kind`.
+      axes: Mesh axes, see `Collective.axes`.
       count: Runs in one step.
       bytes: Payload of all runs.
-      wire_bytes: What rings send for them.
+      wire_bytes: Bytes that rings send for them.
       exact: Whether all counts are.
     """
 
@@ -154,10 +154,10 @@ def summary(found: Iterable[Collective]) -> list[Total]:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where in the running program a computation stands.
+    """The place of a computation in the running program.
 
     Attributes:
-      count: How often it runs.
+      count: Number of runs.
       exact: Whether that is known.
       fused: Whether it is the body of a fusion.
       chains: Asynchronous collectives met so far that are spread over several fusions.

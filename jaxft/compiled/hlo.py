@@ -20,11 +20,11 @@ class Array(NamedTuple):
     """One array of a shape.
 
     Attributes:
-      dtype: As XLA writes it, such as `bf16`.
-      sizes: Of its dimensions.
+      dtype: Type in XLA's spelling, such as `bf16`.
+      sizes: Sizes of the dimensions.
       space: Number of the memory it is in.
-      bytes: As its elements are packed.
-      padded_bytes: With the padding that its tiles have in a TPU's memory.
+      bytes: Size with elements packed.
+      padded_bytes: Size with the padding that its tiles have in a TPU's memory.
     """
 
     dtype: str
@@ -60,13 +60,13 @@ class Instruction(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """What of the traced function it came from, `op_name` in the text; empty if unknown."""
+        """Part of the traced function it came from, `op_name` in the text; empty if unknown."""
         found = re.search(r'\bop_name="([^"]*)"', self.rest)
         return found[1] if found else ""
 
     @property
     def target(self) -> str:
-        """What a custom call calls."""
+        """Function that a custom call calls."""
         found = re.search(r'\bcustom_call_target="([^"]*)"', self.rest)
         return found[1] if found else ""
 
@@ -128,7 +128,7 @@ class Module:
     """A program.
 
     Attributes:
-      computations: By name.
+      computations: Computations by name.
       entry: Name of the one that runs.
       partitions: Devices that it is written for.
     """

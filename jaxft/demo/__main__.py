@@ -1,4 +1,4 @@
-"""What `make demo` runs: fine-tune the base model, measure before and after, export, ask."""
+"""The demo of `make demo`: fine-tune the base model, measure before and after, export, ask."""
 
 import sys
 import time

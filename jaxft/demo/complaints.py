@@ -1,4 +1,4 @@
-"""What patients say, by clinic department: the vocabulary of the demo's texts and cases.
+"""Patients' words by clinic department: the vocabulary of the demo's texts and cases.
 
 A wording is a clause with marks for whoever speaks: `{I}`, `{my}`, `{me}` and any verb of theirs
 (`{have}`, `{am}`, `{cough}`), so that one clause serves as "I have hives" and "she has hives".

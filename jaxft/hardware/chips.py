@@ -1,4 +1,4 @@
-"""What chips can do at their best: the one table of published figures, with their sources.
+"""The one table of published figures: what chips can do at their best, with sources.
 
 All figures are of a chip, which is not always one jax device: `Chip.cores` says how many it is.
 Rates are in bytes or operations a second, sizes in bytes; 0 stands for what is not published or
@@ -28,8 +28,8 @@ class Torus:
 
     Attributes:
       dimensions: 2 or 3; a chip has two links in each.
-      link: Of one link in one direction. Google names the sum over all links and both directions;
-        a tenth is taken off it, as the scaling book does, for what transfers reach.
+      link: Rate of one link in one direction. Google names the sum over all links and both
+        directions; a tenth is taken off it, as the scaling book does, for what transfers reach.
       pod: Chips along a side of the largest slice in two dimensions.
     """
 
@@ -54,7 +54,7 @@ class Switch:
 
     Attributes:
       size: GPUs in it.
-      link: Of one GPU in one direction.
+      link: Rate of one GPU in one direction.
     """
 
     size: int
@@ -70,7 +70,7 @@ class Chip:
     """Published figures of a chip.
 
     Attributes:
-      name: As it is sold.
+      name: Name under which it is sold.
       kind: Regular expression found in `jax.Device.device_kind`.
       cores: jax devices of one chip.
       bfloat16: Dense matrix FLOP/s with 16-bit inputs and float32 sums.
@@ -78,18 +78,18 @@ class Chip:
         TPU, TF32 on NVIDIA from Ampere on.
       single: FLOP/s of float32 without matrix units, which whole float32 products take on NVIDIA.
       int8: Dense matrix operations a second.
-      float8: As int8.
+      float8: Dense matrix FLOP/s with 8-bit floats.
       memory: Device memory.
-      usable: What of it a program can have.
-      bandwidth: Of the device memory.
-      network: To the chips beside it.
-      dcn: To chips elsewhere, in one direction: data centre network, InfiniBand.
-      host: To the host's memory, in one direction.
+      usable: Part of it that is free for a program.
+      bandwidth: Rate of the device memory.
+      network: Links to the chips beside it.
+      dcn: Rate to chips elsewhere, in one direction: data centre network, InfiniBand.
+      host: Rate to the host's memory, in one direction.
       clock: Cycles a second of the TensorCore, in which the TPU compiler estimates.
       lanes: Columns of a TPU's matrix unit.
       product_share: Share of the peak that large matrix products reach.
-      host_memory: Of the host's memory, the share of one chip in the largest machine sold.
-      sources: Of the figures.
+      host_memory: Memory of the host, the share of one chip in the largest machine sold.
+      sources: Sources of the figures.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Chip:
 
     @property
     def limit(self) -> int:
-        """What a program can have: of GPUs, where drivers and libraries take a share, 92 %."""
+        """Memory for a program: of GPUs, where drivers and libraries take a share, 92 %."""
         return self.usable or round(0.92 * self.memory)
 
     @property

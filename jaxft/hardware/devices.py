@@ -1,4 +1,4 @@
-"""How fast a device can be at best, and how much memory devices and host have and use now."""
+"""Peak rates of devices, and the memory that devices and host have and use now."""
 
 import errno
 import fcntl
@@ -40,7 +40,7 @@ class Room(NamedTuple):
     Attributes:
       limit: Bytes in all; 0 if it is not known.
       free: Bytes of them that nothing uses yet.
-      name: What has them.
+      name: Owner of the memory in words, such as `a TPU v4`.
     """
 
     limit: int

@@ -123,7 +123,7 @@ class Entry:
     def select(
         self, view_of: Callable[[np.ndarray], np.ndarray], out: np.ndarray
     ) -> Iterator[Task]:
-        """As `tasks`, for any view of the tensor."""
+        """Does what `tasks` does, for any view of the tensor."""
         # Nobody looks into this array: where its view lies in it is where to read in the file.
         dtype = _BYTES[self.dtype]
         sizes = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
@@ -155,7 +155,7 @@ class Mxfp4:
 
     @property
     def dtype(self) -> str:
-        """What it is unpacked to: bfloat16 holds each of its values."""
+        """Type it is unpacked to: bfloat16 holds each of its values."""
         return "BF16"
 
     @property

@@ -1,4 +1,4 @@
-"""How a family's tensors are named and laid out in Hugging Face files: read both ways."""
+"""Names and layouts of a family's tensors in Hugging Face files: read both ways."""
 
 import math
 import re
@@ -22,11 +22,11 @@ class Rule:
       ours: Dotted path of the parameter, such as `layers.attn.q.w`.
       theirs: Tensor name. `{layer}` and `{expert}` stand for indices along our leading axes, which
         have this order; `{expert}` is never without `{layer}`.
-      layout: Their axes, an arrow, our axes: `(n h) d -> n h d`. Letters are those of
-        `sharding/axes.py`; a group in brackets is one axis of theirs, first letter outermost.
+      layout: Axes of the file's tensor, an arrow, our axes: `(n h) d -> n h d`. Letters are those
+        of `sharding/axes.py`; a group in brackets is one axis of the file, first letter outermost.
         Leading axes are not written. Rules that name the same tensor are its parts, in the order of
-        the table, and all mark with `+` how these lie along an axis of theirs: `(+ f)` one after
-        another, `(f +)` in turns.
+        the table, and all mark with `+` how these lie along an axis: `(+ f)` one after another, `(f
+        +)` in turns.
     """
 
     ours: str
@@ -128,7 +128,7 @@ class Part:
       rule: The rule it follows.
       index: Along our leading axes: `()`, `(layer,)` or `(layer, expert)`.
       shape: The shape of ours without the leading axes.
-      where: What it takes of their tensor.
+      where: Index into the file's tensor.
     """
 
     rule: Rule
@@ -168,8 +168,8 @@ class Tensor:
     """One tensor of theirs and what of our parameters it holds.
 
     Attributes:
-      name: Their name.
-      shape: Their shape.
+      name: Name in the file.
+      shape: Shape in the file.
       parts: One, unless several rules name it.
     """
 

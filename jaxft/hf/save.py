@@ -36,11 +36,11 @@ class _NoRoomError(ModelError):
 
 
 class Readable(Protocol):
-    """A parameter of which parts can be had: a NumPy array, or one that is still in a file."""
+    """A parameter that can be read in parts: a NumPy array, or one that is still in a file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """The whole parameter's shape."""
         ...
 
     def __getitem__(self, index: Any, /) -> Any:

@@ -266,7 +266,7 @@ def choose_backend(
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What decides whether a back end can be used; see `choose_backend`."""
+    """The facts that decide whether a back end can be used; see `choose_backend`."""
 
     config: DecoderConfig
     platform: str

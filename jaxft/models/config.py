@@ -1,4 +1,4 @@
-"""What a decoder is made of, and how it is computed."""
+"""The shape of a decoder, and the way it is computed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,11 @@ from jaxft.models.rope import Rope
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """In what layers of one stack may differ while their parameters have the same shapes.
+    """Differences between layers of one stack, whose parameters have the same shapes all the same.
 
     Attributes:
       window: Positions that a query sees back, its own included; 0 for all.
-      rope: How positions turn queries and keys; None where they do not.
+      rope: Rotation of queries and keys by their positions; None where there is none.
     """
 
     window: int = 0
@@ -23,7 +23,7 @@ class LayerKind:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How attention makes weights of queries and keys.
+    """The way from queries and keys to attention's weights.
 
     Attributes:
       scale: Multiplies the products.
@@ -68,7 +68,7 @@ class DecoderConfig:
       max_length: Positions that the model was made for.
       init_scale: Standard deviation of random weights.
       kinds: The different kinds of layer.
-      pattern: For each layer, the index of its kind.
+      pattern: Index of each layer's kind.
       norm: `rms`, `rms_offset` (the weight is added to 1) or `layer` (with a mean and a bias).
       attention_scale: Multiplies attention scores; 0 for 1 / sqrt(H).
       attention_cap: Soft bound of attention scores; 0 for none.
@@ -111,7 +111,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """How a model is computed; none of it changes what the model is.
+    """The way a model is computed; none of it changes what the model is.
 
     Attributes:
       param_dtype: Type in which parameters and optimizer state are kept.

@@ -25,7 +25,7 @@ class KVCache(NamedTuple):
 
     Attributes:
       k: `[L, B, S, K, H]` in the compute dtype; S slots are allocated, `used` are filled.
-      v: As `k`.
+      v: Values, laid out like `k`.
       segments: int32 `[B, S]`; 0 in slots that hold padding or nothing.
       limits: int32 `[B]`, the length that each row's document may reach.
       used: int32 scalar, the next free slot, the same in every row.
@@ -127,7 +127,7 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"],
         cache: KVCache,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """As `hidden`, for tokens that follow what the cache holds.
+        """Returns what `hidden` does, for tokens that follow what the cache holds.
 
         Reads a prompt (T tokens into an empty cache) and decodes (T = 1) alike.
         """

@@ -30,7 +30,7 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 class Routes(NamedTuple):
-    """What a router decided for each token.
+    """A router's decisions for each token.
 
     Attributes:
       experts: int32 `[B, T, k]`, the chosen experts, the most likely first.
@@ -183,7 +183,7 @@ class Experts(nnx.Module):
 def _top_k(
     probabilities: Float[Array, "B T E"], k: int
 ) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
-    """As `jax.lax.top_k`, each device of its own tokens; XLA would gather all of them first."""
+    """Does `jax.lax.top_k`, each device for its own tokens; XLA would gather all of them first."""
 
     def local(probabilities: Array) -> tuple[Array, Array]:
         weights, experts = jax.lax.top_k(probabilities, k)
@@ -304,7 +304,7 @@ def _whole(plan: WeightPlan) -> WeightPlan:
 
 
 def _gathered(plan: WeightPlan | None, part: Array | None, w: Array | None) -> Array | None:
-    """Inside a `shard_map`: gathers a weight; its gradient goes to `part`, cut as gradients are."""
+    """Gathers a weight in a `shard_map`; its gradient goes to `part`, cut as gradients are."""
     if plan is None or part is None or w is None:
         return None
 

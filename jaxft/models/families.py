@@ -1,4 +1,4 @@
-"""Which family a config.json belongs to; adding one is its file and a line here."""
+"""The table of model families: config.json names one; adding one is its file and a line here."""
 
 import importlib
 from collections.abc import Callable

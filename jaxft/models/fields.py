@@ -141,7 +141,7 @@ class Fields:
         return [size if kind == "sliding_attention" else 0 for kind in types]
 
     def uniform_windows(self, *, in_use: bool = True) -> list[int]:
-        """As `windows`, for families whose layers are all alike whatever `layer_types` says."""
+        """Reads `windows` for families whose layers are all alike whatever `layer_types` says."""
         windows = self.windows(lambda layer: True, in_use=in_use)
         if len(set(windows)) > 1 or ("sliding_window" in self and in_use and 0 in windows):
             self.problem(

@@ -21,7 +21,7 @@ AttentionFn = Callable[[Array, Array, Array, Any, Array | None], tuple[Array, An
 
 
 class LayerInputs(NamedTuple):
-    """What a layer reads beside the residual stream.
+    """Inputs of a layer beside the residual stream.
 
     Attributes:
       rope: Cosine and sine for the layer's kind, `[B, T, 1, half]`, or None.

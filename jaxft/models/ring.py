@@ -61,11 +61,11 @@ def block_size(chunk: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """What is known when the program is traced.
+    """The facts that are known when the program is traced.
 
     Attributes:
-      split: How rows are split over devices.
-      scores: How queries score keys.
+      split: Placement of rows on devices.
+      scores: The way queries score keys.
     """
 
     split: RowSplit
@@ -78,7 +78,7 @@ class Ring:
 
     @property
     def logs(self) -> P:
-        """Where logarithms `[B, N, T]` go."""
+        """Placement of logarithms `[B, N, T]`."""
         batch, seq, heads = self.split.spec
         return P(batch, heads, seq)
 
@@ -153,7 +153,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 class Queries(NamedTuple):
-    """What stays on its device: two chunks of n blocks of b positions.
+    """The part that stays on its device: two chunks of n blocks of b positions.
 
     Attributes:
       q: `[2, n, B, K, G, b, H]`; G query heads read one key head.
@@ -167,11 +167,11 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What goes round.
+    """The part that goes round.
 
     Attributes:
       k: `[2, n, B, K, b, H]`.
-      v: As `k`.
+      v: Values, laid out like `k`.
       segments: `[2, n, B, b]`.
     """
 
@@ -195,7 +195,7 @@ class Seen(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """What the backward pass knows of each query.
+    """The backward pass's knowledge of each query.
 
     Attributes:
       logs: Logarithm of its softmax sum, `[2, n, B, K, G, b]`.

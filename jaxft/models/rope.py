@@ -146,7 +146,7 @@ class Rope:
     Attributes:
       theta: Base of the frequencies: pair i turns by theta^(-2i / dims) radians a position.
       dims: The first dimensions of a head are turned, the others are not.
-      scaling: How frequencies are stretched for longer texts.
+      scaling: Stretching of frequencies for longer texts.
     """
 
     theta: float

@@ -1,4 +1,4 @@
-"""How attention is mapped over devices: each takes its rows, its heads and its queries."""
+"""Attention mapped over devices: each takes its rows, its heads and its queries."""
 
 import math
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from jaxft.sharding.rules import Placement
 
 @dataclass(frozen=True, slots=True)
 class RowSplit:
-    """Where the dimensions of queries go; of keys and values too, as they come.
+    """Placement of the dimensions of queries; of keys and values too, as they come.
 
     Attributes:
-      mesh: Of the devices.
-      spec: Of B, T and N.
+      mesh: The devices.
+      spec: Mesh axes of B, T and N.
       axes: Mesh axes that T is split over, slowest first; none if devices hold whole rows.
     """
 
@@ -35,17 +35,17 @@ class RowSplit:
 
     @property
     def rows(self) -> P:
-        """Of `[B, T, heads, H]`."""
+        """Placement of `[B, T, heads, H]`."""
         return self.spec
 
     @property
     def segments(self) -> P:
-        """Of `[B, T]`."""
+        """Placement of `[B, T]`."""
         return P(*self.spec[:2])
 
     @property
     def heads(self) -> P:
-        """Of `[N]`."""
+        """Placement of `[N]`."""
         return P(self.spec[2])
 
     def shard_map(self, function: Callable, inputs: Any, outputs: Any) -> Callable:

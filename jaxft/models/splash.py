@@ -56,7 +56,7 @@ def splash_attention(
 
 
 class RowMask(splash_attention_mask.Mask):
-    """Which keys queries see by their places alone, computed where it is asked for.
+    """The keys that queries see by their places alone, computed where they are asked for.
 
     The kernel calls `mask_function` on blocks of `q_sequence`, of which each device has its part.
 
@@ -91,7 +91,7 @@ class RowMask(splash_attention_mask.Mask):
         return self.mask_function(queries, keys)
 
     def __eq__(self, other: object) -> bool:
-        """By what it hides: the work on masks is cached."""
+        """Compares what is hidden: the work on masks is cached."""
         return isinstance(other, RowMask) and self._identity() == other._identity()
 
     def __hash__(self) -> int:

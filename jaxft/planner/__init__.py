@@ -1,1 +1,1 @@
-"""What a run would cost on hardware that is not there: memory, time, communication, price."""
+"""The cost of a run on hardware that is not there: memory, time, communication, price."""

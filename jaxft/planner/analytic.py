@@ -42,7 +42,7 @@ class Exchanged(NamedTuple):
 
     Attributes:
       collective: Kind, mesh axes and bytes, as one collective.
-      seconds: That links need for it.
+      seconds: Time that links need for it.
       hidden: Share of these that runs beside other work.
       network: `ici` within a slice or an NVLink domain, `dcn` between them.
     """
@@ -55,7 +55,7 @@ class Exchanged(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Of one run, for one device and step.
+    """Memory and time of one run, for one device and step.
 
     Attributes:
       kinds: Bytes of memory by kind, as `planner.memory.KINDS`.
@@ -64,8 +64,8 @@ class Estimate:
         `dcn`, `host`.
       spent: Seconds that the device spends on what, and on waiting for what, at rates that are
         reached.
-      flops: Of matrix products, with what rematerialisation repeats.
-      exchanges: What is exchanged, by kind and mesh axes.
+      flops: FLOPs of matrix products, with what rematerialisation repeats.
+      exchanges: Exchanges by kind and mesh axes.
     """
 
     kinds: dict[str, int]
@@ -77,21 +77,21 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Time of a step."""
         return sum(self.spent.values())
 
     @property
     def bytes(self) -> int:
-        """Of device memory."""
+        """Bytes of device memory."""
         return sum(self.kinds.values())
 
 
 class Evaluation(NamedTuple):
-    """Of the evaluation step, for one device.
+    """Memory and time of the evaluation step, for one device.
 
     Attributes:
-      bytes: Of device memory.
-      seconds: Of a step.
+      bytes: Bytes of device memory.
+      seconds: Time of a step.
     """
 
     bytes: int
@@ -103,9 +103,9 @@ class Estimator:
     """Estimates runs of one model on one slice.
 
     Attributes:
-      architecture: Of the model.
-      topology: Where.
-      rates: What share of published rates is reached.
+      architecture: The model.
+      topology: The hardware.
+      rates: Shares of published rates that are reached.
     """
 
     architecture: Architecture

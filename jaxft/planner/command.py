@@ -21,7 +21,7 @@ from jaxft.sharding.rules import load_strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be planned.
+    """A wish for plans: where, how, and in what detail.
 
     Attributes:
       topologies: Names of slices.
@@ -31,7 +31,7 @@ class Request:
       remedies: Whether changes are tried where the run does not fit.
       prices: File of prices; empty for those that come with jaxft.
       cache: Folder of compiled programs; empty for the usual one, `off` for none.
-      count: How many candidates of a search are compiled.
+      count: Number of candidates of a search that are compiled.
       jobs: Processes of a search; 0: as many as there are cores.
       budget: Seconds after which a search begins no compilation.
     """

@@ -27,7 +27,7 @@ _FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS", "TPU_LIBRARY_PATH")
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """What the compiler says of one device's memory, in bytes.
+    """The compiler's account of one device's memory, in bytes.
 
     Attributes:
       total: Most that is allocated at once, the program included.
@@ -35,7 +35,7 @@ class Allocation:
       temporaries: All that lives only during the step; what is passed on in the memory of an
         argument is in both.
       program: Instructions.
-      host: Of the host's memory, for one device.
+      host: Bytes of the host's memory, for one device.
     """
 
     total: int
@@ -54,7 +54,7 @@ class Compiled:
       allocation: None if it does not fit.
       needed: Bytes that a program that does not fit would take; 0 if it fits.
       available: Bytes that the compiler has for it then.
-      seconds: That compiling took, when it was done.
+      seconds: Time that compiling took, when it was done.
     """
 
     text: str

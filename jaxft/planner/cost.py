@@ -1,4 +1,4 @@
-"""What one instruction of a compiled program computes and moves."""
+"""The work of one instruction of a compiled program: what it computes and moves."""
 
 import math
 import re
@@ -17,11 +17,11 @@ _FREE = (
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one run of an instruction on one device.
+    """The work of one run of an instruction on one device.
 
     Attributes:
-      flops: Of matrix products, a multiplication and an addition counted as two.
-      bytes: To and from the device's main memory.
+      flops: FLOPs of matrix products, a multiplication and an addition counted as two.
+      bytes: Bytes to and from the device's main memory.
       cycles: The compiler's own estimate; 0 if it made none.
       passes: Products of bfloat16 that a TPU makes for each product that is asked for: of whole
         float32 six.

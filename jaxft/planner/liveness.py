@@ -1,4 +1,4 @@
-"""What lies in a device's memory when most does: a walk over the schedule of a program.
+"""The fullest moment of a device's memory: a walk over the schedule of a program.
 
 The compiler says how much it allocates, not for what. Here each value of the scheduled program
 lives from where it is made to where it was last read; views, updates in place and what loops carry
@@ -27,10 +27,10 @@ class Buffer(NamedTuple):
     """Memory of one array.
 
     Attributes:
-      bytes: Its size, tiles padded.
-      dtype: As XLA writes it.
-      sizes: Of its dimensions.
-      origin: What of the traced function made it.
+      bytes: Size, tiles padded.
+      dtype: Type in XLA's spelling.
+      sizes: Sizes of the dimensions.
+      origin: Part of the traced function that made it.
       name: The instruction's.
     """
 
@@ -46,8 +46,8 @@ class Peak:
     """The fullest moment of a computation.
 
     Attributes:
-      bytes: Of all buffers, without what it was given.
-      buffers: That are alive then.
+      bytes: Sum of all buffers, without what the program was given.
+      buffers: Buffers that are alive then.
     """
 
     bytes: int = 0
@@ -59,8 +59,8 @@ class _Life:
     """Values of one computation.
 
     Attributes:
-      owners: For each value, the buffers that it is made of, by name; of a tuple for each element.
-      made: What each buffer is.
+      owners: Names of the buffers that each value is made of; of a tuple for each element.
+      made: Buffers by name.
       last: The last instruction that reads a buffer, by its number.
     """
 

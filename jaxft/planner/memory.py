@@ -25,16 +25,16 @@ KINDS: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Of one device, in bytes.
+    """Memory of one device, in bytes.
 
     Attributes:
-      limit: What a program can have; 0 if it is not known.
-      used: What the step takes; of one that does not fit, what the compiler says it would.
+      limit: Memory that is free for a program; 0 if it is not known.
+      used: Need of the step; of one that does not fit, the compiler's figure for it.
       kinds: `used` by kind. The split of what only lives during the step follows the schedule to
         its fullest moment, scaled to the compiler's sum; in what does not fit it is not known, and
         `temporaries` are all of it.
-      host: Of the host's memory, for one device.
-      host_limit: What there is of it; 0 if it is not known.
+      host: Bytes of the host's memory, for one device.
+      host_limit: Memory of the host for one device; 0 if it is not known.
     """
 
     limit: int
@@ -51,7 +51,7 @@ class Memory:
 
     @property
     def headroom(self) -> int:
-        """What is left; negative for what is missing."""
+        """Bytes left; negative for what is missing."""
         return self.limit - self.used
 
 

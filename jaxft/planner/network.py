@@ -1,4 +1,4 @@
-"""How long devices take to exchange data: rings and lines of a TPU's torus, switches, DCN.
+"""Time that devices take to exchange data: rings and lines of a TPU's torus, switches, DCN.
 
 The times are what links allow if each carries as much as the others, as
 https://jax-ml.github.io/scaling-book/sharding/ derives them.
@@ -25,7 +25,7 @@ class Network:
     """The links between the devices of a mesh.
 
     Attributes:
-      chip: Whose they are.
+      chip: Chip that the links belong to.
       mesh: The devices.
       shape: Chips of one slice along each dimension; empty where there is no torus.
     """

@@ -17,8 +17,8 @@ class Weight(NamedTuple):
     """A matrix that tokens are multiplied with.
 
     Attributes:
-      shape: Of the whole; of one layer where there are several.
-      plan: How devices hold, gather and reduce it.
+      shape: Shape of the whole; of one layer where there are several.
+      plan: The way devices hold, gather and reduce it.
       trained: Whether it has a gradient.
       routed: Whether it is of all experts, of which a token meets a few.
     """
@@ -106,7 +106,7 @@ class Placed:
 
     @functools.cached_property
     def expansions(self) -> int:
-        """How many products lead to the hidden width of the feed-forward part: two if gated."""
+        """Number of products that lead to the feed-forward part's hidden width: two if gated."""
         wide = sum({"layers", "mlp", "embed"} <= set(axes) for axes in self.abstract.axes.values())
         return wide - 1  # one leads back
 

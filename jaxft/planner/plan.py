@@ -50,14 +50,14 @@ class Exchange:
     """All collectives of one kind over the same mesh axes, in one step and per device.
 
     Attributes:
-      kind: As XLA calls it.
+      kind: Name that XLA gives it.
       axes: Mesh axes along which it goes.
       network: `ici` within a slice or an NVLink domain, `dcn` between them.
       count: Runs in a step.
       exact: Whether that is known, and not only the least it can be.
       bytes: Payload.
-      wire_bytes: What a device sends if groups are rings.
-      seconds: That the links need for it; an estimate.
+      wire_bytes: Bytes that a device sends if groups are rings.
+      seconds: Seconds the links are busy; an estimate.
       overlapped: Share of these in which the core has other work.
     """
 
@@ -74,17 +74,17 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """How long a step takes; all of it estimates, in seconds.
+    """The time of a step; all of it estimates, in seconds.
 
     Attributes:
-      seconds: Of the whole step, by the schedule.
-      terms: What each resource needs on its own: `compute`, `memory`, `ici`, `dcn`, `host`.
-      spent: What the core does during the step, its waits by what it waits for; adds up to
+      seconds: The whole step, by the schedule.
+      terms: Need of each resource on its own: `compute`, `memory`, `ici`, `dcn`, `host`.
+      spent: Seconds of the core by what it does, its waits by what it waits for; adds up to
         `seconds`.
-      by_cycles: Of the whole step if matrix products take what the compiler estimates, where that
-        is more than at the rate of large ones; 0 if it estimates nothing.
-      low: Of the interval in which published steps lie around their predictions.
-      high: As low.
+      by_cycles: The whole step if matrix products take what the compiler estimates, where that is
+        more than at the rate of large ones; 0 if it estimates nothing.
+      low: Lower end of the interval in which published steps lie around their predictions.
+      high: Upper end of that interval.
     """
 
     seconds: float
@@ -97,13 +97,13 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a step computes and moves, on one device.
+    """The work of a step on one device: what it computes and moves.
 
     Attributes:
-      model_flops: That the mathematics needs, attention once for each visible pair.
-      model_flops_full: As `model_flops`, attention counted in full.
-      flops: Of all matrix products that run, with what rematerialisation repeats.
-      bytes: To and from device memory.
+      model_flops: FLOPs that the mathematics needs, attention once for each visible pair.
+      model_flops_full: The same with attention counted in full.
+      flops: FLOPs of all matrix products that run, with what rematerialisation repeats.
+      bytes: Bytes to and from device memory.
     """
 
     model_flops: float
@@ -114,16 +114,16 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """What follows from the time of a step; estimates.
+    """Figures that follow from the time of a step; estimates.
 
     Attributes:
-      tokens_per_second: Of all chips; every position of a row counts.
-      tokens_per_second_per_chip: Of one.
+      tokens_per_second: Tokens of all chips together; every position of a row counts.
+      tokens_per_second_per_chip: Tokens of one chip.
       mfu: Model FLOPs over the peak, attention once for each visible pair.
       mfu_full: Attention counted in full.
-      price_per_hour: Of all chips; 0 if no price is known.
-      price_per_million_tokens: As `price_per_hour`.
-      currency: Of both.
+      price_per_hour: Price of all chips; 0 if no price is known.
+      price_per_million_tokens: Price of a million tokens; 0 if no price is known.
+      currency: Currency of both prices.
       priced: The date of the price.
     """
 
@@ -142,11 +142,11 @@ class Remedy:
     """A change that was compiled to see whether the run then fits.
 
     Attributes:
-      change: In words.
-      flags: That make it: config keys and values; `topology` for another slice.
+      change: The change in words.
+      flags: Config keys and values that make it; `topology` for another slice.
       fits: Whether it does.
       used: Bytes that it takes.
-      seconds: Of a step, if it fits; an estimate.
+      seconds: Time of a step, if it fits; an estimate.
     """
 
     change: str
@@ -162,23 +162,23 @@ class Plan:
 
     Attributes:
       model: Path or name.
-      parameters: Their number.
+      parameters: Number of parameters.
       topology: The slice.
-      strategy: Its name.
+      strategy: Name of the strategy.
       mesh: Devices along each axis.
       settings: Every key of the run's config.
       source: `compiled`, or `estimate` where there is no compiler.
-      memory: Of one device.
-      work: Of one step and device.
+      memory: Memory of one device.
+      work: Work of one step and device.
       time: None if the run does not fit, or nothing is published of the device.
-      speed: As `time`.
+      speed: Tokens a second and prices; None where `time` is.
       exchanges: Most wire bytes first; empty if nothing was compiled because the run does not fit.
       evaluation: Time of the eval step; None where it does not fit, is not known or not asked for.
       evaluation_memory: Bytes that the eval step takes on a device.
-      remedies: What was tried where the run does not fit.
-      timeline: For pictures; None where `time` is.
-      compile_seconds: That compiling took.
-      notes: What a reader should know of this plan.
+      remedies: Changes that were tried where the run does not fit.
+      timeline: The schedule, for pictures; None where `time` is.
+      compile_seconds: Time that compiling took.
+      notes: Sentences that a reader of this plan should know.
     """
 
     model: str
@@ -251,10 +251,10 @@ class Planner:
     """Makes plans of one model.
 
     Attributes:
-      architecture: Of the model.
-      prices: Of chips.
+      architecture: The model.
+      prices: Prices of chips.
       cache: Folder of compiled programs; empty for the usual one, `off` for none.
-      rates: What share of published rates is reached.
+      rates: Shares of published rates that are reached.
       fused_backward: Whether attention's backward pass is counted as one kernel in place of two.
     """
 
@@ -524,7 +524,7 @@ def attention_on(
     """Returns the back end of attention that a run on devices which are not here would use.
 
     Raises:
-      ConfigError: If the one that is asked for cannot be had there.
+      ConfigError: If the one that is asked for is not available there.
     """
     platform = "tpu" if topology.chip.is_tpu else "gpu"
     capability = _CAPABILITY.get(topology.chip.name, "")
@@ -614,15 +614,15 @@ def _squared(length: int, window: int) -> float:
 
 
 class _Reading(NamedTuple):
-    """What is read from a compiled program.
+    """Facts that are read from a compiled program.
 
     Attributes:
       module: The program.
-      reader: Of its collectives.
-      step: Its timeline.
+      reader: Reader of its collectives.
+      step: Timeline of the step.
       by_cycles: Length of the timeline in which matrix products take the compiler's cycles.
-      flops: Of matrix products on a device.
-      bytes: To and from its main memory.
+      flops: FLOPs of matrix products on a device.
+      bytes: Bytes to and from a device's main memory.
     """
 
     module: Module

@@ -1,4 +1,4 @@
-"""What chips cost, from a table that users can replace by their own."""
+"""Prices of chips, from a table that users can replace by their own."""
 
 import math
 import tomllib
@@ -13,12 +13,12 @@ from jaxft.hardware.chips import CHIPS
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Of one chip.
+    """The price of one chip.
 
     Attributes:
-      per_chip_hour: In the table's currency.
-      date: When it was looked up.
-      source: Where.
+      per_chip_hour: Price of a chip for an hour, in the table's currency.
+      date: Day on which it was looked up.
+      source: Place where it is published.
     """
 
     per_chip_hour: float
@@ -31,8 +31,8 @@ class Prices:
     """A table of prices.
 
     Attributes:
-      currency: Of all.
-      chips: By name.
+      currency: Currency of all prices.
+      chips: Prices by name of the chip.
     """
 
     currency: str

@@ -1,4 +1,4 @@
-"""What would make a run fit that does not: small changes, each planned to see."""
+"""Changes with which a run fits that does not: small ones, each planned to see."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ class Change(NamedTuple):
     """Something to try.
 
     Attributes:
-      words: What it is.
+      words: The change in words.
       flags: Config keys and values.
-      topology: Where.
+      topology: The hardware with the change.
     """
 
     words: str

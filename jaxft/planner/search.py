@@ -51,8 +51,8 @@ class Candidate:
 
     Attributes:
       flags: Config keys that make it, with their values.
-      estimate: Its closed-form memory and time; None if the strategy refuses the run.
-      plan: If it was compiled.
+      estimate: Closed-form memory and time; None if the strategy refuses the run.
+      plan: Plan by the compiler, if it was compiled.
       outcome: `compiled`, `does not fit`, `estimated`, `estimated not to fit`,
         `estimated slower`, or `refused: …`.
     """
@@ -64,7 +64,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """What tells it from the others, in words."""
+        """Words that tell it from the others."""
         flags = self.flags
         mesh = " × ".join(
             f"{key.removeprefix('mesh.')} {size}"
@@ -80,24 +80,24 @@ class Candidate:
 
     @property
     def estimate_seconds(self) -> float:
-        """Of a step, in closed form; infinite if it is refused."""
+        """Time of a step, in closed form; infinite if it is refused."""
         return self.estimate.seconds if self.estimate else math.inf
 
     @property
     def estimate_bytes(self) -> int:
-        """Of a device's memory, in closed form."""
+        """Bytes of a device's memory, in closed form."""
         return self.estimate.bytes if self.estimate else 0
 
     @property
     def seconds(self) -> float:
-        """Of a step: by the compiled program, else by the estimate."""
+        """Time of a step: by the compiled program, else by the estimate."""
         if self.plan is not None and self.plan.time is not None:
             return self.plan.time.seconds
         return self.estimate_seconds
 
     @property
     def bytes(self) -> int:
-        """Of a device's memory: by the compiled program, else by the estimate."""
+        """Bytes of a device's memory: by the compiled program, else by the estimate."""
         return self.plan.memory.used if self.plan is not None else self.estimate_bytes
 
     @property
@@ -108,12 +108,12 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What was looked at on one slice.
+    """The candidates that were looked at on one slice.
 
     Attributes:
       topology: The slice.
       candidates: Best first: what was compiled and fits by its time, then the rest.
-      seconds: That the search took.
+      seconds: Time that the search took.
     """
 
     topology: Topology
@@ -122,12 +122,12 @@ class Search:
 
     @property
     def considered(self) -> int:
-        """How many candidates were estimated."""
+        """Number of candidates that were estimated."""
         return len(self.candidates)
 
     @property
     def compiled(self) -> int:
-        """How many were compiled, or planned where there is no compiler."""
+        """Number of candidates compiled, or planned where there is no compiler."""
         return sum(candidate.plan is not None for candidate in self.candidates)
 
     @property
@@ -160,7 +160,7 @@ def search(
       on_log: Takes lines that say how far it is.
 
     Raises:
-      ConfigError: If no candidate can be had at all, with the reasons.
+      ConfigError: If no candidate is possible at all, with the reasons.
     """
     started = time.monotonic()
     if not (topology.chip.bfloat16 and topology.chip.bandwidth):

@@ -229,7 +229,7 @@ def print_search(found: Search) -> None:
     if best is None and found.compiled:
         _say(f"[red]None of those that were {made} fits.[/red] Take a larger slice.")
     elif best is None:
-        _say("[red]None can be had.[/red] The table says why.")
+        _say("[red]None is possible.[/red] The table says why.")
 
 
 def _rate(candidate: Candidate) -> str:

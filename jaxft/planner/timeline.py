@@ -1,4 +1,4 @@
-"""When each instruction of a compiled program would run, on hardware that is not there.
+"""The schedule of a compiled program, played through on hardware that is not there.
 
 A program is a sequence of instructions in the order in which the compiler scheduled them. The core
 runs one after the other; what was started runs beside it on the lane it takes (links between chips,
@@ -28,13 +28,12 @@ class Span:
     """Something that takes time on one lane.
 
     Attributes:
-      lane: Where it runs.
-      kind: On the core what it does, `wait ici` for a wait; of a collective its kind; else the
-        lane's name.
+      lane: Resource that is used: core, links, copies, host.
+      kind: Work of the core, `wait ici` for a wait; kind of a collective; else the lane's name.
       start: Seconds from the start of the timeline that it is part of.
-      seconds: How long it takes.
+      seconds: Duration.
       name: The instruction's; of a wait that of what it waits for.
-      origin: What of the traced function it came from.
+      origin: Part of the traced function that it came from.
     """
 
     lane: str
@@ -51,7 +50,7 @@ class Loop:
 
     Attributes:
       start: Seconds from the start of the timeline that it is part of.
-      trips: How often its body runs.
+      trips: Number of runs of its body.
       body: One run.
     """
 
@@ -65,9 +64,9 @@ class Timeline:
     """One run of a computation.
 
     Attributes:
-      seconds: Its length.
-      spans: What runs when, without what loops contain.
-      loops: In order.
+      seconds: Length.
+      spans: Work in time, without what loops contain.
+      loops: Loops in order.
     """
 
     seconds: float = 0.0
@@ -91,14 +90,15 @@ class Timeline:
 
 
 class Rates(NamedTuple):
-    """What share of published rates programs reach, measured by others on real hardware.
+    """Shares of published rates that programs reach, measured by others on real hardware.
 
     Attributes:
-      memory: Of the bandwidth of device memory, by what is no matrix product: 1,060 of 1,640 GB/s
-        in a profile of a step of Llama-3-8B on v6e-8 (github.com/vlasenkoalexey/
+      memory: Share of the bandwidth of device memory, by what is no matrix product: 1,060 of 1,640
+        GB/s in a profile of a step of Llama-3-8B on v6e-8 (github.com/vlasenkoalexey/
         tpu_performance_autoresearch_wiki, experiment 28b).
-      links: Of that between chips, by gathers: 95 % on v5e (scaling book, chapter on sharding).
-      sums: Of that between chips, by sums: 235.8 of 360 GB/s on v6e-256 (github.com/
+      links: Share of the bandwidth between chips, by gathers: 95 % on v5e (scaling book, chapter on
+        sharding).
+      sums: Share of the bandwidth between chips, by sums: 235.8 of 360 GB/s on v6e-256 (github.com/
         AI-Hypercomputer/tpu-recipes, microbenchmarks/trillium/collectives).
       cycles: Take what the compiler estimates for matrix products where that is more than what
         they take at the rate that large ones reach.
@@ -111,7 +111,7 @@ class Rates(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """When something on another lane ends, and what it is."""
+    """Something on another lane that is not finished yet."""
 
     end: float
     lane: str
@@ -120,12 +120,12 @@ class _Pending(NamedTuple):
 
 @dataclass
 class _State:
-    """Where a simulated run stands.
+    """The state of a simulated run.
 
     Attributes:
       now: Seconds on the core.
-      free: When each lane has done what was given to it.
-      ends: When what was started ends, by the name of what started it.
+      free: Time at which each lane has done what was given to it.
+      ends: Time at which what was started ends, by the name of what started it.
     """
 
     now: float = 0.0

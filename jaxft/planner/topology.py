@@ -40,10 +40,10 @@ class Topology:
     """Chips and how they are joined.
 
     Attributes:
-      name: As it was asked for.
-      chip: What chips there are.
+      name: Name that was asked for.
+      chip: Kind of chip.
       shape: Chips of one slice along each dimension of its torus; of GPUs their number.
-      slices: How many slices.
+      slices: Number of slices.
       local: Whether these are the devices of this machine.
     """
 
@@ -55,7 +55,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """Number of chips of all slices."""
         return self.slices * math.prod(self.shape)
 
     @property

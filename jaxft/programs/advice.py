@@ -1,4 +1,4 @@
-"""What a run is warned of before it starts: what is allowed and is seldom meant."""
+"""Warnings before a run starts: what is allowed and is seldom meant."""
 
 import math
 from collections.abc import Iterator, Mapping

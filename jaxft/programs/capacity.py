@@ -88,8 +88,8 @@ class Task:
     """Something that takes memory.
 
     Attributes:
-      name: What it is.
-      kinds: Its estimate for one device.
+      name: Name of the task.
+      kinds: Bytes on one device by kind, estimated.
       held: Kinds that are held throughout, whatever else changes.
       changes: Ways to take less, each a list of flags, from the least change to the most; those
         that leave the result as it is, and those that do not.
@@ -107,7 +107,7 @@ class Change:
 
     Attributes:
       flags: Config keys and values.
-      bytes: That it then takes on a device.
+      bytes: Bytes that training takes on a device with the change.
       same: Whether the result stays what it was.
     """
 
@@ -217,9 +217,9 @@ class Judgement:
     """Whether a run fits, by estimate.
 
     Attributes:
-      kinds: What training takes on a device.
-      room: What there is.
-      changes: With which it fits, if it does not.
+      kinds: Bytes that training takes on a device, by kind.
+      room: Memory that is there.
+      changes: Changes with which it fits, if it does not.
     """
 
     kinds: Kinds

@@ -34,12 +34,13 @@ class Line:
 
     Attributes:
       ours: Dotted path of the parameter; empty where there is none.
-      shape: Of the whole parameter.
-      dtype: What it is loaded as.
+      shape: Shape of the whole parameter.
+      dtype: Type it is loaded as.
       theirs: Names of its tensors as a pattern.
-      layout: From their axes to ours.
-      shape_theirs: What each of their tensors should be, or is where no rule knows it.
-      dtypes: How they are stored.
+      layout: Layout of the file's axes and of ours.
+      shape_theirs: Shape that each of the file's tensors should have, or has where no rule knows
+        it.
+      dtypes: Types in which they are stored.
       state: `ok`, or what is the matter.
       fits: Whether it does not keep the model from being loaded.
     """
@@ -64,14 +65,14 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a model consists of and whether it can be loaded.
+    """The parts of a model, and whether it can be loaded.
 
     Attributes:
       lines: One for each rule that the model uses, then the names that no rule knows.
-      problems: Of files that cannot be read.
+      problems: Problems of files that cannot be read.
       parameters: Number of parameters.
-      loaded_bytes: Their size once loaded.
-      stored_bytes: Their size in the files.
+      loaded_bytes: Size once loaded.
+      stored_bytes: Size in the files.
     """
 
     lines: list[Line]

@@ -51,10 +51,10 @@ class Check:
     """One line of the doctor's report.
 
     Attributes:
-      name: What was looked at.
+      name: Name of the thing that is looked at.
       status: "error" is what a run would fail on.
-      detail: What was found.
-      advice: What to do; empty if nothing.
+      detail: Findings in words.
+      advice: Remedy in words; empty if nothing is wrong.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What `jaxft generate` asks: prompts, or conversations in the forms that training data has."""
+"""The questions of `jaxft generate`: prompts, or conversations in the forms of training data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""From a list of devices and the sizes asked for to a mesh."""
+"""The way from a list of devices and the sizes asked for to a mesh."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -22,7 +22,7 @@ from jaxft.sharding.rules import Placement, active_placement, as_names
 
 
 class WeightPlan(NamedTuple):
-    """How a weight meets tokens that are split over devices, for each of its dimensions.
+    """The meeting of a weight with tokens that are split over devices, for each of its dimensions.
 
     Attributes:
       placement: Gives the mesh; None where nothing is split.
@@ -58,21 +58,21 @@ class WeightPlan(NamedTuple):
         return P(*self.tokens, *dimensions)
 
     def gather(self, w: Array) -> Array:
-        """Inside a `shard_map`: returns what a device needs of the weight."""
+        """Returns what a device needs of the weight, in a `shard_map`."""
         for dimension, names in enumerate(self.gathered):
             if names:
                 w = jax.lax.all_gather(w, names, axis=dimension, tiled=True)
         return w
 
     def reduce(self, gradient: Array) -> Array:
-        """Inside a `shard_map`: sums over the devices that hold other tokens; each keeps a part."""
+        """Sums over the devices that hold other tokens, in a `shard_map`; each keeps a part."""
         gradient = self.scatter(gradient)
         scattered = {name for names in self.scattered for name in names}
         rest = tuple(name for names in self.tokens for name in names if name not in scattered)
         return jax.lax.psum(gradient, rest) if rest else gradient
 
     def scatter(self, gradient: Array) -> Array:
-        """Inside a `shard_map`: as `reduce`, over the devices alone that keep different parts."""
+        """Does what `reduce` does, but over the devices alone that keep different parts."""
         for dimension, names in enumerate(self.scattered):
             for name in names:
                 assert self.placement is not None
@@ -168,7 +168,7 @@ def _spec(*cuts: Sequence[tuple[str, ...]]) -> P:
 
 
 def reduce_scatter(x: Array, name: str, dimension: int, placement: Placement) -> Array:
-    """Inside a `shard_map`: sums `x` over a mesh axis, each device keeping its part.
+    """Sums `x` over a mesh axis, in a `shard_map`; each device keeps its part.
 
     The sum goes along one dimension of the TPU's network after the other. For more than one at a
     time its compiler has no reduce-scatter and takes an all-reduce, of twice the bytes; as it does
@@ -253,7 +253,7 @@ def look_up(
     rows = table.shape[0] // math.prod(plan.placement.mesh.shape[name] for name in cut)
 
     def places(tokens: Array) -> Array:
-        """Which row of a device's part each token has; rows of others are out of range."""
+        """Returns each token's row in a device's part; rows of others are out of range."""
         if columns:
             tokens = jax.lax.all_gather(tokens, columns)
         return tokens - rows * jax.lax.axis_index(cut) if cut else tokens

@@ -1,4 +1,4 @@
-"""From the names of an array's dimensions to its placement on a mesh."""
+"""The way from the names of an array's dimensions to its placement on a mesh."""
 
 import contextlib
 import contextvars
@@ -40,7 +40,7 @@ type Target = str | tuple[str, ...] | IfDivisible
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """Where named dimensions go.
+    """The mesh axes that named dimensions are split over.
 
     Attributes:
       mesh_axes: Axes of the mesh, slowest-varying first.
@@ -201,7 +201,7 @@ class Placement:
         )
 
     def sharding(self, axes: tuple[str, ...], shape: tuple[int, ...], path: str) -> NamedSharding:
-        """As `spec`, bound to the mesh."""
+        """Returns `spec`, bound to the mesh."""
         return NamedSharding(self.mesh, self.spec(axes, shape, path))
 
     def shardings(
@@ -232,12 +232,12 @@ class Placement:
 
     @property
     def gradient_rules(self) -> Mapping[str, Target]:
-        """Where dimensions of gradients go."""
+        """Mesh axes for the dimensions of gradients."""
         return {**self.strategy.rules, **self.strategy.gradients}
 
     @property
     def moment_rules(self) -> Mapping[str, Target]:
-        """Where dimensions of the optimizer's state go."""
+        """Mesh axes for the dimensions of the optimizer's state."""
         return {**self.strategy.rules, **self.strategy.moments}
 
     def split(self, axis: str) -> tuple[str, ...]:
@@ -295,7 +295,7 @@ class Placement:
 
     @property
     def row_multiple(self) -> int:
-        """What the rows of an evaluation step are a multiple of, so that every device has some."""
+        """Divisor of the rows of an evaluation step, so that every device has some."""
         return self.batch_shards * self.parts("layers")
 
     def whole_rows(self, rows: int) -> int:

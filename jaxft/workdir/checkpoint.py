@@ -72,19 +72,19 @@ _quieten_orbax()
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a run knows beside its arrays; kept as JSON in every checkpoint.
+    """The knowledge of a run beside its arrays; kept as JSON in every checkpoint.
 
     Attributes:
       data: State of the data iterator.
       tokens: Tokens of the log periods that are over, padding left out.
-      trained_tokens: Those of them that carried loss.
+      trained_tokens: Tokens among them that carried loss.
       seconds: Time of training in those periods.
       period: `Sums` of the period under way, as a dict.
       best_loss: Lowest validation loss so far; infinite before the first evaluation.
       best_score: Lowest score so far: of validation losses, or of shares of wrong answers.
       reference_score: The last one that fell by the minimum change that counts as improvement.
       stale_evaluations: Evaluations since then.
-      yardstick: What is scored on which data. The scores above are all by this one.
+      yardstick: Figure that is scored, and the data. The scores above are all by this one.
     """
 
     data: dict[str, Any]

@@ -1,6 +1,6 @@
 """One run at a time in a folder: a lock that ends with the process that holds it.
 
-Three things together say whether a holder lives, as no one of them can be had on all storage. The
+Three things together say whether a holder lives, as no one of them works on all storage. The
 system's lock on the file ends with its process, but some network file systems hide it from other
 hosts and do not say so. The file names its process, of which its machine knows whether it runs. And
 the process renews the file every few seconds, which is seen from everywhere.
@@ -35,15 +35,15 @@ _SIZE = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """What the file of a lock says of the process that holds it.
+    """The process that holds a lock, as the lock's file names it.
 
     Attributes:
       token: Tells this holder from any other.
       host: Name of its machine.
       machine: Tells a machine, and a container on it, from others whatever they are called.
       pid: Number of its process.
-      started: When that was started, as the system counts; tells it from a later one of its number.
-      since: When it took the lock, ISO 8601.
+      started: Start of the process, as the system counts; tells it from a later one of its number.
+      since: Time at which it took the lock, ISO 8601.
       beat: Signs of life so far.
     """
 

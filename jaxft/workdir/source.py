@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder or id, or a run and one of its checkpoints."""
+"""The origin of a model: a Hugging Face folder or id, or a run and one of its checkpoints."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +10,15 @@ from jaxft.workdir.checkpoint import Checkpoints
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model comes from.
+    """The origin of a model.
 
     Attributes:
       folder: Hugging Face folder: of the model itself, or the one that a run keeps beside its
         checkpoints, without weights.
       checkpoints: Folder of the run's checkpoints, if the weights are there.
-      step: Which of them.
-      path: As the user named it.
-      choice: Why it is this step, such as "the best".
+      step: Step of the checkpoint.
+      path: Path or id in the user's spelling.
+      choice: Reason for this step, such as "the best".
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""As `fsdp_tp`, with the residual stream split over `tensor` along positions (sequence parallel).
+"""Sequence parallel: `fsdp_tp`, with the residual stream split over `tensor` along positions.
 
     heads, mlp, vocabulary   split over `tensor`; key heads and vocabulary if it divides them
     embedding dimension      split over `fsdp`
