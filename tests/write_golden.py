@@ -69,7 +69,8 @@ def shardings_text(model: str, strategy: str) -> str:
     """Path, shape, placement and bytes per device of every array."""
     config = config_of(strategy)
     placement = make_placement(config)
-    found = describe(config, architecture_from_hf(MODELS[model]), placement=placement)
+    architecture = architecture_from_hf(MODELS[model])
+    found = describe(make_program(config, architecture, placement=placement), model=model)
     lines = [" ".join(f"{axis}={size}" for axis, size in found.mesh.items())]
     for parameter in found.parameters:
         for name, layout in parameter.layouts.items():

@@ -23,14 +23,11 @@ from jaxft.config import RunConfig
 from jaxft.console import stdout
 from jaxft.errors import ConfigError
 from jaxft.formatting import format_bytes
-from jaxft.hf.load import read_config
-from jaxft.models.config import make_numerics
-from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.models.families import Architecture
 from jaxft.sharding.rules import Placement, as_names
-from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.program import Program, build, build_evaluator, make_placement
-from jaxft.training.state import abstract_state, owner_of, partition
-from jaxft.workdir.source import find_source
+from jaxft.training.state import owner_of
+from jaxft.workdir.source import find_architecture
 
 # An array of this size that every device holds whole is worth a rule that splits it: of the models
 # with published weights it is any matrix over all layers, and none of the norms and routers.
@@ -200,25 +197,15 @@ def describe_run(
         a training run would be refused.
     """
     placement = make_placement(config, devices)
-    architecture = find_architecture(config)
+    architecture = find_architecture(config.model)
     if devices is not None and not compiled and config.model.attention in ("splash", "cudnn"):
         # Made-up devices have no kernels; where arrays live is the same with others.
         config = with_any_attention(config)
     program = make_program(config, architecture, placement=placement)
-    description = describe(config, architecture, placement=placement)
+    description = describe(program, model=config.model.path)
     if not compiled:
         return description
     return dataclasses.replace(description, communication=compile_step(program))
-
-
-def find_architecture(config: RunConfig) -> Architecture:
-    """Reads the model's config.json, from a folder or the hub; no weights are needed.
-
-    Raises:
-      ModelError: If there is no such model, or it is not supported.
-    """
-    source = find_source(config.model.path, revision=config.model.revision, weights=False)
-    return architecture_from_hf(read_config(source.folder))
 
 
 def with_any_attention(config: RunConfig) -> RunConfig:
@@ -238,33 +225,21 @@ def make_program(config: RunConfig, architecture: Architecture, *, placement: Pl
     return build(config, evaluator, steps=steps)
 
 
-def describe(config: RunConfig, architecture: Architecture, *, placement: Placement) -> Description:
-    """Lays out parameters, gradients and optimizer state as a training run would.
+def describe(program: Program, *, model: str) -> Description:
+    """Returns where a program's parameters, gradients and optimizer state live.
 
-    Raises:
-      ConfigError: If the strategy cannot place an array; all problems at once.
+    Args:
+      program: From `build`.
+      model: Its path or name, for the reader.
     """
-    abstract = architecture.abstract(make_numerics(config.model.dtypes))
-    values, gradients, moments = (
-        placement.shardings(abstract.params, abstract.axes, rules=rules)
-        for rules in (None, placement.gradient_rules, placement.moment_rules)
-    )
-    optimizer = make_optimizer(config.optim, make_schedule(config.optim, config.train.steps or 1))
-    state = abstract_state(
-        abstract.params,
-        values,
-        optimizer,
-        config.optim.freeze,
-        placement=placement,
-        moments=moments,
-    )
+    evaluator, state = program.evaluator, program.state
+    abstract, placement = evaluator.abstract, evaluator.placement
     owned, counters = _by_parameter(state.opt_state, abstract.params)
-    trainable, _ = partition(abstract.params, config.optim.freeze)
     # Sums over micro-batches are float32, whatever the parameters are.
-    summed = _as_float32 if config.train.accumulation > 1 else lambda spec: spec
+    summed = _as_float32 if program.batch.tokens.shape[0] > 1 else lambda spec: spec
     mesh = placement.mesh
     return Description(
-        model=config.model.path,
+        model=model,
         strategy=placement.name,
         mesh=dict(mesh.shape),
         devices=tuple(device.id for device in mesh.devices.flat),
@@ -272,8 +247,10 @@ def describe(config: RunConfig, architecture: Architecture, *, placement: Placem
             Parameter(
                 path=path,
                 axes=abstract.axes[path],
-                value=_layout(spec, values[path]),
-                gradient=_layout(summed(spec), gradients[path]) if path in trainable else None,
+                value=_layout(spec, evaluator.shardings[path]),
+                gradient=_layout(summed(spec), program.gradients[path])
+                if path in program.gradients
+                else None,
                 moments=tuple(_layout(leaf, leaf.sharding) for leaf in owned.get(path, ())),
             )
             for path, spec in abstract.params.items()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from jaxft.compiled.layout import cpu_devices, find_architecture
+from jaxft.compiled.layout import cpu_devices
 from jaxft.config import RunConfig, to_dict
 from jaxft.errors import ConfigError, JaxftError, collected
 from jaxft.files import write_text
@@ -17,6 +17,7 @@ from jaxft.planner.search import Search, config_file, search, with_flags
 from jaxft.planner.topology import LOCAL, Topology, next_larger, parse
 from jaxft.sharding.mesh import check_sizes
 from jaxft.sharding.rules import load_strategy
+from jaxft.workdir.source import find_architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def plan(
     made_up = [topology for topology in topologies if not topology.can_compile]
     if made_up:
         _make_up_devices(made_up, larger=request.remedies and not request.search)
-    architecture = find_architecture(config)
+    architecture = find_architecture(config.model)
     planner = Planner(architecture=architecture, prices=prices, cache=request.cache)
     plans: list[Plan] = []
     searches: list[Search] = []

@@ -283,7 +283,7 @@ class Planner:
         placement = make_placement(config, topology.devices())
         program = make_program(config, self.architecture, placement=placement)
         compiled = self._compile(program.lower(), program.compiler_options, topology)
-        held = describe(config, self.architecture, placement=placement).bytes_per_device
+        held = describe(program, model=config.model.path).bytes_per_device
         common = _header(config, topology, program) | {
             "source": "compiled",
             "compile_seconds": compiled.seconds,

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from jaxft import console
-from jaxft.compiled.layout import find_architecture
 from jaxft.config import RunConfig, TrainConfig, to_dict
 from jaxft.errors import JaxftError, OutOfMemoryError
 from jaxft.formatting import format_bytes
@@ -26,6 +25,7 @@ from jaxft.planner.plan import attention_on, place
 from jaxft.planner.search import with_flags
 from jaxft.planner.topology import LOCAL, parse
 from jaxft.training.program import check_rows, check_strategy, make_placement
+from jaxft.workdir.source import find_architecture
 
 # Bytes by kind, as `planner.memory.KINDS`.
 type Kinds = dict[str, int]
@@ -201,7 +201,7 @@ def explained(task: Task, config: RunConfig) -> Iterator[None]:
 
 def _explain(task: Task, config: RunConfig) -> str:
     try:
-        estimates = Estimates(find_architecture(config))
+        estimates = Estimates(find_architecture(config.model))
         kinds, found = task.kinds(config, estimates), here(config)
     except JaxftError:
         return ""

@@ -104,6 +104,7 @@ class Program:
       evaluator: Model, placement and eval step.
       optimizer: optax transformation.
       state: Abstract `TrainState` with shardings.
+      gradients: Sharding of each trained parameter's gradient, as the optimizer reads it.
       batch: Abstract `Batch` of `[A, B, T]` arrays with shardings.
       train_step: `(state, batch) -> (state, StepMetrics)`, donating the state.
       compiler_options: For it, by name.
@@ -112,6 +113,7 @@ class Program:
     evaluator: Evaluator
     optimizer: Any
     state: TrainState
+    gradients: dict[str, jax.sharding.NamedSharding]
     batch: Batch
     train_step: Any
     compiler_options: dict[str, str | bool]
@@ -313,6 +315,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         placement=placement,
         moments=of_moments,
     )
+    gradients = {path: of_gradients[path] for path in state.trainable}
     shape = (train.accumulation, rows, config.data.max_length)
     batch = Batch(
         *(
@@ -334,11 +337,11 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         schedule=schedule,
         placement=placement,
         abstract_state=state,
-        gradients={path: of_gradients[path] for path in state.trainable},
+        gradients=gradients,
         windows=[evaluator.architecture.config.kinds[k].window for k in pattern],
     )
     options = compiler_options(train.compiler_options)
-    return Program(evaluator, optimizer, state, batch, step, options)
+    return Program(evaluator, optimizer, state, gradients, batch, step, options)
 
 
 def put(

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxft.config import ModelConfig
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.hf.hub import resolve
+from jaxft.hf.load import read_config
+from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.workdir.checkpoint import Checkpoints
 
 
@@ -96,3 +99,13 @@ def find_source(
         choice = "the newest; none was evaluated"
     number = named[step] if step in named else int(step)
     return Source(path / "model", folder, number, str(path), choice)
+
+
+def find_architecture(config: ModelConfig) -> Architecture:
+    """Reads the model's config.json, from a folder or the hub; no weights are needed.
+
+    Raises:
+      ModelError: If there is no such model, or it is not supported.
+    """
+    source = find_source(config.path, revision=config.revision, weights=False)
+    return architecture_from_hf(read_config(source.folder))

@@ -1,5 +1,6 @@
 """What `jaxft shardings` says, against arrays that are really placed; its page and its errors."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxft import cli, console
 from jaxft.compiled.layout import (
+    Description,
     check_outputs,
     cpu_devices,
     describe,
@@ -24,7 +26,7 @@ from jaxft.compiled.layout_page import write_page
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, ModelError
 from jaxft.models.config import make_numerics
-from jaxft.models.families import architecture_from_hf
+from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.sharding.rules import Placement, load_strategy
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.program import make_placement
@@ -51,6 +53,15 @@ def placement_of(strategy: str, **sizes: int) -> Placement:
     return Placement(strategy, load_strategy(strategy), Mesh(devices, tuple(sizes)))
 
 
+def described(
+    config: RunConfig, architecture: Architecture, *, placement: Placement
+) -> Description:
+    """Describes the run's program, with a row for each device."""
+    train = dataclasses.replace(config.train, batch_size=2 * placement.mesh.size)
+    config = dataclasses.replace(config, train=train)
+    return describe(make_program(config, architecture, placement=placement), model="tiny")
+
+
 def folder_of(tmp_path: Path, config: dict) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
@@ -60,7 +71,7 @@ def folder_of(tmp_path: Path, config: dict) -> Path:
 def test_bytes_and_copies_are_those_of_arrays_on_devices(strategy):
     config = config_of(strategy)
     placement = make_placement(config)
-    found = describe(config, TINY, placement=placement)
+    found = described(config, TINY, placement=placement)
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1))
     abstract = TINY.abstract(make_numerics("mixed"))
     zeros = {path: np.zeros(spec.shape, np.float32) for path, spec in abstract.params.items()}
@@ -92,7 +103,7 @@ def test_bytes_and_copies_are_those_of_arrays_on_devices(strategy):
 def test_what_is_frozen_has_neither_gradient_nor_moments():
     config = config_of("fsdp")
     config.optim.freeze = "embed"
-    found = describe(config, TINY, placement=make_placement(config))
+    found = described(config, TINY, placement=make_placement(config))
     [frozen] = [p for p in found.parameters if p.path == "embed.w"]
     assert frozen.gradient is None and frozen.moments == ()
     trained = [p for p in found.parameters if p is not frozen]
@@ -105,9 +116,9 @@ def test_sums_over_micro_batches_are_float32():
     config = config_of("ddp")
     config.model.dtypes = "bfloat16"
     placement = make_placement(config)
-    once = describe(config, TINY, placement=placement).bytes_per_device
+    once = described(config, TINY, placement=placement).bytes_per_device
     config.train.accumulation = 2
-    twice = describe(config, TINY, placement=placement).bytes_per_device
+    twice = described(config, TINY, placement=placement).bytes_per_device
     assert once["gradients"] == once["parameters"] == twice["parameters"]
     assert twice["gradients"] == 2 * once["gradients"]
 
@@ -115,16 +126,16 @@ def test_sums_over_micro_batches_are_float32():
 def test_large_arrays_that_every_device_holds_whole_are_giants():
     llama = architecture_from_hf(MODELS["llama_8b"])
     config = RunConfig()
-    whole = describe(config, llama, placement=placement_of("ddp", data=64))
+    whole = described(config, llama, placement=placement_of("ddp", data=64))
     assert {p.path for p in whole.giants} == {
         p.path for p in whole.parameters if not p.path.endswith("scale")
     }
-    split = describe(config, llama, placement=placement_of("fsdp", data=1, fsdp=64))
+    split = described(config, llama, placement=placement_of("fsdp", data=1, fsdp=64))
     assert split.giants == ()
     # Its moments are split, but the parameter is whole.
-    part = describe(config, llama, placement=placement_of("zero1", data=64))
+    part = described(config, llama, placement=placement_of("zero1", data=64))
     assert len(part.giants) == len(whole.giants)
-    alone = describe(config, llama, placement=placement_of("ddp", data=1))
+    alone = described(config, llama, placement=placement_of("ddp", data=1))
     assert alone.giants == ()
 
 
@@ -246,7 +257,7 @@ def numbers(text: str) -> list[int]:
 def test_every_drawn_block_names_the_devices_that_hold_it(tmp_path, strategy):
     config = config_of(strategy)
     placement = make_placement(config)
-    found = describe(config, TINY, placement=placement)
+    found = described(config, TINY, placement=placement)
     page = write_page(str(tmp_path / "page.html"), found).read_text()
     cards = articles(page)
     abstract = TINY.abstract(make_numerics("mixed"))
@@ -271,7 +282,7 @@ def test_every_drawn_block_names_the_devices_that_hold_it(tmp_path, strategy):
 def test_a_page_of_many_devices_is_small_and_says_what_it_leaves_out(tmp_path):
     architecture = architecture_from_hf(MODELS["qwen3_30b_a3b"])
     placement = placement_of("fsdp_ep", data=1, fsdp=64, expert=8)
-    found = describe(RunConfig(), architecture, placement=placement)
+    found = described(RunConfig(), architecture, placement=placement)
     page = write_page(str(tmp_path / "page.html"), found).read_text()
     assert len(page) < 400_000
     card = articles(page)["layers.mlp.down.w"]
@@ -284,7 +295,7 @@ def test_a_page_needs_nothing_else_and_shows_giants_in_red(tmp_path):
     llama = architecture_from_hf(MODELS["llama_8b"])
     red = {}
     for strategy, sizes in (("ddp", {"data": 8}), ("fsdp", {"data": 1, "fsdp": 8})):
-        found = describe(RunConfig(), llama, placement=placement_of(strategy, **sizes))
+        found = described(RunConfig(), llama, placement=placement_of(strategy, **sizes))
         page = write_page(str(tmp_path / "page.html"), found).read_text()
         assert not re.search(r"https?://|<link|<img|src=|@import|url\(", page)
         red[strategy] = page.count('<figure class="giant">'), page.count("<tr class=giant>")

@@ -95,7 +95,8 @@ def test_strategies_are_ordered_by_communication_as_their_programs_are():
 def test_state_takes_what_its_arrays_take_where_they_are_placed(strategy):
     config = single(strategy)
     architecture = architecture_from_hf(MODELS[model_of(strategy)])
-    held = describe(config, architecture, placement=make_placement(config)).bytes_per_device
+    program = make_program(config, architecture, placement=make_placement(config))
+    held = describe(program, model="").bytes_per_device
     kinds = estimate(config, model_of(strategy)).kinds
     assert kinds["parameters"] == held["parameters"]
     assert kinds["optimizer"] == pytest.approx(held["optimizer"], abs=64)  # but for counters

@@ -12,7 +12,7 @@ import pytest
 
 import jaxft
 from jaxft import cli
-from jaxft.compiled.layout import find_architecture, make_program
+from jaxft.compiled.layout import make_program
 from jaxft.errors import OutOfMemoryError
 from jaxft.hardware.devices import Room, host_memory_free, host_memory_total, room, shortage
 from jaxft.planner.search import with_flags
@@ -21,6 +21,7 @@ from jaxft.programs.capacity import EVALUATION, TRAINING, Estimates, find_change
 from jaxft.programs.evaluation import evaluate
 from jaxft.programs.trainer import train
 from jaxft.training.program import make_placement
+from jaxft.workdir.source import find_architecture
 from tests.tiny_run import command, tiny_config
 
 MIB = 2**20
@@ -48,7 +49,7 @@ def config(home, tmp_path):
 
 def compiled_bytes(config):
     """What the compiler says that a training step takes on a device."""
-    architecture = find_architecture(config)
+    architecture = find_architecture(config.model)
     program = make_program(config, architecture, placement=make_placement(config))
     memory = program.compile().memory_analysis()
     apart = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -56,12 +57,12 @@ def compiled_bytes(config):
 
 
 def estimated_bytes(config, task=TRAINING):
-    return sum(task.kinds(config, Estimates(find_architecture(config))).values())
+    return sum(task.kinds(config, Estimates(find_architecture(config.model))).values())
 
 
 def changes_for(config, limit, task=TRAINING):
     """The changes with which a run fits into so many bytes."""
-    estimates = Estimates(find_architecture(config))
+    estimates = Estimates(find_architecture(config.model))
     kinds = task.kinds(config, estimates)
     assert sum(kinds.values()) > limit
     return find_changes(task, config, estimates, kinds, Room(limit, limit, "this machine"))
@@ -140,7 +141,7 @@ def test_what_is_held_throughout_is_refused_and_what_may_not_fit_is_warned_of(
     config, monkeypatch, capfd
 ):
     run = config(train__batch_size=64, train__steps=2)
-    kinds = TRAINING.kinds(run, Estimates(find_architecture(run)))
+    kinds = TRAINING.kinds(run, Estimates(find_architecture(run.model)))
     has(monkeypatch, kinds["parameters"] + kinds["optimizer"] - 1)
     with pytest.raises(OutOfMemoryError, match="parameters and optimizer alone take"):
         train(run)
@@ -291,6 +292,6 @@ def test_evaluation_is_estimated_beside_the_optimizers_state(config, home):
     run = config(eval__batch_size=4096)
     alone = estimated_bytes(run)
     run.data.validation = str(home / "held_out.jsonl")
-    kinds = TRAINING.kinds(run, Estimates(find_architecture(run)))
-    tested = EVALUATION.kinds(run, Estimates(find_architecture(run)))
+    kinds = TRAINING.kinds(run, Estimates(find_architecture(run.model)))
+    tested = EVALUATION.kinds(run, Estimates(find_architecture(run.model)))
     assert sum(kinds.values()) == sum(tested.values()) + kinds["optimizer"] > alone
