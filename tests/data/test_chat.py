@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 from jaxft.config import DataConfig
 from jaxft.data.chat import chat_examples, prompt_ids, text_examples
 from jaxft.data.control_tokens import ControlTokens
-from jaxft.data.formats import Conversation, RowError
+from jaxft.data.formats import Conversation
+from jaxft.data.problems import RowError
 from jaxft.data.template import DATE, Template, check_can_stop, render, resolve_template
 from jaxft.errors import ConfigError, DataError
 

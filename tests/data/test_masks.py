@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 from jaxft.config import DataConfig
 from jaxft.data.chat import chat_examples, question, text_examples
 from jaxft.data.control_tokens import ControlTokens
-from jaxft.data.formats import Conversation, RowError
+from jaxft.data.formats import Conversation
+from jaxft.data.problems import RowError
 from jaxft.data.template import resolve_template
 from jaxft.data.thinking import without_block
 from tests.templates import BLOCK, HARMONY, NOTES, PLAIN, SPECIAL, byte_tokenizer

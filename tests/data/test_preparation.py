@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data import cache
-from jaxft.data.preparation import content_hash, conversations, prepare
+from jaxft.data.preparation import conversations, prepare
+from jaxft.data.tokenising import content_hash
 from jaxft.errors import ConfigError, DataError
 
 WORDS = "User Assistant : a b c d e f what is how many the answer yes no green red".split()

@@ -5,7 +5,8 @@ import pytest
 
 from jaxft.config import DataConfig
 from jaxft.data.chat import chat_examples
-from jaxft.data.formats import Conversation, RowError
+from jaxft.data.formats import Conversation
+from jaxft.data.problems import RowError
 from jaxft.data.template import DATE, resolve_template
 from tests import templates
 from tests.templates import byte_tokenizer

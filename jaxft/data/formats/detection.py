@@ -1,0 +1,220 @@
+"""Which format rows are in: as named, or told from the first row."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.data.formats.cells import as_row, cell_text, optional_text, quoted
+from jaxft.data.formats.converters import CONVERTERS, make_document, single_turn
+from jaxft.data.formats.items import Conversation, Document
+from jaxft.data.problems import RowError
+from jaxft.data.sources import Row
+from jaxft.data.specs import SourceSpec
+from jaxft.errors import DataError, nearest
+
+EXAMPLES = {
+    "messages": '{"messages": [{"role": "user", "content": "Is it open?"}, '
+    '{"role": "assistant", "content": "Yes, until six."}]}',
+    "sharegpt": '{"conversations": [{"from": "human", "value": "Is it open?"}, '
+    '{"from": "gpt", "value": "Yes, until six."}]}',
+    "alpaca": '{"instruction": "Name the colour.", "input": "grass", "output": "green"}',
+    "prompt_completion": '{"prompt": "Is it open?", "completion": "Yes, until six."}',
+    "columns": "with --config.data.columns=prompt=question,completion=answer: "
+    '{"question": "Is it open?", "answer": "Yes, until six."}',
+    "text": '{"text": "A document."}',
+}
+_MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+_PREFERENCE_COLUMNS = ("chosen", "rejected", "label")
+_PAIRS = (("question", "answer"), ("query", "response"), ("input", "output"), ("source", "target"))
+TEXT_COLUMNS = {
+    "alpaca": ("instruction", "input", "context", "output", "response", "system"),
+    "prompt_completion": ("prompt", "completion", "response", "system"),
+}
+"""Columns of the formats with fixed names whose cells are read as text."""
+_LABEL_COLUMNS = ("label", "labels", "category", "class", "intent", "target")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How the rows of one source are read.
+
+    Attributes:
+      name: One of the choices of `data.format`.
+      convert: From (row value, origin) to an item; raises `RowError`.
+      description: What was found, for the log.
+      columns: Columns whose cells are read as text, numbers included.
+    """
+
+    name: str
+    convert: Callable[[Any, str], Conversation | Document]
+    description: str
+    columns: tuple[str, ...] = ()
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows become conversations, of which only answers are trained."""
+        return self.name != "text"
+
+
+def choose_format(row: Row, spec: SourceSpec, origin: str) -> Format:
+    """Returns the named format, or the one that the first row is in.
+
+    Raises:
+      DataError: If the row is in none of the formats, or in more than one.
+      RowError: If the row is not even an object, which says nothing of the other rows.
+    """
+    if isinstance(row.value, str):
+        if spec.format in ("auto", "text"):
+            return Format("text", make_document, f"plain text, one document a {spec.text_split}")
+        raise DataError(
+            f"{origin}: this is plain text, but the format of the source is {spec.format!r}. If "
+            f"text is meant, write so after its name: '{spec.name}:format=text'."
+        )
+    columns = list(as_row(row.value))
+    if spec.format in ("columns", "text"):
+        _check_columns(spec.mapping, columns, origin)
+        return _mapped_format(spec.format, spec.mapping, columns)
+    if spec.format == "auto":
+        return _detect(row.value, origin)
+    return Format(
+        spec.format,
+        CONVERTERS[spec.format],
+        "as the configuration says",
+        TEXT_COLUMNS.get(spec.format, ()),
+    )
+
+
+def check_meaning(value: Any, row_format: Format, *, named: bool) -> None:
+    """Raises RowError for columns without which a row means something else.
+
+    Args:
+      value: The row.
+      row_format: How it is read.
+      named: Whether the user chose that format, and with it what is left out.
+    """
+    if not isinstance(value, dict):
+        return
+    media = [column for column in _MEDIA_COLUMNS if value.get(column) not in (None, "", [], {})]
+    if media:
+        raise RowError(
+            f"the row has {quoted(media)}, which no model here takes: only text is read. Remove "
+            "the row, or the column if the text is complete without it."
+        )
+    preferred = [column for column in _PREFERENCE_COLUMNS if _is_preference(value, column)]
+    if preferred and row_format.is_chat and not named:
+        raise RowError(
+            f"the row has {quoted(preferred)}, which tells good answers from bad ones; training "
+            "on the other columns alone leaves that out. If it is meant, name the format: "
+            f"--config.data.format={row_format.name}."
+        )
+
+
+def _is_preference(value: dict[str, Any], column: str) -> bool:
+    if column == "label":
+        return isinstance(value.get(column), bool)
+    return value.get(column) not in (None, "", [], {})
+
+
+def _check_columns(mapping: Mapping[str, str], columns: list[str], origin: str) -> None:
+    problems = [
+        f"{origin}: there is no column {column!r}; the columns are {', '.join(columns)}."
+        f"{nearest(column, columns)} Name columns that exist with --config.data.columns=…."
+        for column in mapping.values()
+        if column not in columns
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def _detect(value: dict[str, Any], origin: str) -> Format:
+    columns = list(value)
+    name, used = _detected_name(value)
+    if name == "text":
+        labels = [column for column in columns if column in _LABEL_COLUMNS]
+        if labels:
+            raise DataError(
+                f"{origin}: the columns {', '.join(columns)} can be read in two ways. To train the "
+                f"label as the answer: --config.data.format=columns --config.data.columns="
+                f"prompt=text,completion={labels[0]}. To train the text alone: "
+                "--config.data.format=text. Or after the name of this source alone: "
+                f"':prompt=text:completion={labels[0]}' or ':format=text'."
+            )
+        return _mapped_format("text", {"text": "text"}, columns)
+    if name == "columns":
+        return _mapped_format("columns", {"prompt": used[0], "completion": used[1]}, columns)
+    if not name:
+        raise DataError(
+            [
+                f"{origin}: the columns {', '.join(columns)} are in no known format.",
+                "Name the two that hold prompt and answer: --config.data.format=columns "
+                "--config.data.columns=prompt=…,completion=…, or after the name of this source "
+                "alone ':prompt=…:completion=…'; or write rows in one of these forms:",
+                *EXAMPLES.values(),
+            ]
+        )
+    description = f"columns {', '.join(used)}{_unused(used, columns)}"
+    return Format(name, CONVERTERS[name], description, TEXT_COLUMNS.get(name, ()))
+
+
+def told_columns(names: Iterable[str], spec: SourceSpec) -> list[str]:
+    """Returns the columns that make something with these names a row; none if they make no row."""
+    if spec.mapping:
+        return list(spec.mapping.values()) if {*spec.mapping.values()} <= {*names} else []
+    return _detected_name(dict.fromkeys(names))[1]
+
+
+def _detected_name(value: dict[str, Any]) -> tuple[str, list[str]]:
+    """Returns the format and the columns that told it apart; an empty name if none fits."""
+    if "messages" in value:
+        return "messages", _present(value, "messages", "system", "tools", "functions")
+    if "conversations" in value or "conversation" in value:
+        column = "conversations" if "conversations" in value else "conversation"
+        return "sharegpt", _present(value, column, "system", "tools", "functions")
+    if "instruction" in value and ("output" in value or "response" in value):
+        return "alpaca", _present(
+            value, "instruction", "input", "context", "output", "response", "system", "history"
+        )
+    if "prompt" in value and ("completion" in value or "response" in value):
+        return "prompt_completion", _present(
+            value, "prompt", "completion", "response", "system", "tools", "functions"
+        )
+    for pair in _PAIRS:
+        if all(column in value for column in pair):
+            return "columns", list(pair)
+    if "text" in value:
+        return "text", ["text"]
+    return "", []
+
+
+def _present(value: dict[str, Any], *columns: str) -> list[str]:
+    return [column for column in columns if column in value]
+
+
+def _unused(used: list[str], columns: list[str]) -> str:
+    rest = [column for column in columns if column not in used]
+    return f" (not used: {', '.join(rest)})" if rest else ""
+
+
+def _mapped_format(name: str, mapping: dict[str, str], columns: list[str]) -> Format:
+    used = list(mapping.values())
+    pairs = ", ".join(f"{part} = column {column!r}" for part, column in mapping.items())
+    description = f"{pairs}{_unused(used, columns)}"
+    if name == "text":
+        return Format(
+            name,
+            lambda value, origin: make_document(cell_text(as_row(value), mapping["text"]), origin),
+            description,
+            tuple(used),
+        )
+
+    def convert(value: Any, origin: str) -> Conversation:
+        row = as_row(value)
+        system = optional_text(row, mapping["system"]) if "system" in mapping else ""
+        return single_turn(
+            cell_text(row, mapping["prompt"]),
+            cell_text(row, mapping["completion"]),
+            origin,
+            system=system,
+        )
+
+    return Format(name, convert, description, tuple(used))

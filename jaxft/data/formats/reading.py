@@ -1,0 +1,92 @@
+"""Reads the rows of a source and turns them into conversations or documents."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from jaxft.data.formats.cells import describe_numbers
+from jaxft.data.formats.detection import EXAMPLES, Format, check_meaning, choose_format
+from jaxft.data.formats.items import Conversation, Document
+from jaxft.data.problems import Problems, RowError
+from jaxft.data.sources import Row, Source
+from jaxft.errors import DataError
+
+
+def read_items(
+    source: Source,
+    problems: Problems,
+    *,
+    on_format: Callable[[Format], None],
+    chosen: Collection[int] | None = None,
+) -> Iterator[tuple[Row, Conversation | Document]]:
+    """Yields rows and what they are of a source; bad rows go to `problems`.
+
+    Args:
+      source: What is read; it names the format, or leaves it to be found out from the first row.
+      problems: Raises by itself when it is full; the caller checks it at the end.
+      on_format: Called once, before the first item.
+      chosen: Numbers of the rows that are read; by default all.
+
+    Raises:
+      DataError: If no row is in a known format, or the columns that are named do not exist.
+    """
+    row_format, unknown = None, None
+    rows = source.rows(problems)
+    if chosen is not None:
+        rows = itertools.islice((row for row in rows if row.number in chosen), len(chosen))
+    for row in rows:
+        origin = source.origin(row.line)
+        if row_format is None:
+            try:
+                row_format = choose_format(row, source.spec, origin)
+            except DataError as error:
+                if not problems.are_skipped:
+                    raise
+                unknown = unknown or error
+                problems.add(origin, error.problems[0].removeprefix(f"{origin}: "), raw=row.value)
+                continue
+            except RowError as error:
+                problems.add(origin, str(error), raw=row.value, example=EXAMPLES["messages"])
+                continue
+            description = row_format.description + source.remark()
+            description += describe_numbers(row.value, row_format.columns)
+            row_format = dataclasses.replace(row_format, description=description)
+            on_format(row_format)
+        try:
+            item = _convert(row.value, row_format, origin, named=source.spec.format != "auto")
+        except RowError as error:
+            problems.add(origin, str(error), raw=row.value, example=EXAMPLES[row_format.name])
+        else:
+            yield row, item
+    if row_format is None and unknown is not None:
+        raise unknown
+
+
+def _convert(
+    value: Any, row_format: Format, origin: str, *, named: bool
+) -> Conversation | Document:
+    check_meaning(value, row_format, named=named)
+    try:
+        item = row_format.convert(value, origin)
+        _check_characters(item)
+    except RecursionError:
+        raise RowError("the row is nested too deeply.") from None
+    return item
+
+
+def _check_characters(item: Conversation | Document) -> None:
+    """Raises RowError for text that no encoding can write, whichever way it came into a row."""
+    if isinstance(item, Document):
+        text = item.text
+    else:
+        text = json.dumps([item.messages, item.tools], ensure_ascii=False, default=repr)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = error.object[error.start]
+        raise RowError(
+            f"the row has half of a character, \\u{ord(found):04x} without its pair; an emoji was "
+            "probably cut in two. Remove it."
+        ) from None
