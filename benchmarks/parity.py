@@ -20,12 +20,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from jaxft.data.batch import Batch
+from jaxft.config import ObjectiveConfig
+from jaxft.data.batch import STANDARD, Batch
 from jaxft.hf.load import load_params
 from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.families import FAMILIES, architecture_from_hf
 from jaxft.models.module import merge
-from jaxft.training.objectives import sft
+from jaxft.training.objectives.bound import bind
 from jaxft.workdir.workdir import environment
 from tests.oracle.cases import CASES, FAMILY_CASES, load_case, load_published_sizes, write_folder
 
@@ -38,12 +39,12 @@ def measure(name: str) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         write_folder(name, Path(folder))
         params = load_params(Path(folder), architecture.rules, abstract.params)
-    batch = Batch(*(case.arrays[field] for field in Batch._fields))
+    batch = Batch(**{name: case.arrays[name] for name in STANDARD})
 
     def total(params: Any) -> Any:
         model = merge(abstract.graphdef, params)
         logits = model(batch.tokens, batch.positions, batch.segments)
-        return sft.loss(model, batch, chunk=0).total, logits
+        return bind(ObjectiveConfig(chunk=0)).judge(model, batch).minimised, logits
 
     gradients, logits = jax.jit(jax.grad(total, has_aux=True))(params)
     real = (case.segments > 0)[..., None]

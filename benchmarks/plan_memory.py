@@ -33,7 +33,6 @@ def measure(folder: str, strategy: str, remat: str, *, local: bool) -> dict:
 
     from jaxft.compiled.layout import make_program
     from jaxft.config import RunConfig
-    from jaxft.data.batch import Batch
     from jaxft.hardware.devices import device_memory, host_memory
     from jaxft.hf.load import read_config
     from jaxft.models.families import architecture_from_hf
@@ -61,14 +60,13 @@ def measure(folder: str, strategy: str, remat: str, *, local: bool) -> dict:
         lambda: init_state(init_params(build_model, 0), program.optimizer, ""),
         out_shardings=shardings,
     )()
-    ones = jax.tree.map(
-        lambda leaf: jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding), program.batch
+    batch = program.batch.map(
+        lambda leaf: jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding)
     )
-    batch = Batch(*ones)
     jax.block_until_ready(state)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's account of the peak begins anew
     for _ in range(2):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
     jax.block_until_ready(metrics)
     memory = device_memory(jax.devices()[0])
     peak = memory.peak if memory else _peak_resident() - before

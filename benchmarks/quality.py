@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import jaxft
-from jaxft.programs.evaluation import RowSums
+from jaxft.programs.held_out import UnitSums
 from jaxft.workdir.workdir import environment
 
 STEPS, BLOCK, BATCH, EVALUATED_BLOCKS = 300, 256, 16, 64
@@ -117,13 +117,18 @@ def _write(file: Path, texts: list[str]) -> str:
     return str(file)
 
 
-def first_blocks(rows: RowSums) -> RowSums:
+def first_blocks(rows: UnitSums) -> UnitSums:
     """Returns the blocks that the reference evaluates."""
-    columns = (rows.total, rows.weight, rows.correct, rows.bytes)
-    return RowSums(*(column[:EVALUATED_BLOCKS] for column in columns))
+    assert rows.bytes is not None
+    columns = (rows.total, rows.weight)
+    total, weight = (column[:EVALUATED_BLOCKS] for column in columns)
+    figures = {
+        name: (a[:EVALUATED_BLOCKS], b[:EVALUATED_BLOCKS]) for name, (a, b) in rows.figures.items()
+    }
+    return UnitSums(total, weight, figures, rows.bytes[:EVALUATED_BLOCKS])
 
 
-def loss_of_full_blocks(rows: RowSums) -> float:
+def loss_of_full_blocks(rows: UnitSums) -> float:
     """Averages as the reference does: batches of 16 full blocks, then the mean of their means.
 
     It differs from the mean over tokens where the blocks do not fill the last batch, which is so
@@ -142,9 +147,9 @@ def measure(
     """Evaluates, trains and evaluates again; returns one record."""
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(task, shared, Path(folder), packing=packing, steps=steps, seed=seed)
-        before = jaxft.evaluate(config)["validation"].rows
+        before = jaxft.evaluate(config)["validation"].sums
         result = jaxft.train(config)
-        after = jaxft.evaluate(config, result.checkpoint)["validation"].rows
+        after = jaxft.evaluate(config, result.checkpoint)["validation"].sums
     average = (
         loss_of_full_blocks if packing == "stream" else lambda rows: first_blocks(rows).loss.value
     )

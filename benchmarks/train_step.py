@@ -151,7 +151,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from jaxft.config import RunConfig
-    from jaxft.data.batch import Batch
     from jaxft.hardware.devices import device_memory, host_memory, peak_flops
     from jaxft.models.families import architecture_from_hf
     from jaxft.models.module import init_params
@@ -172,7 +171,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     program = build(config, evaluator, steps=1000)
     started = time.monotonic()
-    step = program.train_step.lower(program.state, program.batch).compile()
+    step = program.lower().compile()
     compile_seconds = time.monotonic() - started
 
     build_model = architecture.build(evaluator.numerics)
@@ -182,25 +181,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         out_shardings=shardings,
     )()
     rows = _rows(lengths, options.length, architecture.config.vocab)
-    batch = put(Batch(*(field[None] for field in rows)), evaluator.placement.micro_batches)
+    batch = put(rows.map(lambda column: column[None]), evaluator.placement.micro_batches)
     for _ in range(2):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
     jax.block_until_ready(state)
     started = time.monotonic()
     for _ in range(options.steps):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
     jax.block_until_ready(state)
     seconds = (time.monotonic() - started) / options.steps
 
     c = architecture.config
-    tokens = int(metrics.tokens)
+    tokens = int(metrics.counts["tokens"])
     flops = training_flops(
         evaluator.parameters - (0 if c.tied else c.vocab * c.embed),
         layers=c.layers,
         heads=c.heads,
         head_dim=c.head_dim,
         tokens=tokens,
-        squared_lengths=int(metrics.squared_lengths),
+        squared_lengths=int(metrics.counts["squared_lengths"]),
     )
     devices = evaluator.placement.mesh.devices
     peak = peak_flops(devices.flat[0].device_kind, evaluator.numerics.compute_dtype)
@@ -220,7 +219,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "strategy": options.strategy,
         "step_seconds": round(seconds, 4),
         "tokens_per_second": round(tokens / seconds, 1),
-        "trained_tokens_per_second": round(int(metrics.weight) / seconds, 1),
+        "trained_tokens_per_second": round(int(metrics.counts["trained_tokens"]) / seconds, 1),
         "compile_seconds": round(compile_seconds, 2),
         "teraflops_causal": round(flops.causal / seconds / 1e12, 4),
         "teraflops_full": round(flops.full / seconds / 1e12, 4),
@@ -229,7 +228,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "host_peak_bytes": host_memory().peak,
         "device_peak_bytes": memory.peak if memory else None,
         "compiled_temporary_bytes": analysis.temp_size_in_bytes if analysis else None,
-        "loss": round(float(metrics.total) / float(metrics.weight), 4),
+        "loss": round(float(metrics.ratios["loss"][0] / metrics.ratios["loss"][1]), 4),
         "numpy": np.__version__,
         "environment": environment(),
     }
@@ -266,11 +265,11 @@ def _rows(lengths: list[list[int]], length: int, vocab: int) -> Any:
     weights[:, :-1] = segments[:, 1:] == segments[:, :-1]
     weights[:, -1] = 0
     return Batch(
-        tokens[:, :-1],
-        tokens[:, 1:],
-        weights,
-        positions.astype(np.int32),
-        segments.astype(np.int32),
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        weights=weights,
+        positions=positions.astype(np.int32),
+        segments=segments.astype(np.int32),
     )
 
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     __version__: str
     from jaxft.config import RunConfig as RunConfig
     from jaxft.errors import JaxftError as JaxftError
-    from jaxft.programs.evaluation import compare as compare
+    from jaxft.programs.comparison import compare as compare
     from jaxft.programs.evaluation import evaluate as evaluate
     from jaxft.programs.exporter import export as export
     from jaxft.programs.model import Model as Model
@@ -22,7 +22,7 @@ _HOMES = {
     "Model": "jaxft.programs.model",
     "RunConfig": "jaxft.config",
     "TrainResult": "jaxft.programs.trainer",
-    "compare": "jaxft.programs.evaluation",
+    "compare": "jaxft.programs.comparison",
     "evaluate": "jaxft.programs.evaluation",
     "export": "jaxft.programs.exporter",
     "load": "jaxft.programs.model",

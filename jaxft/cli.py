@@ -357,6 +357,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from jaxft import distributed
     from jaxft.compiled.layout import check_outputs
     from jaxft.programs import evaluation, tables
+    from jaxft.programs.comparison import compare
     from jaxft.workdir.workdir import absolute
 
     if options.compare and options.checkpoint:
@@ -365,7 +366,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         check_outputs(output=options.output)
     if options.compare:
         a, b = evaluation.evaluate_pair(config, *options.compare, step=options.step)
-        results, differences = {"a": a, "b": b}, evaluation.compare(a, b)
+        results, differences = {"a": a, "b": b}, compare(a, b)
     else:
         results = {"results": evaluation.evaluate(config, options.checkpoint, step=options.step)}
         differences = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft.errors import ConfigError, collected, nearest, nearest_of
+from jaxft.extensions import load_named
 from jaxft.models import activations
 
 _YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
@@ -183,11 +184,30 @@ class DataConfig:
     cache: str = key("", "Folder of tokenised rows; empty: ~/.cache/jaxft/data.")
 
 
-@dataclass(kw_only=True, slots=True)
-class ObjectiveConfig:
-    """The loss."""
+# Modules of the built-in objectives. They are imported when an objective is asked for, because
+# their mathematics needs jax.
+OBJECTIVES = {name: f"jaxft.training.objectives.{name}" for name in ("sft",)}
 
-    name: str = key("sft", "Loss function.", choices=("sft",))
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What is learnt.
+
+    The keys of an objective stand beside its mathematics. They are the group of its name:
+    `objective.dpo.beta`.
+    """
+
+    name: str = key(
+        "sft",
+        f"What is learnt: {', '.join(OBJECTIVES)}, or a module of yours that defines OBJECTIVE.",
+    )
+    reference: str = key(
+        "auto",
+        "Where a preference objective has the log-probabilities of the starting weights from: "
+        "'fixed' keeps these weights and computes them in every step, 'cached' computes them once; "
+        "'auto': fixed if the objective needs them.",
+        choices=("auto", "fixed", "cached", "none"),
+    )
     chunk: int = key(
         256,
         "Positions of each row whose float32 logits exist at once; 0: all of them.",
@@ -199,6 +219,67 @@ class ObjectiveConfig:
         "the one they were trained with in config.json (router_aux_loss_coef).",
         minimum=0,
     )
+
+    @property
+    def objective(self) -> Any:
+        """The `Objective` of that name."""
+        return load_named(self.name, OBJECTIVES, kind="objective", attribute="OBJECTIVE")
+
+    @property
+    def keys(self) -> Any:
+        """The keys of that objective."""
+        return getattr(self, self.name)
+
+    @property
+    def groups(self) -> dict[str, Any]:
+        """Keys of objectives by name: of the one that is learnt, and all that were looked at."""
+        touched = {name: value for name, value in vars(self).items() if _is_group(value)}
+        # sft has no keys: whoever lists all of them need not wait for jax.
+        return touched if self.name == "sft" else {self.name: self.keys} | touched
+
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with the objective, its keys and its reference."""
+        try:
+            needed, keys = self.objective.reference, self.keys
+        except ConfigError as error:
+            yield from error.problems
+            return
+        yield from keys.problems() if hasattr(keys, "problems") else ()
+        if needed and self.reference == "none":
+            yield (
+                f"objective.reference is 'none', but {self.name} compares with the weights that "
+                "training starts from. Set --config.objective.reference=fixed or cached."
+            )
+        if not needed and self.reference in ("fixed", "cached"):
+            yield (
+                f"objective.reference is {self.reference!r}, but {self.name} compares with no "
+                "other model. Leave it at auto."
+            )
+        for name, group in self.groups.items():
+            changed = [item.path for item in walk(group) if item.value != item.default]
+            if name != self.name and changed:
+                yield (
+                    f"objective.{name}.{changed[0]} is set, but objective.name is {self.name!r}. "
+                    f"Set --config.objective.name={name}, or leave the key out."
+                )
+
+    @property
+    def uses_reference(self) -> str:
+        """Where log-probabilities of the starting weights come from; empty if none are needed."""
+        needed = self.objective.reference
+        return ("fixed" if self.reference == "auto" else self.reference) if needed else ""
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not there yet: the keys of an objective, made when they are asked for.
+        if name.startswith("_") or name not in (*OBJECTIVES, vars(self).get("name")):
+            raise AttributeError(f"ObjectiveConfig has no key {name!r}")
+        found = load_named(name, OBJECTIVES, kind="objective", attribute="OBJECTIVE")
+        setattr(self, name, found.keys())
+        return vars(self)[name]
+
+
+def _is_group(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -345,9 +426,13 @@ class RunConfig:
         Raises:
           ConfigError: With all problems found.
         """
-        items = list(walk(self))
+        try:
+            items = list(walk(self))
+        except ConfigError as error:  # of an unknown objective, whose keys cannot be listed
+            raise ConfigError([f"objective.name: {text}" for text in error.problems]) from error
         problems = [problem for item in items for problem in item.problems()]
         if all(item.is_typed for item in items):
+            problems += self.objective.problems()
             problems += _combination_problems(self)
             problems += _training_problems(self) if training else []
         if problems:
@@ -406,6 +491,9 @@ def walk(config: Any, prefix: str = "") -> Iterator[Item]:
             yield from walk(value, f"{path}.")
         else:
             yield Item(path, value, item.default, item.type, **item.metadata)  # pyright: ignore
+    if isinstance(config, ObjectiveConfig):
+        for name, group in config.groups.items():
+            yield from walk(group, f"{prefix}{name}.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -420,6 +508,8 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
       ConfigError: For unknown keys, with the nearest known one.
     """
     config = RunConfig()
+    if isinstance(name := values.get("objective.name"), str):
+        config.objective.name = name  # decides which keys there are
     known = to_dict(config)
     unknown = [name for name in values if name not in known]
     if unknown:
@@ -442,6 +532,13 @@ def unknown_key(name: str, *, prefix: str = "") -> str:
     """
     known = [item.path for item in walk(RunConfig())]
     told = f"Unknown key {prefix + name!r}"
+    parts = name.split(".")
+    if parts[0] == "objective" and len(parts) == 3:
+        return (
+            f"{prefix}{name} would be a key of the objective {parts[1]!r}. Set "
+            f"{prefix}objective.name={parts[1]} with it, and see its keys with "
+            f"`jaxft config --config.objective.name={parts[1]}`."
+        )
     same_leaf = [path for path in known if path.rpartition(".")[2] == name]
     if same_leaf:
         return f"{told}. Did you mean {' or '.join(repr(prefix + path) for path in same_leaf)}?"

@@ -82,8 +82,8 @@ class _Reader:
 
     def __init__(self, file: str):
         self.file = file
-        self.items = {item.path: item for item in walk(RunConfig())}
-        self.groups = {path.rpartition(".")[0] for path in self.items} - {""}
+        self.items: dict[str, Item] = {}
+        self.groups: set[str] = set()
         self.problems: list[str] = []
         self.lines: dict[str, int] = {}
         self.values: dict[str, Any] = {}
@@ -96,10 +96,20 @@ class _Reader:
                 f"{self.file}: expected keys and values, such as 'train: {{steps: 100}}', or "
                 "'train.steps: 100'."
             )
+        self._list_keys(root)
         self._read_group(root, "")
         if self.problems:
             raise ConfigError(self.problems)
         return from_dict(self.values)
+
+    def _list_keys(self, root: yaml.MappingNode) -> None:
+        """Lists the keys that there are, which depend on the objective."""
+        config = RunConfig()
+        if name := _find(root, "objective", "name"):
+            config.objective.name = name
+        self.items = {item.path: item for item in walk(config)}
+        paths = [path.split(".") for path in self.items]
+        self.groups = {".".join(p[:end]) for p in paths for end in range(1, len(p))}
 
     def _compose(self, path: Path) -> yaml.Node | None:
         try:
@@ -299,3 +309,16 @@ _ONE_LINE: dict[str, Callable[[str, yaml.Node], str]] = {
     "model.add_tokens": _list,
     "train.compiler_options": _assignments,
 }
+
+
+def _find(node: yaml.Node, *keys: str) -> str:
+    """Returns the text under some keys, nested or joined by dots; empty if there is none."""
+    if not keys:
+        return node.value if isinstance(node, yaml.ScalarNode) else ""
+    if not isinstance(node, yaml.MappingNode):
+        return ""
+    for end in range(1, len(keys) + 1):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value == ".".join(keys[:end]):
+                return _find(value, *keys[end:])
+    return ""

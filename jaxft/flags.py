@@ -10,6 +10,7 @@ from jaxft.config_file import read_file
 from jaxft.errors import ConfigError, nearest_of
 
 _PREFIX = "--config."
+_OBJECTIVE = f"{_PREFIX}objective.name="
 
 
 def take_overrides(words: Sequence[str], options: Collection[str] = ()) -> list[str]:
@@ -85,7 +86,8 @@ def read_config(
     """
     config = read_file(file) if file else RunConfig()
     problems = []
-    for override in overrides:
+    # The objective decides which keys there are.
+    for override in sorted(overrides, key=lambda text: not text.startswith(_OBJECTIVE)):
         try:
             config = _apply(config, override)
         except ConfigError as error:
@@ -102,18 +104,22 @@ def read_config(
 
 def _apply(config: RunConfig, override: str) -> RunConfig:
     """Parses one flag by `ml_collections`, which checks the field's type."""
+    key, _, value = override.removeprefix(_PREFIX).partition("=")
     items = {item.path: item for item in walk(config)}
-    key = override.partition("=")[0].removeprefix(_PREFIX)
     if key not in items:
         raise ConfigError(unknown_key(key, prefix=_PREFIX))
+    *parents, leaf = key.split(".")
+    group = config
+    for name in parents:
+        group = getattr(group, name)
     values = flags.FlagValues()
-    argv = ["jaxft", override]
+    argv = ["jaxft", f"{_PREFIX}{leaf}={value}"]
     try:
         holder = config_flags.DEFINE_config_dataclass(
-            "config", config, flag_values=values, sys_argv=argv
+            "config", group, flag_values=values, sys_argv=argv
         )
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
-        value = override.partition("=")[2]
         raise ConfigError(f"{key} is {value!r}; expected {items[key].expected}.") from error
-    return holder.value
+    setattr(group, leaf, getattr(holder.value, leaf))
+    return config

@@ -32,7 +32,9 @@ from jaxft.demo.make_base import write_skeleton
 from jaxft.demo.runs import load_run
 from jaxft.demo.tokenizer import PADDING, SPECIAL_TOKENS, VOCABULARY, train_tokenizer
 from jaxft.errors import ConfigError
-from jaxft.programs.evaluation import Answers, Evaluation, HeldOut, RowSums
+from jaxft.programs.answers import Answers
+from jaxft.programs.evaluation import Evaluation
+from jaxft.programs.held_out import HeldOut, UnitSums
 from jaxft.workdir.source import Source
 
 # Words that say nothing about a department: all that training and held-out cases may share.
@@ -305,10 +307,10 @@ def test_task_files_are_where_the_config_expects_them(tmp_path, monkeypatch):
 
 def test_results_show_what_was_measured():
     def results(right, loss):
-        rows = RowSums(np.full(12, loss), np.ones(12), np.zeros(12), np.ones(12))
+        rows = UnitSums(np.full(12, loss), np.ones(12), bytes=np.ones(12))
         outcomes = np.arange(360) < right
         answers = Answers("label_accuracy", [], [], [], outcomes, len(NAMES), 360)
-        retention = RowSums(np.full(12, loss / 2), np.ones(12), np.zeros(12), np.ones(12))
+        retention = UnitSums(np.full(12, loss / 2), np.ones(12), bytes=np.ones(12))
         source, held_out = Source(Path()), HeldOut([], [], np.array([]))
         return {
             "validation": Evaluation(rows, answers, source, held_out),
@@ -340,5 +342,5 @@ def test_the_demo_learns_the_task_and_keeps_what_the_model_knew(tmp_path, monkey
     accuracy = [results["validation"].answers.accuracy for results in (before, after)]
     assert accuracy[0].low < 1 / len(NAMES) < accuracy[0].high
     assert accuracy[1].value >= 0.95
-    retention = [results["retention"].rows.loss.value for results in (before, after)]
+    retention = [results["retention"].sums.loss.value for results in (before, after)]
     assert retention[1] < retention[0] + 0.05

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxft"
 
 # Modules and rooms of jaxft from the lowest to the highest; each imports those before it alone.
-ROOMS = """errors formatting files console distributed hardware sharding hf models config
+ROOMS = """errors extensions formatting files console distributed hardware sharding hf models config
 config_file flags data training workdir reporting compiled planner programs __init__ demo cli
 __main__""".split()
 # Beside that: data and hf speak arrays and flat dicts, models take their own config.

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import from_dict
-from jaxft.data.batch import Batch
+from jaxft.config import ObjectiveConfig, from_dict
+from jaxft.data.batch import COLUMNS, STANDARD, Batch
 from jaxft.hf.rules import expand
 from jaxft.models.config import Numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
+from jaxft.training.objectives.bound import Judged, bind
 from jaxft.training.program import Program, build, build_evaluator, make_placement, put
 from jaxft.training.state import TrainState, init_state
 from tests.oracle.cases import CASES, llama_tensors, tensors_of
@@ -85,8 +86,7 @@ def make_documents(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[Do
 def pack(rows: Sequence[Sequence[Document]], length: int) -> Batch:
     """Returns rows `[B, T]` that hold these documents one after the other, then padding."""
     shape = (len(rows), length)
-    batch = Batch(*(np.zeros(shape, dtype) for dtype in (int, int, float, int, int)))
-    batch = Batch(*(x.astype(np.float32 if x.dtype.kind == "f" else np.int32) for x in batch))
+    batch = Batch(**{name: np.zeros(shape, COLUMNS[name]) for name in STANDARD})
     for row, documents in enumerate(rows):
         start = 0
         for number, document in enumerate(documents, 1):
@@ -136,9 +136,7 @@ def start(program: Program, params: Params, freeze: str = "") -> TrainState:
 def feed(program: Program, rows: Batch) -> Batch:
     """Returns rows `[B, T]` as the micro-batches of a step, on the program's devices."""
     count = program.batch.tokens.shape[0]
-    return put(
-        Batch(*(x.reshape(count, -1, x.shape[-1]) for x in rows)), program.batch.tokens.sharding
-    )
+    return put(rows.map(lambda x: x.reshape(count, -1, x.shape[-1])), program.batch.tokens.sharding)
 
 
 def relative_error(found: Any, expected: Any) -> float:
@@ -149,3 +147,8 @@ def relative_error(found: Any, expected: Any) -> float:
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     ]
     return max(errors)
+
+
+def judge(model: Any, batch: Batch, *, chunk: int = 0) -> Judged:
+    """Returns the sums of supervised fine-tuning on a batch."""
+    return bind(ObjectiveConfig(chunk=chunk)).judge(model, batch)

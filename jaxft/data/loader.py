@@ -190,7 +190,7 @@ class BatchIterator(Iterator[Batch]):
     def _read(self, step: int) -> Batch:
         numbers = self._numbers(step)[:, self._places]
         flat = self._rows.batch(numbers.ravel().tolist())
-        return Batch(*(array.reshape(*numbers.shape, -1) for array in flat))
+        return flat.map(lambda column: column.reshape(*numbers.shape, -1))
 
     def _numbers(self, step: int) -> np.ndarray:
         """Returns the row at each place of a step, `[A, B]`; -1 past the end of the last epoch."""

@@ -1,4 +1,4 @@
-"""Packed rows on disk, read one at a time as the five arrays of a `Batch`."""
+"""Packed rows on disk, read one at a time as the columns of a `Batch`."""
 
 import dataclasses
 import hashlib
@@ -133,6 +133,22 @@ class TokenRows(Sequence[Batch]):
         return map_array(self._numbers, np.dtype("<i8"))
 
     @property
+    def unit_size(self) -> int:
+        """Documents that belong together: 1, or 2 in preferences."""
+        return 1
+
+    def unit_keys(self, number: int) -> list[tuple[int, int]]:
+        """Returns source and data row of each unit in a row."""
+        first = self.begun(self.pieces(number))[:: self.unit_size]
+        index = self.documents.index
+        return [(int(index[i]["source"]), int(index[i]["row"])) for i in first]
+
+    @property
+    def max_units(self) -> int:
+        """Most units of one row."""
+        return self.max_segments // self.unit_size
+
+    @property
     def is_chat(self) -> bool:
         """Whether there are conversations among the documents."""
         return self.statistics.read.chat
@@ -144,10 +160,10 @@ class TokenRows(Sequence[Batch]):
         return int(np.diff(begun[self._offsets]).max(initial=1))
 
     def __getitem__(self, number: int) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Returns the five `[T]` arrays of a row."""
+        """Returns the columns of a row, `[T]` each."""
         if not -len(self) <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
-        return Batch(*(array[0] for array in self.batch([number % len(self)])))
+        return self.batch([number % len(self)]).map(lambda column: column[0])
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Returns rows as one batch `[len(numbers), T]`; a negative number is a row of padding."""

@@ -84,7 +84,7 @@ def _accuracy(evaluation: Evaluation) -> str:
 
 
 def _loss(evaluation: Evaluation) -> str:
-    loss = evaluation.rows.loss
+    loss = evaluation.sums.loss
     return f"{loss.value:.3f} [{loss.low:.3f}, {loss.high:.3f}]"
 
 

@@ -13,7 +13,6 @@ from jaxft.compiled.collectives import Collective, Frame, Reader
 from jaxft.compiled.hlo import Computation, Instruction, Module
 from jaxft.compiled.layout import cpu_devices, describe, make_program, with_any_attention
 from jaxft.config import RunConfig, to_dict
-from jaxft.data.batch import Batch
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
@@ -307,7 +306,7 @@ class Planner:
             parameters=shapes,
             batch=sum(
                 math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                for leaf in program.batch
+                for leaf in program.batch.values()
             ),
             architecture=self.architecture.config,
         )
@@ -451,11 +450,8 @@ class Planner:
         placement = evaluator.placement
         rows = config.eval.batch_size or config.train.batch_size
         rows = placement.whole_rows(rows)
-        batch = Batch(
-            *(
-                type(leaf)((rows, leaf.shape[-1]), leaf.dtype, sharding=placement.rows)
-                for leaf in program.batch
-            )
+        batch = program.batch.map(
+            lambda leaf: type(leaf)((rows, leaf.shape[-1]), leaf.dtype, sharding=placement.rows)
         )
         lowered = evaluator.eval_step.lower(program.state.params, batch)
         compiled = self._compile(lowered, {}, topology)  # as the trainer does

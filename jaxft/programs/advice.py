@@ -8,7 +8,7 @@ from jaxft.config import RunConfig
 from jaxft.data import TokenRows
 from jaxft.data.overlap import find_overlap
 from jaxft.formatting import counted
-from jaxft.programs.evaluation import HeldOut
+from jaxft.programs.held_out import HeldOut
 
 # A run of fewer steps is taken for an accident, unless it is asked for.
 _FEW_STEPS = 50

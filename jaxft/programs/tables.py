@@ -9,15 +9,18 @@ from rich.table import Table
 
 from jaxft.config import RunConfig, to_dict
 from jaxft.console import stdout
-from jaxft.programs.evaluation import Comparison, Evaluation
+from jaxft.programs.comparison import Comparison
+from jaxft.programs.evaluation import Evaluation
 from jaxft.reporting.intervals import Estimate
 from jaxft.workdir.source import Source
 
+# Title and form of figures; of others the name is the title.
 _MEASURES = {
     "loss": ("loss, nats per token", "{:.4f}"),
     "perplexity": ("perplexity", "{:.4g}"),
     "bits_per_byte": ("bits per byte", "{:.4f}"),
     "token_accuracy": ("token accuracy", "{:.1%}"),
+    "accuracy": ("preferred ranked first", "{:.1%}"),
 }
 # What decides which figures a model gets, beside the model and the data.
 _SETTINGS = (
@@ -53,9 +56,10 @@ def print_evaluation(results: Mapping[str, Evaluation], config: RunConfig) -> No
     _print_scope(results, config)
     table = _table(["data", "measure", "value", "95 % interval", "over"])
     for name, evaluation in results.items():
-        for measure, (title, form) in _MEASURES.items():
-            estimate: Estimate = getattr(evaluation.rows, measure)
-            over = f"{estimate.count:,} rows"
+        noun = "rows" if evaluation.sums.bytes is not None else "units"
+        for measure, estimate in evaluation.sums.estimates.items():
+            title, form = _title(measure, evaluation), _form(measure)
+            over = f"{estimate.count:,} {noun}"
             table.add_row(name, title, form.format(estimate.value), _range(estimate, form), over)
             name = ""
         if (answers := evaluation.answers) is not None:
@@ -75,7 +79,7 @@ def print_comparison(
     _print_scope({name: comparison.a for name, comparison in results.items()}, config)
     for name, comparison in results.items():
         if comparison.documents:
-            tokens = comparison.b.rows.weight.sum()
+            tokens = comparison.b.sums.weight.sum()
             _print_line(f"{name}: to B the same documents are {tokens:,.0f} trained tokens")
     table = _table(["data", "measure", "A", "B", "B - A", "95 % interval"])
     for name, comparison in results.items():
@@ -83,7 +87,7 @@ def print_comparison(
             a, b = (_figure(evaluation, measure) for evaluation in (comparison.a, comparison.b))
             signed = form.replace(":", ":+")
             cells = (form.format(a), form.format(b), signed.format(difference.value))
-            table.add_row(name, _title(measure), *cells, _range(difference, signed))
+            table.add_row(name, _title(measure, comparison.a), *cells, _range(difference, signed))
             name = ""
     stdout.print(table)
     paired = [f"{c.documents:,} of {name}" for name, c in results.items() if c.documents]
@@ -104,7 +108,8 @@ def _print_scope(results: Mapping[str, Evaluation], config: RunConfig) -> None:
         text = f"{name}: {', '.join(held_out.rows.statistics.read.sources)}; {rows:,} "
         text += f"of {of_rows:,} rows, drawn at random" if held_out.is_sample else "rows"
         text += f", {held_out.documents:,} documents"
-        text += f", {evaluation.rows.weight.sum():,.0f} trained tokens"
+        unit = "trained tokens" if evaluation.sums.bytes is not None else "units"
+        text += f", {evaluation.sums.weight.sum():,.0f} {unit}"
         if answers is not None and len(answers.right) < answers.of_rows:
             text += f"; answers to {len(answers.right):,} of {answers.of_rows:,} rows"
         _print_line(text)
@@ -119,34 +124,50 @@ def _print_line(text: str) -> None:
 
 
 def _differences(comparison: Comparison) -> Iterator[tuple[str, Estimate, str]]:
-    if comparison.loss is not None:
-        yield "loss", comparison.loss, "{:.4f}"
-    yield "bits_per_byte", comparison.bits_per_byte, "{:.4f}"
+    for name, difference in comparison.differences.items():
+        yield name, difference, _form(name)
     if comparison.answers is not None and comparison.a.answers is not None:
         yield comparison.a.answers.metric, comparison.answers, "{:.1%}"
 
 
 def _figure(evaluation: Evaluation, measure: str) -> float:
-    if measure in _MEASURES:
-        return getattr(evaluation.rows, measure).value
+    if measure in evaluation.sums.estimates:
+        return evaluation.sums.estimates[measure].value
     return evaluation.answers.accuracy.value if evaluation.answers else float("nan")
 
 
-def _title(measure: str) -> str:
+def _title(measure: str, evaluation: Evaluation) -> str:
+    if measure == "loss" and evaluation.sums.bytes is None:
+        return "loss, per unit"
     return _MEASURES[measure][0] if measure in _MEASURES else measure.replace("_", " ")
+
+
+def _form(measure: str) -> str:
+    return _MEASURES[measure][1] if measure in _MEASURES else "{:.4f}"
 
 
 def _gain_and_loss(results: Mapping[str, Comparison]) -> str:
     task = next(name for name in results if name != "retention")
     gained, lost = results[task], results["retention"]
-    if gained.loss is not None and lost.loss is not None:
-        unit, change = "nats a token", (gained.loss.value, lost.loss.value)
-    else:
-        unit, change = "bits a byte", (gained.bits_per_byte.value, lost.bits_per_byte.value)
+    if gained.a.sums.bytes is None:
+        return _preference_and_loss(task, gained, lost)
+    name = "loss" if {"loss"} <= gained.differences.keys() & lost.differences.keys() else ""
+    unit, name = ("nats a token", name) if name else ("bits a byte", "bits_per_byte")
+    change = gained.differences[name].value, lost.differences[name].value
     verbs = ["loses" if value > 0 else "gains" for value in change]
     return (
         f"On {task} B {verbs[0]} {abs(change[0]):.4f} {unit} over A; outside its task it "
         f"{verbs[1]} {abs(change[1]):.4f}."
+    )
+
+
+def _preference_and_loss(task: str, gained: Comparison, lost: Comparison) -> str:
+    share, bits = gained.differences["accuracy"].value, lost.differences["bits_per_byte"].value
+    more = "more" if share > 0 else "fewer"
+    verb = "loses" if bits > 0 else "gains"
+    return (
+        f"On {task} B ranks {abs(share):.1%} {more} of the preferred answers first than A; outside "
+        f"its task it {verb} {abs(bits):.4f} bits a byte."
     )
 
 
@@ -170,8 +191,10 @@ def record(
     if differences:
         content["b - a"] = {
             name: {
-                "loss": comparison.loss and dataclasses.asdict(comparison.loss),
-                "bits_per_byte": dataclasses.asdict(comparison.bits_per_byte),
+                **{
+                    measure: dataclasses.asdict(difference)
+                    for measure, difference in comparison.differences.items()
+                },
                 "answers": comparison.answers and dataclasses.asdict(comparison.answers),
                 "paired_documents": comparison.documents,
             }

@@ -34,18 +34,16 @@ from jaxft.models.families import Architecture
 from jaxft.models.module import Params, init_params
 from jaxft.programs import capacity
 from jaxft.programs.advice import warn
-from jaxft.programs.evaluation import (
+from jaxft.programs.answers import (
     Answers,
-    HeldOut,
     Prompts,
     SamplePrompt,
     answer,
-    evaluate_rows,
     has_answers,
     read_prompts,
     read_sample_prompts,
-    take_rows,
 )
+from jaxft.programs.held_out import HeldOut, describe_figures, evaluate_rows, take_rows
 from jaxft.programs.model import (
     Description,
     Model,
@@ -68,10 +66,10 @@ from jaxft.training.program import (
     use_compilation_cache,
 )
 from jaxft.training.state import TrainState, init_state
-from jaxft.training.step import StepMetrics
+from jaxft.training.step import StepFigures
 from jaxft.workdir.checkpoint import Checkpoints, Progress
 from jaxft.workdir.lock import Lock
-from jaxft.workdir.metrics import Interval, MetricsWriter, require_wandb, train_record
+from jaxft.workdir.metrics import MetricsWriter, require_wandb, train_record
 from jaxft.workdir.periods import Period, Periods, Sums
 from jaxft.workdir.source import Source, find_source
 from jaxft.workdir.workdir import Workdir, absolute, claimed, explained_files, nearest_run
@@ -307,15 +305,17 @@ def _loop(
     if start < steps and run.patience_is_over:
         return state, "patience"
     reason = "end"
-    periods = Periods(Sums(**run.counts.period), check=functools.partial(_require_finite, run))
-    in_flight: collections.deque[StepMetrics] = collections.deque()
+    periods = Periods(
+        Sums.from_json(run.counts.period), check=functools.partial(_require_finite, run)
+    )
+    in_flight: collections.deque[StepFigures] = collections.deque()
     with run.bar:
         for done, batch in zip(range(start + 1, steps + 1), run.iterator, strict=False):
             if run.lock is not None:
                 run.lock.check()
-            state, metrics = step(state, to_devices(batch))
-            periods.add(done, metrics)
-            in_flight.append(metrics)
+            state, figures = step(state, {}, to_devices(batch))
+            periods.add(done, figures)
+            in_flight.append(figures)
             if len(in_flight) > _STEPS_AHEAD:
                 jax.block_until_ready(in_flight.popleft())
             run.bar.update(done)
@@ -604,10 +604,7 @@ def _evaluate(run: _Run, state: TrainState) -> float | None:
         )
         record = {"step": int(state.step), "dataset": name}
         record |= result.record() | held_out.record()
-        text = (
-            f"step {record['step']}: {name} loss {result.loss.value:.4f}, "
-            f"perplexity {record['perplexity']:.3f}, token accuracy {record['token_accuracy']:.1%}"
-        )
+        text = f"step {record['step']}: {name} {', '.join(describe_figures(result))}"
         if held_out.is_sample:
             text += f" over {len(held_out.numbers):,} of {len(held_out.rows):,} rows"
         if name == "validation":
@@ -720,35 +717,26 @@ def _record(run: _Run, period: Period | None) -> None:
     sums = period.sums
     run.counts = dataclasses.replace(
         run.counts,
-        tokens=run.counts.tokens + sums.tokens,
-        trained_tokens=run.counts.trained_tokens + sums.trained_tokens,
+        tokens=run.counts.tokens + sums.count("tokens"),
+        trained_tokens=run.counts.trained_tokens + sums.count("trained_tokens"),
         seconds=run.counts.seconds + sums.seconds,
     )
     record = train_record(
-        period.step,
-        Interval(
-            loss_total=sums.loss,
-            tokens=sums.tokens,
-            trained_tokens=sums.trained_tokens,
-            seconds=sums.seconds,
-            flops=_flops(run, sums.tokens, sums.squared_lengths),
-        ),
-        learning_rate=period.learning_rate,
-        grad_norm=period.grad_norm,
+        period,
         tokens=run.counts.tokens,
         trained_tokens=run.counts.trained_tokens,
         seconds=run.counts.seconds,
+        flops=_flops(run, sums.count("tokens"), sums.count("squared_lengths")),
         peak_flops=_peak_flops(run.program.evaluator),
     )
-    record |= period.experts
     run.writer.write(record)
     run.bar.write(record)
 
 
-def _require_finite(run: _Run, step: int, metrics: StepMetrics) -> None:
-    if not (np.isfinite(metrics.total) and np.isfinite(metrics.grad_norm)):
-        loss = float(metrics.total) / max(float(metrics.weight), 1)
-        what = f"the loss is {loss:g} and the gradient norm {float(metrics.grad_norm):g}"
+def _require_finite(run: _Run, step: int, figures: StepFigures) -> None:
+    (total, weight), norm = figures.ratios["loss"], figures.latest["grad_norm"]
+    if not (np.isfinite(total) and np.isfinite(norm)):
+        what = f"the loss is {total / max(weight, 1):g} and the gradient norm {norm:g}"
         raise TrainingError(_not_finite(run, step, what))
 
 

@@ -2,12 +2,9 @@
 
 import contextlib
 import contextvars
-import importlib
 import math
-import os
 import pkgutil
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft.errors import ConfigError, collected, nearest
+from jaxft.errors import ConfigError, collected
+from jaxft.extensions import load_named
 from jaxft.sharding import strategies
 from jaxft.sharding.axes import check_axes
 from jaxft.sharding.sequence import zigzag_order
@@ -103,39 +101,8 @@ def load_strategy(name: str) -> Strategy:
     Raises:
       ConfigError: If there is no such strategy.
     """
-    known = known_strategies()
-    module = f"{strategies.__name__}.{name}" if name in known else name
-    try:
-        with _working_folder_on_path():
-            found = importlib.import_module(module)
-    except Exception as error:  # a module of the user's raises whatever it likes
-        missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
-        if missing and f"{module}.".startswith(f"{missing}."):
-            raise ConfigError(
-                f"Unknown strategy {name!r}; known: {', '.join(known)}, or an importable module of "
-                f"yours that defines STRATEGY.{nearest(name, known)}"
-            ) from error
-        said = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"strategy {name!r} cannot be used: {said}.") from error
-    strategy = getattr(found, "STRATEGY", None)
-    if not isinstance(strategy, Strategy):
-        file = getattr(found, "__file__", None) or "built into Python"
-        raise ConfigError(
-            f"strategy {name!r} cannot be used: the module ({file}) defines no STRATEGY of the "
-            f"type jaxft.sharding.rules.Strategy. Built-in strategies: {', '.join(known)}."
-        )
-    return strategy
-
-
-@contextlib.contextmanager
-def _working_folder_on_path() -> Iterator[None]:
-    """Lets modules of the working folder be imported; at the end, so that none hides another."""
-    folder = os.getcwd()
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
+    known = {known: f"{strategies.__name__}.{known}" for known in known_strategies()}
+    return load_named(name, known, kind="strategy", attribute="STRATEGY")
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,85 @@
-"""One evaluation step: summed loss and counts of each row, compiled apart from training."""
+"""The steps of evaluation: sums of each row or unit, compiled apart from training."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxft.data.batch import Batch
 from jaxft.models.module import Params, merge
 from jaxft.sharding.rules import Placement
 from jaxft.training import pipeline
-from jaxft.training.objectives.terms import LossTerms
-from jaxft.training.step import Loss, in_slots
+from jaxft.training.objectives.bound import BoundObjective
+from jaxft.training.objectives.contract import Terms
+from jaxft.training.step import in_slots
 
 
-def make_eval_step(graphdef: Any, row_terms: Loss, *, placement: Placement) -> Any:
-    """Returns `step(params, batch) -> LossTerms` of `[B]` for `[B, T]` batches, jitted.
+def make_eval_step(graphdef: Any, objective: BoundObjective, *, placement: Placement) -> Any:
+    """Returns `step(params, batch) -> Terms` of `[B]` or `[B, U]` for `[B, T]` batches, jitted.
 
     Sums leave the device, never logits: memory does not grow with the data, and the means that are
     made of them do not depend on batch size, packing or device count.
     """
 
-    def step(params: Params, batch: Batch) -> LossTerms:
-        with placement.activate():
-            rows = in_slots(batch, placement)
-            if placement.split("layers"):
-                return pipeline.row_terms(graphdef, row_terms, params, rows, placement=placement)
-            return row_terms(merge(graphdef, params), rows)
+    def step(params: Params, batch: Batch) -> Terms:
+        return _map_rows(graphdef, objective.rows, params, batch, placement)
 
     return jax.jit(step, out_shardings=placement.replicated)
+
+
+def make_whole_step(graphdef: Any, objective: BoundObjective, *, placement: Placement) -> Any:
+    """Returns `step(params, batch) -> {name: (sum, count)}`, jitted.
+
+    It is what the loss must know of all rows, of which these are a part.
+    """
+
+    def step(params: Params, batch: Batch) -> dict[str, tuple[Any, Any]]:
+        return jax.tree.map(
+            jnp.sum, _map_rows(graphdef, objective.whole, params, batch, placement, summed=True)
+        )
+
+    return jax.jit(step, out_shardings=placement.replicated)
+
+
+def make_score_step(graphdef: Any, objective: BoundObjective, *, placement: Placement) -> Any:
+    """Returns `step(params, batch) -> log-probabilities` of the targets, float32 `[B, T]`, jitted.
+
+    They stand as in the rows of the data, whichever devices hold which positions.
+    """
+
+    def step(params: Params, batch: Batch) -> jax.Array:
+        found = _map_rows(graphdef, objective.log_probs, params, batch, placement)
+        if not placement.split("seq"):
+            return found
+        slots = placement.slots(batch.tokens.shape[-1])
+        return jnp.take(found, jnp.argsort(jnp.asarray(slots)), axis=-1)
+
+    return jax.jit(step, out_shardings=placement.replicated)
+
+
+def _map_rows(
+    graphdef: Any,
+    function: Any,
+    params: Params,
+    batch: Batch,
+    placement: Placement,
+    *,
+    summed: bool = False,
+) -> Any:
+    """Returns what a function makes of the model and rows `[B, T]`.
+
+    Args:
+      graphdef: Structure of the model.
+      function: Maps model and rows to arrays with a leading axis of rows, or to sums.
+      params: All parameters.
+      batch: The rows.
+      placement: Active meanwhile.
+      summed: Whether the function gives sums; they come with a leading axis to be summed over.
+    """
+    with placement.activate():
+        rows = in_slots(batch, placement)
+        if placement.split("layers"):
+            return pipeline.map_rows(
+                graphdef, function, params, rows, placement=placement, summed=summed
+            )
+        return function(merge(graphdef, params), rows)

@@ -28,23 +28,38 @@ from jaxft.models.decoder import Decoder
 from jaxft.models.layers import Routing
 from jaxft.models.module import Params, merge
 from jaxft.sharding.rules import Placement, place
-from jaxft.training.objectives.terms import LossTerms
-
-Loss = Callable[[Any, Batch], LossTerms]
+from jaxft.training.objectives.bound import Judged
 
 _LAYERS = "layers."
 
 
 class _Arrived:
-    """What an objective sees of a model whose layers have run elsewhere."""
+    """What an objective sees of a model whose layers have run elsewhere, on one micro-batch."""
 
-    def __init__(self, model: Decoder, hidden: Array, routing: Routing | None):
-        self._hidden, self._routing = hidden, routing
+    def __init__(self, model: Decoder, batch: Batch, hidden: Array, routing: Routing | None):
+        self._batch, self._hidden, self._routing = batch, hidden, routing
+        self._is_asked = False
         self.config, self.precision = model.config, model.precision
         self.head_table = model.head_table
 
-    def hidden(self, *_: Any) -> tuple[Array, Routing | None]:
-        """Returns what came out of the last stage, normalised."""
+    def hidden(
+        self, tokens: Array, positions: Array, segments: Array
+    ) -> tuple[Array, Routing | None]:
+        """Returns what came out of the last stage, normalised.
+
+        Raises:
+          RuntimeError: For other tokens than those that passed the stages, and when asked twice:
+            there is one pass.
+        """
+        batch = self._batch
+        same = (tokens is batch.tokens, positions is batch.positions, segments is batch.segments)
+        if self._is_asked or not all(same):
+            raise RuntimeError(
+                "In a pipeline an objective can score the rows of its micro-batch, once; it asked "
+                "for other rows or a second time. Make what needs another pass a column of the "
+                "batch: Objective.reference or Objective.whole."
+            )
+        self._is_asked = True
         return self._hidden, self._routing
 
 
@@ -191,19 +206,19 @@ class _Stages:
 
 def accumulate(
     graphdef: Any,
-    loss: Loss,
+    judge: Callable[[Any, Batch], Judged],
     trainable: Params,
     frozen: Params,
     batch: Batch,
     *,
     placement: Placement,
     shardings: Mapping[str, Any],
-) -> tuple[Params, LossTerms]:
-    """Sums gradients and loss terms over micro-batches that pass through the stages.
+) -> tuple[Params, Judged]:
+    """Sums gradients and terms over micro-batches that pass through the stages.
 
     Args:
       graphdef: Structure of the model.
-      loss: Maps model and micro-batch to sums; it may ask the model for hidden states once.
+      judge: Maps model and micro-batch to sums; it may ask the model for hidden states once.
       trainable: Parameters that gradients are asked for.
       frozen: The others.
       batch: `[M, B, T]`.
@@ -223,12 +238,12 @@ def accumulate(
     def embed(rest: Params, micro: Batch) -> Array:
         return stages.model({**rest, **fixed_rest}).embedded(micro.tokens, micro.positions)
 
-    def judge(rest: Params, out: _Stream, micro: Batch) -> tuple[Array, LossTerms]:
+    def judge_last(rest: Params, out: _Stream, micro: Batch) -> tuple[Array, Judged]:
         model = stages.model({**rest, **fixed_rest})
         # The objective sees all layers as one: what it makes of routing is made of sums over them.
         routing = jax.tree.map(lambda x: x[None], out.routing)
-        terms = loss(_Arrived(model, model.norm(out.x), routing), micro)
-        return terms.total + terms.auxiliary, terms._replace(routing=None)
+        judged = judge(_Arrived(model, micro, model.norm(out.x), routing), micro)
+        return judged.minimised, judged._replace(routing=None)
 
     def forward(carry: dict, turn: Array) -> dict:
         stream = stages.hand_on(carry["stream"], embed(rest, stages.micro(turn)))
@@ -258,12 +273,12 @@ def accumulate(
 
     def both(carry: dict, turn: Array) -> dict:
         carry = forward(carry, turn)
-        judged = jax.value_and_grad(judge, argnums=(0, 1), has_aux=True)
+        judged_last = jax.value_and_grad(judge_last, argnums=(0, 1), has_aux=True)
         out = stages.last(carry["stream"])
-        (_, terms), (d_rest, d_out) = judged(rest, out, stages.micro(turn - count + 1))
+        (_, judged), (d_rest, d_out) = judged_last(rest, out, stages.micro(turn - count + 1))
         carry = carry | {
             "gradients": _summed(carry["gradients"], d_rest, shardings),
-            "terms": carry["terms"] + terms,
+            "judged": carry["judged"] + judged,
         }
         return backward(carry, turn, d_out)
 
@@ -275,7 +290,7 @@ def accumulate(
     each_layer = jax.eval_shape(
         lambda: stages.run({**layers, **fixed_layers}, empty.x, of_stage)[1]
     )
-    _, terms = jax.eval_shape(judge, rest, stages.last(empty), stages.micro(jnp.int32(0)))
+    _, judged = jax.eval_shape(judge_last, rest, stages.last(empty), stages.micro(jnp.int32(0)))
     carry = {
         "stream": empty,
         "inputs": stages.staged(inputs, "turns", "batch", "stream_seq", "act_embed"),
@@ -284,7 +299,7 @@ def accumulate(
         "gradients": {
             p: place(jnp.zeros(w.shape, jnp.float32), shardings[p]) for p, w in trainable.items()
         },
-        "terms": _zeros(terms),
+        "judged": _zeros(judged),
     }
     turns = (count - 1, micros, count - 1)
     for function, start, length in zip(
@@ -292,28 +307,28 @@ def accumulate(
     ):
         carry = _take_turns(function, carry, start, length)
     routing = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry["routing"])
-    return carry["gradients"], carry["terms"]._replace(routing=routing)
+    return carry["gradients"], carry["judged"]._replace(routing=routing)
 
 
-def row_terms(
-    graphdef: Any, objective: Loss, params: Params, batch: Batch, *, placement: Placement
-) -> LossTerms:
-    """Returns the sums of each row, `[B]`, of rows that pass through the stages in parts.
+def map_micros(
+    graphdef: Any,
+    function: Callable[[Any, Batch], Any],
+    params: Params,
+    batch: Batch,
+    *,
+    placement: Placement,
+) -> Any:
+    """Returns what a function makes of each micro-batch, along a leading axis; without gradients.
 
     Args:
       graphdef: Structure of the model.
-      objective: Maps model and rows to sums of each row.
+      function: Maps model and micro-batch to arrays; it may ask for hidden states once.
       params: All parameters.
-      batch: `[B, T]`; B is a multiple of `placement.row_multiple`.
+      batch: `[M, B, T]`.
       placement: Splits layers over one mesh axis.
     """
-    count = placement.parts("layers")
-
-    # Each device's rows are dealt out, so that all micro-batches are split like the batch.
-    def dealt(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
-
-    stages = _Stages(graphdef, params, jax.tree.map(dealt, batch), placement)
+    stages = _Stages(graphdef, params, batch, placement)
+    count = stages.count
 
     def turn(carry: dict, turn: Array) -> dict:
         micro = stages.micro(turn)
@@ -322,17 +337,45 @@ def row_terms(
         x, _ = stages.run(stages.layers, stream.x, turn - jnp.arange(count))
         return {"x": x}
 
-    def judged(carry: dict, index: Array) -> tuple[dict, LossTerms]:
+    def last(carry: dict, index: Array) -> tuple[dict, Any]:
         carry = turn(carry, index)
-        model = stages.model(stages.rest)
+        model, micro = stages.model(stages.rest), stages.micro(index - count + 1)
         out = stages.last(_Stream(carry["x"], None))
-        arrived = _Arrived(model, model.norm(out.x), None)
-        return carry, objective(arrived, stages.micro(index - count + 1))
+        return carry, function(_Arrived(model, micro, model.norm(out.x), None), micro)
 
     carry = _take_turns(turn, {"x": stages.empty().x}, 0, count - 1)
-    _, terms = jax.lax.scan(judged, carry, count - 1 + jnp.arange(count))
-    total, weight, correct = (jnp.moveaxis(x, 0, 1).reshape(-1) for x in terms[:3])
-    return LossTerms(total, weight, correct)
+    return jax.lax.scan(last, carry, count - 1 + jnp.arange(batch.tokens.shape[0]))[1]
+
+
+def map_rows(
+    graphdef: Any,
+    function: Callable[[Any, Batch], Any],
+    params: Params,
+    batch: Batch,
+    *,
+    placement: Placement,
+    summed: bool = False,
+) -> Any:
+    """Returns what a function makes of rows that pass through the stages in parts.
+
+    Args:
+      graphdef: Structure of the model.
+      function: Maps model and rows to arrays with a leading axis of rows, or to sums.
+      params: All parameters.
+      batch: `[B, T]`; B is a multiple of `placement.row_multiple`.
+      placement: Splits layers over one mesh axis.
+      summed: Whether the function gives sums; these come for each part, along a leading axis.
+    """
+    count = placement.parts("layers")
+
+    # Each device's rows are dealt out, so that all micro-batches are split like the batch.
+    def dealt(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+
+    found = map_micros(graphdef, function, params, batch.map(dealt), placement=placement)
+    if summed:
+        return found
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
 
 
 def _take_turns(function: Callable, carry: dict, start: int, length: int) -> dict:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxft.config import RunConfig, compiler_options, to_dict
-from jaxft.data.batch import Batch
+from jaxft.data.batch import COLUMNS, STANDARD, Batch
 from jaxft.errors import ConfigError, collected
 from jaxft.formatting import counted
 from jaxft.models.attention import Choice, choose_backend
@@ -29,15 +29,12 @@ from jaxft.models.module import AbstractModel
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.reduce import plan_weight
 from jaxft.sharding.rules import Placement, load_strategy
-from jaxft.training.evaluation_step import make_eval_step
+from jaxft.training.evaluation_step import make_eval_step, make_score_step, make_whole_step
 from jaxft.training.flops import Learning
-from jaxft.training.objectives import sft
+from jaxft.training.objectives.bound import BoundObjective, bind
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import TrainState, abstract_state, reaches_layers
 from jaxft.training.step import make_train_step
-
-# By `objective.name`: modules with `loss` and `row_terms`.
-OBJECTIVES = {"sft": sft}
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,8 @@ class Evaluator:
       shardings: Of each parameter.
       numerics: Dtypes, rematerialisation and attention back end.
       attention: The back end, and why.
-      eval_step: `(params, Batch [B, T]) -> LossTerms [B]`.
+      objective: What is learnt, with the run's keys.
+      eval_step: `(params, batch [B, T]) -> Terms` of rows `[B]` or units `[B, U]`.
     """
 
     architecture: Architecture
@@ -60,7 +58,34 @@ class Evaluator:
     shardings: dict[str, jax.sharding.NamedSharding]
     numerics: Numerics
     attention: Choice
+    objective: BoundObjective
     eval_step: Any
+
+    def evaluates(self, objective: BoundObjective) -> "Evaluator":
+        """Returns the evaluator of the same model by another objective."""
+        return dataclasses.replace(
+            self,
+            objective=objective,
+            eval_step=make_eval_step(self.abstract.graphdef, objective, placement=self.placement),
+        )
+
+    @property
+    def abstract_params(self) -> dict[str, Any]:
+        """Shape, dtype and sharding of each parameter."""
+        return {
+            path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=self.shardings[path])
+            for path, spec in self.abstract.params.items()
+        }
+
+    @functools.cached_property
+    def whole_step(self) -> Any:
+        """`(params, batch [B, T]) -> {name: (sum, count)}`: what the loss must know of all rows."""
+        return make_whole_step(self.abstract.graphdef, self.objective, placement=self.placement)
+
+    @functools.cached_property
+    def score_step(self) -> Any:
+        """`(params, batch [B, T]) -> log-probabilities` of the targets, float32 `[B, T]`."""
+        return make_score_step(self.abstract.graphdef, self.objective, placement=self.placement)
 
     @property
     def parameters(self) -> int:
@@ -105,8 +130,10 @@ class Program:
       optimizer: optax transformation.
       state: Abstract `TrainState` with shardings.
       gradients: Sharding of each trained parameter's gradient, as the optimizer reads it.
+      fixed: Abstract parameters of the reference, where the step computes its log-probabilities;
+        else empty.
       batch: Abstract `Batch` of `[A, B, T]` arrays with shardings.
-      train_step: `(state, batch) -> (state, StepMetrics)`, donating the state.
+      train_step: `(state, fixed, batch) -> (state, StepFigures)`, donating the state.
       compiler_options: For it, by name.
     """
 
@@ -114,13 +141,14 @@ class Program:
     optimizer: Any
     state: TrainState
     gradients: dict[str, jax.sharding.NamedSharding]
+    fixed: dict[str, Any]
     batch: Batch
     train_step: Any
     compiler_options: dict[str, str | bool]
 
     def lower(self) -> Any:
         """Traces the training step."""
-        return self.train_step.lower(self.state, self.batch)
+        return self.train_step.lower(self.state, self.fixed, self.batch)
 
     def compile(self, lowered: Any = None) -> Any:
         """Compiles the training step, ahead of the first batch.
@@ -159,7 +187,12 @@ def make_placement(config: RunConfig, devices: Sequence[Any] | None = None) -> P
 
 
 def build_evaluator(
-    config: RunConfig, architecture: Architecture, *, max_segments: int, placement: Placement
+    config: RunConfig,
+    architecture: Architecture,
+    *,
+    max_segments: int,
+    max_units: int = 1,
+    placement: Placement,
 ) -> Evaluator:
     """Resolves dtypes, attention and shardings.
 
@@ -167,6 +200,7 @@ def build_evaluator(
       config: The run.
       architecture: Of the model.
       max_segments: Most documents in one row of the data.
+      max_units: Most units of documents that belong together in one row.
       placement: From `make_placement`.
 
     Raises:
@@ -193,9 +227,7 @@ def build_evaluator(
         attention=attention.backend,
     )
     abstract = architecture.abstract(numerics)
-    row_terms = functools.partial(
-        OBJECTIVES[config.objective.name].row_terms, chunk=config.objective.chunk
-    )
+    objective = bind(config.objective, max_units=max_units)
     return Evaluator(
         architecture=architecture,
         abstract=abstract,
@@ -203,7 +235,8 @@ def build_evaluator(
         shardings=placement.shardings(abstract.params, abstract.axes),
         numerics=numerics,
         attention=attention,
-        eval_step=make_eval_step(abstract.graphdef, row_terms, placement=placement),
+        objective=objective,
+        eval_step=make_eval_step(abstract.graphdef, objective, placement=placement),
     )
 
 
@@ -317,31 +350,38 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     )
     gradients = {path: of_gradients[path] for path in state.trainable}
     shape = (train.accumulation, rows, config.data.max_length)
+    uses_reference = config.objective.uses_reference
+    fixed = evaluator.abstract_params if uses_reference == "fixed" else {}
     batch = Batch(
-        *(
-            jax.ShapeDtypeStruct(shape, dtype, sharding=placement.micro_batches)
-            for dtype in Batch(np.int32, np.int32, np.float32, np.int32, np.int32)
-        )
+        **{
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.micro_batches)
+            for name, dtype in column_dtypes(config).items()
+        }
     )
     pattern = evaluator.architecture.config.pattern
     # Evaluation and samples drop no token; training may.
     numerics = dataclasses.replace(evaluator.numerics, expert_capacity=config.model.expert_capacity)
     step = make_train_step(
         evaluator.architecture.abstract(numerics).graphdef,
-        functools.partial(
-            OBJECTIVES[config.objective.name].loss,
-            chunk=config.objective.chunk,
-            balance=config.objective.balance,
-        ),
+        evaluator.objective,
         optimizer,
         schedule=schedule,
         placement=placement,
         abstract_state=state,
+        fixed=fixed,
         gradients=gradients,
         windows=[evaluator.architecture.config.kinds[k].window for k in pattern],
     )
     options = compiler_options(train.compiler_options)
-    return Program(evaluator, optimizer, state, gradients, batch, step, options)
+    return Program(evaluator, optimizer, state, gradients, fixed, batch, step, options)
+
+
+def column_dtypes(config: RunConfig) -> dict[str, Any]:
+    """Returns the dtype of each column of a training batch."""
+    names = STANDARD if config.objective.objective.units == "documents" else COLUMNS
+    dtypes = {name: COLUMNS[name] for name in names}
+    cached = config.objective.uses_reference == "cached"
+    return dtypes | ({"reference": np.float32} if cached else {})
 
 
 def put(
@@ -360,23 +400,24 @@ def put(
         `Placement.held_rows` gives them; by default they are all rows.
       rows: Number of all rows, where `places` is given.
     """
-    return Batch(*(_put_field(field, sharding, places, rows) for field in batch))
+    return batch.map(lambda column: _put_column(column, sharding, places, rows))
 
 
-def _put_field(
-    field: np.ndarray, sharding: jax.sharding.Sharding, places: Sequence[int] | None, rows: int
+def _put_column(
+    column: np.ndarray, sharding: jax.sharding.Sharding, places: Sequence[int] | None, rows: int
 ) -> jax.Array:
     if places is None or len(places) == rows:
-        places, rows = range(field.shape[-2]), field.shape[-2]
+        places, rows = range(column.shape[-2]), column.shape[-2]
 
     def part(index: Any) -> np.ndarray:
         *before, row, token = index
         # What one device holds of the rows is contiguous, here as well.
         first, stop, _ = row.indices(rows)
         start = bisect.bisect_left(places, first)
-        return field[(*before, slice(start, start + stop - first), token)]
+        return column[(*before, slice(start, start + stop - first), token)]
 
-    return jax.make_array_from_callback((*field.shape[:-2], rows, field.shape[-1]), sharding, part)
+    shape = (*column.shape[:-2], rows, column.shape[-1])
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def use_compilation_cache(folder: str) -> None:

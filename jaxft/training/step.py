@@ -9,86 +9,76 @@ import optax
 
 from jaxft.data.batch import Batch
 from jaxft.models.experts import balance_loss
+from jaxft.models.layers import Routing
 from jaxft.models.module import Params, merge
 from jaxft.sharding.rules import Placement, place
 from jaxft.training import pipeline
-from jaxft.training.objectives.terms import LossTerms
+from jaxft.training.objectives.bound import BoundObjective, Judged
 from jaxft.training.state import TrainState
 
-Loss = Callable[[Any, Batch], LossTerms]
 
-
-class ExpertMetrics(NamedTuple):
-    """Float32 scalars of one step of a mixture of experts.
+class StepFigures(NamedTuple):
+    """Float32 scalars of one step, left on the device, by what is made of those of many steps.
 
     Attributes:
-      balance: Load-balancing loss, without its weight; k (experts of a token) is even.
-      busiest: Tokens of the busiest expert of any layer over the mean of that layer; 1 is even.
-      unused: Share of all layers' experts that no token went to.
-      dropped: Share of choices that found their expert full.
+      ratios: Sum and count of what becomes a mean: `loss`, the objective's figures, and the use of
+        experts in a model that has some: `expert_balance`, the load-balancing loss without its
+        weight (k, the experts of a token, is even); `expert_unused`, the share of all layers'
+        experts that no token went to; `expert_dropped`, the share of choices that found their
+        expert full.
+      counts: What adds up: `tokens` without padding, `trained_tokens` and `squared_lengths`, the
+        sum of squared document lengths, which attention's work grows with: twice the pairs of
+        query and key that may see each other, less the tokens; the mean over layers, whose windows
+        may hide some.
+      latest: What the last step tells: `learning_rate`, and `grad_norm`, the global norm of the
+        normalised gradient before clipping.
+      largest: Of what the largest counts: `expert_busiest`, tokens of the busiest expert of any
+        layer over the mean of that layer; 1 is even.
     """
 
-    balance: Any
-    busiest: Any
-    unused: Any
-    dropped: Any
-
-
-class StepMetrics(NamedTuple):
-    """Float32 scalars of one step, left on the device.
-
-    Attributes:
-      total: Summed loss in nats.
-      weight: Trained tokens.
-      learning_rate: Used by this step.
-      grad_norm: Global norm of the normalised gradient, before clipping.
-      tokens: Tokens that are not padding.
-      squared_lengths: Sum of squared document lengths, which attention's work grows with: twice
-        the pairs of query and key that may see each other, less the tokens; the mean over layers,
-        whose windows may hide some.
-      experts: How evenly experts are used; None in a model without.
-    """
-
-    total: Any
-    weight: Any
-    learning_rate: Any
-    grad_norm: Any
-    tokens: Any
-    squared_lengths: Any
-    experts: ExpertMetrics | None = None
+    ratios: dict[str, tuple[Any, Any]]
+    counts: dict[str, Any]
+    latest: dict[str, Any]
+    largest: dict[str, Any]
 
 
 def make_train_step(
     graphdef: Any,
-    loss: Loss,
+    objective: BoundObjective,
     optimizer: optax.GradientTransformation,
     *,
     schedule: optax.Schedule,
     placement: Placement,
     abstract_state: TrainState,
+    fixed: Mapping[str, Any],
     gradients: Mapping[str, Any],
     windows: Sequence[int],
 ) -> Any:
-    """Returns `step(state, batch) -> (state, StepMetrics)`, jitted, with the state donated.
+    """Returns `step(state, fixed, batch) -> (state, StepFigures)`, jitted, with the state donated.
 
     Args:
       graphdef: Structure of the model.
-      loss: Maps model and micro-batch to sums.
+      objective: Maps model and micro-batch to sums.
       optimizer: Transforms the normalised gradient.
-      schedule: Learning rate by step, reported with the metrics.
+      schedule: Learning rate by step, reported with the figures.
       placement: Active while the step is traced.
       abstract_state: Gives the shardings that the state keeps.
+      fixed: Abstract parameters of the reference; empty if its log-probabilities are a column of
+        the batch, or not needed.
       gradients: Sharding of the gradient of each trained parameter.
       windows: Of each layer, 0 for none; only the count of attention's work depends on them.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, fixed: Params, batch: Batch) -> tuple[TrainState, StepFigures]:
         with placement.activate():
             rows = in_slots(batch, placement)
+            rows = complete(
+                graphdef, objective, rows, fixed=fixed, params=state.params, placement=placement
+            )
             if placement.split("layers"):
-                sums, terms = pipeline.accumulate(
+                sums, judged = pipeline.accumulate(
                     graphdef,
-                    loss,
+                    objective.judge,
                     state.trainable,
                     state.frozen,
                     rows,
@@ -96,31 +86,76 @@ def make_train_step(
                     shardings=gradients,
                 )
             else:
-                sums, terms = _accumulate(graphdef, loss, state, rows, gradients)
+                sums, judged = _accumulate(graphdef, objective.judge, state, rows, gradients)
         # A batch of prompts alone has no trained token: its gradient is zero, not 0 / 0.
-        scale = 1.0 / jnp.maximum(terms.weight, 1.0)
+        scale = 1.0 / jnp.maximum(judged.terms.weight, 1.0)
         normalised = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), sums, state.trainable)
         updates, opt_state = optimizer.update(normalised, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        real = (batch.segments > 0).astype(jnp.float32)
-        metrics = StepMetrics(
-            total=terms.total,
-            weight=terms.weight,
-            learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
-            grad_norm=optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), normalised)),
-            tokens=jnp.sum(real),
-            squared_lengths=jnp.sum(_squared_lengths(batch.positions, windows) * real),
-            experts=_expert_metrics(terms),
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), normalised))
+        figures = _figures(judged, batch, windows)._replace(
+            latest={
+                "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+                "grad_norm": norm,
+            }
         )
-        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), figures
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    shardings, of_fixed = (
+        jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (abstract_state, dict(fixed))
+    )
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, placement.micro_batches),
+        in_shardings=(shardings, of_fixed, placement.micro_batches),
         out_shardings=(shardings, placement.replicated),
     )
+
+
+def complete(
+    graphdef: Any,
+    objective: BoundObjective,
+    batch: Batch,
+    *,
+    fixed: Params,
+    params: Params,
+    placement: Placement,
+) -> Batch:
+    """Adds the columns that models make of a step's micro-batches, without gradients.
+
+    Args:
+      graphdef: Structure of the model.
+      objective: Says which columns it needs.
+      batch: `[A, B, T]`.
+      fixed: Parameters of the reference; empty if its column is there or not needed.
+      params: Those of the model that learns.
+      placement: As the step's.
+    """
+    if fixed:
+        log_probs = _map_micros(graphdef, objective.log_probs, fixed, batch, placement)
+        batch = batch.with_columns(reference=log_probs)
+    if objective.objective.whole is not None:
+        found = _map_micros(graphdef, objective.whole, params, batch, placement)
+        batch = with_ratios(batch, jax.tree.map(jnp.sum, found))
+    return jax.lax.stop_gradient(batch)
+
+
+def with_ratios(batch: Batch, sums: Mapping[str, tuple[Any, Any]]) -> Batch:
+    """Adds a column for each name, the ratio of its sum and count."""
+    ratios = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.items()}
+    shape = batch.tokens.shape
+    return batch.with_columns(
+        **{name: jnp.broadcast_to(ratio, shape) for name, ratio in ratios.items()}
+    )
+
+
+def _map_micros(
+    graphdef: Any, function: Callable, params: Params, batch: Batch, placement: Placement
+) -> Any:
+    """Returns what a function makes of the model and each micro-batch, along a leading axis."""
+    if placement.split("layers"):
+        return pipeline.map_micros(graphdef, function, params, batch, placement=placement)
+    return jax.lax.map(lambda micro: function(merge(graphdef, params), micro), batch)
 
 
 def in_slots(batch: Batch, placement: Placement) -> Batch:
@@ -128,38 +163,57 @@ def in_slots(batch: Batch, placement: Placement) -> Batch:
     if not placement.split("seq"):
         return batch
     slots = placement.slots(batch.tokens.shape[-1])
-    return Batch(*(jnp.take(field, slots, axis=-1) for field in batch))
+    return batch.map(lambda column: jnp.take(column, slots, axis=-1))
 
 
 def _accumulate(
-    graphdef: Any, loss: Loss, state: TrainState, batch: Batch, shardings: Mapping[str, Any]
-) -> tuple[Params, LossTerms]:
-    """Sums gradients and loss terms over the leading axis of `batch`, in float32."""
+    graphdef: Any,
+    judge: Callable[[Any, Batch], Judged],
+    state: TrainState,
+    batch: Batch,
+    shardings: Mapping[str, Any],
+) -> tuple[Params, Judged]:
+    """Sums gradients and terms over the leading axis of `batch`, in float32."""
 
-    def gradients_of(micro: Batch) -> tuple[Params, LossTerms]:
-        def total(trainable: Params) -> tuple[jax.Array, LossTerms]:
-            terms = loss(merge(graphdef, {**trainable, **state.frozen}), micro)
-            return terms.total + terms.auxiliary, terms
+    def gradients_of(micro: Batch) -> tuple[Params, Judged]:
+        def total(trainable: Params) -> tuple[jax.Array, Judged]:
+            judged = judge(merge(graphdef, {**trainable, **state.frozen}), micro)
+            return judged.minimised, judged
 
-        (_, terms), gradients = jax.value_and_grad(total, has_aux=True)(state.trainable)
-        return place(gradients, shardings), terms
+        (_, judged), gradients = jax.value_and_grad(total, has_aux=True)(state.trainable)
+        return place(gradients, shardings), judged
 
     if batch.tokens.shape[0] == 1:
-        return gradients_of(jax.tree.map(lambda x: x[0], batch))
+        return gradients_of(batch.map(lambda x: x[0]))
 
-    def body(sums: tuple[Params, LossTerms], micro: Batch) -> tuple[tuple[Params, LossTerms], None]:
-        gradients, terms = gradients_of(micro)
+    def body(sums: tuple[Params, Judged], micro: Batch) -> tuple[tuple[Params, Judged], None]:
+        gradients, judged = gradients_of(micro)
         added = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), sums[0], gradients)
-        return (place(added, shardings), sums[1] + terms), None
+        return (place(added, shardings), sums[1] + judged), None
 
-    first = jax.tree.map(lambda x: x[0], batch)
-    gradients, terms = jax.tree.map(
+    first = batch.map(lambda x: x[0])
+    gradients, judged = jax.tree.map(
         lambda spec: jnp.zeros(spec.shape, jnp.float32), jax.eval_shape(gradients_of, first)
     )
     # Placed before and after: the compiler would split the sums as their reader does, and gather
     # them for each micro-batch.
-    sums, _ = jax.lax.scan(body, (place(gradients, shardings), terms), batch)
+    sums, _ = jax.lax.scan(body, (place(gradients, shardings), judged), batch)
     return place(sums[0], shardings), sums[1]
+
+
+def _figures(judged: Judged, batch: Batch, windows: Sequence[int]) -> StepFigures:
+    terms, real = judged.terms, (batch.segments > 0).astype(jnp.float32)
+    ratios: dict[str, Any] = {"loss": (terms.total, terms.weight), **terms.figures}
+    counts = {
+        "tokens": jnp.sum(real),
+        "trained_tokens": jnp.sum(batch.weights),
+        "squared_lengths": jnp.sum(_squared_lengths(batch.positions, windows) * real),
+    }
+    largest: dict[str, Any] = {}
+    if judged.routing is not None:
+        means, largest = _expert_figures(judged.routing)
+        ratios |= {name: (value, jnp.float32(1.0)) for name, value in means.items()}
+    return StepFigures(ratios, counts, {}, largest)
 
 
 def _squared_lengths(positions: jax.Array, windows: Sequence[int]) -> jax.Array:
@@ -175,14 +229,13 @@ def _squared_lengths(positions: jax.Array, windows: Sequence[int]) -> jax.Array:
     return total / len(windows)
 
 
-def _expert_metrics(terms: LossTerms) -> ExpertMetrics | None:
-    if terms.routing is None:
-        return None
-    counts = terms.routing.counts
+def _expert_figures(routing: Routing) -> tuple[dict[str, Any], dict[str, Any]]:
+    counts = routing.counts
     asked = jnp.sum(counts, axis=-1, keepdims=True)
-    return ExpertMetrics(
-        balance=balance_loss(terms.routing),
-        busiest=jnp.max(counts / jnp.maximum(asked, 1.0)) * counts.shape[-1],
-        unused=jnp.mean((counts == 0).astype(jnp.float32)),
-        dropped=jnp.sum(terms.routing.dropped) / jnp.maximum(jnp.sum(asked), 1.0),
-    )
+    means = {
+        "expert_balance": balance_loss(routing),
+        "expert_unused": jnp.mean((counts == 0).astype(jnp.float32)),
+        "expert_dropped": jnp.sum(routing.dropped) / jnp.maximum(jnp.sum(asked), 1.0),
+    }
+    busiest = jnp.max(counts / jnp.maximum(asked, 1.0)) * counts.shape[-1]
+    return means, {"expert_busiest": busiest}

@@ -1,6 +1,5 @@
 """What a run measures: the figures of a log step, and the files and services they go to."""
 
-import dataclasses
 import importlib
 import importlib.util
 import json
@@ -8,7 +7,7 @@ import math
 import struct
 import time
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
 import jax
 from tensorboardX.proto import event_pb2, summary_pb2
@@ -19,66 +18,45 @@ from jaxft.errors import ConfigError
 from jaxft.files import append_bytes, append_jsonl, read_jsonl, rewrite_jsonl
 from jaxft.hardware.devices import device_memory, host_memory
 from jaxft.training.flops import TrainingFlops
+from jaxft.workdir.periods import Period
 from jaxft.workdir.workdir import Workdir
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """Sums over the steps since the last record, over all micro-batches, devices and hosts.
-
-    Attributes:
-      loss_total: Summed loss in nats.
-      tokens: Tokens without padding.
-      trained_tokens: Tokens that carry loss.
-      seconds: Wall time, without evaluations and saves between the steps.
-      flops: From `training_flops`; None if unknown.
-    """
-
-    loss_total: float
-    tokens: int
-    trained_tokens: int
-    seconds: float
-    flops: TrainingFlops | None = None
-
-
 def train_record(
-    step: int,
-    interval: Interval,
+    period: Period,
     *,
-    learning_rate: SupportsFloat,
-    grad_norm: SupportsFloat,
     tokens: int,
     trained_tokens: int,
     seconds: float,
+    flops: TrainingFlops | None = None,
     peak_flops: float | None = None,
 ) -> dict[str, Any]:
     """Returns the object that a log step writes to metrics.jsonl.
 
     Args:
-      step: Optimizer steps done.
-      interval: What happened since the last record.
-      learning_rate: Of the last step.
-      grad_norm: Global norm of the last step's gradient before clipping.
+      period: What happened since the last record.
       tokens: So far, over the whole run, resumed parts included.
       trained_tokens: So far.
       seconds: Wall time of training so far.
+      flops: Operations of the period's steps; None if unknown.
       peak_flops: FLOP/s of all devices together; None leaves `mfu` and `mfu_full` out.
     """
+    sums, figures = period.sums, period.sums.figures()
     record: dict[str, Any] = {
-        "step": step,
-        "loss": _ratio(interval.loss_total, interval.trained_tokens),
-        "learning_rate": float(learning_rate),
-        "grad_norm": float(grad_norm),
+        "step": period.step,
+        "loss": figures.pop("loss"),
+        "learning_rate": period.latest["learning_rate"],
+        "grad_norm": period.latest["grad_norm"],
         "tokens": int(tokens),
         "trained_tokens": int(trained_tokens),
-        "tokens_per_second": _ratio(interval.tokens, interval.seconds),
+        "tokens_per_second": _ratio(sums.count("tokens"), sums.seconds),
         "seconds": float(seconds),
     }
-    if peak_flops and interval.flops:
-        available = peak_flops * interval.seconds
-        record["mfu"] = _ratio(interval.flops.causal, available)
-        record["mfu_full"] = _ratio(interval.flops.full, available)
-    return record | _memory_record()
+    if peak_flops and flops:
+        available = peak_flops * sums.seconds
+        record["mfu"] = _ratio(flops.causal, available)
+        record["mfu_full"] = _ratio(flops.full, available)
+    return record | _memory_record() | figures
 
 
 def require_wandb(project: str) -> None:

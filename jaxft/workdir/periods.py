@@ -1,68 +1,94 @@
-"""Metrics of training steps, summed by log period and read a period late."""
+"""Figures of training steps, summed by log period and read a period late."""
 
 import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
-import numpy as np
 
-from jaxft.training.step import ExpertMetrics, StepMetrics
+from jaxft.errors import CheckpointError
+from jaxft.training.step import StepFigures
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What the steps of a period add up to.
+    """What the figures of a period's steps add up to.
 
     Attributes:
-      loss: Nats.
-      tokens: Padding left out.
-      trained_tokens: Those of them that carried loss.
-      squared_lengths: Sum of squared document lengths.
+      ratios: Sum and count of each figure that becomes a mean, by name.
+      counts: Tokens, trained tokens and squared lengths.
+      largest: The largest value of each figure of which that counts.
       seconds: Time of training, pauses left out.
     """
 
-    loss: float = 0.0
-    tokens: int = 0
-    trained_tokens: int = 0
-    squared_lengths: float = 0.0
+    ratios: dict[str, tuple[float, float]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def plus(self, metrics: StepMetrics) -> "Sums":
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Sums":
+        """Returns the sums that `dataclasses.asdict` made JSON of.
+
+        Raises:
+          CheckpointError: If an earlier version of jaxft wrote them.
+        """
+        if unknown := values.keys() - {item.name for item in dataclasses.fields(cls)}:
+            raise CheckpointError(
+                f"The checkpoint was written by another version of jaxft: it counts {unknown} in "
+                "its log period. Go on with that version, or start a run from its weights with "
+                "--config.model.path=WORKDIR."
+            )
+        return cls(**values)
+
+    def plus(self, figures: StepFigures) -> "Sums":
         """Returns the sums with one more step; its time is not known by itself."""
-        return dataclasses.replace(
-            self,
-            loss=self.loss + float(metrics.total),
-            tokens=self.tokens + int(metrics.tokens),
-            trained_tokens=self.trained_tokens + int(metrics.weight),
-            squared_lengths=self.squared_lengths + float(metrics.squared_lengths),
-        )
+        ratios = dict(self.ratios)
+        for name, (total, count) in figures.ratios.items():
+            before = ratios.get(name, (0.0, 0.0))
+            ratios[name] = (before[0] + float(total), before[1] + float(count))
+        counts = {name: self.count(name) + int(value) for name, value in figures.counts.items()}
+        largest = {
+            name: max(self.largest.get(name, -math.inf), float(value))
+            for name, value in figures.largest.items()
+        }
+        return Sums(ratios, counts, largest, self.seconds)
+
+    def count(self, name: str) -> int:
+        """Returns one of the counts; 0 before the first step."""
+        return self.counts.get(name, 0)
+
+    def figures(self) -> dict[str, float]:
+        """Returns the mean or the largest value of each figure."""
+        means = {
+            name: total / count if count else math.nan
+            for name, (total, count) in self.ratios.items()
+        }
+        return means | self.largest
 
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """A period that is over: its last step, its sums and what that step reported.
+    """A period that is over.
 
     Attributes:
-      step: The last.
-      sums: Of all steps.
-      learning_rate: Of the last step.
-      grad_norm: Of the last step.
-      experts: How evenly the steps used experts, by the names of metrics.jsonl.
+      step: Its last step.
+      sums: Of all its steps.
+      latest: Figures of its last step.
     """
 
     step: int
     sums: Sums
-    learning_rate: float
-    grad_norm: float
-    experts: dict[str, float]
+    latest: dict[str, float]
 
 
 class Periods:
-    """Keeps the metrics of steps on the device until the device has other work.
+    """Keeps the figures of steps on the device until the device has other work.
 
     `add` takes each step, `end` closes a period and returns the one before it. Reading that one
     blocks until its steps are done, when those of the new one have been dispatched: the device
@@ -78,14 +104,14 @@ class Periods:
         self,
         sums: Sums,
         *,
-        check: Callable[[int, StepMetrics], None],
+        check: Callable[[int, StepFigures], None],
         clock: Callable[[], float] = time.monotonic,
     ):
         self._before = sums
         self._check = check
         self._clock = clock
-        self._open: list[tuple[int, StepMetrics]] = []
-        self._closed: list[tuple[int, StepMetrics]] = []
+        self._open: list[tuple[int, StepFigures]] = []
+        self._closed: list[tuple[int, StepFigures]] = []
         # Seconds of the first unread period up to the last pause, and when the clock was started.
         self._partial = sums.seconds
         self._since = clock()
@@ -93,9 +119,9 @@ class Periods:
         self._watcher = ThreadPoolExecutor(1, thread_name_prefix="periods")
         self._done: Future[float] | None = None
 
-    def add(self, step: int, metrics: StepMetrics) -> None:
+    def add(self, step: int, figures: StepFigures) -> None:
         """Takes a step that was dispatched."""
-        self._open.append((step, metrics))
+        self._open.append((step, figures))
 
     def end(self) -> Period | None:
         """Closes the period of the steps added; returns the one before, if it is unread."""
@@ -116,8 +142,7 @@ class Periods:
         self._before, self._partial, self._since = Sums(), 0.0, done
         self._closed, self._done = [], None
         step, last = steps[-1]
-        experts = _expert_record([metrics.experts for _, metrics in steps])
-        return Period(step, sums, float(last.learning_rate), float(last.grad_norm), experts)
+        return Period(step, sums, {name: float(value) for name, value in last.latest.items()})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[Sums]:
@@ -132,27 +157,13 @@ class Periods:
         finally:
             self._since = self._clock()
 
-    def _add_up(self, steps: list[tuple[int, StepMetrics]]) -> Sums:
+    def _add_up(self, steps: list[tuple[int, StepFigures]]) -> Sums:
         sums = self._before
-        for step, metrics in steps:
-            self._check(step, metrics)
-            sums = sums.plus(metrics)
+        for step, figures in steps:
+            self._check(step, figures)
+            sums = sums.plus(figures)
         return sums
 
-    def _wait(self, metrics: StepMetrics) -> float:
-        jax.block_until_ready(metrics)
+    def _wait(self, figures: StepFigures) -> float:
+        jax.block_until_ready(figures)
         return self._clock()
-
-
-def _expert_record(steps: Sequence[ExpertMetrics | None]) -> dict[str, float]:
-    """Returns the mean over steps, but of the busiest expert the maximum."""
-    used = [experts for experts in steps if experts is not None]
-    if not used:
-        return {}
-    mean = ExpertMetrics(*(float(np.mean(column)) for column in zip(*used, strict=True)))
-    return {
-        "expert_balance": mean.balance,
-        "expert_busiest": float(max(experts.busiest for experts in used)),
-        "expert_unused": mean.unused,
-        "expert_dropped": mean.dropped,
-    }

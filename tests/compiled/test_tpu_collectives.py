@@ -27,7 +27,7 @@ def compiled(strategy: str, slices: int) -> tuple[program.Program, list]:
         config, architecture_from_hf(MODELS["llama_8b"]), max_segments=8, placement=placement
     )
     built = program.build(config, evaluator, steps=10)
-    text = built.train_step.lower(built.state, built.batch).compile().as_text()
+    text = built.lower().compile().as_text()
     return built, collectives(text, placement.mesh)
 
 

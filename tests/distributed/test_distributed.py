@@ -13,7 +13,7 @@ import pytest
 
 from jaxft import distributed
 from jaxft.config import RunConfig
-from jaxft.data.batch import Batch
+from jaxft.data.batch import STANDARD, Batch
 from jaxft.errors import ConfigError
 from jaxft.programs.evaluation import evaluate
 from jaxft.programs.trainer import train
@@ -422,8 +422,8 @@ def test_rows_reach_the_devices_that_hold_them(configure):
     placement = make_placement(configure("unused", strategy="fsdp_tp", mesh__tensor=2))
     assert placement.held_rows(8) == list(range(8))
     rows = np.arange(2 * 8 * 6).reshape(2, 8, 6)
-    batch = Batch(*(rows + i for i in range(5)))
+    batch = Batch(**{name: rows + i for i, name in enumerate(STANDARD)})
     placed = put(batch, placement.micro_batches)
-    for array, expected in zip(placed, batch, strict=True):
+    for array, expected in zip(placed.values(), batch.values(), strict=True):
         np.testing.assert_array_equal(array, expected)
     assert placed.tokens.sharding == placement.micro_batches

@@ -385,7 +385,7 @@ def compiled_for_tpu(config, **changes):
     placement = program.make_placement(config, tpu_devices("v5e:2x2"))
     evaluator = program.build_evaluator(config, architecture, max_segments=8, placement=placement)
     built = program.build(config, evaluator, steps=10)
-    text = built.train_step.lower(built.state, built.batch).compile().as_text()
+    text = built.lower().compile().as_text()
     return evaluator.attention.backend, text
 
 

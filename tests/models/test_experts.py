@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxft.compiled.collectives import Collective, collectives
-from jaxft.config import RunConfig
+from jaxft.config import ObjectiveConfig, RunConfig
 from jaxft.errors import ConfigError
 from jaxft.models import experts
 from jaxft.models.config import DecoderConfig, Numerics, make_numerics
@@ -25,6 +25,7 @@ from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, Strategy
 from jaxft.training import program
 from jaxft.training.objectives import sft
+from jaxft.training.objectives.bound import bind
 from jaxft.training.program import make_placement
 from tests.oracle.cases import CASES
 from tests.tiny import Tiny, feed, load_tiny, make_program, random_rows, relative_error, start
@@ -158,12 +159,12 @@ def test_a_step_on_a_mesh_equals_one_on_one_device(case, strategy, mesh, capacit
     results = []
     for devices, changes in ((1, {}), (8, on_mesh)):
         built = make_program(tiny, devices, **settings, **changes)
-        state, metrics = built.train_step(start(built, tiny.params), feed(built, rows))
+        state, metrics = built.train_step(start(built, tiny.params), {}, feed(built, rows))
         changed = {path: state.params[path] - value for path, value in tiny.params.items()}
         results.append((jax.device_get((state.params, metrics)), jax.device_get(changed)))
     ((params, metrics), changed), (found, found_changed) = results
-    assert metrics.experts is not None and metrics.experts.balance > 1.5
-    assert (metrics.experts.dropped > 0) == (capacity > 0)
+    assert metrics.ratios["expert_balance"][0] > 1.5
+    assert (metrics.ratios["expert_dropped"][0] > 0) == (capacity > 0)
     assert relative_error(found, (params, metrics)) < 1e-5
     # Differences of parameters in float32: few of their bits are left.
     assert relative_error(found_changed, changed) < 1e-2
@@ -464,7 +465,7 @@ def test_the_step_with_experts_on_other_devices_compiles_for_a_tpu(capacity, kin
     placement = program.make_placement(config, tpu_devices("v5e:2x2"))
     evaluator = program.build_evaluator(config, architecture, max_segments=8, placement=placement)
     built = program.build(config, evaluator, steps=10)
-    text = built.train_step.lower(built.state, built.batch).compile().as_text()
+    text = built.lower().compile().as_text()
     found = collectives(text, placement.mesh)
     tokens = 512 * architecture.config.embed * 2  # bytes of a device's, in bfloat16
     travelling = [c for c in found if c.kind == kind and c.bytes > tokens]
@@ -535,8 +536,8 @@ def test_evaluation_drops_no_token():
     rows = random_rows(8, 24, 64)
     state = start(program, tiny.params)
     terms = program.evaluator.eval_step(state.params, rows)
-    exact = sft.row_terms(tiny.merge(), rows, chunk=0)
+    exact = bind(ObjectiveConfig(chunk=0)).rows(tiny.merge(), rows)
     np.testing.assert_allclose(terms.total, exact.total, rtol=1e-5)
-    _, metrics = program.train_step(state, feed(program, rows))
-    assert metrics.experts.dropped > 0
-    assert abs(float(metrics.total / exact.total.sum()) - 1) > 1e-3
+    _, metrics = program.train_step(state, {}, feed(program, rows))
+    assert metrics.ratios["expert_dropped"][0] > 0
+    assert abs(float(metrics.ratios["loss"][0] / exact.total.sum()) - 1) > 1e-3

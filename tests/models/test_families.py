@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxft
 from jaxft.config import OptimConfig, RunConfig
-from jaxft.data.batch import Batch
+from jaxft.data.batch import STANDARD, Batch
 from jaxft.errors import ConfigError, ModelError
 from jaxft.hf.load import load_params, tensor_dtypes
 from jaxft.hf.save import save_params
@@ -22,6 +22,7 @@ from jaxft.models.families import FAMILIES, Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
 from jaxft.programs.generate import generate_tokens
 from jaxft.training.objectives import sft
+from jaxft.training.objectives.token_scores import token_scores
 from jaxft.training.optim import make_optimizer
 from jaxft.training.program import make_placement
 from jaxft.training.state import abstract_state
@@ -70,12 +71,13 @@ def test_every_family_has_cases():
 def test_logits_loss_and_gradients_equal_the_reference_implementation(tmp_path, name):
     case = load_case(name)
     architecture, abstract, params = load_folder(write_folder(name, tmp_path))
-    batch = Batch(*(case.arrays[field] for field in Batch._fields))
+    batch = Batch(**{name: case.arrays[name] for name in STANDARD})
 
     def forward(params):
         model = merge(abstract.graphdef, params)
         hidden, routing = model.hidden(batch.tokens, batch.positions, batch.segments)
-        terms = sft.chunked_cross_entropy(model, hidden, batch.targets, batch.weights, chunk=0)
+        scores = token_scores(model, hidden, batch.targets, chunk=0)
+        terms = sft.cross_entropy(scores, batch)
         balance = None if routing is None else balance_loss(routing)
         return terms.total.sum(), (model.logits(hidden), balance)
 

@@ -18,7 +18,7 @@ from jaxft.models.module import init_params, merge
 from jaxft.models.rope import Rope, rotary_tables, rotate
 from jaxft.training.objectives import sft
 from tests.oracle.cases import CASES
-from tests.tiny import load_tiny, make_documents, pack, relative_error
+from tests.tiny import judge, load_tiny, make_documents, pack, relative_error
 
 
 def summed_loss(tiny, batch: Batch, chunk: int = 0):
@@ -27,7 +27,7 @@ def summed_loss(tiny, batch: Batch, chunk: int = 0):
     def total(params):
         model = tiny.merge(params)
         logits = model(batch.tokens, batch.positions, batch.segments)
-        return sft.loss(model, batch, chunk=chunk).total, logits
+        return judge(model, batch, chunk=chunk).minimised, logits
 
     return total
 

@@ -164,7 +164,7 @@ def compiled_step(context, length, backend):
     architecture = architecture_from_hf(CASES["gqa"])
     evaluator = program.build_evaluator(config, architecture, max_segments=8, placement=placement)
     built = program.build(config, evaluator, steps=10)
-    return built.train_step.lower(built.state, built.batch).compile()
+    return built.lower().compile()
 
 
 @pytest.mark.slow(seconds=5)

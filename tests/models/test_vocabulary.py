@@ -198,7 +198,7 @@ def test_a_run_begins_with_mean_rows_for_tokens_in_padding_and_exports_them(home
         mean = np.broadcast_to(old.mean(0), rows.shape)
         np.testing.assert_allclose(rows, mean, rtol=0, atol=1e-7)
     first = read_records(finished.workdir / "eval.jsonl")[0]
-    assert evaluate(config)["validation"].rows.loss.value == pytest.approx(first["loss"], rel=1e-6)
+    assert evaluate(config)["validation"].sums.loss.value == pytest.approx(first["loss"], rel=1e-6)
     # Resumed, with the rows of a checkpoint and no new ones.
     shutil.copytree(finished.checkpoint, home / f"four_{name}")
     shutil.rmtree(finished.checkpoint)
@@ -255,11 +255,11 @@ def test_a_run_adds_tokens_says_so_and_keeps_the_grown_description(home, finishe
 def test_evaluating_before_and_after_gives_what_the_run_recorded(home, finished):
     config = run_config(home, "evaluated")
     first, *_, last = read_records(finished.workdir / "eval.jsonl")
-    loss = evaluate(config)["validation"].rows.loss.value
+    loss = evaluate(config)["validation"].sums.loss.value
     assert loss == pytest.approx(first["loss"], rel=1e-6)
     # A checkpoint has its tokenizer and description beside it.
     config.model.add_tokens, config.model.tokenizer = "", str(home / "nowhere")
-    loss = evaluate(config, finished.checkpoint)["validation"].rows.loss.value
+    loss = evaluate(config, finished.checkpoint)["validation"].sums.loss.value
     assert loss == pytest.approx(last["loss"], rel=1e-6)
 
 

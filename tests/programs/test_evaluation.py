@@ -17,14 +17,9 @@ from jaxft.errors import ConfigError
 from jaxft.files import as_json
 from jaxft.hf.tokenizer import load_tokenizer
 from jaxft.programs import evaluation
-from jaxft.programs.evaluation import (
-    Answers,
-    compare,
-    evaluate,
-    evaluate_pair,
-    named_sources,
-    read_sample_prompts,
-)
+from jaxft.programs.answers import Answers, read_sample_prompts
+from jaxft.programs.comparison import compare
+from jaxft.programs.evaluation import evaluate, evaluate_pair, named_sources
 from jaxft.programs.tables import print_comparison, print_evaluation, record
 from tests.tiny_run import tiny_config, write_chats
 
@@ -85,7 +80,7 @@ def test_workdir_checkpoint_and_export_evaluate_alike(run, folder):
     config, result = run
     output = jaxft.export(result.checkpoint, folder / "out", on_log=lambda text: None)
     losses = {
-        str(path): evaluated(config, path, step=step)["validation"].rows.loss.value
+        str(path): evaluated(config, path, step=step)["validation"].sums.loss.value
         for path, step in (
             (result.checkpoint, "best"),
             (output, "best"),
@@ -274,9 +269,9 @@ def test_models_that_read_other_tokens_are_paired_by_document(run, in_pairs, cap
     # The text is the same, and of the same length however it is cut.
     assert a.rows.bytes.tolist() == b.rows.bytes.tolist()
     per_byte = [e.rows.total.sum() / math.log(2) / e.rows.bytes.sum() for e in (a, b)]
-    assert comparison.bits_per_byte.value == pytest.approx(per_byte[1] - per_byte[0])
-    assert comparison.bits_per_byte.low > 0  # tokens that were never trained
-    assert comparison.bits_per_byte.count == 9
+    assert comparison.differences["bits_per_byte"].value == pytest.approx(per_byte[1] - per_byte[0])
+    assert comparison.differences["bits_per_byte"].low > 0  # tokens that were never trained
+    assert comparison.differences["bits_per_byte"].count == 9
     print_comparison({"validation": comparison}, "one", "two", config)
     out = " ".join(capfd.readouterr().out.split())
     assert f"to B the same documents are {b.rows.weight.sum():.0f} trained tokens" in out
@@ -439,7 +434,7 @@ def test_tables_and_json_hold_the_figures(run, capsys):
     print_evaluation(a, config)
     print_comparison(compare(a, b), "base", "tuned", config)
     text = " ".join("".join(capsys.readouterr()).split())
-    loss = a["validation"].rows.loss.value
+    loss = a["validation"].sums.loss.value
     assert f"{loss:.4f}" in text and "exact match" in text
     assert "nats a token over A" in text
     stored = json.loads(as_json(record({"a": a, "b": b}, compare(a, b), config=config)))

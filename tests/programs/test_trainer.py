@@ -18,9 +18,9 @@ import jaxft
 from jaxft.config import to_dict
 from jaxft.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from jaxft.programs import advice, model, trainer
-from jaxft.programs.evaluation import Answers
+from jaxft.programs.answers import Answers
+from jaxft.programs.held_out import UnitSums
 from jaxft.programs.trainer import train
-from jaxft.reporting.intervals import Estimate
 from jaxft.workdir.workdir import Workdir
 from tests.tiny_run import (
     assert_same_arrays,
@@ -292,14 +292,10 @@ def feed_losses(monkeypatch, losses):
     """Lets the evaluations of a run find these losses, the first before training."""
     rest = iter(losses)
 
-    class Sums:
-        def __init__(self, value):
-            self.loss = Estimate(value, value, value, 1)
+    def sums(*_, **__):
+        return UnitSums(np.array([next(rest)]), np.ones(1), bytes=np.ones(1))
 
-        def record(self):
-            return {"loss": self.loss.value, "perplexity": 1.0, "token_accuracy": 0.0}
-
-    monkeypatch.setattr(trainer, "evaluate_rows", lambda *a, **k: Sums(next(rest)))
+    monkeypatch.setattr(trainer, "evaluate_rows", sums)
 
 
 NAN = float("nan")
@@ -673,7 +669,7 @@ def test_the_loop_dispatches_a_period_before_it_reads_the_one_before(home, confi
 
     def spy_build(*args, **kwargs):
         program = build(*args, **kwargs)
-        compiled = program.train_step.lower(program.state, program.batch).compile()
+        compiled = program.lower().compile()
 
         def step(state, batch):
             events.append("step")
@@ -803,7 +799,7 @@ def test_a_run_on_parts_of_sources_is_resumed_bit_for_bit_and_lists_what_it_left
         assert skipped["row"] == '{"messages": ['
     evaluated = read_records(tmp_path / "whole" / "eval.jsonl")[-1]
     found = jaxft.evaluate(whole, tmp_path / "whole", step="latest")["validation"]
-    assert found.rows.loss.value == pytest.approx(evaluated["loss"], rel=1e-6)
+    assert found.sums.loss.value == pytest.approx(evaluated["loss"], rel=1e-6)
     whole.eval.answers, whole.eval.max_new_tokens = "exact", 12
     answers = jaxft.evaluate(whole, tmp_path / "whole", step="latest")["validation"].answers
     assert answers is not None

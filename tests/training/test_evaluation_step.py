@@ -41,13 +41,16 @@ def sums(tiny, rows: Batch, *, batch_size: int, devices: int = 1, **changes):
     params = jax.device_put(tiny.params, evaluator.shardings)
     found = []
     for first in range(0, len(rows.tokens), batch_size):
-        part = Batch(*(x[first : first + batch_size] for x in rows))
+        part = Batch(**{name: x[first : first + batch_size] for name, x in rows.items()})
         missing = batch_size - len(part.tokens)
-        part = Batch(*(np.pad(x, ((0, missing), (0, 0))) for x in part))
+        filler = ((0, missing), (0, 0))
+        part = Batch(**{name: np.pad(x, filler) for name, x in part.items()})
         terms = evaluator.eval_step(params, put(part, evaluator.placement.rows))
-        assert all(term.shape == (batch_size,) for term in terms[:3])
-        found.append(jax.device_get(terms))
-    return [np.sum([terms[i] for terms in found], dtype=np.float64) for i in range(3)]
+        correct, _ = terms.figures["token_accuracy"]
+        sums = (terms.total, terms.weight, correct)
+        assert all(sum_of_rows.shape == (batch_size,) for sum_of_rows in sums)
+        found.append(jax.device_get(sums))
+    return [np.sum(column, dtype=np.float64) for column in zip(*found, strict=True)]
 
 
 def assert_equal(found, expected):

@@ -38,14 +38,14 @@ def test_more_or_fewer_micro_batches_than_stages_give_the_same_as_one_device(tin
         tiny, 1, optim__epsilon=1.0, optim__learning_rate=0.1, train__batch_size=2 * micros
     )
     for program in (program_of(tiny, micros), reference):
-        state, metrics = program.train_step(start(program, tiny.params), feed(program, rows))
+        state, metrics = program.train_step(start(program, tiny.params), {}, feed(program, rows))
         results.append(jax.device_get((state.params, metrics)))
     assert relative_error(*results) < 1e-5
 
 
 def trip_counts(program) -> list[int]:
     """Returns the lengths of the scans over turns: those that hand activations on."""
-    equations = program.train_step.trace(program.state, program.batch).jaxpr.eqns
+    equations = program.train_step.trace(program.state, program.fixed, program.batch).jaxpr.eqns
     scans = [e.params for e in equations if e.primitive.name == "scan"]
     return [scan["length"] for scan in scans if "ppermute" in str(scan["jaxpr"])]
 
@@ -57,7 +57,7 @@ def test_the_idle_share_is_that_of_one_forward_one_backward(tiny, micros):
 
 
 def temporary_bytes(program) -> int:
-    compiled = program.train_step.lower(program.state, program.batch).compile()
+    compiled = program.lower().compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -77,7 +77,7 @@ def test_frozen_layers_stay_and_the_rest_trains(tiny):
     program = program_of(tiny, 2, optim__freeze=freeze)
     state = start(program, tiny.params, freeze)
     rows = random_rows(4, LENGTH, 64)
-    state, _ = program.train_step(state, feed(program, rows))
+    state, _ = program.train_step(state, {}, feed(program, rows))
     for path, value in state.params.items():
         same = np.array_equal(value, tiny.params[path])
         assert same == (path in state.frozen), path

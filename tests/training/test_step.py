@@ -7,14 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.data.batch import Batch
+from jaxft.data.batch import STANDARD, Batch
 from jaxft.errors import ConfigError
 from jaxft.models.config import make_numerics
 from jaxft.training.objectives import sft
+from jaxft.training.objectives.bound import BoundObjective
+from jaxft.training.objectives.contract import Objective
+from jaxft.training.objectives.token_scores import token_scores
 from jaxft.training.step import make_train_step
 from tests.oracle.cases import load_case
 from tests.tiny import (
     feed,
+    judge,
     load_tiny,
     make_documents,
     make_program,
@@ -42,7 +46,7 @@ def run(program, params, batches, freeze=""):
     """Returns the final state and the metrics of each step."""
     state, metrics = start(program, params, freeze), []
     for rows in batches:
-        state, step_metrics = program.train_step(state, feed(program, rows))
+        state, step_metrics = program.train_step(state, {}, feed(program, rows))
         metrics.append(jax.device_get(step_metrics))
     return state, metrics
 
@@ -54,7 +58,7 @@ def losses(metrics) -> np.ndarray:
 def test_ten_steps_follow_the_reference_implementation():
     case, tiny = load_case("trajectory"), load_tiny("trajectory")
     program = make_program(tiny, data__max_length=16, train__batch_size=4, optim__weight_decay=0.1)
-    batches = [Batch(*(case.arrays[f][i] for f in Batch._fields)) for i in range(10)]
+    batches = [Batch(**{name: case.arrays[name][i] for name in STANDARD}) for i in range(10)]
     state, metrics = run(program, tiny.params, batches)
     np.testing.assert_allclose(losses(metrics), case.losses, rtol=1e-5)
     np.testing.assert_allclose([m.grad_norm for m in metrics], case.grad_norms, rtol=1e-4)
@@ -88,7 +92,7 @@ def test_a_step_without_trained_tokens_changes_nothing_but_the_counter(tiny, pro
     program = program_of(train__accumulation=2)
     empty = rows._replace(weights=np.zeros_like(rows.weights))
     state, (metrics,) = run(program, tiny.params, [empty])
-    assert (metrics.total, metrics.weight, metrics.grad_norm) == (0, 0, 0)
+    assert (metrics.ratios["loss"], metrics.latest["grad_norm"]) == ((0, 0), 0)
     assert int(state.step) == 1
     for path, value in state.params.items():
         decay = 1 if path.endswith("scale") else 1 - 1e-3 * 0.01
@@ -100,15 +104,15 @@ def test_metrics_count_tokens_and_squared_document_lengths(tiny, program_of):
     rows = pack([documents[:2], documents[2:3], documents[3:], *[[]] * 5], LENGTH)
     program = program_of(train__accumulation=2)
     _, (metrics,) = run(program, tiny.params, [rows])
-    assert metrics.tokens == 5 + 9 + 24 + 3
-    assert metrics.squared_lengths == 5**2 + 9**2 + 24**2 + 3**2
-    assert metrics.weight == rows.weights.sum()
-    assert metrics.learning_rate == np.float32(1e-3)
+    assert metrics.counts["tokens"] == 5 + 9 + 24 + 3
+    assert metrics.counts["squared_lengths"] == 5**2 + 9**2 + 24**2 + 3**2
+    assert metrics.ratios["loss"][1] == rows.weights.sum()
+    assert metrics.latest["learning_rate"] == np.float32(1e-3)
 
 
 def summed_gradient(tiny, rows: Batch, chunk: int = 0):
     def total(params):
-        return sft.loss(tiny.merge(params), rows, chunk=chunk).total
+        return judge(tiny.merge(params), rows, chunk=chunk).minimised
 
     return jax.jit(jax.value_and_grad(total))(tiny.params)
 
@@ -125,27 +129,30 @@ def test_the_step_is_traced_once_and_donates_its_state(tiny):
     program = make_program(tiny, train__accumulation=2)
     evaluator, traces = program.evaluator, []
 
-    def loss(model, batch):
+    def loss(policy, batch, keys):
         traces.append(None)
-        return sft.loss(model, batch, chunk=0)
+        return sft.loss(policy, batch, keys)
 
     step = make_train_step(
         evaluator.abstract.graphdef,
-        loss,
+        BoundObjective(
+            objective=Objective(keys=sft.Keys, loss=loss, rows=sft.rows), keys=sft.Keys(), chunk=0
+        ),
         program.optimizer,
         schedule=lambda step: 1e-3 / (step + 1),
         placement=evaluator.placement,
         abstract_state=program.state,
-        gradients={path: spec.sharding for path, spec in program.state.trainable.items()},
+        fixed={},
+        gradients=program.gradients,
         windows=[0, 0],
     )
     state = start(program, tiny.params)
     after_first = None
     for seed in range(4):
         before = jax.tree.leaves(state)
-        state, metrics = step(state, feed(program, random_rows(8, LENGTH, VOCAB, seed=seed)))
+        state, metrics = step(state, {}, feed(program, random_rows(8, LENGTH, VOCAB, seed=seed)))
         assert all(leaf.is_deleted() for leaf in before)
-        np.testing.assert_allclose(metrics.learning_rate, 1e-3 / (seed + 1), rtol=1e-6)
+        np.testing.assert_allclose(metrics.latest["learning_rate"], 1e-3 / (seed + 1), rtol=1e-6)
         after_first = after_first or len(traces)
     assert len(traces) == after_first
     assert step._cache_size() == 1
@@ -159,9 +166,8 @@ def test_chunked_cross_entropy_equals_the_plain_one(tiny, chunk):
     @functools.partial(jax.jit, static_argnums=1)
     def terms_and_gradients(hidden, chunk):
         def total(hidden, params):
-            terms = sft.chunked_cross_entropy(
-                tiny.merge(params), hidden, rows.targets, rows.weights, chunk=chunk
-            )
+            scores = token_scores(tiny.merge(params), hidden, rows.targets, chunk=chunk)
+            terms = sft.cross_entropy(scores, rows)
             return jnp.sum(terms.total), terms
 
         return jax.grad(total, (0, 1), has_aux=True)(hidden, tiny.params)
@@ -185,7 +191,7 @@ def test_chunks_keep_the_logits_of_all_positions_from_existing():
 
     def temporary_bytes(chunk: int) -> int:
         def total(params):
-            return sft.loss(tiny.merge(params), rows, chunk=chunk).total
+            return judge(tiny.merge(params), rows, chunk=chunk).minimised
 
         compiled = jax.jit(jax.grad(total)).lower(tiny.params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -218,7 +224,7 @@ def test_bfloat16_parameters_and_moments_stay_in_their_type(accumulation):
     tiny = load_tiny("gqa", make_numerics("bfloat16"))
     program = make_program(tiny, model__dtypes="bfloat16", train__accumulation=accumulation)
     batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), program.batch)
-    state, metrics = jax.eval_shape(program.train_step, program.state, batch)
+    state, metrics = jax.eval_shape(program.train_step, program.state, {}, batch)
     arrays = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.shape]
     assert set(arrays) == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(metrics)} == {jnp.dtype(jnp.float32)}
@@ -236,7 +242,7 @@ def test_attention_work_is_counted_within_windows():
     tiny = load_tiny("gemma2_gqa")
     program = make_program(tiny)
     rows = pack([[document] for document in make_documents([20] * 8, VOCAB)], LENGTH)
-    _, metrics = program.train_step(start(program, tiny.params), feed(program, rows))
+    _, metrics = program.train_step(start(program, tiny.params), {}, feed(program, rows))
     config = tiny.architecture.config
     expected = 0
     for kind in config.pattern:
@@ -244,4 +250,6 @@ def test_attention_work_is_counted_within_windows():
         # Twice the keys that each query sees, less itself.
         expected += 8 * sum(2 * min(place + 1, window) - 1 for place in range(20))
     assert len({kind.window for kind in config.kinds}) == 2
-    np.testing.assert_allclose(metrics.squared_lengths, expected / config.layers, rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics.counts["squared_lengths"], expected / config.layers, rtol=1e-6
+    )

@@ -13,7 +13,8 @@ from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
 from jaxft.files import append_jsonl, read_jsonl
 from jaxft.training.flops import Learning, TrainingFlops, training_flops
-from jaxft.workdir.metrics import Interval, MetricsWriter, train_record
+from jaxft.workdir.metrics import MetricsWriter, train_record
+from jaxft.workdir.periods import Period, Sums
 from jaxft.workdir.workdir import Workdir
 
 
@@ -103,21 +104,14 @@ def test_full_flops_equal_the_matrix_products_of_forward_and_backward():
 
 
 def test_record_normalises_sums_once():
-    interval = Interval(
-        loss_total=30.0,
-        tokens=400,
-        trained_tokens=20,
-        seconds=2.0,
-        flops=TrainingFlops(4e12, 5e12),
-    )
+    counts = {"tokens": 400, "trained_tokens": 20}
+    sums = Sums({"loss": (30.0, 20.0), "margin": (6.0, 4.0)}, counts, {}, seconds=2.0)
     record = train_record(
-        7,
-        interval,
-        learning_rate=jnp.float32(0.5),
-        grad_norm=jnp.float32(2),
+        Period(7, sums, {"learning_rate": 0.5, "grad_norm": 2.0}),
         tokens=1000,
         trained_tokens=90,
         seconds=11.0,
+        flops=TrainingFlops(4e12, 5e12),
         peak_flops=10e12,
     )
     assert record.pop("host_memory_peak") >= record.pop("host_memory") > 0
@@ -132,14 +126,14 @@ def test_record_normalises_sums_once():
         "mfu": 0.2,
         "mfu_full": 0.25,
         "seconds": 11.0,
+        "margin": 1.5,
     }
 
 
 def test_record_without_a_known_peak_has_no_mfu():
-    interval = Interval(loss_total=1, tokens=1, trained_tokens=0, seconds=0)
-    record = train_record(
-        1, interval, learning_rate=0, grad_norm=0, tokens=1, trained_tokens=0, seconds=0
-    )
+    sums = Sums({"loss": (1.0, 0.0)}, {"tokens": 1, "trained_tokens": 0})
+    period = Period(1, sums, {"learning_rate": 0.0, "grad_norm": 0.0})
+    record = train_record(period, tokens=1, trained_tokens=0, seconds=0)
     assert "mfu" not in record
     assert math.isnan(record["loss"])
 

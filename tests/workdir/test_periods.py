@@ -2,10 +2,11 @@
 
 import threading
 
+import jax
 import numpy as np
 import pytest
 
-from jaxft.training.step import ExpertMetrics, StepMetrics
+from jaxft.training.step import StepFigures
 from jaxft.workdir.periods import Periods, Sums
 
 
@@ -39,7 +40,15 @@ class Pending:
 
 
 def step(loss, weight=2.0, tokens=3.0):
-    return StepMetrics(*map(np.float32, (loss, weight, 0.1, 1.0, tokens, 9.0)))
+    ratios = {"loss": (np.float32(loss), np.float32(weight))}
+    counts = {"tokens": tokens, "trained_tokens": weight, "squared_lengths": 9.0}
+    latest = {"learning_rate": np.float32(0.1), "grad_norm": np.float32(1.0)}
+    return StepFigures(ratios, jax.tree.map(np.float32, counts), latest, {})
+
+
+def sums(loss, tokens, trained, squared, seconds):
+    counts = {"tokens": tokens, "trained_tokens": trained, "squared_lengths": squared}
+    return Sums({"loss": (loss, float(trained))}, counts, {}, seconds)
 
 
 @pytest.fixture
@@ -59,9 +68,9 @@ def test_a_period_is_returned_when_the_next_one_ends(clock):
     assert periods.end() is None
     periods.add(3, step(7.0))
     first = periods.end()
-    assert (first.step, first.learning_rate) == (2, np.float32(0.1))
-    assert first.sums == Sums(3.5, 6, 4, 18.0, 4.0)
-    assert periods.read().sums.loss == 7.0
+    assert (first.step, first.latest["learning_rate"]) == (2, np.float32(0.1))
+    assert first.sums == sums(3.5, 6, 4, 18.0, 4.0)
+    assert periods.read().sums.ratios["loss"] == (7.0, 2.0)
     assert periods.read() is None
     assert periods.end() is None
 
@@ -69,7 +78,7 @@ def test_a_period_is_returned_when_the_next_one_ends(clock):
 def test_a_period_ends_when_its_last_step_does_not_when_it_is_read(clock):
     periods = make(clock)
     slow = Pending(1.0)
-    periods.add(1, step(0.0)._replace(total=slow))
+    periods.add(1, step(0.0)._replace(ratios={"loss": (slow, np.float32(2.0))}))
     periods.end()
     clock.now = 10.0
     slow.finish()
@@ -86,7 +95,7 @@ def test_pauses_do_not_count(clock):
     periods.add(1, step(1.0))
     clock.now = 2.0
     with periods.paused() as sums:
-        assert sums == Sums(1.0, 3, 2, 9.0, 2.0)
+        assert sums == sums(1.0, 3, 2, 9.0, 2.0)
         clock.now = 102.0
     periods.add(2, step(1.0))
     clock.now = 105.0
@@ -124,7 +133,7 @@ def test_the_period_of_an_earlier_part_goes_on(clock):
     clock.now = 3.0
     second.end()
     end = second.read()
-    assert end.sums.loss == whole.read().sums.loss
+    assert end.sums.ratios == whole.read().sums.ratios
     assert (end.sums.tokens, end.sums.seconds) == (9, 3.0)
     second.add(4, step(1.0))
     second.end()
@@ -133,7 +142,7 @@ def test_the_period_of_an_earlier_part_goes_on(clock):
 
 def test_every_step_is_checked_before_it_counts(clock):
     def check(number, metrics):
-        if not np.isfinite(metrics.total):
+        if not np.isfinite(metrics.ratios["loss"][0]):
             raise ArithmeticError(number)
 
     periods = make(clock, check=check)
@@ -149,10 +158,15 @@ def test_every_step_is_checked_before_it_counts(clock):
 def test_use_of_experts_is_averaged_but_of_the_busiest_the_most_is_kept(clock):
     periods = make(clock)
     for number, experts in ((1, (2.0, 1.5, 0.25, 0.0)), (2, (4.0, 1.25, 0.75, 0.5))):
-        used = ExpertMetrics(*map(np.float32, experts))
-        periods.add(number, step(1.0)._replace(experts=used))
+        names = ("expert_balance", "expert_busiest", "expert_unused", "expert_dropped")
+        used = dict(zip(names, map(np.float32, experts), strict=True))
+        one = step(1.0)
+        largest = {"expert_busiest": used.pop("expert_busiest")}
+        ratios = {name: (value, np.float32(1.0)) for name, value in used.items()}
+        periods.add(number, one._replace(ratios=one.ratios | ratios, largest=largest))
     periods.end()
-    assert periods.read().experts == {
+    assert periods.read().sums.figures() == {
+        "loss": 0.5,
         "expert_balance": 3.0,
         "expert_busiest": 1.5,
         "expert_unused": 0.5,
@@ -161,4 +175,4 @@ def test_use_of_experts_is_averaged_but_of_the_busiest_the_most_is_kept(clock):
     periods.add(3, step(1.0))
     periods.end()
     dense = periods.read()
-    assert (dense.experts, dense.grad_norm) == ({}, 1.0)
+    assert (dense.sums.figures(), dense.latest["grad_norm"]) == ({"loss": 0.5}, 1.0)

@@ -1,39 +1,36 @@
-"""Supervised fine-tuning: cross entropy of the tokens that carry weight."""
+"""Supervised fine-tuning: cross entropy of the tokens that carry weight, in nats per token."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxft.data.batch import Batch
-from jaxft.models.experts import balance_loss
-from jaxft.training.objectives.cross_entropy import chunked_cross_entropy
-from jaxft.training.objectives.terms import LossTerms, Predictor
+from jaxft.training.objectives.contract import Objective, Policy, Scores, Terms
 
 
-def row_terms(model: Predictor, batch: Batch, *, chunk: int) -> LossTerms:
-    """Returns the sums of each row, `[B]`, of a batch of `[B, T]` arrays.
-
-    Args:
-      model: Gives hidden states and logits.
-      batch: Rows; weights multiply the loss of each target.
-      chunk: Positions of each row whose float32 logits exist at once; 0 for all.
-    """
-    hidden, _ = model.hidden(batch.tokens, batch.positions, batch.segments)
-    return chunked_cross_entropy(model, hidden, batch.targets, batch.weights, chunk=chunk)
+@dataclass(kw_only=True, slots=True)
+class Keys:
+    """It has no keys of its own."""
 
 
-def loss(model: Predictor, batch: Batch, *, chunk: int, balance: float = 0.0) -> LossTerms:
-    """As `row_terms`, summed over rows, with what experts add.
+def cross_entropy(scores: Scores, batch: Batch) -> Terms:
+    """Returns the sums of each row, `[B]`: nats of trained tokens, and their number."""
+    total = jnp.sum(-scores.log_probs * batch.weights, axis=-1)
+    return Terms(total, jnp.sum(batch.weights, axis=-1))
 
-    Args:
-      model: Gives hidden states and logits.
-      batch: Rows.
-      chunk: As above.
-      balance: Weight of the load-balancing loss. It is judged over the tokens of this batch: with
-        accumulation, of each micro-batch.
-    """
-    hidden, routing = model.hidden(batch.tokens, batch.positions, batch.segments)
-    rows = chunked_cross_entropy(model, hidden, batch.targets, batch.weights, chunk=chunk)
-    total, weight, correct = map(jnp.sum, rows[:3])
-    auxiliary = jnp.zeros((), jnp.float32)
-    if routing is not None and balance:
-        auxiliary = balance * weight * balance_loss(routing)
-    return LossTerms(total, weight, correct, auxiliary, routing)
+
+def loss(policy: Policy, batch: Batch, _: Any) -> Terms:
+    """Returns the summed cross entropy, normalised by the number of trained tokens."""
+    return cross_entropy(policy.scores(batch), batch).summed()
+
+
+def rows(policy: Policy, batch: Batch, _: Any) -> Terms:
+    """As `loss` for each row, with the share of trained tokens that were the first choice."""
+    scores = policy.scores(batch)
+    terms = cross_entropy(scores, batch)
+    correct = jnp.sum(scores.correct * batch.weights, axis=-1)
+    return terms._replace(figures={"token_accuracy": (correct, terms.weight)})
+
+
+OBJECTIVE = Objective(keys=Keys, loss=loss, rows=rows)

@@ -1,24 +1,47 @@
-"""Cross entropy of every token, without ever holding the logits of a whole row."""
+"""The log-probability of every target, without ever holding the logits of a whole row."""
 
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxft.models.config import DecoderConfig
+from jaxft.models.layers import Routing
 from jaxft.sharding.reduce import WeightPlan, plan_weight
-from jaxft.training.objectives.terms import LossTerms, Predictor
+from jaxft.training.objectives.contract import Scores
 
 
-def chunked_cross_entropy(
-    model: Predictor,
-    hidden: Float[Array, "B T D"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-    *,
-    chunk: int,
-) -> LossTerms:
-    """Cross entropy of each row, `[B]`.
+@runtime_checkable
+class Predictor(Protocol):
+    """A model, whether its layers run here or in the stages of a pipeline."""
+
+    config: DecoderConfig
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """Returns the normalised residual stream, and what the routers of all layers did."""
+        ...
+
+    @property
+    def head_table(self) -> Float[Array, "V D"]:
+        """The weight that logits are made with."""
+        ...
+
+    def precision(self) -> AbstractContextManager:
+        """Returns the context of matrix products."""
+        ...
+
+
+def token_scores(
+    model: Predictor, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], *, chunk: int
+) -> Scores:
+    """Returns the log-probability of each target, and whether it is the most likely token.
 
     Each device makes the logits of a few of its positions at a time, and makes them again in the
     backward pass. It gathers the head once in each pass, adds the head's gradient up in float32
@@ -29,42 +52,33 @@ def chunked_cross_entropy(
       model: Gives the head.
       hidden: What its logits are made of.
       targets: Ids.
-      weights: Multiply the loss of each target.
       chunk: Positions of a device's part of each row whose float32 logits exist at once; 0: all.
     """
     w = model.head_table
     plan = plan_weight(("vocab", "embed"), w.shape, targets.shape)
     with model.precision():
         local = _Local(plan, chunk, model.config.logit_cap, jax.config.jax_default_matmul_precision)
-    of_hidden, of_tokens, of_rows = (
-        plan.of_tokens(plan.held[1]),
-        plan.of_tokens(),
-        plan.of_rows,
-    )
-    inputs = (of_hidden, plan.of_weight, of_tokens, of_tokens)
-    sums = (of_rows, of_rows, of_rows)
-    forward = plan.map(local.forward, inputs, (sums, of_tokens))
+    of_hidden, of_tokens = plan.of_tokens(plan.held[1]), plan.of_tokens()
+    inputs = (of_hidden, plan.of_weight, of_tokens)
+    forward = plan.map(local.forward, inputs, (of_tokens,) * 3)
     backward = plan.map(
-        local.backward, (*inputs, of_tokens, of_rows), (of_hidden, plan.of_gradient)
+        local.backward, (*inputs, of_tokens, of_tokens), (of_hidden, plan.of_gradient)
     )
 
     @jax.custom_vjp
-    def terms(
-        hidden: Array, w: Array, targets: Array, weights: Array
-    ) -> tuple[Array, Array, Array]:
-        return forward(hidden, w, targets, weights)[0]
+    def scores(hidden: Array, w: Array, targets: Array) -> tuple[Array, Array]:
+        return forward(hidden, w, targets)[:2]
 
-    def keep(*arrays: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-        sums, log_z = forward(*arrays)
-        return sums, (*arrays, log_z)
+    def keep(*arrays: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+        *found, log_z = forward(*arrays)
+        return tuple(found), (*arrays, log_z)
 
-    def transpose(kept: tuple[Array, ...], d_sums: tuple[Array, ...]) -> tuple:
-        # Counts have no gradient.
-        return (*backward(*kept, d_sums[0]), None, None)
+    def transpose(kept: tuple[Array, ...], d: tuple[Array, Array]) -> tuple:
+        # Which token is the most likely has no gradient.
+        return (*backward(*kept, d[0]), None)
 
-    terms.defvjp(keep, transpose)
-    total, weight, correct = terms(hidden, w, targets, weights)
-    return LossTerms(total, weight, correct)
+    scores.defvjp(keep, transpose)
+    return Scores(*scores(hidden, w, targets))
 
 
 class _Local:
@@ -73,12 +87,9 @@ class _Local:
     def __init__(self, plan: WeightPlan, chunk: int, cap: float, precision: Any):
         self.plan, self.chunk, self.cap, self.precision = plan, chunk, cap, precision
         self.vocab_over, self.embed_over = plan.held
-        self.positions_over = plan.tokens[1]
 
-    def forward(
-        self, hidden: Array, w: Array, targets: Array, weights: Array
-    ) -> tuple[tuple[Array, Array, Array], Array]:
-        """Returns loss, weight and hits of each row, `[B]`, and log Z of each position."""
+    def forward(self, hidden: Array, w: Array, targets: Array) -> tuple[Array, Array, Array]:
+        """Returns log-probability, whether it is the largest, and log Z of each position."""
         w = self.plan.gather(w.astype(hidden.dtype))
 
         def body(_: None, part: tuple[Array, ...]) -> tuple[None, tuple[Array, ...]]:
@@ -91,28 +102,19 @@ class _Local:
             at_target = _over(jax.lax.psum, at_target, self.vocab_over)
             first = jnp.where(logits == largest[..., None], ids, jnp.iinfo(jnp.int32).max)
             first = _over(jax.lax.pmin, jnp.min(first, axis=-1), self.vocab_over)
-            return None, (log_z, log_z - at_target, first == targets)
+            return None, (at_target - log_z, (first == targets).astype(jnp.float32), log_z)
 
         with jax.default_matmul_precision(self.precision):
             _, found = jax.lax.scan(body, None, self._chunks(hidden, targets))
-        log_z, nats, hits = (self._joined(x, targets.shape[1]) for x in found)
-        sums = [jnp.sum(x * weights, axis=-1) for x in (nats, jnp.ones_like(nats), hits)]
-        total, weight, correct = (_over(jax.lax.psum, x, self.positions_over) for x in sums)
-        return (total, weight, correct), log_z
+        log_probs, correct, log_z = (self._joined(x, targets.shape[1]) for x in found)
+        return log_probs, correct, log_z
 
     def backward(
-        self,
-        hidden: Array,
-        w: Array,
-        targets: Array,
-        weights: Array,
-        log_z: Array,
-        d_total: Array,
+        self, hidden: Array, w: Array, targets: Array, log_z: Array, d_log_probs: Array
     ) -> tuple[Array, Array]:
         """Returns the gradients of hidden states and of the head."""
         dtype = w.dtype
         w = self.plan.gather(w.astype(hidden.dtype))
-        scale = weights * d_total[:, None]
 
         def body(dw: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
             hidden, targets, scale, log_z = part
@@ -126,7 +128,7 @@ class _Local:
             return dw, _over(jax.lax.psum, jnp.einsum("btv,vd->btd", d, w), self.vocab_over)
 
         with jax.default_matmul_precision(self.precision):
-            chunks = self._chunks(hidden, targets, scale, log_z)
+            chunks = self._chunks(hidden, targets, -d_log_probs, log_z)
             # In the order of its reduction, which begins with the dimension that is cut.
             dw, d_hidden = jax.lax.scan(body, jnp.zeros(w.shape[::-1], jnp.float32), chunks)
         # Like the gradients of all weights it travels in the type of the products.

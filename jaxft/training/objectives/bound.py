@@ -1,0 +1,111 @@
+"""An objective with the keys of a run, as the steps use it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxft.config import ObjectiveConfig
+from jaxft.data.batch import Batch
+from jaxft.models.experts import balance_loss
+from jaxft.models.layers import Routing
+from jaxft.training.objectives.contract import Objective, Scores, Terms
+from jaxft.training.objectives.token_scores import Predictor, token_scores
+
+
+class Judged(NamedTuple):
+    """What a micro-batch adds to a step.
+
+    Attributes:
+      terms: The objective's sums.
+      auxiliary: Load-balancing loss of the micro-batch, times its weight, minimised beside them.
+      routing: What the routers of all layers did, or None without experts.
+    """
+
+    terms: Terms
+    auxiliary: Any = 0.0
+    routing: Routing | None = None
+
+    @property
+    def minimised(self) -> Any:
+        """The scalar that gradients are taken of."""
+        return self.terms.total + self.auxiliary
+
+    def __add__(self, other: Any) -> "Judged":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Adds sum by sum (a tuple's own `+` would concatenate)."""
+        return jax.tree.map(lambda a, b: a + b, self, other)
+
+
+class _Scored:
+    """A model as an objective sees it, whether its layers run here or in stages."""
+
+    def __init__(self, model: Predictor, chunk: int, max_units: int):
+        self._model, self._chunk, self.max_units = model, chunk, max_units
+        self.routing: Routing | None = None
+
+    def scores(self, batch: Batch) -> Scores:
+        """Returns the scores of all targets, and keeps what routers did."""
+        hidden, self.routing = self._model.hidden(batch.tokens, batch.positions, batch.segments)
+        return token_scores(self._model, hidden, batch.targets, chunk=self._chunk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundObjective:
+    """An objective and what a run says of it.
+
+    Attributes:
+      objective: The mathematics.
+      keys: Its own keys.
+      chunk: Positions of each row whose float32 logits exist at once; 0 for all.
+      balance: Weight of the load-balancing loss. It is judged over the tokens of a micro-batch.
+      max_units: Most units of one row.
+    """
+
+    objective: Objective
+    keys: Any
+    chunk: int
+    balance: float = 0.0
+    max_units: int = 1
+
+    def judge(self, model: Predictor, batch: Batch) -> Judged:
+        """Returns what the rows of a micro-batch add to a training step."""
+        policy = self._policy(model)
+        terms = self.objective.loss(policy, batch, self.keys)
+        auxiliary = jnp.zeros((), jnp.float32)
+        if policy.routing is not None and self.balance:
+            auxiliary = self.balance * terms.weight * balance_loss(policy.routing)
+        return Judged(terms, auxiliary, policy.routing)
+
+    def rows(self, model: Predictor, batch: Batch) -> Terms:
+        """Returns the sums of each row or unit."""
+        return self.objective.rows(self._policy(model), batch, self.keys)
+
+    def whole(self, model: Predictor, batch: Batch) -> dict[str, tuple[Any, Any]]:
+        """Returns this micro-batch's part of what the loss must know of all of them."""
+        assert self.objective.whole is not None
+        return self.objective.whole(self._policy(model), batch, self.keys)
+
+    def log_probs(self, model: Predictor, batch: Batch) -> Float[Array, "B T"]:
+        """Returns the log-probability that a model gives each target."""
+        return self._policy(model).scores(batch).log_probs
+
+    def with_max_units(self, count: int) -> "BoundObjective":
+        """Returns it for rows of at most so many units."""
+        return dataclasses.replace(self, max_units=count)
+
+    def _policy(self, model: Predictor) -> _Scored:
+        return _Scored(model, self.chunk, self.max_units)
+
+
+def bind(config: ObjectiveConfig, *, max_units: int = 1) -> BoundObjective:
+    """Returns the objective that a run names, with its keys."""
+    return BoundObjective(
+        objective=config.objective,
+        keys=config.keys,
+        chunk=config.chunk,
+        balance=config.balance,
+        max_units=max_units,
+    )

@@ -1,0 +1,95 @@
+"""What an objective is: what it asks of a model and of the data, and what it gives."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxft.data.batch import Batch
+
+
+class Terms(NamedTuple):
+    """Sums over a batch, or over each row or unit of it; normalised once, after accumulation.
+
+    Then packing, accumulation, ragged last batches and any device count give the same gradient.
+
+    Attributes:
+      total: float32, the loss, summed.
+      weight: float32, what the sum is divided by: trained tokens, or units.
+      figures: Sum and count of each further figure, by name. Names are those of metrics.jsonl and
+        eval.jsonl, of the bar and of the report.
+    """
+
+    total: Any
+    weight: Any
+    figures: Mapping[str, tuple[Any, Any]] = {}
+
+    def __add__(self, other: Any) -> "Terms":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Adds term by term (a tuple's own `+` would concatenate)."""
+        return jax.tree.map(lambda a, b: a + b, self, other)
+
+    def summed(self) -> "Terms":
+        """Returns the sums over all rows and units."""
+        return jax.tree.map(jax.numpy.sum, self)
+
+
+class Scores(NamedTuple):
+    """What a model says of each target.
+
+    Attributes:
+      log_probs: Log-probability in nats; gradients pass.
+      correct: 1 where the target is the most likely token, else 0.
+    """
+
+    log_probs: Float[Array, "B T"]
+    correct: Float[Array, "B T"]
+
+
+class Policy(Protocol):
+    """The model that learns, as an objective sees it.
+
+    Attributes:
+      max_units: Most units of documents in one row.
+    """
+
+    max_units: int
+
+    def scores(self, batch: Batch) -> Scores:
+        """Returns the scores of all targets, from one pass through the model."""
+        ...
+
+
+def no_expectations(_: Any) -> dict[str, float]:
+    """Returns nothing that must hold at the start of a run."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is learnt. A file defines one as `OBJECTIVE`.
+
+    Attributes:
+      keys: Dataclass of its configuration keys, made with `jaxft.config.key`. A method `problems`
+        may yield texts on keys that do not go together.
+      loss: `(policy, batch, keys) -> Terms` of scalars. Gradients are taken of `total`.
+      rows: The same of each row, `[B]`, or of each unit, `[B, U]`; for evaluation, where every
+        number gets an interval over these.
+      units: What the data gives: `documents`, `pairs` of a preferred and a rejected answer, or
+        `labelled` answers, each beside one that belongs to another prompt.
+      reference: Whether the loss reads `batch["reference"]`, the log-probability that the model
+        which training began with gives each target.
+      whole: `(policy, batch, keys) -> {name: (sum, count)}`, what the loss must know of all
+        micro-batches: made without gradients before it, and given to it as a column of that name,
+        the ratio of the sums.
+      start: `(keys) -> {figure: value}`, what must hold while the policy is the reference.
+    """
+
+    keys: type
+    loss: Callable[[Policy, Batch, Any], Terms]
+    rows: Callable[[Policy, Batch, Any], Terms]
+    units: str = "documents"
+    reference: bool = False
+    whole: Callable[[Policy, Batch, Any], dict[str, tuple[Any, Any]]] | None = None
+    start: Callable[[Any], dict[str, float]] = no_expectations
