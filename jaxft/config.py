@@ -26,7 +26,11 @@ FORMATS = (
     "prompt_completion",
     "columns",
     "text",
+    "preference",
+    "labelled",
 )
+_COLUMN_FORMATS = ("columns", "text", "preference", "labelled")
+"""Formats whose columns can have other names."""
 TEXT_SPLITS = ("paragraph", "line", "file")
 OVERLENGTH = ("error", "drop", "truncate", "split", "cut_prompt_start", "cut_prompt_middle")
 
@@ -115,13 +119,15 @@ class DataConfig:
     )
     format: str = key(
         "auto",
-        "Row format of sources that name none; 'auto' detects it and says so in the log.",
+        "Row format of sources that name none; 'auto' detects it and says so in the log. "
+        "'preference' holds pairs of answers, 'labelled' answers marked as good or bad.",
         choices=FORMATS,
     )
     columns: str = key(
         "",
         "For format 'columns': which columns hold the two texts, 'prompt=question,"
-        "completion=answer'. For format 'text': 'text=body'. Of sources that name none.",
+        "completion=answer'. For format 'text': 'text=body'; 'preference': 'prompt=q,chosen=good,"
+        "rejected=bad'; 'labelled': 'prompt=q,completion=a,label=liked'. Of sources that name none.",
     )
     text_split: str = key(
         "paragraph",
@@ -630,10 +636,10 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
             "data.format is 'columns' but data.columns is empty; set "
             "--config.data.columns=prompt=…,completion=…."
         )
-    if data.columns and data.format not in ("columns", "text"):
+    if data.columns and data.format not in _COLUMN_FORMATS:
         yield (
             f"data.columns is set, but data.format is {data.format!r}; set "
-            "--config.data.format=columns."
+            "--config.data.format=columns, or preference or labelled for answers to be compared."
         )
     yield from _held_out_problems(config)
     if config.eval.patience and not data.validation:

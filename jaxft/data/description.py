@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft.config import DataConfig
-from jaxft.data.documents import (
-    Documents,
-)
+from jaxft.data.documents import Documents
 from jaxft.data.problems import describe_kinds
 from jaxft.data.rows import Statistics
 from jaxft.data.selection import Part, Selection
 from jaxft.data.template import DATE, Template
+from jaxft.data.units import NOUNS, counted_units
 from jaxft.errors import DataError
 from jaxft.formatting import counted
 
@@ -26,16 +25,17 @@ _CONTROL_TOKENS = {
 }
 
 
-def describe_parts(parts: list[Part]) -> Iterator[str]:
-    """Yields a line for each source of a mixture, and where a pass does not hold all documents."""
+def describe_parts(parts: list[Part], units: str) -> Iterator[str]:
+    """Yields a line for each source of a mixture, and where a pass does not hold all of it."""
     if len(parts) == 1 and parts[0].taken == parts[0].documents:
         return
+    plural = f"{NOUNS[units]}s"
     taken = sum(part.taken for part in parts)
     trained = sum(part.trained_tokens for part in parts)
     for part in parts:
         yield (
-            f"{part.name}: {part.taken:,} of {part.documents:,} documents in a pass, "
-            f"{part.taken / taken:.1%} of its documents and "
+            f"{part.name}: {part.taken:,} of {part.documents:,} {plural} in a pass, "
+            f"{part.taken / taken:.1%} of its {plural} and "
             f"{part.trained_tokens / max(trained, 1):.1%} of its trained tokens"
         )
 
@@ -58,9 +58,13 @@ def describe_counts(documents: Documents, selection: Selection, reused: bool) ->
     """Says how large the set is, and of how many documents it is a part."""
     index = documents.index[selection.numbers]
     tokens, trained = int(index["length"].sum()), int(index["trained"].sum())
-    count = counted(len(documents.index), "document")
+    size, units = documents.unit_size, documents.units
+    count = counted_units(len(documents.index) // size, units)
     if len(index) < len(documents.index):
-        count = f"{len(index):,} of {count}"
+        count = f"{len(index) // size:,} of {count}"
+    if units == "labelled" and documents.labels is not None:
+        labels = documents.labels[selection.numbers]
+        count += f" ({(labels > 0).sum():,} desirable, {(labels < 0).sum():,} undesirable)"
     return (
         f"{count}, {tokens:,} tokens, {trained:,} trained "
         f"({trained / max(tokens, 1):.1%}){', from the cache' if reused else ''}"
@@ -102,19 +106,26 @@ def describe_findings(documents: Documents, listed: Path | None = None) -> Itera
 
 def describe_losses(statistics: Statistics, config: DataConfig) -> Iterator[str]:
     """Yields lines on rows, padding, and what was cut or dropped."""
-    packed = statistics.packed
+    packed, units = statistics.packed, statistics.read.units
+    longest = (
+        f"; the longest {NOUNS[units]}: {packed.longest_origin} with {packed.longest:,} tokens"
+    )
     yield (
         f"{counted(packed.rows, 'row')} of {packed.max_length:,} tokens, "
         f"{statistics.padding_share:.1%} padding, packing {config.packing!r}"
+        f"{longest if units != 'documents' else ''}"
     )
     if packed.over_length:
         yield (
-            f"{packed.over_length:,} of {statistics.documents:,} documents are over the limit of "
-            f"{packed.max_length:,} tokens (longest {packed.longest:,}); overlength="
+            f"{packed.over_length:,} of {counted_units(statistics.documents, units)} are over the "
+            f"limit of {packed.max_length:,} tokens (longest {packed.longest:,}); overlength="
             f"{config.overlength!r} loses {statistics.lost_share:.1%} of the trained tokens"
         )
     if packed.dropped:
-        yield f"{packed.dropped:,} documents are in no row: over the limit, or nothing to train"
+        reasons = "over the limit, or nothing to train"
+        if packed.made_equal:
+            reasons += f", or, {packed.made_equal:,} of them, with answers that a cut made equal"
+        yield f"{packed.dropped:,} {NOUNS[units]}s are in no row: {reasons}"
 
 
 def check_skipped(documents: Documents, config: DataConfig, name: str) -> None:
@@ -157,6 +168,7 @@ def no_rows_report(statistics: Statistics, config: DataConfig, name: str) -> str
     if untrained > packed.over_length - dropped:
         remedies.append("give rows with more text, or check data.train_on")
     return (
-        f"{name}: none of {statistics.documents:,} documents is left in a row: "
+        f"{name}: none of {counted_units(statistics.documents, statistics.read.units)} is left in "
+        f"a row: "
         f"{', '.join(reasons)}. {' and '.join(remedies).capitalize()}."
     )

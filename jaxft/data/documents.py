@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from jaxft.data.chat import Example
+from jaxft.data.units import DOCUMENTS_IN
 
 DOCUMENT = np.dtype(
     [
@@ -31,6 +32,7 @@ class DocumentStatistics:
     """What was read. Counts of tokens are before packing and before any cut.
 
     Attributes:
+      units: What belongs together: 'documents' alone, 'pairs', or 'labelled' answers with another.
       sources: Names, in the order that `DOCUMENT["source"]` counts.
       formats: Name and description of each source's format.
       chat: Whether there are conversations among the documents.
@@ -49,9 +51,10 @@ class DocumentStatistics:
       control_rows: Number of rows that spell one.
       control_policy: What became of them, as `data.control_tokens` says.
       unused_keys: Key of messages that nobody reads -> number of conversations that have it.
-      digest: Hash of all tokens and of which are trained.
+      digest: Hash of all tokens, of which are trained, and of the labels.
     """
 
+    units: str = "documents"
     sources: list[str] = field(default_factory=list)
     formats: list[str] = field(default_factory=list)
     chat: bool = False
@@ -77,17 +80,24 @@ class DocumentWriter:
     """Appends documents to a folder; memory use does not grow with their number.
 
     A context manager: leaving it completes the files.
+
+    Args:
+      folder: An empty folder.
+      units: What belongs together; anything but 'documents' has labels.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, units: str = "documents"):
         self._folder = folder
         self._files = contextlib.ExitStack()
         self._tokens = self._files.enter_context((folder / "tokens.bin").open("wb"))
         self._trained = self._files.enter_context((folder / "trained.bin").open("wb"))
         self._documents = self._files.enter_context((folder / "documents.bin").open("wb"))
+        self._labels = None
+        if units != "documents":
+            self._labels = self._files.enter_context((folder / "labels.bin").open("wb"))
         self._digest = hashlib.sha256()
         self._row = (-1, -1)
-        self.statistics = DocumentStatistics()
+        self.statistics = DocumentStatistics(units=units)
 
     def __enter__(self) -> Self:
         return self
@@ -98,9 +108,16 @@ class DocumentWriter:
         write_json(self._folder / "statistics.json", dataclasses.asdict(self.statistics))
 
     def add(
-        self, example: Example, *, source: int, line: int, content_hash: int, row: int | None = None
+        self,
+        example: Example,
+        *,
+        source: int,
+        line: int,
+        content_hash: int,
+        row: int | None = None,
+        label: int = 0,
     ) -> None:
-        """Appends one document; `row` is by default its line."""
+        """Appends one document; `row` is by default its line, and `label` is kept for units."""
         totals = self.statistics
         trained = int(example.trained[1:].sum())
         row = line if row is None else row
@@ -114,6 +131,9 @@ class DocumentWriter:
             file.write(values.tobytes())
             self._digest.update(values.tobytes())
         self._documents.write(np.array([record], DOCUMENT).tobytes())
+        if self._labels is not None:
+            self._labels.write(np.int8(label).tobytes())
+            self._digest.update(np.int8(label).tobytes())
         totals.documents += 1
         totals.tokens += len(example.ids)
         totals.trained_tokens += trained
@@ -125,7 +145,18 @@ class DocumentWriter:
 
 
 class Documents:
-    """Memory-mapped documents of a folder that `DocumentWriter` filled."""
+    """Memory-mapped documents of a folder that `DocumentWriter` filled.
+
+    Attributes:
+      tokens: int32 `[tokens]`, of all documents one behind the other.
+      trained: uint8 `[tokens]`; 1 where a token carries loss.
+      index: `DOCUMENT` records, one for each document.
+      labels: int8 `[documents]`: 1 for preferred answers, -1 for rejected ones, 0 for answers of
+        other rows; None if there are no units.
+      units: What belongs together, one of `units.UNITS`.
+      unit_size: Number of documents in a unit; units stand one behind the other.
+      statistics: What was read.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -133,6 +164,11 @@ class Documents:
         self.trained = map_array(folder / "trained.bin", np.dtype("u1"))
         self.index = map_array(folder / "documents.bin", DOCUMENT)
         self.statistics = DocumentStatistics(**json.loads((folder / "statistics.json").read_text()))
+        self.units = self.statistics.units
+        self.unit_size = DOCUMENTS_IN[self.units]
+        self.labels = None
+        if self.units != "documents":
+            self.labels = map_array(folder / "labels.bin", np.dtype("i1"))
 
     def origin(self, number: int) -> str:
         """Returns `file:line` of a document."""

@@ -20,7 +20,12 @@ from jaxft.errors import ConfigError
 _BINS = 12
 # Documents longer than so many times almost all others stand apart in the histogram.
 _FAR = 2
-_SHOWN_DOCUMENTS = 3
+_SHOWN_UNITS = 3
+_LABELS = {
+    "pairs": {1: "chosen", -1: "rejected"},
+    "labelled": {1: "desirable", -1: "undesirable", 0: "with the answer of the next row"},
+}
+"""What documents are called by their label, in units of each kind."""
 _SHOWN_TOKENS = 240
 _SHOWN_RUNS = 8
 
@@ -31,6 +36,7 @@ def inspect(
     *,
     sources: Mapping[str, str] | None = None,
     context: int = 0,
+    units: str = "documents",
     on_progress: Callable[[str], Any] = lambda text: None,
 ) -> Report:
     """Reads the data of a run just as training does, and describes it.
@@ -42,10 +48,11 @@ def inspect(
       tokenizer: A Hugging Face tokenizer.
       sources: Held-out sets by name; by default `data.validation`.
       context: Tokens that the model was made for; 0: not known.
+      units: What the objective takes, as `prepare` has it.
       on_progress: Called with lines of text while long work is under way.
 
     Raises:
-      ConfigError: If no data is named.
+      ConfigError: If no data is named, or units would be torn apart.
       DataError: For rows that cannot be read, as training would.
     """
     if sources is None:
@@ -61,7 +68,7 @@ def inspect(
     sets: list[SetReport] = []
     train = None
     for name, source, training in named:
-        rows, refusal = _rows(name, source, training, config, tokenizer, on_progress)
+        rows, refusal = _rows(name, source, training, config, tokenizer, units, on_progress)
         sets.append(_set_report(name, rows, refusal, train))
         train = rows if training else train
     template = resolve_template(tokenizer, config.data)
@@ -83,11 +90,12 @@ def _rows(
     training: bool,
     config: RunConfig,
     tokenizer: Any,
+    units: str,
     on_progress: Callable[[str], Any],
 ) -> tuple[TokenRows, str]:
     """Returns the rows, and why a run would refuse them."""
 
-    def read(data: DataConfig) -> TokenRows:
+    def read(data: DataConfig, *, may_be_empty: bool = False) -> TokenRows:
         return prepare(
             source,
             data,
@@ -95,19 +103,24 @@ def _rows(
             seed=config.train.seed,
             training=training,
             name=name,
+            units=units,
             on_log=lambda text: None,  # the report says all that is to be said
             on_progress=on_progress,
+            may_be_empty=may_be_empty,
         )
 
     try:
         return read(config.data), ""
     except PackingError as error:
-        return read(dataclasses.replace(config.data, overlength="split")), str(error)
+        data = dataclasses.replace(config.data, overlength="drop")
+        return read(data, may_be_empty=True), str(error)
 
 
 def _set_report(name: str, rows: TokenRows, refusal: str, train: TokenRows | None) -> SetReport:
-    index = rows.documents.index[rows.numbers]
-    counts, edges = np.histogram(index["length"], bins=_bin_edges(index["length"]))
+    units = rows.documents.index[rows.numbers].reshape(-1, rows.unit_size)
+    lengths = units["length"].sum(axis=1)
+    counts, edges = np.histogram(lengths, bins=_bin_edges(lengths))
+    index = units[:, 0]
     # A conversation that gave several examples is one document of the source, not a duplicate.
     places = np.stack([index["source"], index["row"]])
     first = np.ones(len(index), bool)
@@ -134,30 +147,39 @@ def _bin_edges(lengths: np.ndarray) -> np.ndarray:
 
 def _samples(rows: TokenRows, tokenizer: Any) -> Iterator[Sample]:
     documents = rows.documents
-    for number in rows.numbers[:_SHOWN_DOCUMENTS]:
-        record = documents.index[number]
-        begin, end = int(record["start"]), int(record["start"] + record["length"])
-        trained = documents.trained[begin:end].astype(bool)
-        trained[:1] = False  # nothing predicts the first token
-        cuts = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
-        bounds = list(itertools.pairwise(cuts))
-        shown = _shown_tokens([last - first for first, last in bounds])
-        runs: list[tuple[str, bool | None]] = []
-        for (first, last), room in zip(bounds, shown, strict=True):
-            tokens = documents.tokens[begin + first : begin + last]
-            if not room:  # one note for all runs that are left out
-                left_out = sum(b - a for (a, b), r in zip(bounds, shown, strict=True) if not r)
-                note = f" … {left_out:,} tokens in {shown.count(0):,} parts … "
-                runs += [] if runs[-1][1] is None else [(note, None)]
-            elif room < len(tokens):
-                runs += [
-                    (tokenizer.decode(tokens[: room // 2]), bool(trained[first])),
-                    (f" … {len(tokens) - room:,} tokens … ", None),
-                    (tokenizer.decode(tokens[-((room + 1) // 2) :]), bool(trained[first])),
-                ]
-            else:
-                runs.append((tokenizer.decode(tokens), bool(trained[first])))
-        yield Sample(documents.origin(number), runs)
+    for number in rows.numbers[: _SHOWN_UNITS * rows.unit_size]:
+        label = ""
+        if documents.labels is not None:
+            label = _LABELS[documents.units][int(documents.labels[number])]
+        yield Sample(documents.origin(number), label, _runs(rows, number, tokenizer))
+
+
+def _runs(rows: TokenRows, number: int, tokenizer: Any) -> list[tuple[str, bool | None]]:
+    """Returns the texts of a document by whether they are trained, long ones shortened."""
+    documents = rows.documents
+    record = documents.index[number]
+    begin, end = int(record["start"]), int(record["start"] + record["length"])
+    trained = documents.trained[begin:end].astype(bool)
+    trained[:1] = False  # nothing predicts the first token
+    cuts = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
+    bounds = list(itertools.pairwise(cuts))
+    shown = _shown_tokens([last - first for first, last in bounds])
+    runs: list[tuple[str, bool | None]] = []
+    for (first, last), room in zip(bounds, shown, strict=True):
+        tokens = documents.tokens[begin + first : begin + last]
+        if not room:  # one note for all runs that are left out
+            left_out = sum(b - a for (a, b), r in zip(bounds, shown, strict=True) if not r)
+            note = f" … {left_out:,} tokens in {shown.count(0):,} parts … "
+            runs += [] if runs[-1][1] is None else [(note, None)]
+        elif room < len(tokens):
+            runs += [
+                (tokenizer.decode(tokens[: room // 2]), bool(trained[first])),
+                (f" … {len(tokens) - room:,} tokens … ", None),
+                (tokenizer.decode(tokens[-((room + 1) // 2) :]), bool(trained[first])),
+            ]
+        else:
+            runs.append((tokenizer.decode(tokens), bool(trained[first])))
+    return runs
 
 
 def _shown_tokens(lengths: list[int]) -> list[int]:

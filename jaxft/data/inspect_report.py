@@ -16,6 +16,7 @@ from jaxft.data.description import describe_findings
 from jaxft.data.overlap import Overlap
 from jaxft.data.preparation import skipped_rows
 from jaxft.data.rows import TokenRows
+from jaxft.data.units import NOUNS
 
 _BAR_WIDTH = 40
 _SHOWN_SKIPPED = 3
@@ -34,14 +35,15 @@ class SetReport:
 
     Attributes:
       name: 'train', 'validation' or as evaluation calls it.
-      rows: The packed rows, with their statistics; of a refused set, what `data.overlength=split`
-        would make of it.
+      rows: The packed rows, with their statistics; of a refused set, what `data.overlength=drop`
+        would leave of it.
       refusal: Why training or evaluation would refuse the set, such as over-length documents; empty
         if it would not.
-      edges: Token lengths that bound the bins of the histogram, int64 `[bins + 1]`; the last bin is
-        wider where few documents are far longer than all others.
+      edges: Token lengths of documents, or of units of preferences, that bound the bins of the
+        histogram, int64 `[bins + 1]`; the last bin is wider where few are far longer than all
+        others.
       counts: Documents in each bin, int64 `[bins]`.
-      duplicates: Documents whose content, but for case and white space, came before.
+      duplicates: Documents or units whose content, but for case and white space, came before.
       overlap: Documents that are in the training set too; None for that set itself, and without it.
     """
 
@@ -60,11 +62,13 @@ class Sample:
 
     Attributes:
       origin: `file:line`.
+      label: What it is in its unit, such as 'chosen'; empty for documents alone.
       runs: Texts of runs of tokens that are all trained (True) or all masked (False), and what
         stands for tokens that are not shown (None).
     """
 
     origin: str
+    label: str
     runs: list[tuple[str, bool | None]]
 
 
@@ -116,9 +120,9 @@ class Report:
         for item in self.sets:
             yield from _notes(item, self.config, self.context)
         for item in self.sets:
-            yield _heading(f"Tokens in a document: {item.name}")
+            yield _heading(f"Tokens in a {_noun(item)}: {item.name}")
             yield _histogram(item)
-        yield _heading("The first documents")
+        yield _heading(f"The first {_noun(self.sets[0])}s")
         marks = _marks(console, options)
         legend = ("trained tokens".join(marks), _TRAINED_STYLE)
         yield Text.assemble(legend, ", ", ("masked", _MASKED_STYLE))
@@ -140,6 +144,10 @@ def _relation(item: SetReport, first: SetReport) -> str:
     return f"a part of the same data as {first.name}"
 
 
+def _noun(item: SetReport) -> str:
+    return NOUNS[item.rows.documents.units]
+
+
 def _heading(text: str) -> Text:
     return Text(f"\n{text}", style="bold")
 
@@ -152,9 +160,10 @@ def _counts_table(sets: list[SetReport]) -> Table:
     def packed(item: SetReport, value: str) -> str:
         return "–" if item.refusal else value
 
+    noun = _noun(sets[0])
     rows: list[tuple[str, Callable[[SetReport], str]]] = [
         ("bad rows left out", lambda item: f"{item.rows.statistics.read.skipped:,}"),
-        ("documents", lambda item: f"{item.rows.statistics.documents:,}"),
+        (f"{noun}s", lambda item: f"{item.rows.statistics.documents:,}"),
         ("exact duplicates", lambda item: f"{item.duplicates:,}"),
         (
             "also in training",
@@ -163,7 +172,7 @@ def _counts_table(sets: list[SetReport]) -> Table:
         ("tokens", lambda item: f"{item.rows.statistics.packed.document_tokens:,}"),
         ("trained tokens", lambda item: f"{item.rows.statistics.packed.document_trained_tokens:,}"),
         ("masked share", lambda item: f"{_masked_share(item):.1%}"),
-        ("longest document", lambda item: f"{item.rows.statistics.packed.longest:,}"),
+        (f"longest {noun}", lambda item: f"{item.rows.statistics.packed.longest:,}"),
         ("over max_length", lambda item: f"{item.rows.statistics.packed.over_length:,}"),
         ("in no row", lambda item: packed(item, f"{item.rows.statistics.dropped:,}")),
         (
@@ -185,7 +194,9 @@ def _parts_table(sets: list[SetReport]) -> Iterator[Table]:
     parts = [(item.name, part) for item in sets for part in item.rows.statistics.packed.parts]
     if len(parts) == len(sets) and all(part.taken == part.documents for _, part in parts):
         return
-    headings = ("\nset", "\nsource", "docu-\nments", "in a\npass", "share of\ndocuments")
+    many = f"{NOUNS[sets[0].rows.documents.units].rpartition(' ')[2]}s"
+    column = "docu-\nments" if many == "documents" else f"\n{many}"
+    headings = ("\nset", "\nsource", column, "in a\npass", f"share of\n{many}")
     table = Table(*headings, "of trained\ntokens", box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
@@ -214,11 +225,10 @@ def _notes(item: SetReport, config: DataConfig, context: int) -> Iterator[Text |
 
 
 def _overlap_note(item: SetReport, overlap: Overlap) -> Panel:
-    documents = item.rows.statistics.documents
-    share = f"{overlap.count / documents:.1%}"
+    count, noun = item.rows.statistics.documents, _noun(item)
     text = (
-        f"{overlap.count:,} of {documents:,} {item.name} documents ({share}) are in the training "
-        f"set, such as {'; '.join(overlap.examples)}. Figures on {item.name} "
+        f"{overlap.count:,} of {count:,} {item.name} {noun}s ({overlap.count / count:.1%}) are in "
+        f"the training set, such as {'; '.join(overlap.examples)}. Figures on {item.name} "
         "are then better than on new data: take them out of one of the two."
     )
     return Panel(Text(text), title=f"{item.name} is trained on", style=_ALARM_STYLE)
@@ -227,8 +237,9 @@ def _overlap_note(item: SetReport, overlap: Overlap) -> Panel:
 def _context_note(item: SetReport, config: DataConfig, context: int) -> Text:
     said = f"{item.name}: data.max_length {config.max_length:,} is beyond the model's context of "
     said += f"{context:,} tokens"
-    longest = min(item.rows.statistics.packed.longest, config.max_length)
-    longest = config.max_length if config.packing == "stream" else longest
+    rows = item.rows
+    longest = int(rows.documents.index["length"][rows.numbers].max())
+    longest = config.max_length if config.packing == "stream" else min(longest, config.max_length)
     if longest <= context:
         return Text(f"{said}; no document is longer than that, so that rows only hold more of them")
     return Text(
@@ -270,4 +281,5 @@ def _sample_panel(sample: Sample, marks: tuple[str, str]) -> Panel:
             text.append(run.join(marks), style=_TRAINED_STYLE)
         else:
             text.append(run, style=_MASKED_STYLE)
-    return Panel(text, title=Text(sample.origin), title_align="left")
+    title = f"{sample.origin}: {sample.label}" if sample.label else sample.origin
+    return Panel(text, title=Text(title), title_align="left")

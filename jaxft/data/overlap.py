@@ -16,7 +16,7 @@ class Overlap:
     """Documents of a held-out set that are trained on too.
 
     Attributes:
-      count: Their number.
+      count: Number of them, or of units of preferences.
       examples: Some of them: `file:line` of the set, and that of the training data.
     """
 
@@ -29,8 +29,9 @@ def find_overlap(held_out: TokenRows, train: TokenRows) -> Overlap:
 
     Of the training data a stretch at a time is in memory.
     """
-    hashes = held_out.documents.index["hash"][held_out.numbers]
-    trained = train.numbers
+    numbers = held_out.numbers[:: held_out.unit_size]
+    hashes = held_out.documents.index["hash"][numbers]
+    trained = train.numbers[:: train.unit_size]
     wanted = np.unique(hashes)
     where = np.full(len(wanted), -1)  # of each the first document of the training data
     for start in range(0, len(trained), _STRETCH):
@@ -39,10 +40,10 @@ def find_overlap(held_out: TokenRows, train: TokenRows) -> Overlap:
         hits = np.flatnonzero((wanted[places] == part) & (where[places] < 0))[::-1]
         where[places[hits]] = start + hits
     found = where[np.searchsorted(wanted, hashes)]
-    numbers = np.flatnonzero(found >= 0)
+    hits = np.flatnonzero(found >= 0)
     examples = [
-        f"{held_out.documents.origin(int(held_out.numbers[number]))} = "
-        f"{train.documents.origin(int(trained[found[number]]))}"
-        for number in numbers[:_EXAMPLES]
+        f"{held_out.documents.origin(int(numbers[hit]))} = "
+        f"{train.documents.origin(int(trained[found[hit]]))}"
+        for hit in hits[:_EXAMPLES]
     ]
-    return Overlap(len(numbers), examples)
+    return Overlap(len(hits), examples)

@@ -22,7 +22,14 @@ from jaxft.data.discovery import find_sources
 from jaxft.data.documents import (
     Documents,
 )
-from jaxft.data.formats import Conversation, Document, Format, read_items
+from jaxft.data.formats import (
+    Conversation,
+    Document,
+    Format,
+    Labelled,
+    conversations_of,
+    read_items,
+)
 from jaxft.data.loader import PACKED, shuffled
 from jaxft.data.packing import PackingError, PackingStatistics, pack
 from jaxft.data.problems import IgnoredProblems, Problems
@@ -31,6 +38,7 @@ from jaxft.data.selection import Selection, select
 from jaxft.data.sources import Source
 from jaxft.data.template import Template, resolve_template
 from jaxft.data.tokenising import Log, is_separated, write_documents
+from jaxft.data.units import check_units
 from jaxft.errors import DataError
 
 VERSION = 7
@@ -45,7 +53,9 @@ def prepare(
     seed: int,
     training: bool,
     name: str = "",
+    units: str = "documents",
     listed: Path | None = None,
+    may_be_empty: bool = False,
     on_log: Log = print,
     on_progress: Log | None = None,
 ) -> TokenRows:
@@ -61,8 +71,11 @@ def prepare(
         documents share a row when training with shuffling.
       training: Whether the rows are trained on; evaluation keeps the order of the source.
       name: How the data set is called in the log.
+      units: What the objective takes, which is packed as one: 'documents', 'pairs' of a chosen and
+        a rejected answer, or 'labelled' answers, each with the answer of another row beside it.
       listed: The file that the caller copies the list of bad rows to, for the log; by default the
         one in the cache.
+      may_be_empty: Return no rows where the policies leave none, and do not raise.
       on_log: Called with lines of text on what was found.
       on_progress: Called with lines on how far long work is; by default `on_log`.
 
@@ -70,9 +83,10 @@ def prepare(
       Memory-mapped rows with their statistics.
 
     Raises:
-      ConfigError: For options that cannot be understood.
+      ConfigError: For options that cannot be understood, or that would tear units apart.
       DataError: For rows that cannot be trained on, the first 20 at once, and if none are left.
     """
+    check_units(units, config)
     name = name or ("train" if training else "validation")
 
     def say(text: str) -> None:
@@ -84,10 +98,20 @@ def prepare(
     sources = _find(source, config, training)
     template = resolve_template(tokenizer, config)
     folder = cache_folder(config)
-    key = document_key(sources, config, tokenizer, template, seed=seed)
+    key = document_key(sources, config, tokenizer, template, seed=seed, units=units)
 
     def build(target: Path) -> None:
-        write_documents(target, sources, config, tokenizer, template, name, say_progress, seed=seed)
+        write_documents(
+            target,
+            sources,
+            config,
+            tokenizer,
+            template,
+            name,
+            say_progress,
+            seed=seed,
+            units=units,
+        )
 
     found, reused = cache.find_or_build(folder, f"documents-{key}", build)
     documents = Documents(found)
@@ -101,12 +125,12 @@ def prepare(
         )
     selection = _select(documents, sources, source, config, training, seed, name)
     say(describe_counts(documents, selection, reused))
-    for line in describe_parts(selection.parts):
+    for line in describe_parts(selection.parts, units):
         say(line)
     rows = _packed(documents, selection, key, config, tokenizer, folder, seed, training, name)
     for line in describe_losses(rows.statistics, config):
         say(line)
-    if not len(rows):
+    if not len(rows) and not may_be_empty:
         raise PackingError(no_rows_report(rows.statistics, config, name))
     return rows
 
@@ -127,6 +151,8 @@ def conversations(
 ) -> Iterator[Conversation]:
     """Yields conversations in order, for answers to be generated and compared.
 
+    Of a pair it is the one with the chosen answer, and of labelled answers those that are good.
+
     Args:
       source: As for `prepare`.
       config: How to read them.
@@ -142,18 +168,22 @@ def conversations(
     """
     assert rows is not None or not held_out_share(source), "only the rows tell the held-out part"
     count = 0
+    units = "documents" if rows is None else rows.documents.units
     judged = rows is not None or config.bad_rows == "skip"
     problems = IgnoredProblems(source) if judged else Problems(source)
     for number, item_source in enumerate(_find(source, config, training)):
         say_format = functools.partial(_say_format, where=item_source.name, on_log=on_log)
         chosen = None if rows is None else _row_numbers(rows, number)
-        for _, item in read_items(item_source, problems, on_format=say_format, chosen=chosen):
+        items = read_items(item_source, problems, on_format=say_format, chosen=chosen, units=units)
+        for _, item in items:
             if isinstance(item, Document):
                 raise DataError(
                     f"{item.origin}: plain text has no answers to compare with. Set "
                     "--config.eval.answers=none, or use data in a conversation format."
                 )
-            yield item
+            if isinstance(item, Labelled) and not item.desirable:
+                continue  # no answer to be compared with
+            yield conversations_of(item)[0]
             count += 1
             if count == maximum:
                 return
@@ -174,11 +204,19 @@ def skipped_rows(rows: TokenRows) -> Iterator[dict[str, Any]]:
 
 
 def document_key(
-    sources: list[Source], config: DataConfig, tokenizer: Any, template: Template, *, seed: int
+    sources: list[Source],
+    config: DataConfig,
+    tokenizer: Any,
+    template: Template,
+    *,
+    seed: int,
+    units: str = "documents",
 ) -> str:
     """Names the tokens of these sources under these options; packing is named separately."""
+    only_last = units != "documents"
     return cache.make_key(
         {
+            **({"units": units} if only_last else {}),
             "version": VERSION,
             "sources": [_source_key(source, seed) for source in sources],
             "tokenizer": cache.tokenizer_fingerprint(tokenizer),
@@ -186,7 +224,7 @@ def document_key(
             "stops": dict(template.stops),
             "control_tokens": config.control_tokens,
             "thinking": config.thinking,
-            "train_on": config.train_on,
+            "train_on": "completion" if only_last else config.train_on,
             "separated": is_separated(config, tokenizer),
             "bad_rows": config.bad_rows,
         }
@@ -247,8 +285,8 @@ def _packed(
 ) -> TokenRows:
     mixed = config.shuffle and config.packing == "documents" and training
     pad = tokenizer.pad_token_id or 0
-    count = len(selection.numbers)
-    partial = count < len(documents.index)
+    partial = len(selection.numbers) < len(documents.index)
+    count = len(selection.numbers) // documents.unit_size
     ingredients = {
         "documents": key,
         "numbers": hashlib.sha256(selection.numbers.tobytes()).hexdigest() if partial else "all",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxft.data.batch import Batch
+from jaxft.data.batch import COLUMNS, STANDARD, Batch
 from jaxft.data.documents import Documents, DocumentStatistics, map_array, write_json
 from jaxft.data.packing import PackingStatistics, Piece
 from jaxft.data.selection import Part
@@ -104,7 +104,8 @@ class TokenRows(Sequence[Batch]):
       documents: The tokens that the rows are made of, and those of other rows.
       statistics: What was read and what became of it.
       max_length: Tokens in a row, T.
-      digest: Hash of all that the rows hold, wherever the files lie that they were made from.
+      digest: Hash of all that the rows hold, wherever the files lie that they were made from;
+        attached columns are no part of it.
     """
 
     def __init__(self, documents: Documents, folder: Path):
@@ -121,6 +122,7 @@ class TokenRows(Sequence[Batch]):
         self.statistics = Statistics(documents.statistics, PackingStatistics(**values))
         self.max_length = self.statistics.packed.max_length
         self._numbers = folder / "numbers.bin"
+        self._attached: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -134,19 +136,31 @@ class TokenRows(Sequence[Batch]):
 
     @property
     def unit_size(self) -> int:
-        """Documents that belong together: 1, or 2 in preferences."""
-        return 1
-
-    def unit_keys(self, number: int) -> list[tuple[int, int]]:
-        """Returns source and data row of each unit in a row."""
-        first = self.begun(self.pieces(number))[:: self.unit_size]
-        index = self.documents.index
-        return [(int(index[i]["source"]), int(index[i]["row"])) for i in first]
+        """Number of documents in a unit: 1, or 2 in preferences."""
+        return self.documents.unit_size
 
     @property
     def max_units(self) -> int:
         """Most units of one row."""
         return self.max_segments // self.unit_size
+
+    def attach(self, name: str, values: np.ndarray) -> None:
+        """Adds a column to all rows, which batches have from then on; 0 in rows of padding.
+
+        Args:
+          name: The column.
+          values: float32 `[rows, T]`, an array or a memory map.
+
+        Raises:
+          ValueError: If they are of another shape or dtype.
+        """
+        shape = (len(self), self.max_length)
+        if values.shape != shape or values.dtype != np.float32:
+            raise ValueError(
+                f"column {name!r} is {values.dtype} {list(values.shape)}; expected float32 "
+                f"{list(shape)}"
+            )
+        self._attached[name] = values
 
     @property
     def is_chat(self) -> bool:
@@ -185,6 +199,37 @@ class TokenRows(Sequence[Batch]):
         """Returns `file:line` of the documents in a row."""
         return [self.documents.origin(place) for place in self.begun(self.pieces(number))]
 
+    def unit_origins(self, number: int) -> list[str]:
+        """Returns `file:line` of each unit in a row."""
+        return [self.documents.origin(place) for place in self._units_begun(number)]
+
+    def unit_keys(self, number: int) -> list[tuple[int, int, int]]:
+        """Returns (source, data row, place among the units of that data row) of each unit in a row.
+
+        They are the same however units are packed, so that two evaluations can be compared by them.
+        """
+        index, size = self.documents.index, self.unit_size
+        keys = []
+        for first in self._units_begun(number).tolist():
+            source, row = int(index[first]["source"]), int(index[first]["row"])
+            place = 0
+            while first >= size * (place + 1):
+                before = index[first - size * (place + 1)]
+                if (before["source"], before["row"]) != (source, row):
+                    break
+                place += 1
+            keys.append((source, row, place))
+        return keys
+
+    def _units_begun(self, number: int) -> np.ndarray:
+        """Returns the first document of each unit in a row."""
+        return self._documents_begun(number)[:: self.unit_size]
+
+    def _documents_begun(self, number: int) -> np.ndarray:
+        """Returns the document of each segment of a row, int64 `[segments]`."""
+        is_first = self._joined[self._offsets[number] : self._offsets[number + 1]] == 0
+        return self.begun(self.pieces(number)[is_first])
+
     def begun(self, pieces: np.ndarray) -> np.ndarray:
         """Returns the documents in which pieces `[pieces, 2]` begin, int64 `[pieces]`."""
         return np.searchsorted(self.documents.index["start"], pieces[:, 0], side="right") - 1
@@ -200,13 +245,11 @@ class TokenRows(Sequence[Batch]):
 
     def _empty_batch(self, count: int) -> Batch:
         shape = (count, self.max_length)
-        return Batch(
-            tokens=np.full(shape, self._pad, np.int32),
-            targets=np.full(shape, self._pad, np.int32),
-            weights=np.zeros(shape, np.float32),
-            positions=np.zeros(shape, np.int32),
-            segments=np.zeros(shape, np.int32),
-        )
+        names = STANDARD if self.documents.labels is None else COLUMNS
+        columns = {name: np.zeros(shape, COLUMNS[name]) for name in names}
+        columns["tokens"][:] = columns["targets"][:] = self._pad
+        columns |= {name: np.zeros(shape, np.float32) for name in self._attached}
+        return Batch(**columns)
 
     def _fill(self, batch: Batch, place: int, number: int) -> None:
         start = first = segment = 0
@@ -224,3 +267,14 @@ class TokenRows(Sequence[Batch]):
             batch.positions[place, start:stop] = np.arange(start - first, stop - first)
             batch.segments[place, start:stop] = segment
             start = stop
+        if self.documents.labels is not None:
+            self._fill_labels(batch, place, number)
+        for name, values in self._attached.items():
+            batch[name][place] = values[number]
+
+    def _fill_labels(self, batch: Batch, place: int, number: int) -> None:
+        """Writes for each token the label of its document and the number of its unit."""
+        segments = batch.segments[place]
+        labels = np.asarray(self.documents.labels)[self._documents_begun(number)]
+        batch["labels"][place] = np.append(0, labels)[segments]
+        batch["units"][place] = (segments + self.unit_size - 1) // self.unit_size

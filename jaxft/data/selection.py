@@ -19,7 +19,7 @@ class Part:
 
     Attributes:
       name: The source as it is written, a glob for all of its files.
-      documents: Documents that there are, without those held out.
+      documents: Documents that there are, or units of preferences, without those held out.
       taken: Those in a pass.
       trained_tokens: Their trained tokens, before any cut.
     """
@@ -90,8 +90,14 @@ def select(
             f"{name}: a pass with these weights has no document, because {empty} has none. Leave "
             "that source out."
         )
+    size = documents.unit_size
     parts = [
-        Part(spec.name, int(there[i]), int((taken == i).sum()), int(trained[taken == i].sum()))
+        Part(
+            spec.name,
+            int(there[i]) // size,
+            int((taken == i).sum()) // size,
+            int(trained[taken == i].sum()),
+        )
         for i, spec in enumerate(groups)
     ]
     return Selection(numbers, parts)

@@ -10,18 +10,31 @@ import glob
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxft.config import FORMATS, TEXT_SPLITS, DataConfig
 from jaxft.errors import ConfigError, collected, nearest
 
-COLUMNS = {"columns": ("prompt", "completion", "system"), "text": ("text",)}
-"""Which columns can be named in a format; of the required ones, the first two come first."""
+COLUMNS = {
+    "columns": ("prompt", "completion", "system"),
+    "text": ("text",),
+    "preference": ("chosen", "rejected", "prompt", "system"),
+    "labelled": ("prompt", "completion", "label", "system"),
+}
+"""Columns that can be named in a format; those that must be named come first."""
 
-_REQUIRED = {"columns": ("prompt", "completion"), "text": ("text",)}
-_OPTIONS = ("format", "prompt", "completion", "system", "text", "text_split", "weight", "limit")
+_REQUIRED = {
+    "columns": ("prompt", "completion"),
+    "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "labelled": ("prompt", "completion", "label"),
+}
+_NAMED = tuple(dict.fromkeys(sum(COLUMNS.values(), ())))
+_OPTIONS = ("format", *_NAMED, "text_split", "weight", "limit")
+_MUST_NAME = ("columns",)
+"""Formats that are nothing without named columns."""
 _OUTSIDE_BRACKETS = r"(?![^\[]*\])"
 _OPTION = re.compile(r"(?P<name>[A-Za-z_]+)=(?P<value>.*)", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -174,10 +187,10 @@ def _matches(pattern: str) -> Iterator[str]:
 
 def _spec(part: str, name: str, options: dict[str, str], config: DataConfig) -> SourceSpec:
     problems: list[str] = []
-    columns = tuple((key, options[key]) for key in options if key in sum(COLUMNS.values(), ()))
+    columns = tuple((key, options[key]) for key in options if key in _NAMED)
     row_format = options.get("format", "")
     if not row_format and columns:
-        row_format = "text" if dict(columns).keys() == {"text"} else "columns"
+        row_format = _format_of(dict(columns))
     if not row_format:
         row_format = config.format
         with collected(problems):
@@ -216,14 +229,23 @@ def _spec(part: str, name: str, options: dict[str, str], config: DataConfig) -> 
     )
 
 
+def _format_of(columns: Mapping[str, str]) -> str:
+    """Returns the format in which columns of these names are read."""
+    if columns.keys() == {"text"}:
+        return "text"
+    if columns.keys() & {"chosen", "rejected"}:
+        return "preference"
+    return "labelled" if "label" in columns else "columns"
+
+
 def _check_columns(columns: tuple[tuple[str, str], ...], row_format: str, where: str) -> None:
     known = COLUMNS.get(row_format, ())
     if not known:
         raise ConfigError(
             f"{where} names columns, but the format is {row_format!r}; they belong to the formats "
-            "'columns' and 'text'."
+            f"{', '.join(map(repr, COLUMNS))}."
         )
-    if row_format == "text" and not columns:
+    if row_format not in _MUST_NAME and not columns:
         return
     mapping = dict(columns)
     problems = [

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -15,11 +16,13 @@ from jaxft.data.documents import (
     add_counts,
     skipped_file,
 )
-from jaxft.data.formats import Conversation, Document, Format, read_items
+from jaxft.data.formats import Conversation, Document, Format, Item, read_items
 from jaxft.data.loader import LIMITED, sample_numbers
 from jaxft.data.problems import IgnoredProblems, Problems, RowError, describe_kinds
 from jaxft.data.sources import Row, Source
 from jaxft.data.template import Template, check_can_stop
+from jaxft.data.unit_tokenising import Unit, UnitTokeniser
+from jaxft.data.units import DOCUMENTS_IN, counted_units
 from jaxft.errors import DataError
 
 Log = Callable[[str], Any]
@@ -38,6 +41,7 @@ def write_documents(
     say: Log,
     *,
     seed: int,
+    units: str = "documents",
 ) -> None:
     """Writes all documents of the sources to a folder.
 
@@ -47,38 +51,85 @@ def write_documents(
     skipped = skipped_file(folder) if config.bad_rows == "skip" else None
     problems = Problems(name, skipped=skipped)
     chosen = _sample_rows(sources, seed, say)
-    separated = is_separated(config, tokenizer)
-    tokenise = Tokeniser(tokenizer, config, template, problems)
     last_said = time.monotonic()
-    with DocumentWriter(folder) as writer:
-        writer.statistics.control_policy = config.control_tokens
-        for number, source in enumerate(sources):
-            writer.statistics.sources.append(source.origin(0).rpartition(":")[0])
-            on_format = functools.partial(
-                _note_format,
-                where=source.name,
-                template=template,
-                tokenizer=tokenizer,
-                statistics=writer.statistics,
-            )
-            items = read_items(source, problems, on_format=on_format, chosen=chosen[number])
-            items = _noted(items, writer.statistics)
-            separator = _SEPARATORS[source.spec.text_split] if separated else ""
-            for row, content_hash, example in tokenise(items, separator=separator):
-                writer.add(
-                    example,
-                    source=number,
-                    line=row.line,
-                    row=row.number,
-                    content_hash=content_hash,
-                )
-                if time.monotonic() - last_said > _SECONDS_BETWEEN_LOGS:
-                    last_said = time.monotonic()
-                    say(f"tokenised {writer.statistics.documents:,} documents so far")
+    trained = 0
+    with DocumentWriter(folder, units) as writer:
+        statistics = writer.statistics
+        statistics.control_policy = config.control_tokens
+        statistics.sources = [source.origin(0).rpartition(":")[0] for source in sources]
+        items = _items(sources, chosen, problems, statistics, template, tokenizer, units)
+        for unit in _tokenised(items, sources, config, tokenizer, template, problems, name, units):
+            _write(writer, unit)
+            if unit.is_chat:
+                trained += sum(int(example.trained.sum()) for example in unit.examples)
+            if time.monotonic() - last_said > _SECONDS_BETWEEN_LOGS:
+                last_said = time.monotonic()
+                count = counted_units(statistics.documents // DOCUMENTS_IN[units], units)
+                say(f"tokenised {count} so far")
         problems.check()
-        writer.statistics.skipped = problems.count
-        writer.statistics.skipped_kinds = dict(problems.kinds)
-        _check_statistics(writer.statistics, tokenise, config, name)
+        statistics.skipped = problems.count
+        statistics.skipped_kinds = dict(problems.kinds)
+        _check_statistics(statistics, trained, config, name)
+
+
+def _items(
+    sources: list[Source],
+    chosen: list[Collection[int] | None],
+    problems: Problems,
+    statistics: DocumentStatistics,
+    template: Template,
+    tokenizer: Any,
+    units: str,
+) -> Iterator[tuple[int, Row, Item]]:
+    """Yields (source, row, item) of all sources, and notes formats and keys that nobody reads."""
+    for number, source in enumerate(sources):
+        on_format = functools.partial(
+            _note_format,
+            where=source.name,
+            template=template,
+            tokenizer=tokenizer,
+            statistics=statistics,
+        )
+        found = read_items(
+            source, problems, on_format=on_format, chosen=chosen[number], units=units
+        )
+        for row, item in found:
+            if not isinstance(item, Document):
+                add_counts(statistics.unused_keys, dict.fromkeys(item.unused, 1))
+            yield number, row, item
+
+
+def _tokenised(
+    items: Iterator[tuple[int, Row, Item]],
+    sources: list[Source],
+    config: DataConfig,
+    tokenizer: Any,
+    template: Template,
+    problems: Problems,
+    name: str,
+    units: str,
+) -> Iterator[Unit]:
+    if units == "documents":
+        separated = is_separated(config, tokenizer)
+        separators = [_SEPARATORS[s.spec.text_split] if separated else "" for s in sources]
+        tokenise = Tokeniser(tokenizer, config, template, problems, separators)
+        return tokenise(items)
+    tokenise = UnitTokeniser(tokenizer, config, template, problems, name)
+    return tokenise.pairs(items) if units == "pairs" else tokenise.labelled(items)
+
+
+def _write(writer: DocumentWriter, unit: Unit) -> None:
+    hashed = content_hash(unit.text)
+    labels = unit.labels or (0,) * len(unit.examples)
+    for example, label in zip(unit.examples, labels, strict=True):
+        writer.add(
+            example,
+            source=unit.source,
+            line=unit.row.line,
+            row=unit.row.number,
+            content_hash=hashed,
+            label=label,
+        )
 
 
 def _sample_rows(sources: list[Source], seed: int, say: Log) -> list[Collection[int] | None]:
@@ -108,16 +159,6 @@ def _sample_rows(sources: list[Source], seed: int, say: Log) -> list[Collection[
     return chosen
 
 
-def _noted(
-    items: Iterator[tuple[Row, Conversation | Document]], statistics: DocumentStatistics
-) -> Iterator[tuple[Row, Conversation | Document]]:
-    """Passes items on and counts the keys of messages that nobody reads."""
-    for row, item in items:
-        if isinstance(item, Conversation):
-            add_counts(statistics.unused_keys, dict.fromkeys(item.unused, 1))
-        yield row, item
-
-
 def _note_format(
     row_format: Format,
     *,
@@ -135,58 +176,60 @@ def _note_format(
 
 
 class Tokeniser:
-    """Turns items into examples, many at a time."""
+    """Turns conversations and texts into documents, many at a time.
 
-    def __init__(self, tokenizer: Any, config: DataConfig, template: Template, problems: Problems):
+    Args:
+      tokenizer: A Hugging Face tokenizer.
+      config: How to render and mask, and what becomes of control tokens.
+      template: From `resolve_template`.
+      problems: Takes the rows that cannot be trained on.
+      separators: Text that texts of each source end with.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: DataConfig,
+        template: Template,
+        problems: Problems,
+        separators: list[str],
+    ):
         self._tokenizer = tokenizer
         self._config = config
         self._template = template
         self._problems = problems
-        self.trained_chat_tokens = 0
+        self._separators = separators
 
-    def __call__(
-        self, items: Iterator[tuple[Row, Conversation | Document]], *, separator: str
-    ) -> Iterator[tuple[Row, int, Example]]:
-        """Yields (row, hash of the content, example); texts end with the separator."""
-        chunk: list[tuple[Row, Conversation | Document]] = []
-        for item in items:
-            chunk.append(item)
-            if len(chunk) == _TOKENISED_TOGETHER:
-                yield from self._examples(chunk, separator)
-                chunk = []
-        yield from self._examples(chunk, separator)
+    def __call__(self, items: Iterator[tuple[int, Row, Item]]) -> Iterator[Unit]:
+        """Yields each document as a unit of its own."""
+        for chunk in itertools.batched(items, _TOKENISED_TOGETHER):
+            yield from self._documents(chunk)
 
-    def _examples(
-        self, chunk: list[tuple[Row, Conversation | Document]], separator: str
-    ) -> Iterator[tuple[Row, int, Example]]:
+    def _documents(self, chunk: tuple[tuple[int, Row, Item], ...]) -> Iterator[Unit]:
         refuse = self._config.control_tokens == "refuse"
-        documents = text_examples(
+        texts = text_examples(
             self._tokenizer,
-            [item.text + separator for _, item in chunk if isinstance(item, Document)],
+            [i.text + self._separators[s] for s, _, i in chunk if isinstance(i, Document)],
             control=self._template.control,
             end=True,
             refuse=refuse,
         )
         talks = chat_examples(
             self._tokenizer,
-            [item for _, item in chunk if isinstance(item, Conversation)],
+            [item for _, _, item in chunk if isinstance(item, Conversation)],
             template=self._template,
             train_on=self._config.train_on,
             thinking=self._config.thinking,
             refuse_control=refuse,
         )
-        for row, item in chunk:
-            is_document = isinstance(item, Document)
-            result = next(documents) if is_document else next(talks)
+        for source, row, item in chunk:
+            result = next(texts) if isinstance(item, Document) else next(talks)
             if isinstance(result, RowError):
                 self._problems.add(item.origin, str(result), raw=row.value)
                 continue
-            if isinstance(result, Example):
-                yield row, content_hash(item.text), result
-                continue
-            for example in result:
-                self.trained_chat_tokens += int(example.trained.sum())
-                yield row, content_hash(item.text), example
+            is_chat = isinstance(item, Conversation)
+            for example in [result] if isinstance(result, Example) else result:
+                yield Unit(source, row, item.text, [example], is_chat=is_chat)
 
 
 def content_hash(text: str) -> int:
@@ -196,7 +239,7 @@ def content_hash(text: str) -> int:
 
 
 def _check_statistics(
-    statistics: DocumentStatistics, tokenise: Tokeniser, config: DataConfig, name: str
+    statistics: DocumentStatistics, trained: int, config: DataConfig, name: str
 ) -> None:
     if not statistics.documents:
         bad = describe_kinds(statistics.skipped_kinds)
@@ -206,7 +249,7 @@ def _check_statistics(
         )
     if not statistics.chat or config.train_on == "all":
         return
-    if not tokenise.trained_chat_tokens:
+    if not trained:
         raise DataError(
             f"{name}: no token of the conversations would be trained, as data.train_on is "
             f"{config.train_on!r}. Check the weights of the messages."

@@ -84,11 +84,11 @@ def _paired_by_unit(
     return found[0], found[1]
 
 
-def _unit_keys(evaluation: Evaluation) -> list[tuple[int, int]]:
+def _unit_keys(evaluation: Evaluation) -> list[tuple[int, int, int]]:
     """Returns source and data row of each unit, which no tokenizer changes."""
     rows, numbers = evaluation.held_out.rows, evaluation.sums.numbers
     assert numbers is not None
-    keys: dict[int, list[tuple[int, int]]] = {}
+    keys: dict[int, list[tuple[int, int, int]]] = {}
     for row in dict.fromkeys(numbers[:, 0].tolist()):
         keys[row] = rows.unit_keys(row)
     return [keys[row][unit] for row, unit in numbers.tolist()]

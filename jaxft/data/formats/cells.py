@@ -62,6 +62,11 @@ def describe_numbers(value: Any, columns: Iterable[str]) -> str:
     return found
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing."""
+    return value is None or value == "" or value == [] or value == {}
+
+
 def check_one_of(row: dict[str, Any], one: str, other: str) -> None:
     """Raises RowError for two columns of which one alone would be read."""
     if row.get(one) not in (None, "", []) and row.get(other) not in (None, "", [], row[one]):

@@ -1,11 +1,11 @@
 """From a row of each format to a conversation or a document."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxft.data.formats.cells import as_row, cell_text, check_one_of, optional_text, quoted, show
-from jaxft.data.formats.items import Conversation, Document
+from jaxft.data.formats.items import Conversation, Document, Item
+from jaxft.data.formats.layouts import turns_column
 from jaxft.data.formats.messages import SHAREGPT_ROLES, make_conversation
 from jaxft.data.json_text import loads as load_json
 from jaxft.data.problems import RowError
@@ -38,8 +38,8 @@ def _from_messages(value: Any, origin: str) -> Conversation:
 
 def _from_sharegpt(value: Any, origin: str) -> Conversation:
     row = as_row(value)
-    column = next((name for name in ("conversations", "conversation") if name in row), None)
-    if column is None:
+    column = turns_column(row)
+    if column not in row:
         raise RowError(f"key 'conversations' is missing; the row has {', '.join(row)}.")
     turns = row[column]
     if not isinstance(turns, list):
@@ -85,22 +85,23 @@ def _function_call(text: Any, where: str) -> dict[str, Any]:
 def _from_alpaca(value: Any, origin: str) -> Conversation:
     row = as_row(value)
     check_one_of(row, "output", "response")
-    check_one_of(row, "input", "context")
     answer = "response" if "response" in row and "output" not in row else "output"
+    messages = [*alpaca_prompt(row), {"role": "assistant", "content": cell_text(row, answer)}]
+    if system := optional_text(row, "system"):
+        messages.insert(0, {"role": "system", "content": system})
+    return Conversation(messages, None, origin)
+
+
+def alpaca_prompt(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the earlier turns of an Alpaca row and its instruction, without a system prompt."""
+    check_one_of(row, "input", "context")
     context = optional_text(row, "input") or optional_text(row, "context")
     prompt = cell_text(row, "instruction")
-    pair = single_turn(
-        f"{prompt}\n\n{context}" if context else prompt,
-        cell_text(row, answer),
-        origin,
-        system=optional_text(row, "system"),
-    )
-    begin = 1 if pair.messages[0]["role"] == "system" else 0
-    messages = [*pair.messages[:begin], *earlier_turns(row), *pair.messages[begin:]]
-    return dataclasses.replace(pair, messages=messages)
+    asked = f"{prompt}\n\n{context}" if context else prompt
+    return [*_earlier_turns(row), {"role": "user", "content": asked}]
 
 
-def earlier_turns(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _earlier_turns(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields the earlier turns of an Alpaca row: a list of pairs of instruction and answer."""
     history = row.get("history") or []
     if not isinstance(history, list) or not all(
@@ -127,7 +128,7 @@ def _from_prompt_completion(value: Any, origin: str) -> Conversation:
     return make_conversation(pair.messages, "prompt + completion", row, origin)
 
 
-CONVERTERS: dict[str, Callable[[Any, str], Conversation | Document]] = {
+CONVERTERS: dict[str, Callable[[Any, str], Item]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,

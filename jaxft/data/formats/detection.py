@@ -1,12 +1,12 @@
 """Which format rows are in: as named, or told from the first row."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxft.data.formats.cells import as_row, cell_text, optional_text, quoted
 from jaxft.data.formats.converters import CONVERTERS, make_document, single_turn
-from jaxft.data.formats.items import Conversation, Document
+from jaxft.data.formats.items import Conversation, Format
+from jaxft.data.formats.layouts import LABELS, describe_unused, pair_columns, single_layout
 from jaxft.data.problems import RowError
 from jaxft.data.sources import Row
 from jaxft.data.specs import SourceSpec
@@ -24,36 +24,19 @@ EXAMPLES = {
     "text": '{"text": "A document."}',
 }
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
-_PREFERENCE_COLUMNS = ("chosen", "rejected", "label")
-_PAIRS = (("question", "answer"), ("query", "response"), ("input", "output"), ("source", "target"))
-TEXT_COLUMNS = {
+_PREFERENCE_COLUMNS = ("chosen", "rejected", "label", "kto_tag")
+UNIT_FORMATS = ("preference", "labelled")
+"""Formats of answers that are compared, which objectives of preferences take."""
+_TAKEN_BY = {
+    "pairs": "Such rows are for --config.objective.name=dpo and other objectives of preferences.",
+    "labelled": "Such rows are for --config.objective.name=kto.",
+}
+_TEXT_COLUMNS = {
     "alpaca": ("instruction", "input", "context", "output", "response", "system"),
     "prompt_completion": ("prompt", "completion", "response", "system"),
 }
 """Columns of the formats with fixed names whose cells are read as text."""
 _LABEL_COLUMNS = ("label", "labels", "category", "class", "intent", "target")
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """How the rows of one source are read.
-
-    Attributes:
-      name: One of the choices of `data.format`.
-      convert: From (row value, origin) to an item; raises `RowError`.
-      description: What was found, for the log.
-      columns: Columns whose cells are read as text, numbers included.
-    """
-
-    name: str
-    convert: Callable[[Any, str], Conversation | Document]
-    description: str
-    columns: tuple[str, ...] = ()
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether rows become conversations, of which only answers are trained."""
-        return self.name != "text"
 
 
 def choose_format(row: Row, spec: SourceSpec, origin: str) -> Format:
@@ -72,15 +55,20 @@ def choose_format(row: Row, spec: SourceSpec, origin: str) -> Format:
         )
     columns = list(as_row(row.value))
     if spec.format in ("columns", "text"):
-        _check_columns(spec.mapping, columns, origin)
+        check_columns(spec.mapping, columns, origin)
         return _mapped_format(spec.format, spec.mapping, columns)
     if spec.format == "auto":
         return _detect(row.value, origin)
+    if spec.format in UNIT_FORMATS:
+        raise DataError(
+            f"{origin}: the format of the source is {spec.format!r}, answers to be compared. "
+            f"{_TAKEN_BY['pairs' if spec.format == 'preference' else 'labelled']}"
+        )
     return Format(
         spec.format,
         CONVERTERS[spec.format],
         "as the configuration says",
-        TEXT_COLUMNS.get(spec.format, ()),
+        _TEXT_COLUMNS.get(spec.format, ()),
     )
 
 
@@ -101,21 +89,25 @@ def check_meaning(value: Any, row_format: Format, *, named: bool) -> None:
             "the row, or the column if the text is complete without it."
         )
     preferred = [column for column in _PREFERENCE_COLUMNS if _is_preference(value, column)]
+    if row_format.name in UNIT_FORMATS:
+        return
     if preferred and row_format.is_chat and not named:
         raise RowError(
             f"the row has {quoted(preferred)}, which tells good answers from bad ones; training "
             "on the other columns alone leaves that out. If it is meant, name the format: "
-            f"--config.data.format={row_format.name}."
+            f"--config.data.format={row_format.name}. "
+            f"{_TAKEN_BY['pairs' if pair_columns(value) else 'labelled']}"
         )
 
 
 def _is_preference(value: dict[str, Any], column: str) -> bool:
-    if column == "label":
+    if column in LABELS:
         return isinstance(value.get(column), bool)
     return value.get(column) not in (None, "", [], {})
 
 
-def _check_columns(mapping: Mapping[str, str], columns: list[str], origin: str) -> None:
+def check_columns(mapping: Mapping[str, str], columns: list[str], origin: str) -> None:
+    """Raises DataError for named columns that a row does not have."""
     problems = [
         f"{origin}: there is no column {column!r}; the columns are {', '.join(columns)}."
         f"{nearest(column, columns)} Name columns that exist with --config.data.columns=…."
@@ -128,7 +120,12 @@ def _check_columns(mapping: Mapping[str, str], columns: list[str], origin: str) 
 
 def _detect(value: dict[str, Any], origin: str) -> Format:
     columns = list(value)
-    name, used = _detected_name(value)
+    name, used = single_layout(value)
+    if not name and pair_columns(value):
+        raise DataError(
+            f"{origin}: the row is a pair of answers, of which one is preferred "
+            f"(columns {', '.join(pair_columns(value))}). {_TAKEN_BY['pairs']}"
+        )
     if name == "text":
         labels = [column for column in columns if column in _LABEL_COLUMNS]
         if labels:
@@ -152,53 +149,21 @@ def _detect(value: dict[str, Any], origin: str) -> Format:
                 *EXAMPLES.values(),
             ]
         )
-    description = f"columns {', '.join(used)}{_unused(used, columns)}"
-    return Format(name, CONVERTERS[name], description, TEXT_COLUMNS.get(name, ()))
+    description = f"columns {', '.join(used)}{describe_unused(used, columns)}"
+    return Format(name, CONVERTERS[name], description, _TEXT_COLUMNS.get(name, ()))
 
 
 def told_columns(names: Iterable[str], spec: SourceSpec) -> list[str]:
     """Returns the columns that make something with these names a row; none if they make no row."""
     if spec.mapping:
         return list(spec.mapping.values()) if {*spec.mapping.values()} <= {*names} else []
-    return _detected_name(dict.fromkeys(names))[1]
-
-
-def _detected_name(value: dict[str, Any]) -> tuple[str, list[str]]:
-    """Returns the format and the columns that told it apart; an empty name if none fits."""
-    if "messages" in value:
-        return "messages", _present(value, "messages", "system", "tools", "functions")
-    if "conversations" in value or "conversation" in value:
-        column = "conversations" if "conversations" in value else "conversation"
-        return "sharegpt", _present(value, column, "system", "tools", "functions")
-    if "instruction" in value and ("output" in value or "response" in value):
-        return "alpaca", _present(
-            value, "instruction", "input", "context", "output", "response", "system", "history"
-        )
-    if "prompt" in value and ("completion" in value or "response" in value):
-        return "prompt_completion", _present(
-            value, "prompt", "completion", "response", "system", "tools", "functions"
-        )
-    for pair in _PAIRS:
-        if all(column in value for column in pair):
-            return "columns", list(pair)
-    if "text" in value:
-        return "text", ["text"]
-    return "", []
-
-
-def _present(value: dict[str, Any], *columns: str) -> list[str]:
-    return [column for column in columns if column in value]
-
-
-def _unused(used: list[str], columns: list[str]) -> str:
-    rest = [column for column in columns if column not in used]
-    return f" (not used: {', '.join(rest)})" if rest else ""
+    cells = dict.fromkeys(names)
+    return pair_columns(cells) or single_layout(cells)[1]
 
 
 def _mapped_format(name: str, mapping: dict[str, str], columns: list[str]) -> Format:
     used = list(mapping.values())
-    pairs = ", ".join(f"{part} = column {column!r}" for part, column in mapping.items())
-    description = f"{pairs}{_unused(used, columns)}"
+    description = describe_mapping(mapping, columns)
     if name == "text":
         return Format(
             name,
@@ -218,3 +183,9 @@ def _mapped_format(name: str, mapping: dict[str, str], columns: list[str]) -> Fo
         )
 
     return Format(name, convert, description, tuple(used))
+
+
+def describe_mapping(mapping: Mapping[str, str], columns: Iterable[str]) -> str:
+    """Returns what a log says of named columns, and of those that are not used."""
+    pairs = ", ".join(f"{part} = column {column!r}" for part, column in mapping.items())
+    return f"{pairs}{describe_unused(mapping.values(), columns)}"

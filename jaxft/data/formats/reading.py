@@ -1,4 +1,4 @@
-"""Reads the rows of a source and turns them into conversations or documents."""
+"""Reads the rows of a source and turns them into what an objective takes."""
 
 import dataclasses
 import itertools
@@ -7,11 +7,14 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from jaxft.data.formats.cells import describe_numbers
-from jaxft.data.formats.detection import EXAMPLES, Format, check_meaning, choose_format
-from jaxft.data.formats.items import Conversation, Document
+from jaxft.data.formats.detection import EXAMPLES, check_meaning, choose_format
+from jaxft.data.formats.items import Document, Format, Item, conversations_of
+from jaxft.data.formats.units import UNIT_EXAMPLES, choose_unit_format
 from jaxft.data.problems import Problems, RowError
 from jaxft.data.sources import Row, Source
 from jaxft.errors import DataError
+
+_FIRST_EXAMPLES = {"documents": "messages", "pairs": "preference", "labelled": "labelled"}
 
 
 def read_items(
@@ -20,7 +23,8 @@ def read_items(
     *,
     on_format: Callable[[Format], None],
     chosen: Collection[int] | None = None,
-) -> Iterator[tuple[Row, Conversation | Document]]:
+    units: str = "documents",
+) -> Iterator[tuple[Row, Item]]:
     """Yields rows and what they are of a source; bad rows go to `problems`.
 
     Args:
@@ -28,11 +32,15 @@ def read_items(
       problems: Raises by itself when it is full; the caller checks it at the end.
       on_format: Called once, before the first item.
       chosen: Numbers of the rows that are read; by default all.
+      units: What the objective takes: 'documents', which are conversations or texts; 'pairs' of
+        answers; or 'labelled' ones, for which pairs are taken too.
 
     Raises:
       DataError: If no row is in a known format, or the columns that are named do not exist.
     """
     row_format, unknown = None, None
+    examples = EXAMPLES | UNIT_EXAMPLES
+    first_example = examples[_FIRST_EXAMPLES[units]]
     rows = source.rows(problems)
     if chosen is not None:
         rows = itertools.islice((row for row in rows if row.number in chosen), len(chosen))
@@ -40,7 +48,10 @@ def read_items(
         origin = source.origin(row.line)
         if row_format is None:
             try:
-                row_format = choose_format(row, source.spec, origin)
+                if units == "documents":
+                    row_format = choose_format(row, source.spec, origin)
+                else:
+                    row_format = choose_unit_format(row, source.spec, origin, units)
             except DataError as error:
                 if not problems.are_skipped:
                     raise
@@ -48,7 +59,7 @@ def read_items(
                 problems.add(origin, error.problems[0].removeprefix(f"{origin}: "), raw=row.value)
                 continue
             except RowError as error:
-                problems.add(origin, str(error), raw=row.value, example=EXAMPLES["messages"])
+                problems.add(origin, str(error), raw=row.value, example=first_example)
                 continue
             description = row_format.description + source.remark()
             description += describe_numbers(row.value, row_format.columns)
@@ -57,16 +68,14 @@ def read_items(
         try:
             item = _convert(row.value, row_format, origin, named=source.spec.format != "auto")
         except RowError as error:
-            problems.add(origin, str(error), raw=row.value, example=EXAMPLES[row_format.name])
+            problems.add(origin, str(error), raw=row.value, example=examples[row_format.name])
         else:
             yield row, item
     if row_format is None and unknown is not None:
         raise unknown
 
 
-def _convert(
-    value: Any, row_format: Format, origin: str, *, named: bool
-) -> Conversation | Document:
+def _convert(value: Any, row_format: Format, origin: str, *, named: bool) -> Item:
     check_meaning(value, row_format, named=named)
     try:
         item = row_format.convert(value, origin)
@@ -76,12 +85,13 @@ def _convert(
     return item
 
 
-def _check_characters(item: Conversation | Document) -> None:
+def _check_characters(item: Item) -> None:
     """Raises RowError for text that no encoding can write, whichever way it came into a row."""
     if isinstance(item, Document):
         text = item.text
     else:
-        text = json.dumps([item.messages, item.tools], ensure_ascii=False, default=repr)
+        talks = [[talk.messages, talk.tools] for talk in conversations_of(item)]
+        text = json.dumps(talks, ensure_ascii=False, default=repr)
     try:
         text.encode()
     except UnicodeEncodeError as error:

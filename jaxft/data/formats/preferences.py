@@ -1,0 +1,370 @@
+"""From a row to two answers of which one is preferred, or to one that is labelled good or bad.
+
+The last turn is what is compared, and what is before it is the prompt, which both answers share.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxft.data.formats.cells import (
+    as_row,
+    cell_text,
+    check_one_of,
+    is_empty,
+    optional_text,
+    parsed,
+    quoted,
+    show,
+)
+from jaxft.data.formats.converters import CONVERTERS, alpaca_prompt, sharegpt_message, single_turn
+from jaxft.data.formats.items import Conversation, Labelled, Preference, answer_text
+from jaxft.data.formats.layouts import (
+    LABELS,
+    OPENAI_PAIR,
+    pair_answers,
+    prompt_column,
+    single_layout,
+    turns_column,
+)
+from jaxft.data.formats.messages import is_answer, make_conversation
+from jaxft.data.problems import RowError
+
+_VERDICTS = (*LABELS, "preference", "preferred", "winner")
+"""Columns that say of two answers which one is better, and may contradict their names."""
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):", re.ASCII)
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_YES_OR_NO = {"true": True, "false": False, "1": True, "0": False}
+
+
+def read_pair(value: Any, origin: str) -> Preference:
+    """Returns the two answers of a row.
+
+    Raises:
+      RowError: If the row is no pair whose answers differ and whose prompts do not.
+    """
+    row = as_row(value)
+    verdicts = [name for name in _VERDICTS if not is_empty(row.get(name))]
+    if verdicts:
+        raise RowError(
+            f"the row has {quoted(verdicts)} beside two answers, which may say otherwise which of "
+            "them is better. Remove it."
+        )
+    if any(name in row for name in OPENAI_PAIR[1:]):
+        return _from_openai(row, origin)
+    names = pair_answers(row)
+    if not names:
+        raise RowError(
+            f"the row has no pair of answers but {', '.join(row) or 'no columns'}; expected "
+            "'chosen' and 'rejected'. A row with one answer is for --config.objective.name=sft, or "
+            "with a label for kto."
+        )
+    better, worse = _two_answers(row, names)
+    prompt = _prompt(row)
+    if prompt is None and isinstance(better, str) and isinstance(worse, str):
+        return _from_texts(better, worse, row, origin)
+    return _checked(
+        *(
+            _with_answer(prompt, answer, name, row, origin)
+            for name, answer in (("chosen", better), ("rejected", worse))
+        )
+    )
+
+
+def read_labelled(value: Any, origin: str) -> Labelled:
+    """Returns the answer of a row and whether it is a good one.
+
+    Raises:
+      RowError: If the row has no answer, no question or no label.
+    """
+    row = as_row(value)
+    pair = [name for name in ("chosen", "rejected") if not is_empty(row.get(name))]
+    if pair:
+        raise RowError(
+            f"the row has {quoted(pair)} beside a label; expected one answer and its label, or two "
+            "answers."
+        )
+    label = _label(row)
+    rest = {name: cell for name, cell in row.items() if name not in LABELS}
+    name, columns = single_layout(rest)
+    if name == "columns":
+        question, answer = columns
+        system = optional_text(rest, "system")
+        texts = cell_text(rest, question), cell_text(rest, answer)
+        talk = single_turn(*texts, origin, system=system)
+    elif name in CONVERTERS:
+        talk = CONVERTERS[name](rest, origin)
+    else:
+        raise RowError(f"the row has {', '.join(row)}; expected a prompt, an answer and a label.")
+    assert isinstance(talk, Conversation)
+    _check_answer(talk, "the answer")
+    return Labelled(talk, label)
+
+
+def renamed(row: Any, mapping: Mapping[str, str]) -> dict[str, Any]:
+    """Returns a row of columns of any names as one with those that are read."""
+    cells = as_row(row)
+    missing = [column for column in mapping.values() if column not in cells]
+    if missing:
+        raise RowError(f"key {missing[0]!r} is missing; the row has {', '.join(cells)}.")
+    return {part: cells[column] for part, column in mapping.items()}
+
+
+def _label(row: dict[str, Any]) -> bool:
+    check_one_of(row, *LABELS)
+    name = next((name for name in LABELS if not is_empty(row.get(name))), "")
+    if not name:
+        raise RowError(
+            f"the row has no label but {', '.join(row)}; expected 'label', true for a good answer "
+            "and false for a bad one. Rows without labels are for --config.objective.name=sft."
+        )
+    value = row[name]
+    text = value.strip().lower() if isinstance(value, str) else str(value).lower()
+    text = text.removesuffix(".0")  # integers of some tables
+    if text not in _YES_OR_NO:
+        raise RowError(f"{name!r} is {show(value)}; expected true or false.")
+    return _YES_OR_NO[text]
+
+
+def _from_openai(row: dict[str, Any], origin: str) -> Preference:
+    asked = row.get("input")
+    if not isinstance(asked, dict):
+        raise RowError(f"'input' is {show(asked)}; expected an object with 'messages'.")
+    messages = asked.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RowError(f"input.messages is {show(messages)}; expected a list of messages.")
+    beside = {name: row[name] for name in ("tools", "functions", "system") if name in row}
+    beside |= {name: cell for name, cell in asked.items() if not is_empty(cell)}
+    unused = [f"input.{name}" for name in asked if name not in ("messages", "tools", "functions")]
+    talks = []
+    for name in OPENAI_PAIR[1:]:
+        if name not in row:
+            raise RowError(f"key {name!r} is missing; the row has {', '.join(row)}.")
+        answer = _as_answer(row, name)
+        talks.append(_with_answer(messages, answer, name, beside, origin, unused=unused))
+    return _checked(*talks)
+
+
+def _two_answers(row: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any]:
+    """Returns the better and the worse answer: texts, or lists of messages."""
+    if len(names) == 2:
+        return _as_answer(row, names[0]), _as_answer(row, names[1])
+    both = row[names[0]]
+    if not isinstance(both, list) or len(both) != 2:
+        raise RowError(f"{names[0]!r} is {show(both)}; expected a better and a worse answer.")
+    found = {f"{names[0]}[{number}]": answer for number, answer in enumerate(both)}
+    better, worse = (_as_answer(found, name) for name in found)
+    return better, worse
+
+
+def _as_answer(row: dict[str, Any], name: str) -> str | list[Any]:
+    value = row[name]
+    if isinstance(value, dict):
+        return [value]
+    if isinstance(value, list):
+        if not value:
+            raise RowError(f"{name!r} is []; expected an answer.")
+        return value
+    text = cell_text(row, name)
+    if re.match(r'\[\s*\{\s*"(role|from|content|value)"', text):
+        return parsed(text, name)  # a table's cell with messages
+    return text
+
+
+def _prompt(row: dict[str, Any]) -> list[Any] | str | None:
+    """Returns the prompt that stands by itself: messages, a text, or None if there is none."""
+    name = prompt_column(row)
+    if not name:
+        return None
+    if name == "instruction":
+        return alpaca_prompt(row)
+    value = row[name]
+    if isinstance(value, str) and (name in (turns_column(row), "messages")):
+        value = parsed(value, name)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return cell_text(row, name)
+    if not value:
+        raise RowError(f"{name!r} is []; expected the messages of the prompt.")
+    if isinstance(value[-1], dict) and is_answer(value[-1]):
+        raise RowError(
+            f"{name!r} ends with an answer of the assistant; expected it to end with what 'chosen' "
+            "and 'rejected' answer."
+        )
+    return value
+
+
+def _with_answer(
+    prompt: list[Any] | str | None,
+    answer: list[Any] | str,
+    name: str,
+    row: dict[str, Any],
+    origin: str,
+    *,
+    unused: list[str] | None = None,
+) -> Conversation:
+    """Returns the conversation of a prompt and an answer, which may repeat the prompt."""
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    is_whole = not (isinstance(answer[0], dict) and is_answer(answer[0]))
+    if not is_whole and len(answer) > 1:
+        raise RowError(
+            f"{name!r} has {len(answer)} turns; expected one answer of the assistant. What comes "
+            "before the last turn belongs to the prompt of both answers."
+        )
+    if not is_whole and not asked:
+        raise RowError(
+            f"{name!r} has no prompt before the answer. Add a column 'prompt', or write whole "
+            "conversations that begin alike."
+        )
+    turns = answer if is_whole else asked + answer
+    where = name if is_whole or not asked else f"prompt + {name}"
+    messages = [
+        sharegpt_message(t, f"{where}[{i}]") if _is_turn(t) else t for i, t in enumerate(turns)
+    ]
+    talk = make_conversation(messages, where, row, origin)
+    if is_whole and asked:
+        _check_repeated(talk, asked, name)
+    return Conversation(talk.messages, talk.tools, origin, (*talk.unused, *(unused or ())))
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and "from" in value
+
+
+def _check_repeated(talk: Conversation, asked: list[Any], name: str) -> None:
+    """Raises RowError if a whole conversation does not hold the prompt that stands beside it."""
+    said = [message["content"].split() for message in talk.prompt]
+    for turn in asked:
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
+        if not isinstance(content, str) or content.split() not in said:
+            raise RowError(
+                f"{name!r} is a whole conversation in which {show(content)} of the prompt does not "
+                "occur."
+            )
+
+
+def _from_texts(better: str, worse: str, row: dict[str, Any], origin: str) -> Preference:
+    """Returns the pair of two texts that begin with their prompt, as turns or as plain text."""
+    talks = [_dialogue(text) for text in (better, worse)]
+    if all(talks):
+        return _checked(
+            *(
+                make_conversation(talk, name, row, origin)
+                for talk, name in zip(talks, ("chosen", "rejected"), strict=True)
+            )
+        )
+    shared = _shared_words(better, worse)
+    prompt = better[:shared]
+    if not prompt.strip():
+        raise RowError(
+            "there is no prompt: 'chosen' and 'rejected' do not begin with the same words. Add a "
+            "column 'prompt'."
+        )
+    for name, text in (("chosen", better), ("rejected", worse)):
+        if not text[shared:].strip():
+            raise RowError(
+                f"{name!r} is only what both texts begin with, which is taken as their prompt; "
+                "nothing is left as an answer. Add a column 'prompt'."
+            )
+    system = optional_text(row, "system")
+    return _checked(
+        *(
+            single_turn(prompt.strip(), text[shared:].strip(), origin, system=system)
+            for text in (better, worse)
+        )
+    )
+
+
+def _dialogue(text: str) -> list[dict[str, Any]]:
+    """Returns the turns of a text with 'Human:' and 'Assistant:' before each; none of others."""
+    marks = list(_SPEAKER.finditer(text))
+    if not marks or text[: marks[0].start()].strip():
+        return []
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    return [
+        {"role": _SPEAKERS[mark[1]], "content": text[mark.end() : end].strip()}
+        for mark, end in zip(marks, ends, strict=True)
+    ]
+
+
+def _shared_words(a: str, b: str) -> int:
+    """Returns how many characters of whole words two texts begin with alike."""
+    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if length is None:
+        length = min(len(a), len(b))
+        longer = a if len(a) > length else b
+        if len(longer) == length or longer[length].isspace():
+            return length
+    while length and not a[length - 1].isspace():
+        length -= 1
+    return length
+
+
+def _checked(chosen: Conversation, rejected: Conversation) -> Preference:
+    """Returns the pair if its prompts are equal and its answers are not."""
+    pairs = zip(chosen.messages, rejected.messages, strict=False)
+    alike = [_is_alike(a, b) for a, b in pairs]
+    shared = alike.index(False) if False in alike else len(alike)
+    lengths = len(chosen.messages), len(rejected.messages)
+    if lengths[0] == lengths[1] == shared:
+        raise RowError("'chosen' and 'rejected' are equal; expected answers that differ.")
+    if lengths[0] != lengths[1] or shared < lengths[0] - 1:
+        _refuse_prompts(chosen, rejected, shared)
+    for name, talk in (("chosen", chosen), ("rejected", rejected)):
+        _check_answer(talk, repr(name))
+    if answer_text(chosen.answer) == answer_text(rejected.answer):
+        raise RowError("'chosen' and 'rejected' are equal; expected answers that differ.")
+    return Preference(chosen, rejected)
+
+
+def _is_alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two messages are equal but for what says whether they are trained."""
+    first, second = ({k: v for k, v in message.items() if k != "weight"} for message in (a, b))
+    return first == second
+
+
+def _refuse_prompts(chosen: Conversation, rejected: Conversation, shared: int) -> None:
+    """Raises RowError for two conversations that part before their last turns."""
+    sides = [talk.messages[shared : shared + 1] for talk in (chosen, rejected)]
+    if all(side and side[0]["role"] == "assistant" for side in sides):
+        counts = [len(talk.messages) - shared for talk in (chosen, rejected)]
+        raise RowError(
+            f"'chosen' and 'rejected' part at message {shared} and go on for {counts[0]} and "
+            f"{counts[1]} messages; expected one final answer of the assistant each."
+        )
+    told = [show(side[0]["content"]) if side else "nothing" for side in sides]
+    raise RowError(
+        f"'chosen' and 'rejected' have unlike prompts: message {shared} is {told[0]} and "
+        f"{told[1]}; expected the same conversation but for the last turn."
+    )
+
+
+def _check_answer(talk: Conversation, name: str) -> None:
+    """Raises RowError for an answer that cannot be compared."""
+    if not talk.answer.get("weight", 1):
+        raise RowError(
+            f"{name} ends with a turn of weight 0, but the last turn is what is compared. Remove "
+            "the weight."
+        )
+    asked = " ".join(talk.prompt[-1]["content"].split())
+    said = answer_text(talk.answer)
+    if said and asked.startswith(said):
+        raise RowError(
+            f"{name} is {show(talk.answer['content'])}, the beginning of its prompt; expected an "
+            "answer to it."
+        )
+
+
+def describe_pairs(row: Mapping[str, Any]) -> str:
+    """Returns what a log should add on how the prompt of the pairs is found; mostly ''."""
+    if prompt_column(row) or any(name in row for name in OPENAI_PAIR[1:]):
+        return ""
+    texts = [row.get(name) for name in ("chosen", "rejected")]
+    if not all(isinstance(text, str) for text in texts):
+        return "; the prompt is all but the last turn"
+    if all(_dialogue(str(text)) for text in texts):
+        return "; texts of turns by 'Human:' and 'Assistant:'"
+    return "; the prompt is what both texts begin with"
