@@ -522,7 +522,12 @@ def _data(options: argparse.Namespace) -> int:
     held_out = config.data.validation or config.eval.datasets or config.eval.retention
     sources = named_sources(config) if held_out else {}
     report = inspect(
-        config, tokenizer, sources=sources, context=context_of(source), on_progress=log
+        config,
+        tokenizer,
+        sources=sources,
+        context=context_of(source),
+        units=config.objective.objective.units,
+        on_progress=log,
     )
     stdout.print(report)
     return 1 if any(item.refusal for item in report.sets) else 0

@@ -125,9 +125,9 @@ class DataConfig:
     )
     columns: str = key(
         "",
-        "For format 'columns': which columns hold the two texts, 'prompt=question,"
-        "completion=answer'. For format 'text': 'text=body'; 'preference': 'prompt=q,chosen=good,"
-        "rejected=bad'; 'labelled': 'prompt=q,completion=a,label=liked'. Of sources that name none.",
+        "Columns that hold each part, for sources that name none. For format 'columns': "
+        "'prompt=question,completion=answer'; for 'text': 'text=body'; for 'preference': "
+        "'prompt=q,chosen=good,rejected=bad'; for 'labelled': 'prompt=q,completion=a,label=liked'.",
     )
     text_split: str = key(
         "paragraph",

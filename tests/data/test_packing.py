@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxft.data.chat import Example
+from jaxft.data.cutting import group_length
 from jaxft.data.documents import Documents, DocumentWriter
 from jaxft.data.packing import PackingStatistics, best_fit, pack
 from jaxft.data.rows import TokenRows, write_rows
@@ -60,15 +61,16 @@ def lengths_to_masks(*lengths):
 
 
 def test_a_piece_goes_where_the_least_space_is_left():
-    assert list(best_fit([(0, 6), (6, 11), (11, 13)], 8)) == [[(0, 6), (11, 13)], [(6, 11)]]
+    rows = best_fit([((0, 6),), ((6, 11),), ((11, 13),)], 8)
+    assert list(rows) == [[((0, 6),), ((11, 13),)], [((6, 11),)]]
 
 
 def test_rows_stand_where_their_longest_pieces_stood():
-    pieces = [(0, 2), (2, 7), (7, 9), (9, 15), (15, 23)]
-    assert [max(row, key=lambda piece: piece[1] - piece[0]) for row in best_fit(pieces, 8)] == [
-        (2, 7),
-        (9, 15),
-        (15, 23),
+    groups = [((0, 2),), ((2, 7),), ((7, 9),), ((9, 15),), ((15, 23),)]
+    assert [max(row, key=group_length) for row in best_fit(groups, 8)] == [
+        ((2, 7),),
+        ((9, 15),),
+        ((15, 23),),
     ]
 
 
@@ -78,12 +80,11 @@ def test_the_first_rows_are_a_fair_sample_of_all():
     for seed in range(8):
         random = np.random.default_rng(seed)
         ends = np.cumsum(random.lognormal(4, 1, 1500).astype(int).clip(2, 512)).tolist()
-        pieces = list(itertools.pairwise([0, *ends]))
-        rows = list(best_fit(pieces, 512))
+        rows = list(best_fit([(piece,) for piece in itertools.pairwise([0, *ends])], 512))
         first = rows[: len(rows) // 5]
 
         def mean_length(rows):
-            return np.mean([end - begin for row in rows for begin, end in row])
+            return np.mean([group_length(group) for row in rows for group in row])
 
         lengths.append(mean_length(first) / mean_length(rows))
         counts.append(np.mean([len(row) for row in first]) / np.mean([len(row) for row in rows]))
@@ -98,12 +99,12 @@ masks_strategy = st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_
 @given(lengths=st.lists(st.integers(1, 16), max_size=60))
 def test_best_fit_uses_every_piece_once_and_never_overfills(lengths):
     ends = np.cumsum([0, *lengths]).tolist()
-    pieces = list(itertools.pairwise(ends))
-    rows = list(best_fit(pieces, 16))
-    assert sorted(piece for row in rows for piece in row) == pieces
-    assert all(sum(end - begin for begin, end in row) <= 16 for row in rows)
+    groups = [(piece,) for piece in itertools.pairwise(ends)]
+    rows = list(best_fit(groups, 16))
+    assert sorted(group for row in rows for group in row) == groups
+    assert all(sum(map(group_length, row)) <= 16 for row in rows)
     # No two rows could be merged: the defining property of a fit that opens rows only when needed.
-    spaces = sorted(sum(end - begin for begin, end in row) for row in rows)
+    spaces = sorted(sum(map(group_length, row)) for row in rows)
     assert len(spaces) < 2 or spaces[0] + spaces[1] > 16
 
 
