@@ -78,7 +78,7 @@ def test_each_epoch_and_each_seed_has_its_own_order(rows):
 
 def test_batches_have_micro_batches_first(rows):
     batch = read(rows, batch_size=6, accumulation=3, steps=1)[0]
-    assert {array.shape for array in batch} == {(3, 2, 4)}
+    assert {array.shape for array in batch.values()} == {(3, 2, 4)}
 
 
 def test_accumulation_does_not_change_what_a_step_holds(rows):
@@ -148,7 +148,7 @@ def test_a_host_reads_its_places_of_the_same_batches(rows, places):
     options = {"batch_size": 8, "accumulation": 2, "epochs": 1.5}
     whole, part = read(rows, **options), read(rows, **options, places=places)
     for expected, found in zip(whole, part, strict=True):
-        for array, other in zip(expected, found, strict=True):
+        for array, other in zip(expected.values(), found.values(), strict=True):
             np.testing.assert_array_equal(array[:, places], other)
 
 

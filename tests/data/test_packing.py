@@ -131,7 +131,8 @@ def test_documents_of_a_row_are_numbered_and_positions_restart(build):
     assert row.weights.tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
     assert row.positions.tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
     assert row.segments.tolist() == [1, 1, 1, 2, 2, 0, 0, 0]
-    assert [array.dtype.name for array in row] == ["int32", "int32", "float32", "int32", "int32"]
+    dtypes = [array.dtype.name for array in row.values()]
+    assert dtypes == ["int32", "int32", "float32", "int32", "int32"]
 
 
 def test_a_stream_is_cut_into_blocks_across_documents(build):

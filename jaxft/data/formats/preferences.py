@@ -351,7 +351,8 @@ def _check_answer(talk: Conversation, name: str) -> None:
         )
     asked = " ".join(talk.prompt[-1]["content"].split())
     said = answer_text(talk.answer)
-    if said and asked.startswith(said):
+    # Not within a word: 'A' may answer 'And what is the best grade?'.
+    if said and asked.startswith(said) and not asked[len(said) : len(said) + 1].isalnum():
         raise RowError(
             f"{name} is {show(talk.answer['content'])}, the beginning of its prompt; expected an "
             "answer to it."
