@@ -15,6 +15,8 @@ FOLDER = Path(__file__).parent
 # Of gpt-oss: `blocks` uint8 `[E, rows, columns / 32, 16]`, `scales` uint8 `[E, rows, columns / 32]`
 # and `values` float32 `[E, columns, rows]`, which bfloat16 holds exactly.
 MXFP4 = FOLDER / "mxfp4.npz"
+# Of preferences.py: `case/name` of inputs and `case/form/name` of results.
+PREFERENCES = FOLDER / "preferences.npz"
 PUBLISHED_SIZES = FOLDER / "published_sizes.json"
 
 # Cases of one batch, by family; the trajectory is of ten.
@@ -22,6 +24,30 @@ FAMILY_CASES: dict[str, list[str]] = {}
 for _name, _config in CASES.items():
     if _name != "trajectory":
         FAMILY_CASES.setdefault(_config["model_type"], []).append(_name)
+
+
+# Forms of objectives for preferences: the name and its keys.
+PREFERENCE_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo": ("dpo", {"beta": 0.1}),
+    "dpo_sharp": ("dpo", {"beta": 0.7}),
+    "dpo_conservative": ("dpo", {"beta": 0.3, "label_smoothing": 0.1}),
+    "dpo_robust": ("dpo", {"beta": 0.3, "label_smoothing": 0.2, "robust": True}),
+    "dpo_normalised": ("dpo", {"beta": 5.0, "normalised": True}),
+    "dpo_all": (
+        "dpo",
+        {"beta": 2.0, "label_smoothing": 0.15, "robust": True, "normalised": True},
+    ),
+    "ipo": ("ipo", {"beta": 0.1}),
+    "ipo_strong": ("ipo", {"beta": 0.8}),
+    "simpo": ("simpo", {"beta": 2.0, "gamma": 1.0}),
+    "simpo_no_margin": ("simpo", {"beta": 10.0, "gamma": 0.0}),
+    "orpo": ("orpo", {"weight": 0.1}),
+    "orpo_heavy": ("orpo", {"weight": 1.5}),
+    "cpo": ("cpo", {"beta": 0.1, "alpha": 1.0}),
+    "cpo_no_nll": ("cpo", {"beta": 0.4, "alpha": 0.0}),
+    "kto": ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
+    "kto_weighted": ("kto", {"beta": 0.5, "desirable_weight": 1.33, "undesirable_weight": 0.75}),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +102,16 @@ def load_case(name: str) -> Case:
 def load_published_sizes() -> dict[str, int]:
     """Returns `{folder of ../shared/configs: parameters}`, shared ones once."""
     return json.loads(PUBLISHED_SIZES.read_text())
+
+
+def load_preferences() -> dict[str, dict[str, np.ndarray]]:
+    """Returns what preferences.npz holds of each case, by its name there."""
+    cases: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(PREFERENCES) as stored:
+        for path, value in stored.items():
+            case, _, name = path.partition("/")
+            cases.setdefault(case, {})[name] = value
+    return cases
 
 
 def tensor_shapes(name: str) -> dict[str, tuple[int, ...]]:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.oracle import reference
+from tests.oracle import preferences, reference
 from tests.oracle.cases import (
     CASES,
     FAMILY_CASES,
     FOLDER,
     MXFP4,
+    PREFERENCES,
     PUBLISHED_SIZES,
     Case,
     load_case,
@@ -190,7 +191,10 @@ def check() -> list[str]:
         problems += drift(load_case(name), compute(name))
     with np.load(MXFP4) as stored:
         problems += differences("mxfp4", dict(stored), mxfp4())
-    expected = {MXFP4.name, *(stored_path(name).name for name in CASES)}
+    with np.load(PREFERENCES) as stored:
+        problems += differences("preferences", dict(stored), preferences.compute())
+    expected = {MXFP4.name, PREFERENCES.name}
+    expected |= {stored_path(name).name for name in CASES}
     problems += [
         f"{path.name}: belongs to no case"
         for path in FOLDER.glob("*.npz")
@@ -211,6 +215,7 @@ def write() -> None:
         }
         np.savez_compressed(stored_path(name), **labels, **case.arrays)
     np.savez_compressed(MXFP4, **mxfp4())
+    np.savez_compressed(PREFERENCES, **preferences.compute())
     if CONFIGS.is_dir():
         PUBLISHED_SIZES.write_text(json.dumps(published_sizes(), indent=2) + "\n")
 
