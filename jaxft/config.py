@@ -192,7 +192,10 @@ class DataConfig:
 
 # Modules of the built-in objectives. They are imported when an objective is asked for, because
 # their mathematics needs jax.
-OBJECTIVES = {name: f"jaxft.training.objectives.{name}" for name in ("sft",)}
+OBJECTIVES = {
+    name: f"jaxft.training.objectives.{name}"
+    for name in ("sft", "dpo", "ipo", "simpo", "orpo", "cpo", "kto")
+}
 
 
 @dataclass(kw_only=True)
