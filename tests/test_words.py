@@ -11,7 +11,7 @@ from jaxft.config import RunConfig, walk
 from tests.test_setup import PACKAGE, ROOT, sources
 
 KEYS = "|".join(re.escape(item.path) for item in walk(RunConfig()) if "." in item.path)
-BARE = rf"(?<![\w.])(?P<key>{KEYS})"
+BARE = rf"(?<![\w.…])(?P<key>{KEYS})"
 # `data.format=text` as something to write, and sentences that tell to set a key.
 ADVICE = re.compile(
     rf"{BARE}=|"
@@ -165,6 +165,20 @@ def test_links_of_the_documents_lead_somewhere():
             if "://" not in link and not (file.parent / link).exists():
                 broken.append(f"{file.relative_to(ROOT)}: {link}")
     assert not broken
+
+
+# Files, and folders within folders.
+PATH = re.compile(r"`([\w.-]+/(?:[\w.-]+/)*(?:[\w.-]+\.(?:py|md|toml|sh)|[\w.-]+/))`")
+
+
+def test_files_that_documents_name_exist():
+    missing = [
+        f"{page.relative_to(ROOT)}: {path}"
+        for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+        for path in PATH.findall(page.read_text())
+        if not any((folder / path).exists() for folder in (ROOT, PACKAGE))
+    ]
+    assert not missing
 
 
 def test_pictures_are_small():
