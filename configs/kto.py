@@ -1,0 +1,24 @@
+"""Kahneman-Tversky optimisation of answers marked good or bad; see docs/tuning.md.
+
+jaxft train --config=configs/kto.py --config.model.path=MODEL --config.data.train=ROWS
+"""
+
+from jaxft.config import RunConfig
+
+
+def get_config() -> RunConfig:
+    config = RunConfig()
+    config.model.dtypes = "float32"  # for a CPU; on a TPU or GPU the default, mixed, is right
+
+    config.data.validation = "15%"
+    config.data.max_length = 512
+
+    config.objective.name = "kto"
+    config.optim.learning_rate = 1e-4  # for 260,032 parameters; 5e-7 to 5e-6 for billions
+    config.optim.warmup_steps = 5
+
+    config.train.workdir = "runs/kto"
+    config.train.epochs = 1
+    config.train.batch_size = 8
+    config.train.eval_every = 20
+    return config
