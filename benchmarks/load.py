@@ -255,7 +255,8 @@ def measure_load(options: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from jaxft.hardware.devices import host_memory
-    from jaxft.hf.load import load_params, read_config
+    from jaxft.hf.folder import read_config
+    from jaxft.hf.load import load_params
     from jaxft.models.config import make_numerics
     from jaxft.models.families import architecture_from_hf
     from jaxft.workdir.workdir import environment
@@ -292,7 +293,8 @@ def measure_host(options: argparse.Namespace) -> dict[str, Any]:
 
     from jaxft.config import RunConfig
     from jaxft.hardware.devices import host_memory
-    from jaxft.hf.load import read_config, read_slices
+    from jaxft.hf.folder import read_config
+    from jaxft.hf.load import read_slices
     from jaxft.models.config import make_numerics
     from jaxft.models.families import architecture_from_hf
     from jaxft.training.program import make_placement

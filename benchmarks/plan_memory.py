@@ -34,7 +34,7 @@ def measure(folder: str, strategy: str, remat: str, *, local: bool) -> dict:
     from jaxft.compiled.layout import make_program
     from jaxft.config import RunConfig
     from jaxft.hardware.devices import device_memory, host_memory
-    from jaxft.hf.load import read_config
+    from jaxft.hf.folder import read_config
     from jaxft.models.families import architecture_from_hf
     from jaxft.models.module import init_params
     from jaxft.planner.plan import Planner

@@ -15,7 +15,7 @@ from pathlib import Path
 from jaxft.compiled.layout import format_bytes
 from jaxft.config import RunConfig
 from jaxft.files import write_text
-from jaxft.hf.load import read_config
+from jaxft.hf.folder import read_config
 from jaxft.models.families import architecture_from_hf
 from jaxft.planner.page import write_page
 from jaxft.planner.plan import Plan, Planner

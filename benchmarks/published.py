@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.published_runs import GPU_RUNS, TPU_RUNS, Run
 from jaxft.compiled.layout import cpu_devices
 from jaxft.config import RunConfig
-from jaxft.hf.load import read_config
+from jaxft.hf.folder import read_config
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.planner.analytic import Estimator

@@ -513,8 +513,8 @@ def _data(options: argparse.Namespace) -> int:
     config = _config(options)
     from jaxft.console import log, stdout
     from jaxft.data.inspect import inspect
+    from jaxft.programs.description import context_of, load_model_tokenizer
     from jaxft.programs.evaluation import named_sources
-    from jaxft.programs.model import context_of, load_model_tokenizer
     from jaxft.workdir.source import find_source
 
     source = find_source(config.model.path, revision=config.model.revision, weights=False)

@@ -39,7 +39,6 @@ EXEMPT = (
     "files.py",
     "flags.py",
     "formatting.py",
-    "hf/load.py",
     "hf/tokenizer.py",
     "planner/page/",
     "programs/",

@@ -19,9 +19,9 @@ import numpy as np
 from jaxft.errors import ModelError
 from jaxft.files import as_json
 from jaxft.formatting import format_storage
-from jaxft.hf.load import INDEX, SINGLE
 from jaxft.hf.read import DTYPES
 from jaxft.hf.rules import Rule, Tensor, expand
+from jaxft.hf.stored import INDEX, SINGLE
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _NAMED = {dtype.name: dtype for dtype in DTYPES.values()}

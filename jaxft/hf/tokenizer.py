@@ -98,11 +98,12 @@ def _follow_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTraine
 
 def _put_begin_and_end(tokenizer: Any, folder: Path) -> None:
     """Makes the tokenizer put BOS and EOS around texts as tokenizer_config.json says."""
-    settings, config = (
-        read_settings(folder / name) for name in ("tokenizer_config.json", "config.json")
-    )
-    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    name = str(name or _CLASS_OF.get(config.get("model_type", ""), "")).removesuffix("Fast")
+    settings = read_settings(folder / "tokenizer_config.json")
+    name = settings.get("tokenizer_class")
+    if not name:
+        config = read_settings(folder / "config.json")
+        name = config.get("tokenizer_class") or _CLASS_OF.get(config.get("model_type", ""), "")
+    name = str(name).removesuffix("Fast")
     if name not in _ADDS_BEGIN or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return
     begin = bool(settings.get("add_bos_token", _ADDS_BEGIN[name])) and bool(tokenizer.bos_token)

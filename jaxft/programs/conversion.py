@@ -8,18 +8,11 @@ from pathlib import Path
 import jax
 
 from jaxft.formatting import format_storage
+from jaxft.hf.folder import read_config
 from jaxft.hf.hub import remote_tensors, resolve
-from jaxft.hf.load import (
-    group_names,
-    is_known,
-    named_as,
-    paired,
-    read_config,
-    stored_tensors,
-    unfit,
-)
 from jaxft.hf.read import DTYPES, Entry, Stored
 from jaxft.hf.rules import Tensor, expand
+from jaxft.hf.stored import group_names, is_known, named_as, paired, stored_tensors, unfit
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 

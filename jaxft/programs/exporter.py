@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -14,15 +13,17 @@ import numpy as np
 
 from jaxft.errors import ConfigError, ModelError, nearest
 from jaxft.files import as_json
-from jaxft.hf.load import open_params, read_config, tensor_dtypes
+from jaxft.hf.folder import ModelFolder
+from jaxft.hf.load import open_params
 from jaxft.hf.read import Reader
 from jaxft.hf.save import Readable, atomic_folder, save_params
 from jaxft.hf.save_tokenizer import save_tokenizer
-from jaxft.hf.tokenizer import has_tokenizer, load_tokenizer
+from jaxft.hf.stored import tensor_dtypes
 from jaxft.models.config import make_numerics
-from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.models.families import Architecture
 from jaxft.models.vocabulary import with_rows_for
-from jaxft.programs.model import Model, hf_config, load, tensor_dtypes_of
+from jaxft.programs.description import default_template, hf_config, stop_ids_of, tensor_dtypes_of
+from jaxft.programs.model import load
 from jaxft.workdir.checkpoint import Checkpoints
 from jaxft.workdir.source import Source, find_source
 
@@ -75,19 +76,18 @@ def export(
             f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}"
         )
     source = find_source(checkpoint, step=step, revision=revision)
-    read = read_config(source.folder)
-    stored_architecture = architecture_from_hf(read)
-    tokenizer = load_tokenizer(source.folder) if has_tokenizer(source.folder) else None
-    architecture = with_rows_for(stored_architecture, tokenizer)
-    grown = architecture is not stored_architecture
+    described, stored = source.described, source.architecture
+    tokenizer = described.load_tokenizer()
+    architecture = with_rows_for(stored, tokenizer)
+    grown = architecture is not stored
     config = hf_config(source, architecture)
     output = Path(output).expanduser()
     _check_apart(output, source)
     if source.checkpoints is not None:
         on_log(f"Exporting checkpoint {source.step} of {source.checkpoints.parent}.")
-    stored = tensor_dtypes_of(source)
-    dtypes = (dict.fromkeys(stored, dtype) if dtype else stored) or dtype or "float32"
-    if read.get("quantization_config"):
+    before = tensor_dtypes_of(source)
+    dtypes = (dict.fromkeys(before, dtype) if dtype else before) or dtype or "float32"
+    if described.config.get("quantization_config"):
         on_log("The experts were stored in MXFP4; they are written unpacked.")
     if tokenizer is None:
         on_log(f"{source.folder} has no tokenizer; the export has none either.")
@@ -106,11 +106,7 @@ def export(
             on_log(f"Files of weights that an earlier export had written: {kept}.")
         config |= _dtype_fields(config, folder)
         (folder / "config.json").write_text(as_json(config), encoding="utf-8")
-        # Without its weights: only its files and its tokenizer are asked.
-        model = Model(
-            architecture, architecture.abstract(make_numerics("float32")), {}, tokenizer, source
-        )
-        _write_generation_config(model, folder)
+        _write_generation_config(described, tokenizer, folder)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
         if verify:
@@ -176,28 +172,26 @@ def _identity(source: Source) -> list[Any]:
     return [[str(file.absolute()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
-def _write_generation_config(model: Model, folder: Path) -> None:
+def _write_generation_config(described: ModelFolder, tokenizer: Any, folder: Path) -> None:
     """Copies the file that came with the model, or makes one that names every stop id.
 
     A file that names stops is taken at its word: it gets only those that training puts at the end
     of a last answer, without which other tools would never stop.
     """
-    source = model.source.folder / "generation_config.json"
-    target = folder / "generation_config.json"
-    fields = json.loads(source.read_text()) if source.is_file() else {}
+    fields, name = dict(described.generation), "generation_config.json"
     known = fields.get("eos_token_id")
     known = known if isinstance(known, list) else [] if known is None else [known]
-    chats = model.tokenizer is not None and model.tokenizer.chat_template
-    taught = model.template.last_stops.values() if chats else ()
-    stops = sorted({*known, *taught}) if known else list(model.stop_ids)
-    if source.is_file() and set(stops) == set(known):
-        shutil.copyfile(source, target)
+    chats = tokenizer is not None and tokenizer.chat_template
+    taught = default_template(tokenizer).last_stops.values() if chats else ()
+    stops = sorted({*known, *taught} if known else stop_ids_of(described, tokenizer))
+    if (described.path / name).is_file() and set(stops) == set(known):
+        shutil.copyfile(described.path / name, folder / name)
         return
-    if model.tokenizer is not None and model.tokenizer.bos_token_id is not None:
-        fields.setdefault("bos_token_id", model.tokenizer.bos_token_id)
+    if tokenizer is not None and tokenizer.bos_token_id is not None:
+        fields.setdefault("bos_token_id", tokenizer.bos_token_id)
     if stops:
         fields["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-    target.write_text(as_json(fields), encoding="utf-8")
+    (folder / name).write_text(as_json(fields), encoding="utf-8")
 
 
 def _verify(source: Source, architecture: Architecture, folder: Path, *, grown: bool) -> str:

@@ -2,49 +2,39 @@
 
 import contextlib
 import functools
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxft import console
-from jaxft.config import DataConfig, ModelConfig, RunConfig
 from jaxft.data import chat
-from jaxft.data.template import Template, resolve_template
+from jaxft.data.template import Template
 from jaxft.errors import ConfigError, ModelError, OutOfMemoryError
 from jaxft.formatting import format_bytes
 from jaxft.hardware.devices import room, shortage
-from jaxft.hf.hub import resolve
-from jaxft.hf.load import load_params, read_config, read_json, tensor_dtypes
-from jaxft.hf.rules import expand
 from jaxft.hf.tokenizer import (
-    add_special_tokens,
     decode_continuation,
-    has_tokenizer,
-    load_tokenizer,
-    stop_ids,
     without_appended,
 )
 from jaxft.models.config import make_numerics
-from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel, Params, merge
-from jaxft.models.vocabulary import grow, tokens_beyond, with_rows_for, with_vocab_size
+from jaxft.programs.description import Description as Description
+from jaxft.programs.description import default_template, grown, stop_ids_of
+from jaxft.programs.description import hf_config as hf_config
+from jaxft.programs.description import read_description as read_description
+from jaxft.programs.description import tensor_dtypes_of as tensor_dtypes_of
 from jaxft.programs.generate import Sampling, generate_tokens
 from jaxft.programs.streaming import Session, text_pieces
+from jaxft.programs.weights import load_weights as load_weights
+from jaxft.programs.weights import refuse_what_does_not_fit
 from jaxft.sharding.rules import Placement
-from jaxft.workdir.checkpoint import Checkpoints
 from jaxft.workdir.source import Source, find_source
-
-# A tokenizer that shares fewer of its ids with the model's own is taken for another model's.
-_SAME_IDS = 0.9
 
 type Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -95,12 +85,7 @@ class Model:
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: of the chat template, the tokenizer and both config files."""
-        file = self.source.folder / "generation_config.json"
-        generation = read_json(file) if file.is_file() else {}
-        known = stop_ids(self.tokenizer, generation, read_config(self.source.folder))
-        own = self.tokenizer is not None and self.tokenizer.chat_template
-        turn_ends = self.template.stops.values() if own else ()
-        return tuple(sorted({*known, *turn_ends}))
+        return stop_ids_of(self.source.described, self.tokenizer)
 
     @functools.cached_property
     def has_token(self) -> np.ndarray:
@@ -113,7 +98,7 @@ class Model:
     @functools.cached_property
     def template(self) -> Template:
         """The tokenizer's chat template, or the built-in default."""
-        return resolve_template(self.tokenizer, DataConfig())
+        return default_template(self.tokenizer)
 
     def prompt_ids(self, prompt: Prompt, *, tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids of a text that goes on, or of a conversation through the chat template.
@@ -323,256 +308,15 @@ def load(
       CheckpointError: If a checkpoint cannot be read.
     """
     source = find_source(path_or_repo_id, revision=revision, step=step)
-    stored = architecture_from_hf(read_config(source.folder))
-    tokenizer = load_tokenizer(source.folder) if has_tokenizer(source.folder) else None
-    architecture = _grown(stored, tokenizer)
+    stored = source.architecture
+    tokenizer = source.described.load_tokenizer()
+    architecture = grown(stored, tokenizer)
     abstract = architecture.abstract(make_numerics(dtypes))
     if placement is not None:
         shardings = placement.shardings(abstract.params, abstract.axes)
     else:
         single = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
         shardings = dict.fromkeys(abstract.params, single)
-    _refuse_what_does_not_fit(abstract, shardings, dtypes)
+    refuse_what_does_not_fit(abstract, shardings, dtypes)
     params = load_weights(source, architecture, abstract, shardings, tokenizer=tokenizer)
     return Model(architecture, abstract, params, tokenizer, source)
-
-
-def _refuse_what_does_not_fit(
-    abstract: AbstractModel, shardings: Mapping[str, jax.sharding.Sharding], dtypes: str
-) -> None:
-    """Raises OutOfMemoryError, before they are read, for weights that no device here can hold."""
-    held = sum(
-        math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
-        for path, spec in abstract.params.items()
-    )
-    found = room(list(next(iter(shardings.values())).addressable_devices))
-    if found.limit and held > found.limit:
-        narrow = (
-            f" As bfloat16 they take {format_bytes(held / 2)}: --dtypes=bfloat16."
-            if dtypes != "bfloat16"
-            else " jaxft.load takes a placement that splits them over several devices."
-        )
-        raise OutOfMemoryError(
-            f"The weights take {format_bytes(held)} as {dtypes}, and {found}.{narrow}"
-        )
-
-
-def load_weights(
-    source: Source,
-    architecture: Architecture,
-    abstract: AbstractModel,
-    shardings: Mapping[str, jax.sharding.Sharding],
-    *,
-    tokenizer: Any = None,
-    new_tokens: Collection[int] = (),
-) -> Params:
-    """Reads weights from safetensors or from a checkpoint, each device its own part.
-
-    Tables that are smaller in the files than the architecture says grow by mean rows.
-
-    Args:
-      source: Where they are.
-      architecture: What they are to fit.
-      abstract: Its structure.
-      shardings: Placement of each.
-      tokenizer: Means are those of the rows of its tokens; of all rows if absent.
-      new_tokens: Ids of tokens that were just added: they get mean rows, too, where the files have
-        rows for them, which no training has touched.
-
-    Raises:
-      ModelError: If they cannot be read, or hold values that are not finite.
-      CheckpointError: If a checkpoint cannot be read.
-    """
-    params = _read_weights(source, architecture, abstract, shardings, tokenizer, new_tokens)
-    _refuse_not_finite(params, architecture, source)
-    return params
-
-
-def _read_weights(
-    source: Source,
-    architecture: Architecture,
-    abstract: AbstractModel,
-    shardings: Mapping[str, jax.sharding.Sharding],
-    tokenizer: Any,
-    new_tokens: Collection[int],
-) -> Params:
-    target = {
-        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[path])
-        for path, spec in abstract.params.items()
-    }
-    if source.checkpoints is None:
-        stored = architecture_from_hf(read_config(source.folder)).config.vocab
-        params = load_params(
-            source.folder,
-            architecture.rules,
-            with_vocab_size(target, abstract.axes, stored),
-            ignore=architecture.ignored,
-            copies=architecture.copies,
-            prefix=architecture.prefix,
-        )
-        known = None
-        if tokenizer is not None:
-            known = set(tokenizer.get_vocab().values()).difference(new_tokens)
-        return grow(params, target, abstract.axes, known=known, new=new_tokens)
-    checkpoints = Checkpoints(source.checkpoints, read_only=True)
-    try:
-        return checkpoints.restore_params(target, source.step)
-    finally:
-        checkpoints.close()
-
-
-def _refuse_not_finite(params: Params, architecture: Architecture, source: Source) -> None:
-    """Raises ModelError with the tensors, by their names in files, that hold NaN or infinities."""
-    bad = {path: flags for path, flags in _not_finite(params).items() if flags.any()}
-    if not bad:
-        return
-    names = [
-        tensor.name
-        for tensor in expand(architecture.rules, {path: x.shape for path, x in params.items()})
-        if any(
-            part.rule.ours in bad and bad[part.rule.ours][part.index[:1]].any()
-            for part in tensor.parts
-        )
-    ]
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-    raise ModelError(
-        f"{source.name} holds weights that are not finite (NaN or infinite), with which no loss "
-        f"can be computed: {shown}. The file is damaged, or training diverged before it was "
-        "written; take another copy, or an earlier checkpoint."
-    )
-
-
-def _not_finite(params: Params) -> dict[str, np.ndarray]:
-    """Returns whether each layer of a parameter, or all of one without layers, has such values."""
-
-    def find(params: Params) -> dict[str, Array]:
-        return {
-            path: ~jnp.isfinite(x).all(axis=tuple(range(path.startswith("layers."), x.ndim)))
-            for path, x in params.items()
-        }
-
-    sharding = next(iter(params.values())).sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    flags = jax.jit(find, out_shardings=sharding)(params)
-    return {path: np.asarray(value) for path, value in flags.items()}
-
-
-def tensor_dtypes_of(source: Source) -> dict[str, str]:
-    """Type of each tensor in the files that the weights once came from; empty if from none."""
-    if source.checkpoints is None:
-        return tensor_dtypes(source.folder)
-    return read_json(source.folder / "tensor_dtypes.json")
-
-
-def load_model_tokenizer(source: Source, config: ModelConfig) -> tuple[Any, list[int]]:
-    """Loads the tokenizer of a model as a run changes it; a checkpoint has its own already.
-
-    Args:
-      source: Its folder holds the tokenizer.
-      config: `tokenizer` takes its place, and `add_tokens` are added.
-
-    Returns:
-      The tokenizer, and the ids of the tokens that were added.
-    """
-    if source.checkpoints is not None:
-        return load_tokenizer(source.folder), []
-    other = config.tokenizer
-    tokenizer = load_tokenizer(resolve(other, weights=False) if other else source.folder)
-    if other and not config.random_init:
-        _warn_of_other_ids(tokenizer, source.folder, other)
-    if not config.added_tokens:
-        return tokenizer, []
-    known = [token for token in config.added_tokens if token in tokenizer.get_vocab()]
-    new = add_special_tokens(tokenizer, config.added_tokens)
-    console.log(f"Special tokens added to the tokenizer: {len(new)}.")
-    if known:
-        more = f" and {len(known) - 5} more" if len(known) > 5 else ""
-        console.log(
-            f"Tokens of model.add_tokens that the tokenizer has already: {', '.join(known[:5])}"
-            f"{more}. They keep their ids and what the model knows of them."
-        )
-    return tokenizer, new
-
-
-def _warn_of_other_ids(tokenizer: Any, folder: Path, name: str) -> None:
-    """Says so if a tokenizer gives other ids than the one that the weights were trained with."""
-    if not has_tokenizer(folder):
-        return
-    with contextlib.suppress(ModelError):  # a broken one is a good reason to name another
-        own, other = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
-        same, comparable = len(own.items() & other.items()), min(len(own), len(other))
-        if same < _SAME_IDS * comparable:
-            console.log(
-                f"The tokenizer of --config.model.tokenizer={name} has {same:,} of {comparable:,} "
-                "tokens under the ids that the model's own tokenizer gives them: the weights were "
-                "trained with other ids. Leave the key out, unless that is meant.",
-                style="yellow",
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """What is known of a run's model before its weights are read.
-
-    Attributes:
-      architecture: Its shape, with a row of the embedding for each token.
-      tokenizer: With the tokens and the chat template of the run.
-      new_tokens: Ids of tokens that the run adds and that have a row of padding in the files.
-    """
-
-    architecture: Architecture
-    tokenizer: Any
-    new_tokens: tuple[int, ...]
-
-
-def read_description(source: Source, config: RunConfig) -> Description:
-    """Returns the shape of a model and its tokenizer, which then has the template of the run.
-
-    Args:
-      source: Its folder holds config.json and, unless another is named, the tokenizer.
-      config: `model.tokenizer` replaces the tokenizer, `data.template` its chat template.
-
-    Raises:
-      ModelError: If either cannot be read, or they do not belong together.
-    """
-    stored = architecture_from_hf(read_config(source.folder))
-    tokenizer, added = load_model_tokenizer(source, config.model)
-    spare = tuple(number for number in added if number < stored.config.vocab)
-    if spare and not config.model.random_init:
-        console.log(
-            f"Added tokens that take a row of padding in the embedding: {len(spare)}. Each of "
-            "these rows becomes the mean of the others."
-        )
-    architecture = _grown(stored, tokenizer, random_init=config.model.random_init)
-    if config.data.template:
-        tokenizer.chat_template = resolve_template(tokenizer, config.data).text
-    return Description(architecture, tokenizer, spare)
-
-
-def _grown(stored: Architecture, tokenizer: Any, *, random_init: bool = False) -> Architecture:
-    """Returns the shape of a model with a row for each token; says so if it has to grow."""
-    architecture = with_rows_for(stored, tokenizer)
-    if architecture is not stored:
-        rows = stored.config.vocab
-        console.log(
-            f"Added tokens without a row in the embedding: {len(tokens_beyond(tokenizer, rows))}. "
-            f"It grows from {rows} to {architecture.config.vocab} rows"
-            + ("." if random_init else ", each new one the mean of the old ones.")
-        )
-    return architecture
-
-
-def context_of(source: Source) -> int:
-    """Returns how many tokens a model was made for; 0 if its family is not known."""
-    try:
-        return architecture_from_hf(read_config(source.folder)).config.max_length
-    except ModelError:
-        return 0
-
-
-def hf_config(source: Source, architecture: Architecture) -> dict[str, Any]:
-    """Returns the content of config.json for an architecture that may have grown since."""
-    config = read_config(source.folder) | {"vocab_size": architecture.config.vocab}
-    # Weights that were quantised in the files are so no more.
-    return {name: value for name, value in config.items() if name != "quantization_config"}

@@ -27,7 +27,6 @@ from jaxft.distributed.signals import StopRequest, stop_on_signals
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.files import read_jsonl, rewrite_jsonl, write_text
 from jaxft.hardware.devices import peak_flops
-from jaxft.hf.load import read_config
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.models.attention import check_backend
 from jaxft.models.families import Architecture
@@ -572,7 +571,7 @@ def _keep_model_files(
             if (source.folder / name).is_file():
                 (folder / name).write_bytes((source.folder / name).read_bytes())
         described = hf_config(source, architecture)
-        if described != read_config(source.folder):
+        if described != source.described.config:
             (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         save_tokenizer(tokenizer, folder, chat_template=template)
     except Exception as error:  # the tokenizers library raises bare Exception

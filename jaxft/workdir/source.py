@@ -1,17 +1,18 @@
 """The origin of a model: a Hugging Face folder or id, or a run and one of its checkpoints."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxft.config import ModelConfig
 from jaxft.errors import CheckpointError, ConfigError
+from jaxft.hf.folder import ModelFolder
 from jaxft.hf.hub import resolve
-from jaxft.hf.load import read_config
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.workdir.checkpoint import Checkpoints
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """The origin of a model.
 
@@ -29,6 +30,16 @@ class Source:
     step: int = 0
     path: str = ""
     choice: str = ""
+
+    @functools.cached_property
+    def described(self) -> ModelFolder:
+        """The small files of the folder, each read once."""
+        return ModelFolder(self.folder)
+
+    @functools.cached_property
+    def architecture(self) -> Architecture:
+        """Shape and naming of the stored model; raises ModelError if it is not supported."""
+        return architecture_from_hf(self.described.config)
 
     @property
     def name(self) -> str:
@@ -107,5 +118,4 @@ def find_architecture(config: ModelConfig) -> Architecture:
     Raises:
       ModelError: If there is no such model, or it is not supported.
     """
-    source = find_source(config.path, revision=config.revision, weights=False)
-    return architecture_from_hf(read_config(source.folder))
+    return find_source(config.path, revision=config.revision, weights=False).architecture

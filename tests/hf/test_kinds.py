@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 
 import jaxft
 from jaxft.errors import ModelError
+from jaxft.hf.folder import read_config
 from jaxft.hf.hub import resolve
-from jaxft.hf.load import read_config
 from jaxft.models.families import architecture_from_hf
 from tests.tiny_run import write_base
 

@@ -17,8 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft.errors import ModelError
 from jaxft.hf import load, read
-from jaxft.hf.load import load_params, read_config, tensor_dtypes
+from jaxft.hf.folder import read_config
+from jaxft.hf.load import load_params
 from jaxft.hf.rules import Rule
+from jaxft.hf.stored import tensor_dtypes
 from tests.oracle.cases import CASES, MXFP4, tensors_of, write_folder
 
 BLOCK = "model.layers.{layer}."
@@ -575,34 +577,6 @@ def test_dtypes_come_from_headers(folder):
     assert dtypes.pop("model.norm.weight") == "bfloat16"
     assert dtypes.pop("other") == "I8"
     assert set(dtypes.values()) == {"float32"}
-
-
-def test_config_is_read(folder):
-    assert read_config(folder) == CASES[CASE]
-
-
-def test_weights_in_mxfp4_are_not_refused(tmp_path):
-    config = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_config(tmp_path) == config
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (None, "is empty"),
-        ("{", "cannot be read"),
-        ("[]", "holds a JSON list"),
-        ('{"quantization_config": {"quant_method": "fp8"}}', "quantised by 'fp8'"),
-        ('{"quantization_config": {"bits": 4}}', "quantised by 'unknown'"),
-        ("version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-    ],
-)
-def test_a_config_that_cannot_be_used_is_explained(tmp_path, content, complaint):
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=complaint):
-        read_config(tmp_path)
 
 
 def test_a_real_model_loads(shared):

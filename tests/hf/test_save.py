@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft.errors import ModelError
 from jaxft.hf import save
-from jaxft.hf.load import load_params, tensor_dtypes
+from jaxft.hf.load import load_params
 from jaxft.hf.rules import Rule
 from jaxft.hf.save import atomic_folder, save_params
+from jaxft.hf.stored import tensor_dtypes
 from tests.hf.test_load import RULES, SPECS, abstract_params
 from tests.oracle.cases import CASES, write_folder
 

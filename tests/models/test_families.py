@@ -14,8 +14,9 @@ import jaxft
 from jaxft.config import OptimConfig, RunConfig
 from jaxft.data.batch import STANDARD, Batch
 from jaxft.errors import ConfigError, ModelError
-from jaxft.hf.load import load_params, tensor_dtypes
+from jaxft.hf.load import load_params
 from jaxft.hf.save import save_params
+from jaxft.hf.stored import tensor_dtypes
 from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.experts import balance_loss
 from jaxft.models.families import FAMILIES, Architecture, architecture_from_hf

@@ -16,9 +16,10 @@ from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer
 from jaxft.models.config import Numerics
 from jaxft.models.families import architecture_from_hf
 from jaxft.models.vocabulary import ROWS_MULTIPLE, tokens_beyond, with_rows_for
+from jaxft.programs.description import load_model_tokenizer
 from jaxft.programs.evaluation import evaluate
-from jaxft.programs.model import load_model_tokenizer, load_weights
 from jaxft.programs.trainer import train
+from jaxft.programs.weights import load_weights
 from jaxft.training.program import make_placement
 from jaxft.workdir.source import Source, find_source
 from tests.oracle.cases import CASES, llama_tensors

@@ -168,8 +168,7 @@ def test_a_step_that_is_compiled_and_takes_more_than_there_is_loads_no_weights(
 SHORT = """
 import resource, sys
 from jaxft import cli
-from jaxft.programs import model
-from jaxft.programs import trainer
+from jaxft.programs import model, trainer
 def limit(more):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + more, -1))

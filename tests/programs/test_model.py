@@ -9,9 +9,10 @@ import pytest
 
 import jaxft
 from jaxft.errors import CheckpointError, ConfigError, ModelError
+from jaxft.hf import folder
 from jaxft.programs.generate import Sampling
 from jaxft.workdir.source import find_source
-from tests.tiny_run import write_base
+from tests.tiny_run import tiny_config, write_base
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +143,26 @@ def test_a_bad_config_is_what_is_reported_and_not_the_tokenizer(model, tmp_path,
         with pytest.raises(ModelError, match=r"config\.json") as caught:
             read(tmp_path)
         assert "tokenizer" not in str(caught.value)
+
+
+def test_a_command_reads_what_describes_its_model_once(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, train__steps=2)
+    config.data.validation = str(tmp_path / "held_out.jsonl")
+    base = tmp_path / "base"
+    read, files = folder.read_json, []
+    monkeypatch.setattr(folder, "read_json", lambda file: files.append(file) or read(file))
+    jaxft.load(base).generate("say abc", max_new_tokens=2)
+    assert files == [base / "config.json"]
+    files.clear()
+    jaxft.export(base, tmp_path / "out", on_log=lambda text: None)
+    assert files == [base / "config.json"]
+    files.clear()
+    jaxft.evaluate(config)
+    assert files == [base / "config.json"]
+    files.clear()
+    run = jaxft.train(config)
+    # What the run keeps of the model is another folder, for its exports.
+    assert [file for file in files if file.parent == base] == [base / "config.json"]
+    files.clear()
+    jaxft.export(run.workdir, tmp_path / "out", overwrite=True, on_log=lambda text: None)
+    assert files == [run.workdir / "model/config.json", run.workdir / "model/tensor_dtypes.json"]

@@ -1,0 +1,95 @@
+"""The small files of a Hugging Face folder, read once."""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxft.errors import ModelError
+from jaxft.hf.hub import lfs_hint
+from jaxft.hf.kinds import explain_folder
+from jaxft.hf.tokenizer import has_tokenizer, load_tokenizer, stop_ids
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that describes a model, with or without its weights.
+
+    Each file is read when it is asked for first, and never again.
+
+    Attributes:
+      path: The folder.
+    """
+
+    path: Path
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """Content of config.json; raises ModelError as `read_config` does."""
+        return read_config(self.path)
+
+    @functools.cached_property
+    def generation(self) -> dict[str, Any]:
+        """Content of generation_config.json; empty if there is none."""
+        file = self.path / "generation_config.json"
+        return read_json(file) if file.is_file() else {}
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds the files of a tokenizer."""
+        return has_tokenizer(self.path)
+
+    def load_tokenizer(self) -> Any:
+        """Returns the tokenizer, None if the folder has none.
+
+        Raises:
+          ModelError: If its files cannot be read.
+        """
+        return load_tokenizer(self.path) if self.has_tokenizer else None
+
+    def stop_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """Returns the tokens that end an answer by the tokenizer and both config files, sorted."""
+        return stop_ids(tokenizer, self.generation, self.config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns the content of config.json.
+
+    Raises:
+      ModelError: If it is missing or broken, with what the folder holds in place of a model, or
+        says that the weights are quantised; those in MXFP4 pass, because `load_params` unpacks
+        them.
+    """
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not config.get("model_type") and (text := explain_folder(folder)):
+        raise ModelError(text)
+    if not file.is_file():
+        raise ModelError(f"{folder} has no config.json; it is not a complete Hugging Face folder.")
+    method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
+    if config.get("quantization_config") and method != "mxfp4":
+        raise ModelError(
+            f"{folder} holds weights quantised by {method!r} (quantization_config in config.json), "
+            "which cannot be trained. Use the repository of the original weights."
+        )
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Raises:
+      ModelError: If the file is missing or holds anything else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{file.parent} has no {file.name}; it is not a complete Hugging Face folder."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.{lfs_hint(file)}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds a JSON {type(content).__name__}; expected an object.")
+    return content

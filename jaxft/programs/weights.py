@@ -1,0 +1,143 @@
+"""Weights of a model, from files or a checkpoint to the devices that hold them."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jaxft.errors import ModelError, OutOfMemoryError
+from jaxft.formatting import format_bytes
+from jaxft.hardware.devices import room
+from jaxft.hf.load import load_params
+from jaxft.hf.rules import expand
+from jaxft.models.families import Architecture
+from jaxft.models.module import AbstractModel, Params
+from jaxft.models.vocabulary import grow, with_vocab_size
+from jaxft.workdir.checkpoint import Checkpoints
+from jaxft.workdir.source import Source
+
+
+def refuse_what_does_not_fit(
+    abstract: AbstractModel, shardings: Mapping[str, jax.sharding.Sharding], dtypes: str
+) -> None:
+    """Raises OutOfMemoryError, before they are read, for weights that no device here can hold."""
+    held = sum(
+        math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
+        for path, spec in abstract.params.items()
+    )
+    found = room(list(next(iter(shardings.values())).addressable_devices))
+    if found.limit and held > found.limit:
+        narrow = (
+            f" As bfloat16 they take {format_bytes(held / 2)}: --dtypes=bfloat16."
+            if dtypes != "bfloat16"
+            else " jaxft.load takes a placement that splits them over several devices."
+        )
+        raise OutOfMemoryError(
+            f"The weights take {format_bytes(held)} as {dtypes}, and {found}.{narrow}"
+        )
+
+
+def load_weights(
+    source: Source,
+    architecture: Architecture,
+    abstract: AbstractModel,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    *,
+    tokenizer: Any = None,
+    new_tokens: Collection[int] = (),
+) -> Params:
+    """Reads weights from safetensors or from a checkpoint, each device its own part.
+
+    Tables that are smaller in the files than the architecture says grow by mean rows.
+
+    Args:
+      source: Where they are.
+      architecture: What they are to fit.
+      abstract: Its structure.
+      shardings: Placement of each.
+      tokenizer: Means are those of the rows of its tokens; of all rows if absent.
+      new_tokens: Ids of tokens that were just added: they get mean rows, too, where the files have
+        rows for them, which no training has touched.
+
+    Raises:
+      ModelError: If they cannot be read, or hold values that are not finite.
+      CheckpointError: If a checkpoint cannot be read.
+    """
+    params = _read_weights(source, architecture, abstract, shardings, tokenizer, new_tokens)
+    _refuse_not_finite(params, architecture, source)
+    return params
+
+
+def _read_weights(
+    source: Source,
+    architecture: Architecture,
+    abstract: AbstractModel,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    tokenizer: Any,
+    new_tokens: Collection[int],
+) -> Params:
+    target = {
+        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[path])
+        for path, spec in abstract.params.items()
+    }
+    if source.checkpoints is None:
+        stored = source.architecture.config.vocab
+        params = load_params(
+            source.folder,
+            architecture.rules,
+            with_vocab_size(target, abstract.axes, stored),
+            ignore=architecture.ignored,
+            copies=architecture.copies,
+            prefix=architecture.prefix,
+        )
+        known = None
+        if tokenizer is not None:
+            known = set(tokenizer.get_vocab().values()).difference(new_tokens)
+        return grow(params, target, abstract.axes, known=known, new=new_tokens)
+    checkpoints = Checkpoints(source.checkpoints, read_only=True)
+    try:
+        return checkpoints.restore_params(target, source.step)
+    finally:
+        checkpoints.close()
+
+
+def _refuse_not_finite(params: Params, architecture: Architecture, source: Source) -> None:
+    """Raises ModelError with the tensors, by their names in files, that hold NaN or infinities."""
+    bad = {path: flags for path, flags in _not_finite(params).items() if flags.any()}
+    if not bad:
+        return
+    names = [
+        tensor.name
+        for tensor in expand(architecture.rules, {path: x.shape for path, x in params.items()})
+        if any(
+            part.rule.ours in bad and bad[part.rule.ours][part.index[:1]].any()
+            for part in tensor.parts
+        )
+    ]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    raise ModelError(
+        f"{source.name} holds weights that are not finite (NaN or infinite), with which no loss "
+        f"can be computed: {shown}. The file is damaged, or training diverged before it was "
+        "written; take another copy, or an earlier checkpoint."
+    )
+
+
+def _not_finite(params: Params) -> dict[str, np.ndarray]:
+    """Returns whether each layer of a parameter, or all of one without layers, has such values."""
+
+    def find(params: Params) -> dict[str, Array]:
+        return {
+            path: ~jnp.isfinite(x).all(axis=tuple(range(path.startswith("layers."), x.ndim)))
+            for path, x in params.items()
+        }
+
+    sharding = next(iter(params.values())).sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    flags = jax.jit(find, out_shardings=sharding)(params)
+    return {path: np.asarray(value) for path, value in flags.items()}
