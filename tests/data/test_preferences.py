@@ -141,6 +141,18 @@ def test_pairs_are_taken_for_labelled_answers_too(tmp_path):
 MORE = said("user", "more")
 
 
+def first_row(row):
+    """A sound row with the columns of another one."""
+    if "preferred_output" in row:
+        sides = {"preferred_output": [GOOD], "non_preferred_output": [BAD]}
+        return {"input": {"messages": [Q]}, **sides}
+    if "output" in row:
+        return {"instruction": "q", "output": ["good", "bad"]}
+    if row.keys() == {"chosen", "rejected"}:
+        return {"chosen": [Q, GOOD], "rejected": [Q, BAD]}
+    return PAIR
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -189,12 +201,14 @@ MORE = said("user", "more")
         ),
         ({"input": {"messages": [Q]}, "preferred_output": [GOOD]}, "'non_preferred_output' is mis"),
         ({"instruction": "q", "output": ["good"]}, "expected a better and a worse answer"),
+        ({**PAIR, "instruction": "x", "prompt": None}, "'prompt' is null"),
+        ({"question": "q", "chosen": "a", "rejected": "b"}, "told by 'question' and 'chosen' and"),
         ({"prompt": "q", "completion": "good"}, "has no pair of answers.*objective.name=sft"),
     ],
 )
 def test_pairs_that_compare_nothing_are_refused(tmp_path, row, message):
     with pytest.raises(DataError, match=message) as error:
-        read(tmp_path, PAIR, row)
+        read(tmp_path, first_row(row), row)
     assert "rows.jsonl:2: " in str(error.value)
     assert UNIT_EXAMPLES["preference"] in str(error.value)
 

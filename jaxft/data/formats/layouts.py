@@ -62,6 +62,14 @@ def pair_answers(value: Mapping[str, Any]) -> tuple[str, ...]:
     return ()
 
 
+def pair_layout(value: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the columns in which a pair has its prompt and its answers."""
+    if any(name in value for name in OPENAI_PAIR[1:]):
+        return OPENAI_PAIR
+    prompt = prompt_column(value)
+    return (*((prompt,) if prompt else ()), *pair_answers(value))
+
+
 def prompt_column(value: Mapping[str, Any]) -> str:
     """Returns the column of the prompt that both answers of a pair share; '' if there is none."""
     if "conversations" in value or "conversation" in value:
@@ -75,6 +83,13 @@ def label_columns(value: Mapping[str, Any]) -> list[str]:
     label = next((name for name in LABELS if name in value), "")
     name, columns = single_layout(value)
     return [*columns, label] if label and name not in ("", "text") else []
+
+
+def label_layout(value: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the columns in which a labelled answer lies, or the name of its format."""
+    rest = {name: cell for name, cell in value.items() if name not in LABELS}
+    name, columns = single_layout(rest)
+    return tuple(columns) if name == "columns" else (name,)
 
 
 def turns_column(value: Mapping[str, Any]) -> str:

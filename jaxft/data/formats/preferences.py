@@ -22,7 +22,9 @@ from jaxft.data.formats.items import Conversation, Labelled, Preference, answer_
 from jaxft.data.formats.layouts import (
     LABELS,
     OPENAI_PAIR,
+    label_layout,
     pair_answers,
+    pair_layout,
     prompt_column,
     single_layout,
     turns_column,
@@ -37,8 +39,13 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _YES_OR_NO = {"true": True, "false": False, "1": True, "0": False}
 
 
-def read_pair(value: Any, origin: str) -> Preference:
+def read_pair(value: Any, origin: str, *, layout: tuple[str, ...]) -> Preference:
     """Returns the two answers of a row.
+
+    Args:
+      value: The row.
+      origin: `file:line`.
+      layout: From `pair_layout` of the first row, which all others have.
 
     Raises:
       RowError: If the row is no pair whose answers differ and whose prompts do not.
@@ -50,15 +57,17 @@ def read_pair(value: Any, origin: str) -> Preference:
             f"the row has {quoted(verdicts)} beside two answers, which may say otherwise which of "
             "them is better. Remove it."
         )
-    if any(name in row for name in OPENAI_PAIR[1:]):
+    found = pair_layout(row)
+    if found == layout == OPENAI_PAIR:
         return _from_openai(row, origin)
     names = pair_answers(row)
-    if not names:
+    if not names and found != OPENAI_PAIR:
         raise RowError(
             f"the row has no pair of answers but {', '.join(row) or 'no columns'}; expected "
             "'chosen' and 'rejected'. A row with one answer is for --config.objective.name=sft, or "
             "with a label for kto."
         )
+    _check_layout(found, layout)
     better, worse = _two_answers(row, names)
     prompt = _prompt(row)
     if prompt is None and isinstance(better, str) and isinstance(worse, str):
@@ -71,8 +80,13 @@ def read_pair(value: Any, origin: str) -> Preference:
     )
 
 
-def read_labelled(value: Any, origin: str) -> Labelled:
+def read_labelled(value: Any, origin: str, *, layout: tuple[str, ...]) -> Labelled:
     """Returns the answer of a row and whether it is a good one.
+
+    Args:
+      value: The row.
+      origin: `file:line`.
+      layout: From `label_layout` of the first row, which all others have.
 
     Raises:
       RowError: If the row has no answer, no question or no label.
@@ -87,18 +101,27 @@ def read_labelled(value: Any, origin: str) -> Labelled:
     label = _label(row)
     rest = {name: cell for name, cell in row.items() if name not in LABELS}
     name, columns = single_layout(rest)
+    if not name:
+        raise RowError(f"the row has {', '.join(row)}; expected a prompt, an answer and a label.")
+    _check_layout(label_layout(row), layout)
     if name == "columns":
         question, answer = columns
         system = optional_text(rest, "system")
         texts = cell_text(rest, question), cell_text(rest, answer)
         talk = single_turn(*texts, origin, system=system)
-    elif name in CONVERTERS:
-        talk = CONVERTERS[name](rest, origin)
     else:
-        raise RowError(f"the row has {', '.join(row)}; expected a prompt, an answer and a label.")
+        talk = CONVERTERS[name](rest, origin)
     assert isinstance(talk, Conversation)
     _check_answer(talk, "the answer")
     return Labelled(talk, label)
+
+
+def _check_layout(found: tuple[str, ...], first: tuple[str, ...]) -> None:
+    if found != first:
+        raise RowError(
+            f"the row is told by {quoted(found)}, but the first row by {quoted(first)}; expected "
+            "the same columns in all rows."
+        )
 
 
 def renamed(row: Any, mapping: Mapping[str, str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Which format rows of preferences are in: as named, or told from the first row."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ from jaxft.data.formats.items import Format, Item
 from jaxft.data.formats.layouts import (
     describe_unused,
     label_columns,
+    label_layout,
     pair_columns,
+    pair_layout,
     single_layout,
 )
 from jaxft.data.formats.preferences import describe_pairs, read_labelled, read_pair, renamed
@@ -24,10 +27,6 @@ UNIT_EXAMPLES = {
 _WANTED = {
     "pairs": ("pairs of answers, one chosen and one rejected", ("preference",)),
     "labelled": ("answers labelled good or bad, or pairs of them", ("labelled", "preference")),
-}
-_READERS: Mapping[str, Callable[[Any, str], Item]] = {
-    "preference": read_pair,
-    "labelled": read_labelled,
 }
 
 
@@ -60,9 +59,10 @@ def choose_unit_format(row: Row, spec: SourceSpec, origin: str, units: str) -> F
         raise _unknown(value, origin, units)
     if spec.mapping:
         check_columns(spec.mapping, list(value), origin)
+        read = _reader(name, spec.mapping)
         return Format(
             name,
-            lambda cells, place: _READERS[name](renamed(cells, spec.mapping), place),
+            lambda cells, place: read(renamed(cells, spec.mapping), place),
             describe_mapping(spec.mapping, value),
             tuple(spec.mapping.values()),
         )
@@ -70,7 +70,14 @@ def choose_unit_format(row: Row, spec: SourceSpec, origin: str, units: str) -> F
     description = f"columns {', '.join(used)}{describe_unused(used, value)}"
     if name == "preference":
         description += describe_pairs(value)
-    return Format(name, _READERS[name], description)
+    return Format(name, _reader(name, value), description)
+
+
+def _reader(name: str, first: Mapping[str, Any]) -> Callable[[Any, str], Item]:
+    """Returns what reads all rows that have the columns of the first one."""
+    if name == "preference":
+        return functools.partial(read_pair, layout=pair_layout(first))
+    return functools.partial(read_labelled, layout=label_layout(first))
 
 
 def _told_apart(value: Mapping[str, Any], units: str) -> str:
