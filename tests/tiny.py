@@ -110,7 +110,7 @@ def random_rows(rows: int, length: int, vocab: int, *, seed: int = 0) -> Batch:
     return pack(packed, length)
 
 
-def make_program(tiny: Tiny, devices: int = 1, **changes: Any) -> Program:
+def make_program(tiny: Tiny, devices: int = 1, *, max_units: int = 1, **changes: Any) -> Program:
     """Returns the program of a run in float32; `changes` are dotted keys with '__' for the dot."""
     values = {
         "model.dtypes": "float32",
@@ -123,7 +123,9 @@ def make_program(tiny: Tiny, devices: int = 1, **changes: Any) -> Program:
     } | {key.replace("__", "."): value for key, value in changes.items()}
     config = from_dict(values)
     placement = make_placement(config, jax.devices()[:devices])
-    evaluator = build_evaluator(config, tiny.architecture, max_segments=8, placement=placement)
+    evaluator = build_evaluator(
+        config, tiny.architecture, max_segments=8, max_units=max_units, placement=placement
+    )
     return build(config, evaluator, steps=20)
 
 
