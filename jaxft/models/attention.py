@@ -20,12 +20,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.errors import ConfigError
 from jaxft.models.activations import ATTENTION
-from jaxft.models.config import DecoderConfig, Scores
+from jaxft.models.config import DecoderConfig, Scoring
 from jaxft.models.ring import BLOCK, ring_attention
 from jaxft.models.row_split import split_rows
 from jaxft.sharding.rules import active_placement, constrain
 
-Backend = Callable[[Array, Array, Array, Array, Scores, Array | None], Array]
+Backend = Callable[[Array, Array, Array, Array, Scoring, Array | None], Array]
 
 
 def attend(
@@ -35,7 +35,7 @@ def attend(
     segments: Int[Array, "B T"],
     *,
     backend: str,
-    scores: Scores,
+    scores: Scoring,
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of rows over themselves, softmax in float32.
@@ -78,7 +78,7 @@ def masked_attention(
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B 1 T S"],
     *,
-    scores: Scores,
+    scores: Scoring,
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention under an explicit mask; memory grows with T x S."""
@@ -116,7 +116,7 @@ def row_attention(
     v: Float[Array, "B T K H"],
     mask: Bool[Array, "B 1 T T"],
     *,
-    scores: Scores,
+    scores: Scoring,
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`masked_attention` of rows over themselves; of split rows a device gathers all keys."""
@@ -135,14 +135,14 @@ def row_attention(
 
 
 def _xla(
-    q: Array, k: Array, v: Array, segments: Array, scores: Scores, sinks: Array | None
+    q: Array, k: Array, v: Array, segments: Array, scores: Scoring, sinks: Array | None
 ) -> Array:
     mask = row_mask(segments, window=scores.window)
     return checkpoint_name(row_attention(q, k, v, mask, scores=scores, sinks=sinks), ATTENTION)
 
 
 def _cudnn(
-    q: Array, k: Array, v: Array, segments: Array, scores: Scores, sinks: Array | None
+    q: Array, k: Array, v: Array, segments: Array, scores: Scoring, sinks: Array | None
 ) -> Array:
     """Flash attention of cuDNN; packed rows reach it as offsets and lengths of segments."""
     # A window as long as the row is none, and `choose_backend` has refused all else.
@@ -194,7 +194,7 @@ def segment_offsets(
 
 
 def _splash(
-    q: Array, k: Array, v: Array, segments: Array, scores: Scores, sinks: Array | None
+    q: Array, k: Array, v: Array, segments: Array, scores: Scoring, sinks: Array | None
 ) -> Array:
     # What it imports is of use on TPUs alone.
     from jaxft.models.splash import splash_attention
@@ -374,7 +374,7 @@ def check_backend(backend: str, config: DecoderConfig) -> None:
     segments = jnp.stack([1 + (slots >= 100), jnp.where(slots < 200, 1 + (slots >= 37), 0)])
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def output_and_gradients(name: str, scores: Scores, *arrays: Any):
+    def output_and_gradients(name: str, scores: Scoring, *arrays: Any):
         def total(q: Array, k: Array, v: Array, sinks: Array | None):
             out = attend(q, k, v, segments, backend=name, scores=scores, sinks=sinks)
             out = jnp.where(segments[:, :, None, None] > 0, out.astype(jnp.float32), 0.0)

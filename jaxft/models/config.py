@@ -22,7 +22,7 @@ class LayerKind:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class Scoring:
     """The way from queries and keys to attention's weights.
 
     Attributes:
@@ -103,10 +103,10 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
     mlp_limit: float = 0.0
 
-    def scores(self, kind: LayerKind) -> Scores:
+    def scores(self, kind: LayerKind) -> Scoring:
         """Returns how a layer of this kind scores keys."""
         scale = self.attention_scale or self.head_dim**-0.5
-        return Scores(scale=scale, cap=self.attention_cap, window=kind.window)
+        return Scoring(scale=scale, cap=self.attention_cap, window=kind.window)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class ExpertLinear(nnx.Module):
         self.b = Param(jnp.zeros(shape[:2], dtype), axes=axes[:2]) if bias else None
 
 
-def slots_of_expert(experts: ExpertsConfig, capacity: float, length: int) -> int:
+def tokens_of_expert(experts: ExpertsConfig, capacity: float, length: int) -> int:
     """Returns how many tokens of a row an expert takes: `capacity` times an even share."""
     share = length * experts.chosen / experts.count
     return min(length, math.ceil(capacity * share))
@@ -141,7 +141,7 @@ class Experts(nnx.Module):
             routes = self._route(x)
         count = self.config.count
         if self.capacity:
-            capacity = slots_of_expert(self.config, self.capacity, x.shape[1])
+            capacity = tokens_of_expert(self.config, self.capacity, x.shape[1])
             chosen = _slots_of(routes.experts, real, capacity, count)
             kept = chosen < count * capacity
             apply = functools.partial(_in_slots, capacity=capacity, gating=self.gating)

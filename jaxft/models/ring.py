@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxft.models.activations import ATTENTION
-from jaxft.models.config import Scores
+from jaxft.models.config import Scoring
 from jaxft.models.row_split import RowSplit, split_rows
 from jaxft.sharding.rules import active_placement
 
@@ -40,7 +40,7 @@ def ring_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"],
-    scores: Scores,
+    scores: Scoring,
     sinks: Float[Array, " N"] | None,
 ) -> Float[Array, "B T N H"]:
     """Attention of rows over themselves, as `attention.attend` describes it.
@@ -69,7 +69,7 @@ class Ring:
     """
 
     split: RowSplit
-    scores: Scores
+    scores: Scoring
 
     @property
     def size(self) -> int:
@@ -298,7 +298,7 @@ def _go_round(steps: Sequence[int], step: Callable, carry: Any) -> Any:
     return carry
 
 
-def _see(scores: Scores, queries: Queries, seen: Seen, keys: Keys, places: Array) -> Seen:
+def _see(scores: Scoring, queries: Queries, seen: Seen, keys: Keys, places: Array) -> Seen:
     """Adds a chunk of keys, block by block, to what a block of queries has seen."""
 
     def block(seen: Seen, of_keys: tuple[Keys, Array]) -> tuple[Seen, None]:
@@ -317,7 +317,7 @@ def _see(scores: Scores, queries: Queries, seen: Seen, keys: Keys, places: Array
 
 
 def _pull(
-    scores: Scores,
+    scores: Scoring,
     dkv: tuple[Array, Array],
     dq: Array,
     queries: Queries,
@@ -344,7 +344,7 @@ def _pull(
 
 
 def _score(
-    scores: Scores, queries: Queries, keys: Keys, places: Array
+    scores: Scoring, queries: Queries, keys: Keys, places: Array
 ) -> tuple[Float[Array, "B K G q s"], Float[Array, "B K G q s"] | float]:
     """Returns scores, `HIDDEN` where the mask hides, and their derivative by the bare products."""
     behind = queries.places[:, None] - places[None, :]

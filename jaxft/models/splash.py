@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxft.models.activations import ATTENTION
-from jaxft.models.config import Scores
+from jaxft.models.config import Scoring
 from jaxft.models.row_split import split_rows
 from jaxft.sharding.rules import active_placement
 from jaxft.sharding.sequence import document_order
@@ -27,7 +27,7 @@ def splash_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"],
-    scores: Scores,
+    scores: Scoring,
     sinks: Float[Array, " N"] | None,
 ) -> Float[Array, "B T N H"]:
     """Attention of rows over themselves, as `attention.attend` describes it.
@@ -102,7 +102,7 @@ class RowMask(splash_attention_mask.Mask):
         return self.q_sequence.tobytes(), self.window
 
 
-def _make_kernel(slots: np.ndarray, heads: int, parts: int, scores: Scores) -> Any:
+def _make_kernel(slots: np.ndarray, heads: int, parts: int, scores: Scoring) -> Any:
     """Returns the kernel of one row, whose arrays are for all `parts` that a row is split into."""
     queries, keys = min(BLOCK, len(slots) // parts), min(BLOCK, len(slots))
     sizes = splash.BlockSizes(
@@ -128,7 +128,7 @@ def _make_kernel(slots: np.ndarray, heads: int, parts: int, scores: Scores) -> A
 
 def _rows(
     kernel: Callable[..., Any],
-    scores: Scores,
+    scores: Scoring,
     q: Array,
     k: Array,
     v: Array,

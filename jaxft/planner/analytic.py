@@ -17,7 +17,7 @@ from jaxft.compiled.collectives import Collective
 from jaxft.config import RunConfig
 from jaxft.models import activations as names
 from jaxft.models.config import make_numerics
-from jaxft.models.experts import slots_of_expert
+from jaxft.models.experts import tokens_of_expert
 from jaxft.models.families import Architecture
 from jaxft.planner.kernels import efficiency, mean_visible_pairs
 from jaxft.planner.network import Network
@@ -215,8 +215,8 @@ class _Run:
             parts = self._split("act_experts", experts.count)
             self.chosen = float(experts.chosen)
             if capacity:
-                slots = slots_of_expert(experts, capacity, self.length)
-                self.chosen = experts.count * slots / self.length
+                taken = tokens_of_expert(experts, capacity, self.length)
+                self.chosen = experts.count * taken / self.length
             elif parts > 1:
                 # In the worst case all tokens of all peers come to one device (models/experts.py).
                 self.room = parts * min(experts.chosen, experts.count / parts) / experts.chosen

@@ -24,7 +24,7 @@ from jaxft.models.attention import (
     choose_backend,
     segment_offsets,
 )
-from jaxft.models.config import LayerKind, Scores
+from jaxft.models.config import LayerKind, Scoring
 from jaxft.models.families import architecture_from_hf
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, Strategy, if_divisible
@@ -41,7 +41,7 @@ def random_qkv(shape=(2, 24), heads=(4, 2), head_dim=8, seed=0):
     return tuple(random.randn(*shape, n, head_dim).astype(np.float32) for n in sizes)
 
 
-PLAIN = Scores(scale=8**-0.5)
+PLAIN = Scoring(scale=8**-0.5)
 
 
 def closed_form(q, k, v, scores=PLAIN, sinks=None):
@@ -71,7 +71,7 @@ def test_grouped_heads_read_their_key_head(heads):
 
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(
-    "scores", [Scores(0.2), Scores(0.5, cap=0.8), Scores(0.5, window=5), Scores(0.7, 1.3, 1)]
+    "scores", [Scoring(0.2), Scoring(0.5, cap=0.8), Scoring(0.5, window=5), Scoring(0.7, 1.3, 1)]
 )
 def test_scale_bound_window_and_sinks_follow_their_formula(scores, with_sinks):
     q, k, v = random_qkv(seed=1)
@@ -152,7 +152,7 @@ def test_packed_rows_lower_to_the_kernel_of_cudnn_in_both_passes(monkeypatch):
     ]
 
     def total(q, k, v):
-        out = attend(q, k, v, jnp.asarray(SEGMENTS), backend="cudnn", scores=Scores(0.125))
+        out = attend(q, k, v, jnp.asarray(SEGMENTS), backend="cudnn", scores=Scoring(0.125))
         return jnp.sum(out.astype(jnp.float32))
 
     traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*arrays)
@@ -235,7 +235,7 @@ def interpreted(monkeypatch):
 def output_and_gradients(q, k, v, backend, scores=None, sinks=None, placement=None):
     segments = np.repeat(SEGMENTS, q.shape[1] // SEGMENTS.shape[1], axis=1)
     real = segments[:, :, None, None] > 0
-    scores = scores or Scores(q.shape[-1] ** -0.5)
+    scores = scores or Scoring(q.shape[-1] ** -0.5)
     order = np.arange(q.shape[1]) if placement is None else placement.slots(q.shape[1])
 
     def total(q, k, v, sinks):
@@ -269,7 +269,7 @@ SINKS = np.array([-1.0, 0.0, 0.5, 2.0], np.float32)
 
 @pytest.mark.parametrize(
     ("scores", "sinks"),
-    [(None, None), (Scores(0.3, cap=2.0, window=50), None), (Scores(0.1, window=17), SINKS)],
+    [(None, None), (Scoring(0.3, cap=2.0, window=50), None), (Scoring(0.1, window=17), SINKS)],
 )
 def test_splash_equals_xla_on_packed_rows(interpreted, scores, sinks):
     q, k, v = random_qkv((2, 256), head_dim=64)
@@ -294,11 +294,11 @@ def test_sharded_splash_equals_xla(interpreted, heads, tensor, sinks):
     ("backend", "context", "tensor", "scores", "sinks"),
     [
         ("xla", 4, 1, None, SINKS),
-        ("xla", 2, 2, Scores(0.3, cap=2.0, window=50), None),
+        ("xla", 2, 2, Scoring(0.3, cap=2.0, window=50), None),
         pytest.param("splash", 2, 1, None, None, marks=pytest.mark.slow(seconds=3)),
-        ("splash", 4, 1, Scores(0.3, cap=2.0, window=200), SINKS),
+        ("splash", 4, 1, Scoring(0.3, cap=2.0, window=200), SINKS),
         pytest.param(
-            "splash", 2, 2, Scores(0.3, window=50), None, marks=pytest.mark.slow(seconds=3)
+            "splash", 2, 2, Scoring(0.3, window=50), None, marks=pytest.mark.slow(seconds=3)
         ),
     ],
 )

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.config import RunConfig, from_dict
 from jaxft.models import ring
 from jaxft.models.attention import causal_mask, masked_attention
-from jaxft.models.config import Scores
+from jaxft.models.config import Scoring
 from jaxft.models.families import architecture_from_hf
 from jaxft.models.ring import Ring, ring_attention
 from jaxft.models.row_split import RowSplit
@@ -20,7 +20,7 @@ from jaxft.training import program
 from tests.oracle.cases import CASES
 from tests.tiny import relative_error
 
-PLAIN = Scores(scale=8**-0.5)
+PLAIN = Scoring(scale=8**-0.5)
 
 
 def make_placement(context: int, data: int = 1):
@@ -67,7 +67,7 @@ def output_and_gradients(function, *arrays, **kwargs):
     return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True))(*arrays)
 
 
-SCORES = Scores(0.7, cap=1.3, window=6)
+SCORES = Scoring(0.7, cap=1.3, window=6)
 
 
 @pytest.mark.parametrize(
@@ -75,18 +75,18 @@ SCORES = Scores(0.7, cap=1.3, window=6)
     [
         (4, 2, (4, 1), PLAIN, True, 4),  # two blocks in a chunk
         (8, 1, (4, 2), SCORES, True, 512),  # a window over neighbours: four steps of eight
-        (2, 1, (4, 4), Scores(0.5, cap=0.8), False, 512),
+        (2, 1, (4, 4), Scoring(0.5, cap=0.8), False, 512),
         pytest.param(
-            2, 2, (6, 2), Scores(0.5, 1.3, window=40), True, 4, marks=pytest.mark.slow(seconds=5)
+            2, 2, (6, 2), Scoring(0.5, 1.3, window=40), True, 4, marks=pytest.mark.slow(seconds=5)
         ),
         pytest.param(
-            8, 1, (4, 2), Scores(0.7, window=2), False, 2, marks=pytest.mark.slow(seconds=5)
+            8, 1, (4, 2), Scoring(0.7, window=2), False, 2, marks=pytest.mark.slow(seconds=5)
         ),
         pytest.param(
-            8, 1, (4, 2), Scores(0.7, window=5), False, 512, marks=pytest.mark.slow(seconds=5)
+            8, 1, (4, 2), Scoring(0.7, window=5), False, 512, marks=pytest.mark.slow(seconds=5)
         ),
         pytest.param(
-            8, 1, (4, 4), Scores(0.7, window=17), True, 512, marks=pytest.mark.slow(seconds=5)
+            8, 1, (4, 4), Scoring(0.7, window=17), True, 512, marks=pytest.mark.slow(seconds=5)
         ),
     ],
 )
