@@ -1,4 +1,4 @@
-"""What a person sees: results on standard output, and what goes on on standard error.
+"""Lines for a person: results on standard output, and the course of things on standard error.
 
 On a terminal one live area at the bottom holds the bar and the phases under way. Elsewhere (a file,
 a job's log) the same is written as plain lines. All goes to standard error.

@@ -42,7 +42,7 @@ class CheckpointError(JaxftError):
 
 
 class OutOfMemoryError(JaxftError):
-    """What was asked for does not fit into the memory of the devices or of the host."""
+    """The memory of the devices or of the host is too small for what was asked for."""
 
 
 class TrainingError(JaxftError):

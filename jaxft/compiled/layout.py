@@ -1,4 +1,4 @@
-"""What a strategy does to a model: where each array lives, what it takes, what devices exchange.
+"""The effect of a strategy on a model: where each array lives, its size, what devices exchange.
 
 Nothing is read but config.json and nothing is allocated, so that a laptop shows hundreds of
 devices.
@@ -38,15 +38,15 @@ type Spec = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Where one array lives.
+    """The placement of one array.
 
     Attributes:
-      shape: Of the whole array.
+      shape: Shape of the whole array.
       dtype: Name of its type.
-      spec: For each dimension the mesh axes that it is split over; axes of one device are left out.
-      bytes: Of the whole array.
-      bytes_per_device: Of the part that one device holds.
-      copies: How many devices hold the same part.
+      spec: Mesh axes that each dimension is split over; axes of one device are left out.
+      bytes: Size of the whole array.
+      bytes_per_device: Size of the part that one device holds.
+      copies: Number of devices that hold the same part.
     """
 
     shape: tuple[int, ...]
@@ -67,10 +67,10 @@ class Parameter:
     """A parameter and what belongs to it.
 
     Attributes:
-      path: Its dotted name.
+      path: Dotted name.
       axes: Name of each dimension.
-      value: Where the parameter lives.
-      gradient: Where its gradient lives when the optimizer reads it; None if it is frozen.
+      value: Placement of the parameter.
+      gradient: Placement of its gradient when the optimizer reads it; None if it is frozen.
       moments: The optimizer's arrays of the same shape; none if it is frozen.
     """
 
@@ -98,13 +98,13 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Communication:
-    """What the compiled training step says of itself, per device.
+    """The compiled training step's memory and exchanges, per device.
 
     Attributes:
       totals: Collectives of one step by kind and mesh axes.
-      argument_bytes: Of state and batch.
-      temporary_bytes: Of all that lives only during the step.
-      platform: Whose compiler it was.
+      argument_bytes: Bytes of state and batch.
+      temporary_bytes: Bytes of all that lives only during the step.
+      platform: Platform whose compiler it was.
     """
 
     totals: tuple[Total, ...]
@@ -115,16 +115,16 @@ class Communication:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """Where all of a run's state lives.
+    """The placement of all of a run's state.
 
     Attributes:
-      model: Its path or name.
+      model: Path or name of the model.
       strategy: The strategy's name.
       mesh: Devices along each axis.
       devices: Numbers of the devices in the mesh's order.
-      parameters: In the model's order.
+      parameters: Parameters in the model's order.
       counters: Bytes of optimizer state that belongs to no parameter; every device holds them.
-      communication: If the step was compiled.
+      communication: Exchanges, if the step was compiled.
     """
 
     model: str
@@ -137,7 +137,7 @@ class Description:
 
     @property
     def bytes_per_device(self) -> dict[str, int]:
-        """What one device holds of parameters, gradients and optimizer state."""
+        """Bytes of parameters, gradients and optimizer state on one device."""
         gradients = [p.gradient for p in self.parameters if p.gradient is not None]
         moments = [moment for p in self.parameters for moment in p.moments]
         return {

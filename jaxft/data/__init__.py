@@ -1,4 +1,4 @@
-"""From files and hub data sets to batches of packed token rows."""
+"""The way from files and hub data sets to batches of packed token rows."""
 
 from jaxft.data.batch import Batch
 from jaxft.data.chat import prompt_ids

@@ -1,4 +1,4 @@
-"""What a file holds, told from its first bytes rather than from its name."""
+"""The content of a file, told from its first bytes rather than from its name."""
 
 import bz2
 import codecs
@@ -53,11 +53,11 @@ _FEWEST_TABLE_LINES = 3
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """How a file is read.
+    """The way a file is read.
 
     Attributes:
       kind: 'JSON lines', 'JSON', 'a table', 'Parquet' or 'text'.
-      remark: What a log should add where the name of the file says otherwise.
+      remark: Words for a log where the name of the file says otherwise.
     """
 
     kind: str

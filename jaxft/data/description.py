@@ -1,4 +1,4 @@
-"""What the log says of a data set: what was found, taken, cut and left out."""
+"""The log's words on a data set: what was found, taken, cut and left out."""
 
 import math
 from collections.abc import Iterator

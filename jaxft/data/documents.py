@@ -29,27 +29,28 @@ DOCUMENT = np.dtype(
 
 @dataclass(kw_only=True)
 class DocumentStatistics:
-    """What was read. Counts of tokens are before packing and before any cut.
+    """Counts of what was read; those of tokens are before packing and before any cut.
 
     Attributes:
-      units: What belongs together: 'documents' alone, 'pairs', or 'labelled' answers with another.
+      units: Kind of unit, one of `units.UNITS`: 'documents' alone, 'pairs', or 'labelled' answers
+        with another.
       sources: Names, in the order that `DOCUMENT["source"]` counts.
       formats: Name and description of each source's format.
       chat: Whether there are conversations among the documents.
-      template: Where the chat template came from; empty without conversations.
+      template: Origin of the chat template; empty without conversations.
       stops: Stop tokens of the template.
       documents: Number of documents.
       tokens: All tokens.
-      trained_tokens: Those with loss.
+      trained_tokens: Tokens with loss.
       thinking_blocks: Reasoning blocks in trained turns.
-      lost_blocks: Those that the template left out.
+      lost_blocks: Reasoning blocks that the template left out.
       rewritten_turns: Trained turns that the template renders otherwise once they are history.
       rows: Rows that the documents are made of; a conversation may give several documents.
       skipped: Bad rows that were left out.
-      skipped_kinds: How many of them there are of each kind.
+      skipped_kinds: Number of skipped rows of each kind.
       control_tokens: Control token -> how often rows spell it.
       control_rows: Number of rows that spell one.
-      control_policy: What became of them, as `data.control_tokens` says.
+      control_policy: Treatment of spelt control tokens: `data.control_tokens`.
       unused_keys: Key of messages that nobody reads -> number of conversations that have it.
       digest: Hash of all tokens, of which are trained, and of the labels.
     """
@@ -153,9 +154,9 @@ class Documents:
       index: `DOCUMENT` records, one for each document.
       labels: int8 `[documents]`: 1 for preferred answers, -1 for rejected ones, 0 for answers of
         other rows; None if there are no units.
-      units: What belongs together, one of `units.UNITS`.
+      units: Kind of unit, one of `units.UNITS`.
       unit_size: Number of documents in a unit; units stand one behind the other.
-      statistics: What was read.
+      statistics: Counts of what was read.
     """
 
     def __init__(self, folder: Path):

@@ -38,9 +38,9 @@ class _Line:
     """A line of text.
 
     Attributes:
-      number: From 1.
-      text: With its line end; bytes that are no UTF-8 are lone surrogates.
-      problem: Which bytes those are; mostly empty.
+      number: Number of the line, from 1.
+      text: Text with its line end; bytes that are no UTF-8 are lone surrogates.
+      problem: Bytes that are no UTF-8, in words; mostly empty.
     """
 
     number: int
@@ -54,9 +54,9 @@ class _Members:
 
     Attributes:
       names: All of them.
-      lists: Those that are lists of objects.
-      others: Those that are neither lists of objects nor objects.
-      cells: Those that can be cells of a row: texts, numbers and the like, and lists of messages.
+      lists: Members that are lists of objects.
+      others: Members that are neither lists of objects nor objects.
+      cells: Members that can be cells of a row: texts, numbers and the like, and lists of messages.
     """
 
     names: list[str]
@@ -70,7 +70,7 @@ class File(Source):
     """A local file.
 
     Attributes:
-      path: Where it is.
+      path: Path of the file.
     """
 
     path: Path = field(kw_only=True)
@@ -93,7 +93,7 @@ class File(Source):
 
     @property
     def kind(self) -> str:
-        """What the file holds, as `content.Content` calls it."""
+        """Kind of content, as `content.Content` calls it."""
         return self._content.kind
 
     @functools.cached_property

@@ -37,8 +37,8 @@ class SetReport:
       name: 'train', 'validation' or as evaluation calls it.
       rows: The packed rows, with their statistics; of a refused set, what `data.overlength=drop`
         would leave of it.
-      refusal: Why training or evaluation would refuse the set, such as over-length documents; empty
-        if it would not.
+      refusal: Reason for which training or evaluation would refuse the set, such as over-length
+        documents; empty if it would not.
       edges: Token lengths of documents, or of units of preferences, that bound the bins of the
         histogram, int64 `[bins + 1]`; the last bin is wider where few are far longer than all
         others.
@@ -62,7 +62,7 @@ class Sample:
 
     Attributes:
       origin: `file:line`.
-      label: What it is in its unit, such as 'chosen'; empty for documents alone.
+      label: Role in its unit, such as 'chosen'; empty for documents alone.
       runs: Texts of runs of tokens that are all trained (True) or all masked (False), and what
         stands for tokens that are not shown (None).
     """
@@ -74,10 +74,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Report:
-    """What `jaxft data` shows; a rich console can print it.
+    """The findings of `jaxft data`; a rich console can print them.
 
     Attributes:
-      config: How the data was read.
+      config: The run whose data they are.
       context: Tokens that the model was made for; 0: not known.
       tokenizer: One line on the tokenizer.
       template: Origin of the chat template, and its stop tokens.

@@ -12,7 +12,7 @@ _DIGITS = 4300
 
 
 class JsonError(ValueError):
-    """What is wrong with some JSON text; the message is the end of a sentence.
+    """An error in some JSON text; the message is the end of a sentence.
 
     Attributes:
       line: Line of the text, from 1, where it is known.

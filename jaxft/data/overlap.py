@@ -16,7 +16,7 @@ class Overlap:
     """Documents of a held-out set that are trained on too.
 
     Attributes:
-      count: Number of them, or of units of preferences.
+      count: Number of such documents.
       examples: Some of them: `file:line` of the set, and that of the training data.
     """
 

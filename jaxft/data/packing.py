@@ -30,13 +30,13 @@ class PackingError(DataError):
 
 @dataclass(kw_only=True)
 class PackingStatistics:
-    """What became of the documents; of preferences, counts are of units.
+    """Counts of what became of the documents.
 
     Attributes:
       documents: Documents of a pass, which rows are made of.
-      document_tokens: Their tokens, before any cut.
-      document_trained_tokens: Those with loss.
-      parts: What a pass has of each source.
+      document_tokens: Tokens of these documents, before any cut.
+      document_trained_tokens: Tokens among them with loss.
+      parts: Share of a pass that each source has.
       rows: Rows of `max_length` tokens.
       max_length: Tokens in a row.
       tokens: Tokens in rows, padding not counted.

@@ -1,4 +1,4 @@
-"""From the name of a data set to packed rows on disk, with a log of what was found and lost."""
+"""Preparation of a data set: from its name to packed rows on disk, with a log of what was found."""
 
 import dataclasses
 import functools

@@ -20,7 +20,7 @@ _VALUE = re.compile(r'"[^"]*"|(?<!\w)\[.*\]|\{.*\}|(?<=\bof )\'[^\']*\'')
 
 
 class RowError(ValueError):
-    """What is wrong with one row, without its origin."""
+    """An error in one row, without its origin."""
 
 
 class Problems:
@@ -32,7 +32,7 @@ class Problems:
 
     Attributes:
       count: Bad rows so far.
-      kinds: How many there are of each kind.
+      kinds: Number of bad rows of each kind.
     """
 
     def __init__(self, name: str, *, skipped: Path | None = None):

@@ -55,7 +55,7 @@ class _Answer:
 
     Attributes:
       prompt: The text before it.
-      text: That text, the answer, and what the template writes behind it.
+      text: Prompt, answer, and what the template writes behind it.
       end: Position in it after the control token that ends the answer.
     """
 

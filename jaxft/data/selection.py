@@ -1,4 +1,4 @@
-"""Which documents make up one pass: the held-out part, and shares of the sources of a mixture.
+"""The documents of one pass: the held-out part, and shares of the sources of a mixture.
 
 Rows stay whole: the documents that one row of the data gave are taken together or not at all.
 """
@@ -15,13 +15,13 @@ from jaxft.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a pass has of one source.
+    """The documents of one source in a pass.
 
     Attributes:
       name: The source as it is written, a glob for all of its files.
       documents: Documents that there are, or units of preferences, without those held out.
-      taken: Those in a pass.
-      trained_tokens: Their trained tokens, before any cut.
+      taken: Documents that are in a pass.
+      trained_tokens: Trained tokens of these, before any cut.
     """
 
     name: str
@@ -35,8 +35,8 @@ class Selection:
     """The documents of a pass.
 
     Attributes:
-      numbers: Which they are, in order, int64 `[documents]`.
-      parts: What each source gives.
+      numbers: Numbers of the documents, in order, int64 `[documents]`.
+      parts: Part of each source.
     """
 
     numbers: np.ndarray

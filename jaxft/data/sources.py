@@ -1,4 +1,4 @@
-"""What every source of raw rows is: a name, how it is read, and rows with their places."""
+"""Sources of raw rows: a name, a way to read it, and rows with their places."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ class Source(ABC):
     """One file or hub data set that can be read again and again.
 
     Attributes:
-      name: How it is called in messages.
-      spec: How it was written, and how its rows are read; files of a glob share one.
+      name: Name in messages.
+      spec: Spelling of the source, with the way its rows are read; files of a glob share one.
       split: Part of a hub data set; empty for files.
     """
 

@@ -1,4 +1,4 @@
-"""How one source is named and read: the one-line form of `data.train` and the keys like it.
+"""Names and options of one source: the one-line form of `data.train` and the keys like it.
 
 A line names several sources, separated by commas. Each is a file, a folder, a glob or a hub id,
 followed by options after colons:
@@ -51,8 +51,8 @@ class SourceSpec:
       text_split: One of the choices of `data.text_split`.
       names_split: Whether the source itself says so, and not the configuration.
       weight: Share of the documents of a pass, in proportion to the other weights; 0: none given.
-      limit: How many rows are taken; 0: all. They are a seeded sample, of a streamed hub data set
-        the first ones.
+      limit: Number of rows that are taken; 0: all. They are a seeded sample, of a streamed hub data
+        set the first ones.
     """
 
     name: str

@@ -78,7 +78,7 @@ class Template:
 
     @property
     def last_stops(self) -> dict[str, int]:
-        """Those of `stops` that the last answer of a conversation ends with."""
+        """Stop tokens that the last answer of a conversation ends with."""
         return {text: i for text, i in self.stops.items() if text != self.earlier_stop}
 
     @property
@@ -166,12 +166,12 @@ def adds_begin_token(tokenizer: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What a template makes of an answer to a short question.
+    """A template's rendering of an answer to a short question.
 
     Attributes:
       text: All that it writes behind the prompt.
-      begin: Where the marked text of the answer begins in it.
-      end: Where that text ends.
+      begin: Index in it at which the marked text of the answer begins.
+      end: Index at which that text ends.
     """
 
     text: str
@@ -239,7 +239,7 @@ def _probe_answer(tokenizer: Any, template: Template, **message: Any) -> _Answer
 
 
 def _try_answer(tokenizer: Any, template: Template, **message: Any) -> _Answer | None:
-    """As `_probe_answer`, or None from a template that knows no such answer."""
+    """Returns `_probe_answer`, or None from a template that knows no such answer."""
     try:
         return _probe_answer(tokenizer, template, **message)
     except Exception:  # whatever the template raises; rows of this kind say so

@@ -1,4 +1,4 @@
-"""How much text trained tokens stand for: what makes losses of unlike tokenizers comparable."""
+"""The amount of text behind trained tokens: it makes losses of unlike tokenizers comparable."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -36,7 +36,7 @@ class Unit:
     Attributes:
       source: Number of the row's source.
       row: The row itself.
-      text: What two rows have in common that are the same.
+      text: Content by which two equal rows are told.
       examples: The documents.
       labels: The label of each document; empty for documents without.
       is_chat: Whether it comes from a conversation.

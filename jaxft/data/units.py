@@ -1,4 +1,4 @@
-"""What an objective takes as one: a document, a pair of answers, or an answer with a label.
+"""Units that an objective takes: a document, a pair of answers, or an answer with a label.
 
 A unit of preferences is two documents, one behind the other: the chosen and the rejected answer to
 a prompt; or a labelled answer and, for an estimate of the KL divergence, the answer of another row

@@ -1,1 +1,1 @@
-"""What the commands do: train, evaluate, export, generate, check."""
+"""The work of the commands: train, evaluate, export, generate, check."""

@@ -54,7 +54,7 @@ class Answers:
 
     @property
     def summary(self) -> str:
-        """Their accuracy in words, with its interval and of how many rows it is."""
+        """Accuracy in words, with its interval and the number of rows it is of."""
         accuracy = self.accuracy
         of = "" if accuracy.count == self.of_rows else f" of {self.of_rows:,}"
         return (
@@ -74,7 +74,7 @@ class SamplePrompt:
 
     Attributes:
       ids: Token ids of the prompt.
-      text: Its last message, or the text that is to be continued.
+      text: Last message of the prompt, or the text that is to be continued.
       reference: The answer expected.
       tokens: Number of tokens that the answer takes, with reasoning and the one that ends it.
     """
@@ -91,7 +91,7 @@ class Prompts:
 
     Attributes:
       rows: All that end with an answer, or a sample of them, in order.
-      of_rows: How many end with an answer.
+      of_rows: Number of rows that end with an answer.
     """
 
     rows: list[SamplePrompt]

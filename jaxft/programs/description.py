@@ -69,11 +69,11 @@ def _warn_of_other_ids(tokenizer: Any, folder: Path, name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What is known of a run's model before its weights are read.
+    """The facts that are known of a run's model before its weights are read.
 
     Attributes:
-      architecture: Its shape, with a row of the embedding for each token.
-      tokenizer: With the tokens and the chat template of the run.
+      architecture: Shape of the model, with a row of the embedding for each token.
+      tokenizer: Tokenizer with the tokens and the chat template of the run.
       new_tokens: Ids of tokens that the run adds and that have a row of padding in the files.
     """
 

@@ -55,10 +55,10 @@ class Evaluation:
     """Result on one data set.
 
     Attributes:
-      sums: What each row or unit gave, from which all figures are made.
+      sums: Sums of each row or unit, from which all figures are made.
       answers: Generated answers, if `eval.answers` asks for them and the data has them.
-      model: What was evaluated.
-      held_out: What it was evaluated on.
+      model: Name of the model.
+      held_out: Rows it was evaluated on.
     """
 
     sums: UnitSums
@@ -129,15 +129,15 @@ class _Task:
     """An evaluation of which all but the weights has been read.
 
     Attributes:
-      config: Of this evaluation, with `model.path` of its model.
-      source: Where the model is.
-      architecture: Its shape.
-      tokenizer: Its tokenizer.
+      config: Config of this evaluation, with `model.path` of its model.
+      source: Origin of the model.
+      architecture: Shape of the model.
+      tokenizer: Tokenizer of the model.
       new_tokens: Ids of tokens that the config adds to it, of those with a row of padding.
       placement: Strategy and mesh.
       sources: Held-out data by name.
       rows: The same as rows.
-      prompts: Those that answers are generated for, of the sets that have them.
+      prompts: Prompts that answers are generated for, of the sets that have them.
     """
 
     config: RunConfig

@@ -20,7 +20,7 @@ _BUCKET = 64
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen.
+    """The choice of the next token.
 
     Attributes:
       temperature: Divides the logits; 0 takes the most likely token.
@@ -51,10 +51,10 @@ class Draw(NamedTuple):
     """`Sampling` as arrays of a program.
 
     Attributes:
-      seed: As in `Sampling`, modulo 2^32.
-      temperature: As in `Sampling`.
-      top_k: As in `Sampling`.
-      top_p: As in `Sampling`.
+      seed: Seed as in `Sampling`, modulo 2^32.
+      temperature: Temperature as in `Sampling`.
+      top_k: Number of tokens as in `Sampling`.
+      top_p: Share of probability as in `Sampling`.
       has_token: bool `[V]`; ids where it is False are never chosen. None for no such ids.
     """
 

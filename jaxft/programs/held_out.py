@@ -22,7 +22,7 @@ class HeldOut:
 
     Attributes:
       rows: All rows.
-      numbers: Those that are evaluated, in order.
+      numbers: Numbers of the rows that are evaluated, in order.
       bytes: Length of the trained text of each, int64 `[numbers]`; None of preferences, whose
         loss is not of text.
     """
@@ -72,17 +72,17 @@ def take_rows(rows: TokenRows, tokenizer: Any, *, maximum: int, seed: int) -> He
 
 @dataclass(frozen=True)
 class UnitSums:
-    """What the evaluation step returned for each unit, float64 `[n]`, and the means made of it.
+    """The evaluation step's sums of each unit, float64 `[n]`, and the means made of them.
 
     Intervals are over units: over rows, which documents share, where nothing but documents is
     learnt, and over pairs or labelled answers in preferences.
 
     Attributes:
       total: Loss of each unit.
-      weight: What losses are divided by: trained tokens of a row, or 1.
+      weight: Divisor of losses: trained tokens of a row, or 1.
       figures: Sum and count of every other figure, by name.
       bytes: Length of each row's trained text; None where the loss is not in nats per token.
-      numbers: Where each unit stands: number of the row, and of the unit in it, int64 `[n, 2]`.
+      numbers: Place of each unit: number of the row, and of the unit in it, int64 `[n, 2]`.
     """
 
     total: np.ndarray

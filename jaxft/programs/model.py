@@ -41,14 +41,15 @@ type Prompt = str | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Model:
-    """What a notebook uses. Immutable; `params` is a flat dict of arrays.
+    """A model for a notebook. Immutable; `params` is a flat dict of arrays.
 
     Attributes:
       architecture: Shape and naming of the model.
-      abstract: Its structure, with shapes, dtypes and axes.
+      abstract: Structure, with shapes, dtypes and axes.
       params: `{dotted path: array}`.
-      tokenizer: Of transformers; None if the folder has none, which leaves `__call__` alone.
-      source: Where it was loaded from.
+      tokenizer: Tokenizer of transformers; None if the folder has none, which leaves `__call__`
+        alone.
+      source: Origin of the weights.
     """
 
     architecture: Architecture
@@ -89,7 +90,7 @@ class Model:
 
     @functools.cached_property
     def has_token(self) -> np.ndarray:
-        """Which ids the tokenizer knows, bool `[V]`: an embedding often has rows beyond them."""
+        """Ids that the tokenizer knows, bool `[V]`: an embedding often has rows beyond them."""
         self._require_tokenizer()
         known = np.zeros(self.architecture.config.vocab, bool)
         known[list(self.tokenizer.get_vocab().values())] = True
@@ -204,7 +205,7 @@ class Model:
         max_new_tokens: int,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """As `generate`, for prompts that are token ids already; each result stands alone."""
+        """Returns what `generate` does, for prompts of token ids; each result stands alone."""
         new = self.complete(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
         return [self._decode(ids) for ids in new]
 

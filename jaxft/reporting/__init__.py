@@ -1,1 +1,1 @@
-"""What a run's figures look like: intervals, charts and the page."""
+"""Presentation of a run's figures: intervals, charts and the page."""

@@ -1,1 +1,1 @@
-"""What a step computes: objectives, the optimizer, the compiled steps and their state."""
+"""The work of a step: objectives, the optimizer, the compiled steps and their state."""

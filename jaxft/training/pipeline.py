@@ -34,7 +34,7 @@ _LAYERS = "layers."
 
 
 class _Arrived:
-    """What an objective sees of a model whose layers have run elsewhere, on one micro-batch."""
+    """A model whose layers have run elsewhere on one micro-batch, as an objective sees it."""
 
     def __init__(self, model: Decoder, batch: Batch, hidden: Array, routing: Routing | None):
         self._batch, self._hidden, self._routing = batch, hidden, routing
@@ -64,7 +64,7 @@ class _Arrived:
 
 
 class _Stream(NamedTuple):
-    """What stages hand on, with a leading axis of stages.
+    """The values that stages hand on, with a leading axis of stages.
 
     Attributes:
       x: `[S, B, T, D]`, the residual stream.

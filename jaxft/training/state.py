@@ -1,4 +1,4 @@
-"""What a training step carries from one step to the next, as pure arrays."""
+"""The state that a training step hands to the next, as pure arrays."""
 
 import re
 from collections.abc import Iterable, Mapping

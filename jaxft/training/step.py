@@ -26,14 +26,14 @@ class StepFigures(NamedTuple):
         weight (k, the experts of a token, is even); `expert_unused`, the share of all layers'
         experts that no token went to; `expert_dropped`, the share of choices that found their
         expert full.
-      counts: What adds up: `tokens` without padding, `trained_tokens` and `squared_lengths`, the
-        sum of squared document lengths, which attention's work grows with: twice the pairs of
-        query and key that may see each other, less the tokens; the mean over layers, whose windows
-        may hide some.
-      latest: What the last step tells: `learning_rate`, and `grad_norm`, the global norm of the
+      counts: Sums: `tokens` without padding, `trained_tokens` and `squared_lengths`, the sum of
+        squared document lengths, which attention's work grows with: twice the pairs of query and
+        key that may see each other, less the tokens; the mean over layers, whose windows may hide
+        some.
+      latest: Figures of the last step: `learning_rate`, and `grad_norm`, the global norm of the
         normalised gradient before clipping.
-      largest: Of what the largest counts: `expert_busiest`, tokens of the busiest expert of any
-        layer over the mean of that layer; 1 is even.
+      largest: Figures of which the largest counts: `expert_busiest`, tokens of the busiest expert
+        of any layer over the mean of that layer; 1 is even.
     """
 
     ratios: dict[str, tuple[Any, Any]]
@@ -217,7 +217,7 @@ def _figures(judged: Judged, batch: Batch, windows: Sequence[int]) -> StepFigure
 
 
 def _squared_lengths(positions: jax.Array, windows: Sequence[int]) -> jax.Array:
-    """What each position adds to the squared length of its document, the mean over layers.
+    """Returns each position's part of the squared length of its document, the mean over layers.
 
     1 + 3 + 5 + … is a square, and a position under a window adds as much as the last that sees all.
     """

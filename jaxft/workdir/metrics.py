@@ -1,4 +1,4 @@
-"""What a run measures: the figures of a log step, and the files and services they go to."""
+"""The figures of a run's log steps, and the files and services they go to."""
 
 import importlib
 import importlib.util

@@ -17,7 +17,7 @@ from jaxft.training.step import StepFigures
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What the figures of a period's steps add up to.
+    """Sums of the figures of a period's steps.
 
     Attributes:
       ratios: Sum and count of each figure that becomes a mean, by name.
@@ -77,8 +77,8 @@ class Period:
     """A period that is over.
 
     Attributes:
-      step: Its last step.
-      sums: Of all its steps.
+      step: Last step of the period.
+      sums: Sums over all its steps.
       latest: Figures of its last step.
     """
 

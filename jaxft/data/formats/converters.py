@@ -1,4 +1,4 @@
-"""From a row of each format to a conversation or a document."""
+"""The ways from a row of each format to a conversation or a document."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

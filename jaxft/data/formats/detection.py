@@ -1,4 +1,4 @@
-"""Which format rows are in: as named, or told from the first row."""
+"""Detection of the format that rows are in: as named, or told from the first row."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

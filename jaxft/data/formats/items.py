@@ -1,4 +1,4 @@
-"""What a row becomes: a document, a conversation, two answers to compare, or a labelled answer."""
+"""Items that rows become: documents, conversations, two answers to compare, labelled answers."""
 
 import json
 from collections.abc import Callable
@@ -120,12 +120,12 @@ Item = Document | Conversation | Preference | Labelled
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How the rows of one source are read.
+    """The way the rows of one source are read.
 
     Attributes:
       name: One of the choices of `data.format`.
-      convert: From (row value, origin) to an item; raises `RowError`.
-      description: What was found, for the log.
+      convert: Function from (row value, origin) to an item; raises `RowError`.
+      description: Findings in words, for the log.
       columns: Columns whose cells are read as text, numbers included.
     """
 

@@ -1,4 +1,4 @@
-"""Which columns make a row one of each kind; nothing here reads what is in them."""
+"""The columns that make a row one of each kind; nothing here reads what is in them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

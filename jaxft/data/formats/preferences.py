@@ -1,4 +1,4 @@
-"""From a row to two answers of which one is preferred, or to one that is labelled good or bad.
+"""The ways from a row to two answers, one of them preferred, or to one labelled good or bad.
 
 The last turn is what is compared, and what is before it is the prompt, which both answers share.
 """

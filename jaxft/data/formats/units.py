@@ -1,4 +1,4 @@
-"""Which format rows of preferences are in: as named, or told from the first row."""
+"""Detection of the format of preferences: as named, or told from the first row."""
 
 import functools
 from collections.abc import Callable, Mapping

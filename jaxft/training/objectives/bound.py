@@ -17,12 +17,12 @@ from jaxft.training.objectives.token_scores import Predictor, token_scores
 
 
 class Judged(NamedTuple):
-    """What a micro-batch adds to a step.
+    """The sums of a micro-batch that a step adds up.
 
     Attributes:
       terms: The objective's sums.
       auxiliary: Load-balancing loss of the micro-batch, times its weight, minimised beside them.
-      routing: What the routers of all layers did, or None without experts.
+      routing: Work of all layers' routers, or None without experts.
     """
 
     terms: Terms
@@ -58,7 +58,7 @@ class BoundObjective:
 
     Attributes:
       objective: The mathematics.
-      keys: Its own keys.
+      keys: Keys of the objective.
       chunk: Positions of each row whose float32 logits exist at once; 0 for all.
       balance: Weight of the load-balancing loss. It is judged over the tokens of a micro-batch.
       max_units: Most units of one row.

@@ -1,4 +1,4 @@
-"""What an objective is: what it asks of a model and of the data, and what it gives."""
+"""The contract of an objective: what it asks of a model and of the data, and what it gives."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Terms(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a model says of each target.
+    """A model's judgement of each target.
 
     Attributes:
       log_probs: Log-probability in nats; gradients pass.
@@ -68,7 +68,7 @@ def no_expectations(_: Any) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is learnt. A file defines one as `OBJECTIVE`.
+    """A thing that can be learnt. A file defines one as `OBJECTIVE`.
 
     Attributes:
       keys: Dataclass of its configuration keys, made with `jaxft.config.key`. A method `problems`
@@ -76,7 +76,7 @@ class Objective:
       loss: `(policy, batch, keys) -> Terms` of scalars. Gradients are taken of `total`.
       rows: The same of each row, `[B]`, or of each unit, `[B, U]`; for evaluation, where every
         number gets an interval over these.
-      units: What the data gives: `documents`, `pairs` of a preferred and a rejected answer, or
+      units: Units of the data: `documents`, `pairs` of a preferred and a rejected answer, or
         `labelled` answers, each beside one that belongs to another prompt.
       reference: Whether the loss reads `batch["reference"]`, the log-probability that the model
         which training began with gives each target.

@@ -1,4 +1,4 @@
-"""What objectives of preferences share: sums over answers, figures, and how both become terms.
+"""The common part of preferences: sums over answers, figures, and how both become terms.
 
 An answer is a document of a row, and its number of unit says which answers belong together. Every
 sum is over the tokens of one answer in one row, so rows need nothing of each other; where devices
@@ -32,8 +32,8 @@ class Answers(NamedTuple):
 
     Attributes:
       log_prob: The policy's log-probability of the answer, in nats.
-      score: That less the reference's, or that itself where the objective has no reference. The
-        difference is taken token by token: it is exactly 0 while both models agree.
+      score: Log-probability less the reference's, or alone where the objective has no reference.
+        The difference is taken token by token: it is exactly 0 while both models agree.
       length: Scored tokens.
     """
 
@@ -54,12 +54,12 @@ class Pairs(NamedTuple):
 
 
 class PairLoss(NamedTuple):
-    """What an objective makes of pairs.
+    """An objective's judgement of pairs.
 
     Attributes:
-      loss: What is minimised.
+      loss: Loss of a pair, which is minimised.
       chosen_reward: Implicit reward of the chosen answer: what the loss compares.
-      rejected_reward: That of the rejected answer.
+      rejected_reward: Implicit reward of the rejected answer.
       figures: Further figures of each pair, by name.
     """
 

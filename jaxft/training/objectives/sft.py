@@ -26,7 +26,7 @@ def loss(policy: Policy, batch: Batch, _: Any) -> Terms:
 
 
 def rows(policy: Policy, batch: Batch, _: Any) -> Terms:
-    """As `loss` for each row, with the share of trained tokens that were the first choice."""
+    """Returns `loss` for each row, with the share of trained tokens that were the first choice."""
     scores = policy.scores(batch)
     terms = cross_entropy(scores, batch)
     correct = jnp.sum(scores.correct * batch.weights, axis=-1)

@@ -82,7 +82,7 @@ def token_scores(
 
 
 class _Local:
-    """What each device computes of its own positions and its own part of the vocabulary."""
+    """The computation of each device for its own positions and its own part of the vocabulary."""
 
     def __init__(self, plan: WeightPlan, chunk: int, cap: float, precision: Any):
         self.plan, self.chunk, self.cap, self.precision = plan, chunk, cap, precision
