@@ -209,7 +209,7 @@ def describe_run(
 
 
 def with_any_attention(config: RunConfig) -> RunConfig:
-    """Returns a config whose attention can be had on made-up devices."""
+    """Returns a config whose attention is available on made-up devices."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
 
 

@@ -24,7 +24,6 @@ from jaxft.models.module import AbstractModel, abstract_model, merge
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, Strategy
 from jaxft.training import program
-from jaxft.training.objectives import sft
 from jaxft.training.objectives.bound import bind
 from jaxft.training.program import make_placement
 from tests.oracle.cases import CASES
@@ -483,8 +482,10 @@ def test_the_balance_loss_moves_the_router_towards_unused_experts():
     @functools.partial(jax.jit, static_argnums=1)
     def gradient(params, balance):
         def total(params):
-            terms = sft.loss(tiny.merge(params), batch, chunk=0, balance=balance)
-            return terms.auxiliary / terms.weight, terms
+            judged = bind(ObjectiveConfig(chunk=0, balance=balance)).judge(
+                tiny.merge(params), batch
+            )
+            return judged.auxiliary / judged.terms.weight, judged.auxiliary
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
@@ -496,8 +497,8 @@ def test_the_balance_loss_moves_the_router_towards_unused_experts():
         params[router] = params[router] - 0.3 * gradients[router]
     assert values[-1] < values[0] - 0.02
     assert values[-1] > 1.9  # the chosen experts of a token: 2 with perfect balance
-    (off, terms), _ = gradient(tiny.params, 0.0)
-    assert off == terms.auxiliary == 0
+    (off, auxiliary), _ = gradient(tiny.params, 0.0)
+    assert off == auxiliary == 0
 
 
 def test_experts_without_a_mesh_and_under_a_placement_trace_alike():
@@ -512,7 +513,9 @@ def test_experts_without_a_mesh_and_under_a_placement_trace_alike():
 def test_the_router_is_never_computed_in_fewer_bits():
     tiny = load_tiny("mixtral_tied", make_numerics("mixed"))
     batch = random_rows(2, 16, 64)
-    text = str(jax.make_jaxpr(lambda p: sft.loss(tiny.merge(p), batch, chunk=0).total)(tiny.params))
+    objective = bind(ObjectiveConfig(chunk=0))
+    total = jax.make_jaxpr(lambda p: objective.judge(tiny.merge(p), batch).terms.total)
+    text = str(total(tiny.params))
     # [B, T, D] x [E, D] in float32 at the highest precision.
     assert re.search(r"f32\[2,16,4\] = dot_general\[[^=]*=[^=]*=\(Precision\.HIGHEST", text)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxft
+from jaxft.config import ObjectiveConfig
 from jaxft.data.batch import Batch
 from jaxft.errors import ModelError
 from jaxft.models.config import LayerKind, Numerics, make_numerics
@@ -16,7 +17,7 @@ from jaxft.models.families import architecture_from_hf
 from jaxft.models.layers import RMSNorm
 from jaxft.models.module import init_params, merge
 from jaxft.models.rope import Rope, rotary_tables, rotate
-from jaxft.training.objectives import sft
+from jaxft.training.objectives.bound import bind
 from tests.oracle.cases import CASES
 from tests.tiny import judge, load_tiny, make_documents, pack, relative_error
 
@@ -158,7 +159,7 @@ def test_each_rematerialisation_policy_keeps_less_for_the_backward_pass(batch):
         tiny, _ = step_of(Numerics(remat=remat))
 
         def total(params, tiny=tiny):
-            return sft.loss(tiny.merge(params), batch, chunk=0).total
+            return bind(ObjectiveConfig(chunk=0)).judge(tiny.merge(params), batch).terms.total
 
         _, backward = jax.eval_shape(functools.partial(jax.vjp, total), tiny.params)
         kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
