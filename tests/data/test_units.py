@@ -168,6 +168,8 @@ def test_a_pair_gives_a_desirable_and_an_undesirable_answer(tmp_path, config, to
     # Not the rejected answer of its own row.
     trained = tokenizer.decode(mismatched.targets[mismatched.weights > 0])
     assert trained == "w4 w1 </s>"
+    [_, mismatched] = segments(rows[1])
+    assert tokenizer.decode(mismatched.targets[mismatched.weights > 0]) == "w2 </s>"
 
 
 def test_answers_that_cannot_be_mismatched_are_refused(tmp_path, config, tokenizer):
@@ -344,6 +346,33 @@ def test_a_pair_whose_answers_a_cut_makes_equal_is_dropped_and_counted(tmp_path,
     assert rows.statistics.dropped == rows.statistics.packed.made_equal == 1
     assert "1 pairs are in no row" in log
     assert "1 of them, with answers that a cut made equal" in log
+
+
+@pytest.mark.parametrize("units", ["pairs", "labelled"])
+def test_units_without_an_answer_after_a_cut_are_dropped(tmp_path, config, tokenizer, units):
+    long = {"prompt": "w0 " * 60, "chosen": "w1", "rejected": "w2"}
+    source = write(tmp_path / "a.jsonl", [*pairs(2), long])
+    for overlength in ("truncate", "drop"):
+        options = dataclasses.replace(config, overlength=overlength)
+        rows, _ = run(source, options, tokenizer, units)
+        size = 1 if units == "pairs" else 2
+        assert rows.statistics.dropped == size
+        assert rows.statistics.packed.made_equal == 0
+
+
+def test_answers_that_become_the_same_tokens_are_refused(tmp_path, config, tokenizer):
+    answers = [{"role": "assistant", "content": "w1", "reasoning": text} for text in ("w2", "w3")]
+    row = {"prompt": "w0", "chosen": answers[0], "rejected": answers[1]}
+    source = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError, match=r"a.jsonl:1: .* are the same tokens once rendered"):
+        run(source, dataclasses.replace(config, thinking="drop"), tokenizer)
+
+
+def test_weights_are_shares_of_pairs(tmp_path, config, tokenizer):
+    sources = [write(tmp_path / f"{i}.jsonl", pairs(count)) for i, count in enumerate((10, 40))]
+    rows, log = run(f"{sources[0]}:0.5,{sources[1]}:0.5", config, tokenizer)
+    assert rows.statistics.documents == 20
+    assert f"{sources[1]}: 10 of 40 pairs in a pass, 50.0% of its pairs and" in log
 
 
 def test_flipped_labels_are_other_rows(tmp_path, config, tokenizer):
