@@ -31,7 +31,6 @@ QUAINT = re.compile(r"\bmend(?:s|ed|ing)?\b|\bcan(?:not)? be had\b")
 EXEMPT = (
     "compiled/layout_page.py",
     "config",
-    "data/rows.py",
     "distributed/",
     "planner/page/",
     "programs/",

@@ -17,14 +17,14 @@ from jaxft.data.selection import Part
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What was read, and what became of it."""
+    """Records of what was read and of what became of it."""
 
     read: DocumentStatistics
     packed: PackingStatistics
 
     @property
     def documents(self) -> int:
-        """Documents of a pass."""
+        """Number of documents of a pass; of preferences, of units."""
         return self.packed.documents
 
     @property
@@ -44,7 +44,7 @@ class Statistics:
 
     @property
     def dropped(self) -> int:
-        """Documents that are in no row."""
+        """Number of documents, or units, that are in no row."""
         return self.packed.dropped
 
     @property
@@ -101,8 +101,8 @@ class TokenRows(Sequence[Batch]):
     """Packed rows of one data set; only what is read comes into memory.
 
     Attributes:
-      documents: The tokens that the rows are made of, and those of other rows.
-      statistics: What was read and what became of it.
+      documents: Documents that the rows are made of, and those of other rows.
+      statistics: Records of what was read and of what became of it.
       max_length: Tokens in a row, T.
       digest: Hash of all that the rows hold, wherever the files lie that they were made from;
         attached columns are no part of it.
@@ -129,7 +129,7 @@ class TokenRows(Sequence[Batch]):
 
     @property
     def numbers(self) -> np.ndarray:
-        """Which documents the rows are made of, int64 `[documents]`."""
+        """Numbers of the documents that the rows are made of, int64 `[documents]`."""
         if not self._numbers.exists():
             return np.arange(len(self.documents.index))
         return map_array(self._numbers, np.dtype("<i8"))
