@@ -143,7 +143,7 @@ class DataConfig:
     train_on: str = key(
         "assistant",
         "Tokens that carry loss: 'assistant' turns with their stop token, only the last one "
-        "('completion'), or 'all'.",
+        "('completion'), or 'all'. Of preferences it is always the last one.",
         choices=("assistant", "completion", "all"),
     )
     max_length: int = key(1024, "Tokens in a row of the batch.", minimum=2, maximum=1 << 24)
@@ -153,7 +153,8 @@ class DataConfig:
         "keeps the beginning, 'split' makes several of one. 'cut_prompt_start' and "
         "'cut_prompt_middle' keep the last answer whole and shorten what precedes it: the first "
         "keeps BOS and what is nearest to the answer, the second the beginning as well; an answer "
-        "that does not fit by itself is dropped, and plain text, all answer, is split.",
+        "that does not fit by itself is dropped, and plain text, all answer, is split. The two "
+        "answers of a preference share a row; they are cut alike and never split.",
         choices=OVERLENGTH,
     )
     packing: str = key(
