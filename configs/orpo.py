@@ -18,6 +18,6 @@ def get_config() -> RunConfig:
     config.optim.warmup_steps = 20
 
     config.train.workdir = "runs/orpo"
-    config.train.epochs = 5
+    config.train.epochs = 2
     config.train.batch_size = 8
     return config
