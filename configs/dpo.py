@@ -5,7 +5,7 @@ jaxft train --config=configs/dpo.py --config.model.path=MODEL --config.data.trai
 Result with MODEL what configs/sft.py made of stories260K (260,032 parameters) and PAIRS the 1,100
 of rasbt-instruct, of which --config.data.bad_rows=skip leaves out six with equal answers, on 2 CPU
 cores in some minutes: held-out loss 0.693 before and 0.336 after 44 steps; 89.0 % of 164 held-out
-pairs preferred (95 % interval 84.1 to 93.3 %), margin 1.82. Instructions of held-out pairs may occur
+pairs preferred (95 % interval 84.1 to 93.3 %), margin 1.82. Their instructions may have occurred
 in the fine-tuning before.
 """
 

@@ -66,7 +66,7 @@ def _read_python(file: str, path: Path) -> RunConfig:
 
 
 class _Wrong(Exception):
-    """What is wrong at one place of the file, without the place."""
+    """A problem at one place of the file, without the place."""
 
     def __init__(self, problem: str, node: yaml.Node):
         super().__init__(problem)
@@ -258,7 +258,7 @@ def _source(path: str, node: yaml.Node, forbidden: str) -> str:
 
 
 def _source_pairs(path: str, node: yaml.Node, forbidden: str) -> Iterator[tuple[str, str]]:
-    """As `_pairs`; a mapping as `columns` is written as options of its own, as a line has them."""
+    """Returns `_pairs`; a mapping as `columns` becomes options of its own, as a line has them."""
     if not isinstance(node, yaml.MappingNode):
         raise _Wrong(f"{path} holds a list in a list; expected texts or mappings.", node)
     plain = [pair for pair in node.value if not isinstance(pair[1], yaml.MappingNode)]

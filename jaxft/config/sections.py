@@ -80,7 +80,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """What is trained on, and how it becomes rows of tokens."""
+    """The data, and the way they become rows of tokens."""
 
     train: str = key(
         "",
@@ -179,7 +179,7 @@ OBJECTIVES = {
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """What is learnt.
+    """The objective: which one is learnt, and its keys.
 
     The keys of an objective stand beside its mathematics. They are the group of its name:
     `objective.dpo.beta`.
@@ -253,7 +253,7 @@ class ObjectiveConfig:
 
     @property
     def uses_reference(self) -> str:
-        """Where log-probabilities of the starting weights come from; empty if none are needed."""
+        """Origin of the starting weights' log-probabilities; empty if none are needed."""
         needed = self.objective.reference
         return ("fixed" if self.reference == "auto" else self.reference) if needed else ""
 
