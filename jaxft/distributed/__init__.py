@@ -260,6 +260,21 @@ def check_same(name: str, values: Mapping[str, Any]) -> None:
         )
 
 
+def everywhere(name: str, here: bool) -> bool:
+    """Returns whether something holds on every host.
+
+    Args:
+      name: Says what it is.
+      here: Whether it holds on this host.
+    """
+    if count() == 1:
+        return here
+    place = _unique(name)
+    _client().key_value_set(_key("everywhere", place, _me()), str(here))
+    barrier(name)
+    return all(said == "True" for said in _read("everywhere", place).values())
+
+
 def hosts_that_do_not_see(folder: Path) -> list[str]:
     """Returns the hosts to which `folder` is another one than to host 0; it may not exist yet."""
     if count() == 1:

@@ -193,6 +193,7 @@ def _prepare(config: RunConfig, checkpoint: str | Path, step: str) -> _Task:
 def _read_rows(
     config: RunConfig, tokenizer: Any, sources: Mapping[str, str]
 ) -> dict[str, TokenRows]:
+    units = config.objective.objective.units
     with distributed.first_host_first("data", data.cache_folder(config.data)):
         rows = {
             name: data.prepare(
@@ -201,6 +202,7 @@ def _read_rows(
                 tokenizer,
                 seed=config.train.seed,
                 training=False,
+                units="documents" if name == "retention" else units,
                 name=name,
                 on_log=console.log,
             )

@@ -38,6 +38,7 @@ def training_flops(
     head_dim: int,
     tokens: int,
     squared_lengths: float,
+    forward_passes: int = 0,
 ) -> TrainingFlops:
     """Returns the FLOPs of a forward and a backward pass over some documents.
 
@@ -58,9 +59,11 @@ def training_flops(
       head_dim: Size of a head.
       tokens: Tokens of the batch without padding.
       squared_lengths: Sum of the squared lengths of the documents, packed or not.
+      forward_passes: Passes without gradients beside the one that learns, such as a reference's.
     """
     count = parameters_without_embedding
     trained, passed, attends_back = learning or Learning(count, count, True)
-    weights = 2.0 * (count + trained + passed) * tokens
-    attention = (12.0 if attends_back else 4.0) * layers * heads * head_dim * squared_lengths
+    weights = 2.0 * (count + trained + passed + forward_passes * count) * tokens
+    passes = (12.0 if attends_back else 4.0) + 4.0 * forward_passes
+    attention = passes * layers * heads * head_dim * squared_lengths
     return TrainingFlops(weights + attention / 2, weights + attention)

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxft.config import RunConfig, compiler_options, to_dict
 from jaxft.data.batch import COLUMNS, STANDARD, Batch
+from jaxft.data.rows import TokenRows
 from jaxft.errors import ConfigError, collected
 from jaxft.formatting import counted
 from jaxft.models.attention import Choice, choose_backend
@@ -33,7 +34,7 @@ from jaxft.training.evaluation_step import make_eval_step, make_score_step, make
 from jaxft.training.flops import Learning
 from jaxft.training.objectives.bound import BoundObjective, bind
 from jaxft.training.optim import make_optimizer, make_schedule
-from jaxft.training.state import TrainState, abstract_state, reaches_layers
+from jaxft.training.state import TrainState, abstract_state, partition, reaches_layers
 from jaxft.training.step import make_train_step
 
 
@@ -60,6 +61,21 @@ class Evaluator:
     attention: Choice
     objective: BoundObjective
     eval_step: Any
+
+    def for_rows(self, config: RunConfig, sets: Iterable[TokenRows]) -> "Evaluator":
+        """Returns the evaluator for these rows, which may hold several documents.
+
+        Raises:
+          ConfigError: If attention cannot take so many.
+        """
+        sets = list(sets)
+        return build_evaluator(
+            config,
+            self.architecture,
+            placement=self.placement,
+            max_segments=max(rows.max_segments for rows in sets),
+            max_units=max(rows.max_units if rows.unit_size > 1 else 1 for rows in sets),
+        )
 
     def evaluates(self, objective: BoundObjective) -> "Evaluator":
         """Returns the evaluator of the same model by another objective."""
@@ -146,6 +162,11 @@ class Program:
     train_step: Any
     compiler_options: dict[str, str | bool]
 
+    @property
+    def forward_passes(self) -> int:
+        """Number of passes without gradients in a step, beside the one that learns."""
+        return bool(self.fixed) + (self.evaluator.objective.objective.whole is not None)
+
     def lower(self) -> Any:
         """Traces the training step."""
         return self.train_step.lower(self.state, self.fixed, self.batch)
@@ -190,18 +211,18 @@ def build_evaluator(
     config: RunConfig,
     architecture: Architecture,
     *,
-    max_segments: int,
-    max_units: int = 1,
     placement: Placement,
+    max_segments: int = 1,
+    max_units: int = 1,
 ) -> Evaluator:
     """Resolves dtypes, attention and shardings.
 
     Args:
       config: The run.
       architecture: Of the model.
+      placement: From `make_placement`.
       max_segments: Most documents in one row of the data.
       max_units: Most units of documents that belong together in one row.
-      placement: From `make_placement`.
 
     Raises:
       ConfigError: If the strategy cannot place the model, or attention cannot be had.
@@ -309,6 +330,31 @@ def check_rows(config: RunConfig, placement: Placement) -> int:
     return rows
 
 
+def check_run(config: RunConfig, evaluator: Evaluator, *, steps: int) -> None:
+    """Raises what is wrong with batch, schedule, mesh and frozen parameters, before data is read.
+
+    Args:
+      config: The run.
+      evaluator: From `build_evaluator`.
+      steps: Optimizer steps of the whole run; 0 if these are not known yet.
+
+    Raises:
+      ConfigError: If a micro-batch or an array cannot be split over the mesh, the warm-up is longer
+        than the run, or nothing would train.
+    """
+    abstract, placement = evaluator.abstract, evaluator.placement
+    rows = check_rows(config, placement)
+    if steps and config.optim.warmup_steps > steps:
+        raise ConfigError(
+            f"optim.warmup_steps {config.optim.warmup_steps} exceeds the run's "
+            f"{counted(steps, 'step')}."
+        )
+    check_weights(abstract, placement, (rows, config.data.max_length))
+    for rules in (placement.moment_rules, placement.gradient_rules):
+        placement.shardings(abstract.params, abstract.axes, rules=rules)
+    partition(abstract.params, config.optim.freeze)
+
+
 def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     """Adds optimizer, abstract state and the training step.
 
@@ -322,18 +368,12 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     """
     abstract, placement = evaluator.abstract, evaluator.placement
     train = config.train
-    rows = check_rows(config, placement)
     if not steps:
         raise ConfigError(
             f"train.epochs {train.epochs} of this data is less than one step of "
             f"{train.batch_size} rows; set --config.train.steps, more epochs or a smaller batch."
         )
-    if config.optim.warmup_steps > steps:
-        raise ConfigError(
-            f"optim.warmup_steps {config.optim.warmup_steps} exceeds the run's "
-            f"{counted(steps, 'step')}."
-        )
-    check_weights(abstract, placement, (rows, config.data.max_length))
+    check_run(config, evaluator, steps=steps)
     schedule = make_schedule(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
     of_moments, of_gradients = (
@@ -349,7 +389,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         moments=of_moments,
     )
     gradients = {path: of_gradients[path] for path in state.trainable}
-    shape = (train.accumulation, rows, config.data.max_length)
+    shape = (train.accumulation, train.batch_size // train.accumulation, config.data.max_length)
     uses_reference = config.objective.uses_reference
     fixed = evaluator.abstract_params if uses_reference == "fixed" else {}
     batch = Batch(

@@ -32,6 +32,7 @@ _FREE = (
     "data.bad_share",
     "data.validation",
     "objective.chunk",
+    "objective.reference",
 )
 _LOCK = "run.lock"
 _FILES = (
@@ -42,6 +43,7 @@ _FILES = (
     "eval.jsonl",
     "samples.jsonl",
     "skipped.jsonl",
+    "reference.json",
     "report.html",
 )
 _FOLDERS = ("events", "checkpoints", "model", "wandb")
@@ -105,6 +107,11 @@ class Workdir:
     def skipped(self) -> Path:
         """One JSON object per bad row that the data was read without."""
         return self.path / "skipped.jsonl"
+
+    @property
+    def reference(self) -> Path:
+        """Which weights a preference run compares with, from `programs.reference`."""
+        return self.path / "reference.json"
 
     @property
     def report(self) -> Path:

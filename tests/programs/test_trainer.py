@@ -1,6 +1,7 @@
 """The training loop: exact resume, what it saves and evaluates and when, how it stops."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import jaxft
 from jaxft.config import to_dict
 from jaxft.errors import CheckpointError, ConfigError, ModelError, TrainingError
-from jaxft.programs import advice, model, trainer
+from jaxft.programs import advice, model, run_data, session, trainer
 from jaxft.programs.answers import Answers
 from jaxft.programs.held_out import UnitSums
 from jaxft.programs.trainer import train
@@ -71,7 +72,7 @@ def crash(monkeypatch, config, *, step, resume=False):
 def read_rows(home, config):
     """Returns the training rows of `config`."""
     tokenizer = jaxft.load(home / "base").tokenizer
-    return trainer._read_data(config, tokenizer, Workdir(path=Path(config.train.workdir)))[0]
+    return run_data.read_data(config, tokenizer, Workdir(path=Path(config.train.workdir)))[0]
 
 
 def held_out(home):
@@ -295,7 +296,7 @@ def feed_losses(monkeypatch, losses):
     def sums(*_, **__):
         return UnitSums(np.array([next(rest)]), np.ones(1), bytes=np.ones(1))
 
-    monkeypatch.setattr(trainer, "evaluate_rows", sums)
+    monkeypatch.setattr(session, "evaluate_rows", sums)
 
 
 NAN = float("nan")
@@ -424,7 +425,7 @@ def feed_answers(monkeypatch, shares):
         right = np.arange(10) < next(rest)
         return Answers("exact_match", [], [], [], right, 0, prompts.of_rows)
 
-    monkeypatch.setattr(trainer, "answer", answer)
+    monkeypatch.setattr(session, "answer", answer)
 
 
 def answering(home, config, **changes):
@@ -671,9 +672,9 @@ def test_the_loop_dispatches_a_period_before_it_reads_the_one_before(home, confi
         program = build(*args, **kwargs)
         compiled = program.lower().compile()
 
-        def step(state, batch):
+        def step(state, fixed, batch):
             events.append("step")
-            return compiled(state, batch)
+            return compiled(state, fixed, batch)
 
         step.memory_analysis = compiled.memory_analysis
 
@@ -684,7 +685,7 @@ def test_the_loop_dispatches_a_period_before_it_reads_the_one_before(home, confi
             def compile(self, **_):
                 return step
 
-        return trainer.dataclasses.replace(program, train_step=Lowered())
+        return dataclasses.replace(program, train_step=Lowered())
 
     monkeypatch.setattr(trainer, "build", spy_build)
     monkeypatch.setattr(
@@ -703,13 +704,13 @@ def test_the_loop_dispatches_a_period_before_it_reads_the_one_before(home, confi
 
 def test_evaluation_and_saves_do_not_count_as_training_time(home, config, monkeypatch):
     plain = train(config("plain"))
-    original = trainer.evaluate_rows
+    original = session.evaluate_rows
 
     def slow(*args, **kwargs):
         time.sleep(0.2)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "evaluate_rows", slow)
+    monkeypatch.setattr(session, "evaluate_rows", slow)
     slowed = train(
         config("slowed", data__validation=held_out(home), train__eval_every=1, train__log_every=3)
     )
