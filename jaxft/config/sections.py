@@ -257,6 +257,11 @@ class ObjectiveConfig:
         needed = self.objective.reference
         return ("fixed" if self.reference == "auto" else self.reference) if needed else ""
 
+    @property
+    def forward_passes(self) -> int:
+        """Number of passes without gradients in a step, beside the one that learns."""
+        return (self.uses_reference == "fixed") + (self.objective.whole is not None)
+
     def __getattr__(self, name: str) -> Any:
         # Called for what is not there yet: the keys of an objective, made when they are asked for.
         if name.startswith("_") or name not in (*OBJECTIVES, vars(self).get("name")):

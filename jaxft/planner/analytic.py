@@ -180,6 +180,7 @@ class _Run:
     ):
         self.config, self.placed, self.placement = config, placed, placed.placement
         placement = placed.placement
+        self.estimator, self.objective = estimator, config.objective
         self.model = estimator.architecture.config
         self.chip = estimator.topology.chip.core
         self.rates = estimator.rates
@@ -257,6 +258,7 @@ class _Run:
             f"{WAIT} stages": self._layer_seconds(work) * (self.turns - self.passes),
             **{f"{WAIT} {network}": seconds for network, seconds in slow.items()},
         }
+        spent[MATMUL] += self._seconds_without_gradients()
         # What travels to the host does so beside all else.
         spent[f"{WAIT} {TO_HOST}"] = max(0.0, to_host - sum(spent.values()))
         flops = self.passes * sum(work)
@@ -274,6 +276,14 @@ class _Run:
             flops=flops,
             exchanges=exchanges,
         )
+
+    def _seconds_without_gradients(self) -> float:
+        """Returns seconds of the passes beside the one that learns, such as a reference's."""
+        if not (passes := self.objective.forward_passes):
+            return 0.0
+        rows = self.config.train.batch_size
+        forward = type(self)(self.estimator, self.config, self.placed, evaluated=rows)
+        return passes * forward.evaluation().seconds
 
     def evaluation(self) -> Evaluation:
         """Returns what a forward pass takes, beside parameters alone."""
@@ -324,6 +334,7 @@ class _Run:
         kinds = {
             "parameters": self.placed.parameters,
             "optimizer": 2 * self.placed.moments,
+            "reference": self.placed.parameters * (self.objective.uses_reference == "fixed"),
             "batch": self._batch_bytes() * self.passes,
             "gradients": gradients * (summed + (1 if self.passes > 1 else 0)),
             "activations": kept,
@@ -340,7 +351,8 @@ class _Run:
         return {kind: round(size) for kind, size in kinds.items()}, round(host)
 
     def _batch_bytes(self) -> float:
-        return 20 * self.tokens
+        columns = 5 if self.objective.objective.units == "documents" else 7
+        return 4 * (columns + (self.objective.uses_reference == "cached")) * self.tokens
 
     def _logits_bytes(self) -> float:
         """Returns bytes of one chunk's logits and their gradient, float32."""

@@ -12,6 +12,7 @@ from jaxft.planner.liveness import Buffer, Peak
 KINDS: tuple[str, ...] = (
     "parameters",
     "optimizer",
+    "reference",
     "batch",
     "padding",
     "gradients",
@@ -70,7 +71,7 @@ def memory_of(
     Args:
       compiled: The program.
       peak: Its fullest moment.
-      held: Bytes of parameters, gradients and optimizer state on one device.
+      held: Bytes of parameters, gradients, optimizer state and reference on one device.
       chip: One device's.
       parameters: Shape of what a device holds of each parameter.
       batch: Bytes of what a device holds of the batch.
@@ -79,7 +80,8 @@ def memory_of(
     allocation = compiled.allocation
     assert allocation is not None
     kinds = dict.fromkeys(KINDS, 0)
-    kinds["parameters"], kinds["optimizer"] = held["parameters"], held["optimizer"]
+    for kind in ("parameters", "optimizer", "reference"):
+        kinds[kind] = held[kind]
     kinds["batch"] = batch
     # TPUs keep arrays in tiles, which small dimensions do not fill.
     kinds["padding"] = max(0, allocation.arguments - sum(kinds.values()))
@@ -107,7 +109,7 @@ def memory_of(
 def memory_without_program(compiled: Compiled, held: Mapping[str, int], chip: Chip) -> Memory:
     """Splits what a program that does not fit would take, as far as it is known."""
     kinds = dict.fromkeys(KINDS, 0)
-    for kind in ("parameters", "optimizer", "gradients"):
+    for kind in ("parameters", "optimizer", "reference", "gradients"):
         kinds[kind] = held[kind]
     kinds["temporaries"] = max(0, compiled.needed - sum(kinds.values()))
     return Memory(limit=compiled.available or chip.limit, used=compiled.needed, kinds=kinds)

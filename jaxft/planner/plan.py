@@ -283,6 +283,7 @@ class Planner:
         program = make_program(config, self.architecture, placement=placement)
         compiled = self._compile(program.lower(), program.compiler_options, topology)
         held = describe(program, model=config.model.path).bytes_per_device
+        held |= {"reference": _bytes_per_device(program.fixed)}
         common = _header(config, topology, program) | {
             "source": "compiled",
             "compile_seconds": compiled.seconds,
@@ -304,10 +305,7 @@ class Planner:
             held,
             topology.chip.core,
             parameters=shapes,
-            batch=sum(
-                math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                for leaf in program.batch.values()
-            ),
+            batch=_bytes_per_device(program.batch),
             architecture=self.architecture.config,
         )
         work = Work(
@@ -599,8 +597,17 @@ def model_flops(
         head_dim=model.head_dim,
         tokens=rows * length,
         squared_lengths=rows * seen,
+        forward_passes=config.objective.forward_passes,
     )
     return found.causal, found.full
+
+
+def _bytes_per_device(arrays: Mapping[str, Any]) -> int:
+    """Returns what one device holds of some abstract arrays."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in arrays.values()
+    )
 
 
 def _squared(length: int, window: int) -> float:

@@ -30,7 +30,8 @@ from jaxft.planner.placed import Placed
 from jaxft.planner.plan import Plan, Planner, attention_on, estimated_devices, place
 from jaxft.planner.topology import Topology, use_compiler_alone
 from jaxft.sharding.rules import Placement, Strategy, known_strategies, load_strategy, mesh_axes_of
-from jaxft.training.program import check_rows, check_strategy, check_weights, make_placement
+from jaxft.training.checks import check_rows, check_strategy, check_weights
+from jaxft.training.program import make_placement
 
 # What a layer keeps for its backward pass, from most memory to least.
 REMATS = ("none", "dots", "qkv+attention", "attention", "full")

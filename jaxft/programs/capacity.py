@@ -24,7 +24,8 @@ from jaxft.planner.placed import Placed
 from jaxft.planner.plan import attention_on, place
 from jaxft.planner.search import with_flags
 from jaxft.planner.topology import LOCAL, parse
-from jaxft.training.program import check_rows, check_strategy, make_placement
+from jaxft.training.checks import check_rows, check_strategy
+from jaxft.training.program import make_placement
 from jaxft.workdir.source import find_architecture
 
 # Bytes by kind, as `planner.memory.KINDS`.

@@ -2,21 +2,24 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxft import console, data, distributed
-from jaxft.config import RunConfig, data_sets, held_out_share, to_dict
+from jaxft.config import RunConfig, data_sets, from_dict, held_out_share, to_dict
 from jaxft.data import TokenRows
 from jaxft.errors import ConfigError
 from jaxft.models.attention import check_backend
 from jaxft.models.families import Architecture
+from jaxft.models.module import Params
 from jaxft.programs import capacity
 from jaxft.programs.answers import Answers, Prompts, answer, has_answers, read_prompts
 from jaxft.programs.held_out import HeldOut, UnitSums, evaluate_rows, take_rows
 from jaxft.programs.model import Model, load_weights, read_description
+from jaxft.programs.reference import Reference, read_start
 from jaxft.sharding.rules import Placement
 from jaxft.training.program import (
     Evaluator,
@@ -26,6 +29,7 @@ from jaxft.training.program import (
 )
 from jaxft.workdir.checkpoint import Checkpoints
 from jaxft.workdir.source import Source, find_source, is_run
+from jaxft.workdir.workdir import Workdir
 
 # Keys on which it depends which rows a part of the training data holds out: they say which rows
 # there are, and what the content is by which they are chosen.
@@ -130,6 +134,7 @@ class _Task:
 
     Attributes:
       config: Config of this evaluation, with `model.path` of its model.
+      base: `model.path` that the command was given.
       source: Origin of the model.
       architecture: Shape of the model.
       tokenizer: Tokenizer of the model.
@@ -141,6 +146,7 @@ class _Task:
     """
 
     config: RunConfig
+    base: str
     source: Source
     architecture: Architecture
     tokenizer: Any
@@ -152,7 +158,7 @@ class _Task:
 
 
 def _prepare(config: RunConfig, checkpoint: str | Path, step: str) -> _Task:
-    config = copy.deepcopy(config)
+    config, base = copy.deepcopy(config), config.model.path
     config.model.path = str(checkpoint or config.model.path)
     distributed.require_joined()
     if not distributed.is_first():
@@ -179,6 +185,7 @@ def _prepare(config: RunConfig, checkpoint: str | Path, step: str) -> _Task:
         }
     return _Task(
         config,
+        base,
         source,
         architecture,
         tokenizer,
@@ -232,12 +239,16 @@ def _evaluate(task: _Task) -> dict[str, Evaluation]:
 
 def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
     config = task.config
-    evaluator = build_evaluator(
-        config,
-        task.architecture,
-        max_segments=max(r.max_segments for r in task.rows.values()),
-        placement=task.placement,
+    evaluator = build_evaluator(config, task.architecture, placement=task.placement).for_rows(
+        config, task.rows.values()
     )
+    sets = {
+        name: take_rows(rows, task.tokenizer, maximum=config.eval.max_rows, seed=config.train.seed)
+        for name, rows in task.rows.items()
+    }
+    if config.objective.uses_reference:
+        compared = {name: found for name, found in sets.items() if name != "retention"}
+        _reference(task, evaluator).attach(compared)
     with console.phase("Weights"):
         params = load_weights(
             task.source,
@@ -249,7 +260,32 @@ def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
         )
     check_backend(evaluator.attention.backend, task.architecture.config)
     model = Model(task.architecture, evaluator.abstract, params, task.tokenizer, task.source)
-    return {name: _evaluate_one(task, evaluator, model, name) for name in task.rows}
+    plain = evaluator.on_text(config)
+    return {
+        name: _evaluate_one(
+            task, plain if name == "retention" else evaluator, model, name, held_out
+        )
+        for name, held_out in sets.items()
+    }
+
+
+def _reference(task: _Task, evaluator: Evaluator) -> Reference:
+    """Returns the model that the evaluated one is compared with: the one that its run started from.
+
+    Without a run it is `model.path`.
+    """
+    config, record = copy.deepcopy(task.config), None
+    config.model.path = task.base or config.model.path
+    if task.source.checkpoints is not None:
+        run = Workdir(path=task.source.checkpoints.parent)
+        trained = from_dict(json.loads(run.config.read_text(encoding="utf-8")))
+        config.model, record = trained.model, run.reference
+
+    def load() -> Params:
+        source = find_source(config.model.path, revision=config.model.revision)
+        return read_start(config, evaluator, source, read_description(source, config))
+
+    return Reference(config, evaluator, record, load)
 
 
 def _say_differences(config: RunConfig, source: Source) -> None:
@@ -308,15 +344,11 @@ def named_sources(config: RunConfig) -> dict[str, str]:
     return sources
 
 
-def _evaluate_one(task: _Task, evaluator: Evaluator, model: Model, name: str) -> Evaluation:
+def _evaluate_one(
+    task: _Task, evaluator: Evaluator, model: Model, name: str, held_out: HeldOut
+) -> Evaluation:
     config, prompts = task.config, task.prompts.get(name)
     with console.phase(f"Evaluating {name}"):
-        held_out = take_rows(
-            task.rows[name],
-            task.tokenizer,
-            maximum=config.eval.max_rows,
-            seed=config.train.seed,
-        )
         sums = evaluate_rows(
             evaluator,
             model.params,

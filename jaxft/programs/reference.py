@@ -20,9 +20,11 @@ from jaxft import console, data, distributed
 from jaxft.config import RunConfig
 from jaxft.errors import CheckpointError
 from jaxft.files import write_json
-from jaxft.models.module import Params
+from jaxft.models.module import Params, init_params
 from jaxft.programs.held_out import HeldOut, score_rows
+from jaxft.programs.model import Description, load_weights
 from jaxft.training.program import Evaluator
+from jaxft.workdir.source import Source
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,25 @@ class Reference:
         return jax.tree.map(jnp.copy, params) if self.is_fixed else {}
 
     def resume(self, sets: Mapping[str, HeldOut]) -> Params:
-        """As `begin`, for a run that goes on: the starting weights are only read where needed.
+        """As `begin`, for a run that goes on.
 
         Raises:
-          CheckpointError: If they are not those that the run was started with.
+          CheckpointError: If `load` does not return the weights that the run was started with.
         """
-        noted, loaded = self._noted(), {}
+        return self.attach(sets, wanted=self.is_fixed)
+
+    def attach(self, sets: Mapping[str, HeldOut], *, wanted: bool = False) -> Params:
+        """Gives rows their column, and reads the starting weights only where they are needed.
+
+        Args:
+          sets: Rows that get their log-probabilities as a column.
+          wanted: Whether the weights are returned; else nothing is.
+
+        Raises:
+          CheckpointError: If `load` does not return the weights that the run was started with.
+        """
+        noted = self._noted()
+        loaded: Params = {}
 
         def load() -> Params:
             if not loaded:
@@ -71,10 +86,9 @@ class Reference:
                 self._check(digest_of(loaded), noted)
             return loaded
 
-        if not noted or self.is_fixed:
-            noted = digest_of(load())
-        self._attach(sets, noted, load)
-        return loaded if self.is_fixed else {}
+        digest = noted if noted and not wanted else digest_of(load())
+        self._attach(sets, digest, load)
+        return loaded if wanted else {}
 
     @property
     def is_fixed(self) -> bool:
@@ -129,6 +143,24 @@ class Reference:
             scores = score_rows(self.evaluator, load(), held_out, batch_size=batch_size)
             write_array(file, scores)
         return np.load(file, mmap_mode="r"), is_there
+
+
+def read_start(
+    config: RunConfig, evaluator: Evaluator, source: Source, description: Description
+) -> Params:
+    """Returns the weights of step 0, from a model or from chance."""
+    if config.model.random_init:
+        build_model = evaluator.architecture.build(evaluator.numerics)
+        seed = config.train.seed
+        return jax.jit(lambda: init_params(build_model, seed), out_shardings=evaluator.shardings)()
+    return load_weights(
+        source,
+        evaluator.architecture,
+        evaluator.abstract,
+        evaluator.shardings,
+        tokenizer=description.tokenizer,
+        new_tokens=description.new_tokens,
+    )
 
 
 def _spread(held_out: HeldOut, scores: np.ndarray) -> np.ndarray:

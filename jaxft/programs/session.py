@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import console, distributed
-from jaxft.config import ObjectiveConfig, RunConfig, to_dict
+from jaxft.config import RunConfig, to_dict
 from jaxft.data import TokenRows
 from jaxft.errors import TrainingError
 from jaxft.files import read_jsonl
@@ -28,7 +28,6 @@ from jaxft.programs.model import Model
 from jaxft.reporting.progress import TrainProgress
 from jaxft.reporting.report import Exported
 from jaxft.training.flops import training_flops
-from jaxft.training.objectives.bound import bind
 from jaxft.training.program import Evaluator, Program
 from jaxft.training.state import TrainState
 from jaxft.training.step import StepFigures
@@ -70,9 +69,7 @@ class Session:
     def _evaluators(self) -> dict[str, Evaluator]:
         """The evaluator of each data set: what a model has kept is judged by its loss on text."""
         learnt = self.program.evaluator
-        plain = ObjectiveConfig(chunk=self.config.objective.chunk)
-        is_plain = self.config.objective.name == plain.name
-        kept = learnt if is_plain else learnt.evaluates(bind(plain))
+        kept = learnt.on_text(self.config)
         return {name: kept if name == "retention" else learnt for name in self.held_out}
 
     @property
@@ -237,7 +234,7 @@ class Session:
             head_dim=config.head_dim,
             tokens=tokens,
             squared_lengths=squared_lengths,
-            forward_passes=self.program.forward_passes,
+            forward_passes=self.config.objective.forward_passes,
         )
 
     def find_exported(self, step: int) -> Exported:

@@ -17,19 +17,18 @@ from jaxft.config import RunConfig, to_dict
 from jaxft.data import BatchIterator, TokenRows
 from jaxft.distributed.signals import StopRequest, stop_on_signals
 from jaxft.models.attention import check_backend
-from jaxft.models.module import Params, init_params
+from jaxft.models.module import Params
 from jaxft.programs import announcements, capacity, folder, patience, run_data
 from jaxft.programs.advice import warn
 from jaxft.programs.answers import read_sample_prompts
 from jaxft.programs.held_out import HeldOut
-from jaxft.programs.model import Description, load_weights, read_description
-from jaxft.programs.reference import Reference
+from jaxft.programs.model import Description, read_description
+from jaxft.programs.reference import Reference, read_start
 from jaxft.programs.session import Session
 from jaxft.reporting.progress import TrainProgress
 from jaxft.reporting.report import write_report
 from jaxft.sharding.rules import Placement
 from jaxft.training.program import (
-    Evaluator,
     Program,
     build,
     build_evaluator,
@@ -257,7 +256,7 @@ def _read_weights(
 ) -> tuple[Params, TrainState]:
     """Returns the reference's weights, if the step needs them, and the state to go on from."""
     evaluator = program.evaluator
-    load = functools.partial(_read_start, config, evaluator, source, description)
+    load = functools.partial(read_start, config, evaluator, source, description)
     reference, sets = None, {}
     if config.objective.uses_reference:
         reference = Reference(config, evaluator, workdir.reference, load)
@@ -276,24 +275,6 @@ def _read_weights(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     make = functools.partial(init_state, optimizer=program.optimizer, freeze=config.optim.freeze)
     return fixed, jax.jit(make, donate_argnums=0, out_shardings=shardings)(params)
-
-
-def _read_start(
-    config: RunConfig, evaluator: Evaluator, source: Source, description: Description
-) -> Params:
-    """Returns the weights of step 0, from a model or from chance."""
-    if config.model.random_init:
-        build_model = evaluator.architecture.build(evaluator.numerics)
-        seed = config.train.seed
-        return jax.jit(lambda: init_params(build_model, seed), out_shardings=evaluator.shardings)()
-    return load_weights(
-        source,
-        evaluator.architecture,
-        evaluator.abstract,
-        evaluator.shardings,
-        tokenizer=description.tokenizer,
-        new_tokens=description.new_tokens,
-    )
 
 
 def _has_all_steps(config: RunConfig, reached: Progress) -> bool:

@@ -17,19 +17,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.config import RunConfig, compiler_options, to_dict
+from jaxft.config import ObjectiveConfig, RunConfig, compiler_options, to_dict
 from jaxft.data.batch import COLUMNS, STANDARD, Batch
 from jaxft.data.rows import TokenRows
-from jaxft.errors import ConfigError, collected
+from jaxft.errors import ConfigError
 from jaxft.formatting import counted
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import Numerics, make_numerics
-from jaxft.models.experts import check_experts
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
 from jaxft.sharding.mesh import make_mesh
-from jaxft.sharding.reduce import plan_weight
 from jaxft.sharding.rules import Placement, load_strategy
+from jaxft.training.checks import check_length, check_rows, check_strategy, check_weights
 from jaxft.training.evaluation_step import make_eval_step, make_score_step, make_whole_step
 from jaxft.training.flops import Learning
 from jaxft.training.objectives.bound import BoundObjective, bind
@@ -77,8 +76,12 @@ class Evaluator:
             max_units=max(rows.max_units if rows.unit_size > 1 else 1 for rows in sets),
         )
 
-    def evaluates(self, objective: BoundObjective) -> "Evaluator":
-        """Returns the evaluator of the same model by another objective."""
+    def on_text(self, config: RunConfig) -> "Evaluator":
+        """Returns the evaluator of the same model by its loss on text, in nats per token."""
+        plain = ObjectiveConfig(chunk=config.objective.chunk)
+        if config.objective.name == plain.name:
+            return self
+        objective = bind(plain)
         return dataclasses.replace(
             self,
             objective=objective,
@@ -162,11 +165,6 @@ class Program:
     train_step: Any
     compiler_options: dict[str, str | bool]
 
-    @property
-    def forward_passes(self) -> int:
-        """Number of passes without gradients in a step, beside the one that learns."""
-        return bool(self.fixed) + (self.evaluator.objective.objective.whole is not None)
-
     def lower(self) -> Any:
         """Traces the training step."""
         return self.train_step.lower(self.state, self.fixed, self.batch)
@@ -227,7 +225,7 @@ def build_evaluator(
     Raises:
       ConfigError: If the strategy cannot place the model, or attention cannot be had.
     """
-    _check_length(config, architecture)
+    check_length(config, architecture)
     check_strategy(config, architecture, placement)
     numerics = make_numerics(config.model.dtypes)
     device = placement.mesh.devices.flat[0]
@@ -259,75 +257,6 @@ def build_evaluator(
         objective=objective,
         eval_step=make_eval_step(abstract.graphdef, objective, placement=placement),
     )
-
-
-def _check_length(config: RunConfig, architecture: Architecture) -> None:
-    context = architecture.config.max_length
-    if architecture.config.learned_positions and config.data.max_length > context:
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but the model has a table of {context} "
-            f"positions and knows none beyond. Set --config.data.max_length={context} or less."
-        )
-
-
-def check_strategy(config: RunConfig, architecture: Architecture, placement: Placement) -> None:
-    """Raises what the strategy cannot do with this model or these rows, before anything is traced.
-
-    What does not divide among the parameters is found when they are placed.
-    """
-    model, length = architecture.config, config.data.max_length
-    problems: list[str] = []
-    with collected(problems):
-        placement.slots(length)
-    with collected(problems):
-        placement.spec(("stream_seq",), (length,), "rows of data.max_length")
-    if model.experts is not None:
-        with collected(problems):
-            check_experts(placement, capacity=config.model.expert_capacity)
-    if model.experts is None and placement.split("experts"):
-        problems.append(
-            f"strategy {placement.name!r} splits experts over {placement.parts('experts')} devices "
-            "and the model has none. Use a strategy without experts, such as fsdp."
-        )
-    if len(placement.split("layers")) > 1:
-        problems.append(
-            f"strategy {placement.name!r} splits layers over {placement.split('layers')}; stages "
-            "of a pipeline lie along one mesh axis."
-        )
-    if problems:
-        raise ConfigError(problems)
-
-
-def check_weights(abstract: AbstractModel, placement: Placement, tokens: tuple[int, int]) -> None:
-    """Raises what the strategy cannot do with weights and tokens `[B, T]` together."""
-    problems: dict[str, None] = {}
-    for path, spec in abstract.params.items():
-        axes, shape = abstract.axes[path], spec.shape
-        if axes[0] == "layers":
-            axes, shape = axes[1:], shape[1:]
-        found: list[str] = []
-        with collected(found), placement.activate():
-            plan_weight(axes, shape, tokens)
-        problems |= dict.fromkeys(found)
-    if problems:
-        raise ConfigError(list(problems))
-
-
-def check_rows(config: RunConfig, placement: Placement) -> int:
-    """Returns the rows of a micro-batch.
-
-    Raises:
-      ConfigError: If they cannot be split over the mesh.
-    """
-    train = config.train
-    rows = train.batch_size // train.accumulation
-    if rows % placement.batch_shards:
-        raise ConfigError(
-            f"train.batch_size {train.batch_size} in {train.accumulation} micro-batches gives "
-            f"{rows} rows, which cannot be split over {placement.batch_shards} devices. Use a "
-            f"multiple of {placement.batch_shards * train.accumulation}."
-        )
-    return rows
 
 
 def check_run(config: RunConfig, evaluator: Evaluator, *, steps: int) -> None:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import jaxft
 from jaxft.config import to_dict
 from jaxft.errors import CheckpointError, ConfigError, ModelError, TrainingError
-from jaxft.programs import advice, model, run_data, session, trainer
+from jaxft.programs import advice, run_data, session, trainer, weights
 from jaxft.programs.answers import Answers
 from jaxft.programs.held_out import UnitSums
 from jaxft.programs.trainer import train
@@ -634,7 +634,7 @@ def test_a_model_with_weights_that_are_not_finite_is_refused_by_name(home, confi
 
 
 def test_weights_that_the_loss_does_not_show_are_not_saved(home, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "_refuse_not_finite", lambda *_: None)
+    monkeypatch.setattr(weights, "_refuse_not_finite", lambda *_: None)
     # The embedding of a token that is in no row: no loss ever reads it.
     run = config(train__save_every=1)
     run.model.path = poison(home, tmp_path, "model.embed_tokens.weight")

@@ -46,7 +46,7 @@ def step(loss, weight=2.0, tokens=3.0):
     return StepFigures(ratios, jax.tree.map(np.float32, counts), latest, {})
 
 
-def sums(loss, tokens, trained, squared, seconds):
+def sums_of(loss, tokens, trained, squared, seconds):
     counts = {"tokens": tokens, "trained_tokens": trained, "squared_lengths": squared}
     return Sums({"loss": (loss, float(trained))}, counts, {}, seconds)
 
@@ -69,7 +69,7 @@ def test_a_period_is_returned_when_the_next_one_ends(clock):
     periods.add(3, step(7.0))
     first = periods.end()
     assert (first.step, first.latest["learning_rate"]) == (2, np.float32(0.1))
-    assert first.sums == sums(3.5, 6, 4, 18.0, 4.0)
+    assert first.sums == sums_of(3.5, 6, 4, 18.0, 4.0)
     assert periods.read().sums.ratios["loss"] == (7.0, 2.0)
     assert periods.read() is None
     assert periods.end() is None
@@ -95,7 +95,7 @@ def test_pauses_do_not_count(clock):
     periods.add(1, step(1.0))
     clock.now = 2.0
     with periods.paused() as sums:
-        assert sums == sums(1.0, 3, 2, 9.0, 2.0)
+        assert sums == sums_of(1.0, 3, 2, 9.0, 2.0)
         clock.now = 102.0
     periods.add(2, step(1.0))
     clock.now = 105.0
@@ -134,10 +134,10 @@ def test_the_period_of_an_earlier_part_goes_on(clock):
     second.end()
     end = second.read()
     assert end.sums.ratios == whole.read().sums.ratios
-    assert (end.sums.tokens, end.sums.seconds) == (9, 3.0)
+    assert (end.sums.count("tokens"), end.sums.seconds) == (9, 3.0)
     second.add(4, step(1.0))
     second.end()
-    assert second.read().sums.tokens == 3
+    assert second.read().sums.count("tokens") == 3
 
 
 def test_every_step_is_checked_before_it_counts(clock):

@@ -5,9 +5,9 @@ from jaxft.planner.page.parts import Share, css_number, fit_words, legend, secti
 from jaxft.planner.plan import Plan
 
 # What the compiled program states; the rest of the memory is split by its schedule.
-_FACTS = ("parameters", "optimizer", "batch", "padding", "program")
+_FACTS = ("parameters", "optimizer", "reference", "batch", "padding", "program")
 # Of a program that does not fit only its arguments and gradients are known.
-_FACTS_WITHOUT_PROGRAM = ("parameters", "optimizer", "gradients")
+_FACTS_WITHOUT_PROGRAM = ("parameters", "optimizer", "reference", "gradients")
 
 
 def memory_section(plan: Plan) -> str:

@@ -79,9 +79,10 @@ def make_pair_objective(
     """Returns the objective of a loss of single pairs.
 
     Its figures are averages over pairs: `accuracy`, the share whose chosen answer has the larger
-    reward (equal rewards are no success, as in TRL); `margin`, by how much it is larger;
+    reward, equal ones counting half; `margin`, by how much it is larger;
     `chosen_reward`, `rejected_reward`; `chosen_log_prob` and `rejected_log_prob`, the policy's
-    log-probabilities of whole answers in nats.
+    log-probabilities of whole answers in nats; `likelihood_accuracy`, the share whose chosen answer
+    is the likelier one per token, whatever the reference says.
 
     Args:
       keys: Dataclass of its configuration keys.
@@ -99,12 +100,16 @@ def make_pair_objective(
         found = pair_loss(Pairs(chosen, rejected), keys)
         margin = found.chosen_reward - found.rejected_reward
         figures = {
-            "accuracy": margin > 0,
+            "accuracy": _first(margin),
             "margin": margin,
             "chosen_reward": found.chosen_reward,
             "rejected_reward": found.rejected_reward,
             "chosen_log_prob": chosen.log_prob,
             "rejected_log_prob": rejected.log_prob,
+            "likelihood_accuracy": _first(
+                chosen.log_prob / jnp.maximum(chosen.length, 1.0)
+                - rejected.log_prob / jnp.maximum(rejected.length, 1.0)
+            ),
             **found.figures,
         }
         exists = (chosen.length > 0) & (rejected.length > 0)
@@ -119,6 +124,11 @@ def make_pair_objective(
     return Objective(
         keys=keys, loss=loss, rows=rows, units="pairs", reference=reference, start=start
     )
+
+
+def _first(margin: Array) -> Array:
+    """Returns 1 where the margin is above 0, and a half where it is 0."""
+    return (margin > 0) + 0.5 * (margin == 0)
 
 
 def sum_answers(

@@ -1,0 +1,79 @@
+"""What a strategy cannot do with a model, its rows and its batches, before anything is traced."""
+
+from jaxft.config import RunConfig
+from jaxft.errors import ConfigError, collected
+from jaxft.models.experts import check_experts
+from jaxft.models.families import Architecture
+from jaxft.models.module import AbstractModel
+from jaxft.sharding.reduce import plan_weight
+from jaxft.sharding.rules import Placement
+
+
+def check_length(config: RunConfig, architecture: Architecture) -> None:
+    """Raises ConfigError for rows beyond the positions that the model has a table of."""
+    context = architecture.config.max_length
+    if architecture.config.learned_positions and config.data.max_length > context:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but the model has a table of {context} "
+            f"positions and knows none beyond. Set --config.data.max_length={context} or less."
+        )
+
+
+def check_strategy(config: RunConfig, architecture: Architecture, placement: Placement) -> None:
+    """Raises what the strategy cannot do with this model or these rows, before anything is traced.
+
+    What does not divide among the parameters is found when they are placed.
+    """
+    model, length = architecture.config, config.data.max_length
+    problems: list[str] = []
+    with collected(problems):
+        placement.slots(length)
+    with collected(problems):
+        placement.spec(("stream_seq",), (length,), "rows of data.max_length")
+    if model.experts is not None:
+        with collected(problems):
+            check_experts(placement, capacity=config.model.expert_capacity)
+    if model.experts is None and placement.split("experts"):
+        problems.append(
+            f"strategy {placement.name!r} splits experts over {placement.parts('experts')} devices "
+            "and the model has none. Use a strategy without experts, such as fsdp."
+        )
+    if len(placement.split("layers")) > 1:
+        problems.append(
+            f"strategy {placement.name!r} splits layers over {placement.split('layers')}; stages "
+            "of a pipeline lie along one mesh axis."
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_weights(abstract: AbstractModel, placement: Placement, tokens: tuple[int, int]) -> None:
+    """Raises what the strategy cannot do with weights and tokens `[B, T]` together."""
+    problems: dict[str, None] = {}
+    for path, spec in abstract.params.items():
+        axes, shape = abstract.axes[path], spec.shape
+        if axes[0] == "layers":
+            axes, shape = axes[1:], shape[1:]
+        found: list[str] = []
+        with collected(found), placement.activate():
+            plan_weight(axes, shape, tokens)
+        problems |= dict.fromkeys(found)
+    if problems:
+        raise ConfigError(list(problems))
+
+
+def check_rows(config: RunConfig, placement: Placement) -> int:
+    """Returns the rows of a micro-batch.
+
+    Raises:
+      ConfigError: If they cannot be split over the mesh.
+    """
+    train = config.train
+    rows = train.batch_size // train.accumulation
+    if rows % placement.batch_shards:
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} in {train.accumulation} micro-batches gives "
+            f"{rows} rows, which cannot be split over {placement.batch_shards} devices. Use a "
+            f"multiple of {placement.batch_shards * train.accumulation}."
+        )
+    return rows

@@ -1,0 +1,256 @@
+"""Runs on preferences from data to report: the reference, the start, resuming, evaluation."""
+
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+
+import jaxft
+from jaxft.config import RunConfig, from_dict, to_dict
+from jaxft.errors import CheckpointError, ConfigError, TrainingError
+from jaxft.programs import reference, session
+from jaxft.programs.comparison import compare
+from jaxft.programs.evaluation import evaluate, evaluate_pair
+from jaxft.programs.reference import digest_of
+from tests.tiny import load_tiny
+from tests.tiny_run import (
+    assert_same_arrays,
+    read_metrics,
+    read_records,
+    tiny_config,
+    write_base,
+    write_chats,
+)
+
+
+def write_pairs(path, count, *, seed=0):
+    """Writes pairs whose chosen answers are longer, one a line; returns the path."""
+    draw = random.Random(seed)
+    lines = []
+    for number in range(count):
+        word = "".join(draw.choices("abcdef", k=draw.randint(2, 7)))
+        row = {"prompt": f"say {word} {number}", "chosen": word[::-1] + "x", "rejected": "z" + word}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preferences")
+    write_base(folder / "base")
+    write_pairs(folder / "train.jsonl", 24)
+    write_pairs(folder / "held_out.jsonl", 9, seed=1)
+    write_chats(folder / "retention.jsonl", 6, seed=2)
+    return folder
+
+
+@pytest.fixture
+def config(home, tmp_path):
+    def make(name="dpo", **changes):
+        config = tiny_config(home, data__max_length=80, train__steps=4, **changes)
+        config.train.workdir = str(tmp_path / config.train.workdir.rpartition("/")[2])
+        config.objective.name = name
+        config.data.validation = str(home / "held_out.jsonl")
+        return config
+
+    return make
+
+
+def train(config, **options):
+    return jaxft.train(config, **options)
+
+
+def evaluations(workdir, name="validation"):
+    return [r for r in read_records(workdir / "eval.jsonl") if r["dataset"] == name]
+
+
+def test_dpo_starts_at_ln_2_and_learns_what_is_preferred(home, config):
+    run = config(eval__retention=str(home / "retention.jsonl"), train__log_every=2)
+    result = train(run)
+    before, after = evaluations(result.workdir)
+    assert before["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert (before["margin"], before["accuracy"]) == (0, 0.5)
+    assert after["loss"] < 0.65 and after["accuracy"] > 0.9
+    assert after["loss_low"] < after["loss"] < after["loss_high"]
+    assert after["chosen_reward"] - after["rejected_reward"] == pytest.approx(after["margin"])
+    assert "perplexity" not in after and after["weight"] == 9
+    # What the model knew is measured on text, in nats per token.
+    kept = evaluations(result.workdir, "retention")
+    assert len(kept) == 2 and {"perplexity", "bits_per_byte"} < kept[0].keys()
+    records = read_records(result.workdir / "metrics.jsonl")
+    assert records[-1]["accuracy"] > 0.9 > records[0]["loss"]
+
+
+@pytest.mark.slow(seconds=6)
+def test_a_cached_reference_trains_as_a_fixed_one(config):
+    fixed = train(config(train__workdir="fixed")).workdir
+    cached = train(config(train__workdir="cached", objective__reference="cached")).workdir
+    for a, b in zip(read_metrics(fixed), read_metrics(cached), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert evaluations(fixed)[-1]["loss"] == pytest.approx(evaluations(cached)[-1]["loss"])
+
+
+@pytest.mark.slow(seconds=5)
+@pytest.mark.parametrize("kind", ["fixed", "cached"])
+def test_a_resumed_run_compares_with_the_weights_it_was_started_from(config, kind):
+    whole = config(train__workdir="whole", objective__reference=kind)
+    parts = config(train__workdir="parts", objective__reference=kind)
+    train(whole)
+    parts.train.steps = 2
+    train(parts)
+    parts.train.steps = 4
+    result = train(parts, resume=True)
+    assert_same_arrays(result.checkpoint, result.workdir.parent / "whole/checkpoints/4")
+    assert evaluations(result.workdir)[-1] == evaluations(result.workdir.parent / "whole")[-1]
+
+
+def test_a_run_whose_starting_weights_have_changed_is_not_resumed(config, monkeypatch):
+    run = config()
+    run.train.steps = 2
+    train(run)
+    run.train.steps = 4
+    monkeypatch.setattr(reference, "digest_of", lambda params: "other")
+    with pytest.raises(CheckpointError, match="are not those that the run was started with"):
+        train(run, resume=True)
+
+
+def test_a_reference_of_other_weights_is_noticed_at_the_start(config, monkeypatch, tmp_path):
+    def score(evaluator, params, held_out, *, batch_size):
+        return np.full((len(held_out.numbers), 80), -9.0, np.float32)
+
+    monkeypatch.setattr(reference, "score_rows", score)
+    run = config()
+    run.data.cache = str(tmp_path / "cache")
+    with pytest.raises(TrainingError, match=r"At the start the loss is .* must be 0\.6931"):
+        train(run)
+
+
+def test_the_first_step_is_held_to_what_must_hold_at_the_start(config, monkeypatch):
+    run = config()
+    run.data.validation = ""
+    monkeypatch.setattr(session, "_START_TOLERANCE", -1.0)
+    with pytest.raises(TrainingError, match=r"loss is 0\.6931, and must be 0\.6931"):
+        train(run)
+
+
+def test_two_models_are_compared_by_pairs(home, config):
+    run = config()
+    result = train(run)
+    base, tuned = evaluate_pair(run, home / "base", result.workdir)
+    difference = compare(base, tuned)["validation"].differences
+    assert difference["loss"].value < 0 and difference["loss"].high < 0
+    assert (
+        difference["accuracy"].value == tuned["validation"].sums.estimates["accuracy"].value - 0.5
+    )
+    assert difference["margin"].count == 9
+    # The command finds the reference of a run by itself.
+    alone = evaluate(run, result.workdir)["validation"].sums
+    assert alone.loss.value == pytest.approx(evaluations(result.workdir)[-1]["loss"], rel=1e-6)
+
+
+@pytest.mark.slow(seconds=5)
+def test_the_loss_of_kto_does_not_depend_on_how_rows_are_evaluated(config):
+    run = config("kto")
+    result = train(run)
+    found = evaluations(result.workdir)[-1]
+    run.eval.batch_size = 2
+    run.data.packing = "none"
+    other = evaluate(run, result.workdir)["validation"].sums
+    assert other.loss.value == pytest.approx(found["loss"], rel=1e-5)
+    assert other.estimates["kl"].value == pytest.approx(found["kl"], rel=1e-4, abs=1e-6)
+
+
+OBJECTIVE = """
+from dataclasses import dataclass
+import jax.numpy as jnp
+from jaxft.config import key
+from jaxft.training.objectives.contract import Objective, Terms
+
+@dataclass(kw_only=True)
+class Keys:
+    power: float = key(2.0, "Exponent of the nats of a token.", minimum=1)
+
+def rows(policy, batch, keys):
+    nats = -policy.scores(batch).log_probs
+    count = jnp.sum(batch.weights, axis=-1)
+    figures = {"plain_loss": (jnp.sum(nats * batch.weights, axis=-1), count)}
+    return Terms(jnp.sum(nats**keys.power * batch.weights, axis=-1), count, figures)
+
+def loss(policy, batch, keys):
+    return rows(policy, batch, keys).summed()
+
+OBJECTIVE = Objective(keys=Keys, loss=loss, rows=rows)
+"""
+
+
+def test_an_objective_from_outside_the_package_is_one_file(home, config, tmp_path, monkeypatch):
+    (tmp_path / "harsh.py").write_text(OBJECTIVE)
+    monkeypatch.chdir(tmp_path)
+    run = config("harsh")
+    write_chats(tmp_path / "chats.jsonl", 20)
+    run.data.train = run.data.validation = str(tmp_path / "chats.jsonl")
+    run.objective.harsh.power = 1.0
+    result = train(run)
+    record = read_records(result.workdir / "metrics.jsonl")[-1]
+    assert record["loss"] == pytest.approx(record["plain_loss"])
+    assert "plain_loss_low" in evaluations(result.workdir)[-1]
+    values = to_dict(run)
+    assert values["objective.harsh.power"] == 1.0
+    assert to_dict(from_dict(values)) == values
+
+
+def test_keys_of_an_objective_are_understood_or_refused():
+    config = RunConfig()
+    config.model.path = "org/model"
+    config.objective.name = "dpo"
+    config.objective.dpo.beta = 0.2
+    assert to_dict(config)["objective.dpo.beta"] == 0.2
+    assert from_dict(to_dict(config)).objective.dpo.beta == 0.2
+    config.objective.name = "sft"
+    said = r"objective\.dpo\.beta is set, but objective\.name is 'sft'"
+    with pytest.raises(ConfigError, match=said):
+        config.validate()
+    with pytest.raises(ConfigError, match="would be a key of the objective 'dpo'"):
+        from_dict({"objective.dpo.beta": 0.2})
+    config.objective.name = "dpoo"
+    with pytest.raises(ConfigError, match=r"Unknown objective 'dpoo'.*Did you mean 'dpo'"):
+        config.validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("dpo", "none", "dpo compares with the weights that training starts from"),
+        ("simpo", "fixed", "simpo compares with no other model"),
+        ("sft", "cached", "sft compares with no other model"),
+    ],
+)
+def test_a_reference_is_refused_where_it_does_not_belong(name, kind, said):
+    config = RunConfig()
+    config.model.path = "org/model"
+    config.objective.name, config.objective.reference = name, kind
+    with pytest.raises(ConfigError, match=said):
+        config.validate()
+
+
+def test_the_digest_of_weights_tells_content_and_not_placement():
+    params = load_tiny("gqa").params
+    digest = digest_of(params)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    placed = {
+        path: jax.device_put(
+            value,
+            jax.sharding.NamedSharding(
+                mesh, jax.sharding.PartitionSpec("x" if value.shape[0] % 8 == 0 else None)
+            ),
+        )
+        for path, value in params.items()
+    }
+    assert digest_of(placed) == digest
+    path, value = next(iter(params.items()))
+    flat = np.asarray(value).copy().reshape(-1)
+    flat[[0, 1]] = flat[[1, 0]]
+    assert digest_of(params | {path: flat.reshape(value.shape)}) != digest
