@@ -15,6 +15,7 @@ from jaxft.data.packing import PackingError
 from jaxft.data.preparation import prepare
 from jaxft.data.rows import TokenRows
 from jaxft.data.template import resolve_template
+from jaxft.data.units import units_of
 from jaxft.errors import ConfigError
 
 _BINS = 12
@@ -94,6 +95,7 @@ def _rows(
     on_progress: Callable[[str], Any],
 ) -> tuple[TokenRows, str]:
     """Returns the rows, and why a run would refuse them."""
+    units = units_of(name, units)
 
     def read(data: DataConfig, *, may_be_empty: bool = False) -> TokenRows:
         return prepare(

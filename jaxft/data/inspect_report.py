@@ -160,10 +160,11 @@ def _counts_table(sets: list[SetReport]) -> Table:
     def packed(item: SetReport, value: str) -> str:
         return "–" if item.refusal else value
 
-    noun = _noun(sets[0])
+    noun = " or ".join(dict.fromkeys(_noun(item) for item in sets))
+    nouns = " or ".join(dict.fromkeys(f"{_noun(item)}s" for item in sets))
     rows: list[tuple[str, Callable[[SetReport], str]]] = [
         ("bad rows left out", lambda item: f"{item.rows.statistics.read.skipped:,}"),
-        (f"{noun}s", lambda item: f"{item.rows.statistics.documents:,}"),
+        (nouns, lambda item: f"{item.rows.statistics.documents:,}"),
         ("exact duplicates", lambda item: f"{item.duplicates:,}"),
         (
             "also in training",
@@ -237,9 +238,8 @@ def _overlap_note(item: SetReport, overlap: Overlap) -> Panel:
 def _context_note(item: SetReport, config: DataConfig, context: int) -> Text:
     said = f"{item.name}: data.max_length {config.max_length:,} is beyond the model's context of "
     said += f"{context:,} tokens"
-    rows = item.rows
-    longest = int(rows.documents.index["length"][rows.numbers].max())
-    longest = config.max_length if config.packing == "stream" else min(longest, config.max_length)
+    longest = min(item.rows.longest_document, config.max_length)
+    longest = config.max_length if config.packing == "stream" else longest
     if longest <= context:
         return Text(f"{said}; no document is longer than that, so that rows only hold more of them")
     return Text(

@@ -140,6 +140,11 @@ class TokenRows(Sequence[Batch]):
         return self.documents.unit_size
 
     @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document, before any cut; units may be longer."""
+        return int(self.documents.index["length"][self.numbers].max(initial=0))
+
+    @property
     def max_units(self) -> int:
         """Most units of one row."""
         return self.max_segments // self.unit_size

@@ -19,6 +19,16 @@ _CANNOT = {
 }
 
 
+def units_of(name: str, units: str) -> str:
+    """Returns what a data set of a run holds: retention measures plain documents in every run.
+
+    Args:
+      name: The data set, such as 'train', 'validation' or 'retention'.
+      units: What the objective takes.
+    """
+    return "documents" if name == "retention" else units
+
+
 def counted_units(count: int, units: str) -> str:
     """Returns a count with its noun, such as '1,100 pairs'."""
     return counted(count, NOUNS[units])

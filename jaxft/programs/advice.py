@@ -7,6 +7,7 @@ from jaxft import console
 from jaxft.config import RunConfig
 from jaxft.data import TokenRows
 from jaxft.data.overlap import find_overlap
+from jaxft.data.units import NOUNS, counted_units
 from jaxft.formatting import counted
 from jaxft.programs.held_out import HeldOut
 
@@ -48,7 +49,7 @@ def _say(text: str) -> None:
 
 
 def _warn_of_length(config: RunConfig, sets: list[TokenRows], context: int) -> None:
-    longest = max(min(r.statistics.packed.longest, r.max_length) for r in sets)
+    longest = max(min(r.longest_document, r.max_length) for r in sets)
     longest = config.data.max_length if config.data.packing == "stream" else longest
     if longest > context:
         _say(
@@ -61,8 +62,9 @@ def _warn_of_overlap(rows: TokenRows, held_out: Mapping[str, HeldOut]) -> None:
     for name, found in held_out.items():
         overlap = find_overlap(found.rows, rows)
         if overlap.count:
+            noun = NOUNS[found.rows.documents.units]
             _say(
-                f"{overlap.count:,} of {found.rows.statistics.documents:,} {name} documents are in "
+                f"{overlap.count:,} of {found.rows.statistics.documents:,} {name} {noun}s are in "
                 f"the training data too, such as {'; '.join(overlap.examples)}: figures on {name} "
                 "are then better than on new data. Take them out of one of the two."
             )
@@ -80,7 +82,7 @@ def _warn_of_few_steps(config: RunConfig, rows: TokenRows, steps: int, row_multi
     choice = "one of " if len(remedies) > 1 else ""
     _say(
         f"The run has {counted(steps, 'step')}, too few for most models to learn from: "
-        f"{counted(rows.statistics.documents, 'document')} packed into "
+        f"{counted_units(rows.statistics.documents, rows.documents.units)} packed into "
         f"{counted(len(rows), 'row')} of {rows.max_length:,} tokens, "
         f"{counted(config.train.batch_size, 'row')} a step. For more, set {choice}"
         f"{', '.join(remedies)}."

@@ -87,6 +87,16 @@ def test_an_answer_may_begin_as_the_first_word_of_its_prompt_does(tmp_path):
     assert item.chosen.answer["content"] == "A"
 
 
+def test_a_call_is_compared_with_a_text(tmp_path):
+    function = {"name": "clock", "arguments": {"zone": "CET"}}
+    call = {**said("assistant", None), "tool_calls": [{"type": "function", "function": function}]}
+    row = {"prompt": [Q], "chosen": [call], "rejected": [BAD], "tools": [TOOL]}
+    _, [item] = read(tmp_path, row)
+    assert item.chosen.answer["tool_calls"][0]["function"]["name"] == "clock"
+    with pytest.raises(DataError, match="are equal"):
+        read(tmp_path, {**row, "rejected": [call]})
+
+
 def test_texts_without_a_prompt_share_their_first_words(tmp_path):
     row = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
     found, [item] = read(tmp_path, row)

@@ -435,6 +435,25 @@ def test_the_report_shows_pairs_with_their_masks(tmp_path, config, tokenizer):
     assert "\x1b[1;32mw3 w1 </s>" in styled
 
 
+def test_what_is_retained_is_measured_on_documents(tmp_path, config, tokenizer):
+    config.train = write(tmp_path / "a.jsonl", pairs(6))
+    kept = write(tmp_path / "b.jsonl", [{"prompt": "w0", "completion": "w1"}])
+    sources = {"retention": kept}
+    report = inspect(RunConfig(data=config), tokenizer, sources=sources, units="pairs")
+    assert [item.rows.documents.units for item in report.sets] == ["pairs", "documents"]
+    text = show(report).export_text()
+    assert "Tokens in a document: retention" in text
+    assert "pairs or documents" in text
+
+
+def test_context_counts_for_each_document_by_itself(tmp_path, config, tokenizer):
+    config.train = write(tmp_path / "a.jsonl", pairs(6))
+    report = inspect(RunConfig(data=config), tokenizer, context=10, units="pairs")
+    rows = report.sets[0].rows
+    assert rows.longest_document <= 10 < rows.statistics.packed.longest
+    assert "no document is longer than that" in " ".join(show(report).export_text().split())
+
+
 def test_pairs_that_training_refuses_are_shown_with_the_refusal(tmp_path, config, tokenizer):
     config.max_length = 8
     config.train = write(tmp_path / "a.jsonl", pairs(6))
