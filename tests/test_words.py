@@ -31,10 +31,7 @@ QUAINT = re.compile(r"\bmend(?:s|ed|ing)?\b|\bcan(?:not)? be had\b")
 EXEMPT = (
     "compiled/layout_page.py",
     "planner/page/",
-    "programs/trainer.py",
     "reporting/",
-    "training/flops.py",
-    "training/program.py",
 )
 
 

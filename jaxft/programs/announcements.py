@@ -1,4 +1,4 @@
-"""What a training run says of itself."""
+"""A training run's words about itself."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What improves: the best loss and score, and how long they have not."""
+"""The best loss and score so far, and the time since they improved."""
 
 import dataclasses
 

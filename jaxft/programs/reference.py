@@ -29,7 +29,7 @@ from jaxft.workdir.source import Source
 
 @dataclass(frozen=True)
 class Reference:
-    """Where a run has the log-probabilities of its starting weights from.
+    """The origin of the starting weights' log-probabilities.
 
     Attributes:
       config: The run's.
@@ -60,7 +60,7 @@ class Reference:
         return jax.tree.map(jnp.copy, params) if self.is_fixed else {}
 
     def resume(self, sets: Mapping[str, HeldOut]) -> Params:
-        """As `begin`, for a run that goes on.
+        """Does what `begin` does, for a run that goes on.
 
         Raises:
           CheckpointError: If `load` does not return the weights that the run was started with.

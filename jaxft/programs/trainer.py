@@ -53,11 +53,11 @@ _STEPS_AHEAD = 2
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
       workdir: Folder of the run.
-      checkpoint: Its newest checkpoint.
+      checkpoint: Newest checkpoint.
       step: Optimizer steps done.
       reason: `end`, `patience` (no improvement), or the name of the signal that stopped it.
       best_loss: Lowest validation loss; infinite without validation data.

@@ -1,4 +1,4 @@
-"""What a strategy cannot do with a model, its rows and its batches, before anything is traced."""
+"""Refusals of a strategy, before anything is traced: of a model, its rows and its batches."""
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, collected

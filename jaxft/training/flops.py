@@ -16,11 +16,11 @@ class TrainingFlops(NamedTuple):
 
 
 class Learning(NamedTuple):
-    """How much of a model learns.
+    """The parts of a model that learn, as counts.
 
     Attributes:
       trained: Parameters that have a gradient, of those that tokens are multiplied with.
-      passed: Those that gradients pass on their way back.
+      passed: Parameters that gradients pass on their way back.
       attends_back: Whether they pass attention.
     """
 

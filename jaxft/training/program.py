@@ -1,4 +1,4 @@
-"""From a config to the compiled parts of a run: placement, abstract state, training and eval step.
+"""The compiled parts of a run, from its config: placement, abstract state, training and eval step.
 
 Nothing here allocates parameters: the trainer materialises a program, and whoever only wants to
 know what it would cost compiles it.
@@ -39,16 +39,16 @@ from jaxft.training.step import make_train_step
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What evaluating needs: a model without weights, its placement and the step.
+    """The needs of an evaluation: a model without weights, its placement and the step.
 
     Attributes:
       architecture: Shape and naming of the model.
-      abstract: Its structure, shapes, dtypes and axes.
+      abstract: Structure, shapes, dtypes and axes.
       placement: Strategy and mesh.
-      shardings: Of each parameter.
+      shardings: Sharding of each parameter.
       numerics: Dtypes, rematerialisation and attention back end.
       attention: The back end, and why.
-      objective: What is learnt, with the run's keys.
+      objective: Objective with the run's keys.
       eval_step: `(params, batch [B, T]) -> Terms` of rows `[B]` or units `[B, U]`.
     """
 
@@ -153,7 +153,7 @@ class Program:
         else empty.
       batch: Abstract `Batch` of `[A, B, T]` arrays with shardings.
       train_step: `(state, fixed, batch) -> (state, StepFigures)`, donating the state.
-      compiler_options: For it, by name.
+      compiler_options: Options of the compiler for it, by name.
     """
 
     evaluator: Evaluator
@@ -223,7 +223,7 @@ def build_evaluator(
       max_units: Most units of documents that belong together in one row.
 
     Raises:
-      ConfigError: If the strategy cannot place the model, or attention cannot be had.
+      ConfigError: If the strategy cannot place the model, or its attention is not available.
     """
     check_length(config, architecture)
     check_strategy(config, architecture, placement)

@@ -110,7 +110,7 @@ class Workdir:
 
     @property
     def reference(self) -> Path:
-        """Which weights a preference run compares with, from `programs.reference`."""
+        """Record of the weights a preference run compares with, from `programs.reference`."""
         return self.path / "reference.json"
 
     @property
