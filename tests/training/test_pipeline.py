@@ -1,9 +1,14 @@
 """Pipeline parallelism: what it keeps, how long it takes, and evaluation through stages."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from jaxft.config import from_dict
+from jaxft.training.objectives import sft
+from jaxft.training.program import build
 from tests.tiny import feed, load_tiny, make_program, random_rows, relative_error, start
 
 LENGTH = 24
@@ -103,3 +108,25 @@ def test_evaluation_through_stages_gives_the_sums_of_each_row(case):
 def test_a_batch_of_an_evaluation_is_a_multiple_of_stages_and_rows(tiny):
     placement = program_of(tiny, 2).evaluator.placement
     assert (placement.batch_shards, placement.row_multiple) == (2, 8)
+
+
+def test_an_objective_passes_a_pipeline_once(tiny):
+    """A second pass would silently see the first one's hidden states."""
+
+    def twice(policy, batch, _):
+        first = sft.loss(policy, batch, _)
+        return first + sft.loss(policy, batch, _)
+
+    def elsewhere(policy, batch, _):
+        return sft.loss(policy, batch.map(lambda column: column[::-1]), _)
+
+    values = {"model.dtypes": "float32", "strategy": "pp", "mesh.stage": 4, "mesh.data": 2}
+    values |= {"data.max_length": LENGTH, "train.accumulation": 2, "train.batch_size": 4}
+    config = from_dict(values)
+    for loss in (twice, elsewhere):
+        evaluator = program_of(tiny, 2).evaluator
+        objective = dataclasses.replace(evaluator.objective.objective, loss=loss)
+        bound = dataclasses.replace(evaluator.objective, objective=objective)
+        evaluator = dataclasses.replace(evaluator, objective=bound)
+        with pytest.raises(RuntimeError, match="asked for other rows or a second time"):
+            build(config, evaluator, steps=20).lower()
