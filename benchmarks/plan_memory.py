@@ -37,7 +37,7 @@ def measure(folder: str, strategy: str, remat: str, *, local: bool) -> dict:
     from jaxft.hf.folder import read_config
     from jaxft.models.families import architecture_from_hf
     from jaxft.models.module import init_params
-    from jaxft.planner.plan import Planner
+    from jaxft.planner.planner import Planner
     from jaxft.planner.prices import read_prices
     from jaxft.planner.topology import parse
     from jaxft.training.program import make_placement

@@ -18,7 +18,8 @@ from jaxft.files import write_text
 from jaxft.hf.folder import read_config
 from jaxft.models.families import architecture_from_hf
 from jaxft.planner.page import write_page
-from jaxft.planner.plan import Plan, Planner
+from jaxft.planner.plan import Plan
+from jaxft.planner.planner import Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.show import format_seconds
 from jaxft.planner.topology import compiler_version, parse, use_compiler_alone

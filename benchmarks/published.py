@@ -32,8 +32,8 @@ from jaxft.hf.folder import read_config
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.planner.analytic import Estimator
-from jaxft.planner.placed import Placed
-from jaxft.planner.plan import Planner, estimated_devices
+from jaxft.planner.placed import Placed, estimated_devices
+from jaxft.planner.planner import Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.topology import Topology, parse, use_compiler_alone
 from jaxft.training.program import make_placement

@@ -89,6 +89,7 @@ class Chip:
       lanes: Columns of a TPU's matrix unit.
       product_share: Share of the peak that large matrix products reach.
       host_memory: Memory of the host, the share of one chip in the largest machine sold.
+      capability: Compute capability of an NVIDIA GPU that can be planned for.
       sources: Sources of the figures.
     """
 
@@ -110,6 +111,7 @@ class Chip:
     lanes: int = 0
     product_share: float = 1.0
     host_memory: int = 0
+    capability: str = ""
     sources: tuple[str, ...] = ()
 
     @property
@@ -335,6 +337,7 @@ CHIPS: tuple[Chip, ...] = (
         network=Switch(size=72, link=900 * _GIGA),
         dcn=50 * _GIGA,
         host=450 * _GIGA,
+        capability="10.0",
     ),
     _gpu(
         "b200",
@@ -348,6 +351,7 @@ CHIPS: tuple[Chip, ...] = (
         network=Switch(size=8, link=900 * _GIGA),
         dcn=50 * _GIGA,
         host=64 * _GIGA,
+        capability="10.0",
     ),
     _gpu("gh200-144", r"\bGH200 144G\b", 989.4, 144, single=67 * _TERA, bandwidth=4900 * _GIGA),
     _gpu("gh200", r"\bGH200\b", 989.4, 96, single=67 * _TERA, bandwidth=4000 * _GIGA),
@@ -363,6 +367,7 @@ CHIPS: tuple[Chip, ...] = (
         network=Switch(size=8, link=450 * _GIGA),
         dcn=50 * _GIGA,
         host=64 * _GIGA,
+        capability="9.0",
     ),
     _gpu("h100-nvl", r"\bH100 NVL\b", 835.5, 94),
     _gpu("h100-pcie", r"\bH100 PCIe\b", 756, 80),
@@ -377,6 +382,7 @@ CHIPS: tuple[Chip, ...] = (
         network=Switch(size=8, link=450 * _GIGA),
         dcn=50 * _GIGA,
         host=64 * _GIGA,
+        capability="9.0",
     ),
     _gpu("h800", r"\bH800\b", 989.4, 80),
     _gpu(
@@ -390,6 +396,7 @@ CHIPS: tuple[Chip, ...] = (
         network=Switch(size=8, link=300 * _GIGA),
         dcn=25 * _GIGA,
         host=32 * _GIGA,
+        capability="8.0",
     ),
     _gpu(
         "a100-40",
@@ -402,6 +409,7 @@ CHIPS: tuple[Chip, ...] = (
         network=Switch(size=8, link=300 * _GIGA),
         dcn=25 * _GIGA,
         host=32 * _GIGA,
+        capability="8.0",
     ),
     _gpu("a800", r"\bA800\b", 312, 80),
     _gpu("l40s", r"\bL40S\b", 362, 48),

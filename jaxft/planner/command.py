@@ -10,7 +10,8 @@ from jaxft.compiled.layout import cpu_devices
 from jaxft.config import RunConfig, to_dict
 from jaxft.errors import ConfigError, JaxftError, collected
 from jaxft.files import write_text
-from jaxft.planner.plan import Plan, Planner
+from jaxft.planner.plan import Plan
+from jaxft.planner.planner import Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.remedies import try_remedies
 from jaxft.planner.search import Search, config_file, search, with_flags

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from jaxft.compiled.hlo import HBM, Array, Computation, Instruction, Module, arrays
 
@@ -268,3 +269,42 @@ def _written(module: Module, body: Computation, name: str, whole: list[Array]) -
     if inner is not None:
         return _written(module, inner, inner.root, whole)
     return sum(array.padded_bytes for array in whole)
+
+
+def totals(module: Module, kernel_flops: Any) -> tuple[float, float]:
+    """Returns FLOPs of matrix products and bytes of main memory of one step on a device."""
+
+    def visit(name: str, times: float) -> tuple[float, float]:
+        computation = module.computations[name]
+        flops = moved = 0.0
+        for instruction in computation.instructions.values():
+            called = _called(module, computation, instruction)
+            for inner, runs in called:
+                more = visit(inner, times * runs)
+                flops, moved = flops + more[0], moved + more[1]
+            if instruction.opcode in MOVES:
+                moved += times * moved_bytes(instruction)
+            if called or instruction.opcode.endswith(("-start", "-done")):
+                continue
+            cost = cost_of(module, computation, instruction)
+            kernel = kernel_flops(instruction, computation)
+            flops += times * (cost.flops + (kernel[0] if kernel else 0.0))
+            moved += times * cost.bytes
+        return flops, moved
+
+    return visit(module.entry, 1.0)
+
+
+def _called(
+    module: Module, computation: Computation, instruction: Instruction
+) -> list[tuple[str, float]]:
+    """Returns what an instruction runs, and how often; of branches each for its share."""
+    if instruction.opcode == "while":
+        trips = module.trips(computation, instruction)
+        return [(instruction.called("body")[0], 1 if trips is None else trips)]
+    if instruction.opcode == "conditional":
+        branches = module.branches(instruction)
+        return [(branch, 1 / len(branches)) for branch in branches]
+    if instruction.opcode == "call":
+        return [(name, 1) for name in instruction.called("to_apply")]
+    return []

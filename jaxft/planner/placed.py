@@ -2,12 +2,18 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from jaxft.compiled.layout import cpu_devices
+from jaxft.config import RunConfig
+from jaxft.models.attention import Choice, choose_backend
+from jaxft.models.config import make_numerics
+from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
+from jaxft.planner.topology import Topology
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, as_names
 from jaxft.training.state import partition, reaches_layers
@@ -143,3 +149,48 @@ class Placed:
 
 def _names(sharding: Any) -> tuple[str, ...]:
     return tuple(name for entry in sharding.spec for name in as_names(entry))
+
+
+def estimated_devices(topology: Topology) -> Sequence[Any]:
+    """Returns devices for a mesh: of the slice, or made-up ones for GPUs that are not there."""
+    return topology.devices() if topology.can_compile else cpu_devices(topology.device_count)
+
+
+def attention_on(
+    config: RunConfig, architecture: Architecture, topology: Topology, placement: Placement
+) -> Choice:
+    """Returns the back end of attention that a run on devices which are not here would use.
+
+    Raises:
+      ConfigError: If the one that is asked for is not available there.
+    """
+    platform = "tpu" if topology.chip.is_tpu else "gpu"
+    capability = topology.chip.capability
+    if topology.local:
+        device = topology.devices()[0]
+        platform = device.platform
+        capability = str(getattr(device, "compute_capability", ""))
+    return choose_backend(
+        config.model.attention,
+        architecture.config,
+        platform=platform,
+        length=config.data.max_length,
+        compute_dtype=make_numerics(config.model.dtypes).compute_dtype,
+        max_segments=1,
+        compute_capability=capability,
+        parts=placement.parts("seq"),
+    )
+
+
+def place(
+    config: RunConfig, placement: Placement, abstract: AbstractModel, attention: Choice
+) -> Placed:
+    """Returns what estimates of a run need of the model on a mesh, with a back end of attention."""
+    return Placed(
+        placement,
+        abstract,
+        config.data.max_length,
+        config.optim.freeze,
+        # Rows that are split go round in a ring, a block at a time.
+        flash=attention.backend != "xla",
+    )

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from jaxft.config import RunConfig
 from jaxft.errors import JaxftError
-from jaxft.planner.plan import Plan, Planner, Remedy
+from jaxft.planner.plan import Plan, Remedy
+from jaxft.planner.planner import Planner
 from jaxft.planner.search import batch_shards, with_flags
 from jaxft.planner.topology import Topology, next_larger
 from jaxft.sharding.rules import load_strategy

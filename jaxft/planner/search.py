@@ -26,8 +26,9 @@ from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
 from jaxft.planner.analytic import Estimate, Estimator
-from jaxft.planner.placed import Placed
-from jaxft.planner.plan import Plan, Planner, attention_on, estimated_devices, place
+from jaxft.planner.placed import Placed, attention_on, estimated_devices, place
+from jaxft.planner.plan import Plan
+from jaxft.planner.planner import Planner
 from jaxft.planner.topology import Topology, use_compiler_alone
 from jaxft.sharding.rules import Placement, Strategy, known_strategies, load_strategy, mesh_axes_of
 from jaxft.training.checks import check_rows, check_strategy, check_weights

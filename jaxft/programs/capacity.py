@@ -20,8 +20,7 @@ from jaxft.hardware.devices import Room, room, shortage
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.planner.analytic import Estimator
-from jaxft.planner.placed import Placed
-from jaxft.planner.plan import attention_on, place
+from jaxft.planner.placed import Placed, attention_on, place
 from jaxft.planner.search import with_flags
 from jaxft.planner.topology import LOCAL, parse
 from jaxft.training.checks import check_rows, check_strategy

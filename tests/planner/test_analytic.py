@@ -16,8 +16,8 @@ from jaxft.hardware.chips import chip_named
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.planner.analytic import Estimate, Estimator, Evaluation, Exchanged
+from jaxft.planner.cost import totals
 from jaxft.planner.placed import Placed
-from jaxft.planner.plan import totals
 from jaxft.planner.topology import Topology
 from jaxft.training.program import make_placement
 from tests.oracle.cases import CASES, FAMILY_CASES

@@ -23,7 +23,8 @@ from jaxft.planner.analytic import Estimator
 from jaxft.planner.compilation import _key
 from jaxft.planner.memory import KINDS
 from jaxft.planner.placed import Placed
-from jaxft.planner.plan import SCHEMA, Plan, Planner, model_flops
+from jaxft.planner.plan import SCHEMA, Plan
+from jaxft.planner.planner import Planner, model_flops
 from jaxft.planner.prices import read_prices
 from jaxft.planner.search import Search, _promising, estimate_all, search, with_flags
 from jaxft.planner.show import print_plans

@@ -12,7 +12,8 @@ from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
 from jaxft.models.families import architecture_from_hf
 from jaxft.planner import topology
-from jaxft.planner.plan import Plan, Planner
+from jaxft.planner.plan import Plan
+from jaxft.planner.planner import Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.remedies import try_remedies
 from jaxft.planner.topology import parse
