@@ -1,20 +1,24 @@
 """`jaxft plan`, from its arguments to the plans."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxft.compiled.layout import cpu_devices
-from jaxft.config import RunConfig, to_dict
+from jaxft.config import RunConfig, to_dict, to_yaml
 from jaxft.errors import ConfigError, JaxftError, collected
 from jaxft.files import write_text
+from jaxft.formatting import format_bytes
+from jaxft.planner.candidates import Candidate, Search, with_flags
 from jaxft.planner.plan import Plan
 from jaxft.planner.planner import Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.remedies import try_remedies
-from jaxft.planner.search import Search, config_file, search, with_flags
+from jaxft.planner.search import search
 from jaxft.planner.topology import LOCAL, Topology, next_larger, parse
 from jaxft.sharding.mesh import check_sizes
 from jaxft.sharding.rules import load_strategy
@@ -195,3 +199,35 @@ def write_config(file: str, config: RunConfig, found: Search) -> Path:
     path = Path(file)
     write_text(path, config_file(config, found.best, found.topology, suffix=path.suffix))
     return path
+
+
+def config_file(
+    config: RunConfig, candidate: Candidate, topology: Topology, *, suffix: str = ".py"
+) -> str:
+    """Returns the text of a config file that runs a candidate: Python, or YAML by the suffix."""
+    chosen = with_flags(config, candidate.flags)
+    default = to_dict(RunConfig())
+    changed = {key: value for key, value in to_dict(chosen).items() if value != default[key]}
+    title = f"{candidate.name} on {topology.name}."
+    plan = candidate.plan
+    if plan is not None and plan.time is not None and plan.speed is not None:
+        title += (
+            f"\n\nPredicted by jaxft plan, not measured: {plan.time.seconds:.3g} s a step,\n"
+            f"{plan.speed.tokens_per_second_per_chip:,.0f} tokens/s a chip, "
+            f"{format_bytes(plan.memory.used)} of {format_bytes(plan.memory.limit)} of memory."
+        )
+    if suffix != ".py":
+        comment = "".join(f"# {line}".rstrip() + "\n" for line in title.splitlines())
+        return f"{comment}\n{to_yaml(changed)}"
+    lines = [f"    config.{key} = {_literal(value)}" for key, value in changed.items()]
+    return (
+        f'"""{title}\n"""\n\n'
+        "from jaxft import RunConfig\n\n\n"
+        "def get_config() -> RunConfig:\n"
+        '    """Returns the run."""\n'
+        "    config = RunConfig()\n" + "\n".join(lines) + "\n    return config\n"
+    )
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from jaxft.config import RunConfig
 from jaxft.errors import JaxftError
+from jaxft.planner.candidates import batch_shards, with_flags
 from jaxft.planner.plan import Plan, Remedy
 from jaxft.planner.planner import Planner
-from jaxft.planner.search import batch_shards, with_flags
 from jaxft.planner.topology import Topology, next_larger
 from jaxft.sharding.rules import load_strategy
 

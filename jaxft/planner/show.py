@@ -11,8 +11,8 @@ from jaxft.compiled.layout import make_table
 from jaxft.console import stdout
 from jaxft.formatting import format_bytes, format_seconds
 from jaxft.hardware.chips import Chip, Switch
+from jaxft.planner.candidates import Candidate, Search
 from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape
-from jaxft.planner.search import Candidate, Search
 from jaxft.planner.timeline import ICI
 
 # Rows of a search that are shown; all are in its JSON.

@@ -20,8 +20,8 @@ from jaxft.hardware.devices import Room, room, shortage
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.planner.analytic import Estimator
+from jaxft.planner.candidates import with_flags
 from jaxft.planner.placed import Placed, attention_on, place
-from jaxft.planner.search import with_flags
 from jaxft.planner.topology import LOCAL, parse
 from jaxft.training.checks import check_rows, check_strategy
 from jaxft.training.program import make_placement

@@ -20,13 +20,14 @@ from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
 from jaxft.planner import command
 from jaxft.planner.analytic import Estimator
+from jaxft.planner.candidates import Search, with_flags
 from jaxft.planner.compilation import _key
 from jaxft.planner.memory import KINDS
 from jaxft.planner.placed import Placed
 from jaxft.planner.plan import SCHEMA, Plan
 from jaxft.planner.planner import Planner, model_flops
 from jaxft.planner.prices import read_prices
-from jaxft.planner.search import Search, _promising, estimate_all, search, with_flags
+from jaxft.planner.search import _promising, estimate_all, search
 from jaxft.planner.show import print_plans
 from jaxft.planner.topology import Topology, parse
 from jaxft.training.program import make_placement

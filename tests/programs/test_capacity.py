@@ -15,7 +15,7 @@ from jaxft import cli
 from jaxft.compiled.layout import make_program
 from jaxft.errors import OutOfMemoryError
 from jaxft.hardware.devices import Room, host_memory_free, host_memory_total, room, shortage
-from jaxft.planner.search import with_flags
+from jaxft.planner.candidates import with_flags
 from jaxft.programs import capacity, model, trainer
 from jaxft.programs.capacity import EVALUATION, TRAINING, Estimates, find_changes
 from jaxft.programs.evaluation import evaluate

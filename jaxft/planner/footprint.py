@@ -1,0 +1,230 @@
+"""The memory of a run in closed form: what a device holds, keeps and has in hand."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+
+from jaxft.config import RunConfig
+from jaxft.models import activations as names
+from jaxft.models.config import make_numerics
+from jaxft.models.experts import tokens_of_expert
+from jaxft.models.families import Architecture
+from jaxft.planner.network import Network
+from jaxft.planner.placed import Placed
+from jaxft.planner.timeline import Rates
+from jaxft.planner.topology import Topology
+from jaxft.sharding.rules import as_names
+
+# Bytes of a program.
+_PROGRAM = 50 << 20
+
+
+class Footprint:
+    """Sizes of a run on one device, and the memory they take.
+
+    Args:
+      architecture: The model.
+      topology: The hardware.
+      rates: Shares of published rates that are reached.
+      config: The run's.
+      placed: The model where the run's strategy puts it.
+      evaluated: Rows of an evaluation step of all devices; 0: it is a training step.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        topology: Topology,
+        rates: Rates,
+        config: RunConfig,
+        placed: Placed,
+        *,
+        evaluated: int = 0,
+    ):
+        self.config, self.placed, self.placement = config, placed, placed.placement
+        placement = placed.placement
+        self.made_for, self.objective = (architecture, topology, rates), config.objective
+        self.model = architecture.config
+        self.chip = topology.chip.core
+        self.rates = rates
+        self.network = Network(topology.chip, placement.mesh, topology.shape)
+        self.is_tpu = topology.chip.is_tpu
+        numerics = make_numerics(config.model.dtypes)
+        self.itemsize = jnp.dtype(numerics.compute_dtype).itemsize
+        self.param_itemsize = jnp.dtype(numerics.param_dtype).itemsize
+        self.learns = not evaluated
+        self.stages = max(1, self._split("layers", self.model.layers))
+        # Rows that are evaluated pass through stages in as many micro-batches.
+        self.passes = self.stages if evaluated else config.train.accumulation
+        self.rows = (evaluated or config.train.batch_size) // self.passes
+        self.length = config.data.max_length
+        # Positions of a row that a device has, and its tokens in one micro-batch.
+        self.part = self.length / self._split("seq", self.length)
+        self.tokens = self.rows * self.part / self._split("batch", self.rows)
+        self.layers = self.model.layers / self.stages
+        self.turns = self.passes + (self.stages - 1 if self.stages > 1 else 0)
+        # Evaluation drops no token.
+        self._size_experts(config.model.expert_capacity if self.learns else 0.0)
+        # 1 if there is a backward pass through the layers.
+        self.back = int(self.learns and placed.reaches_layers)
+        self.kept = names.kept(config.model.remat)
+        self.offloaded = names.offloaded(config.model.remat, config.model.offload)
+        self.again = self._again()
+
+    def _size_experts(self, capacity: float) -> None:
+        """Sets the experts that a token takes, and room for how many times as many."""
+        experts = self.model.experts
+        self.chosen, self.room = 1.0, 1.0
+        if experts:
+            parts = self._split("act_experts", experts.count)
+            self.chosen = float(experts.chosen)
+            if capacity:
+                taken = tokens_of_expert(experts, capacity, self.length)
+                self.chosen = experts.count * taken / self.length
+            elif parts > 1:
+                # In the worst case all tokens of all peers come to one device (models/experts.py).
+                self.room = parts * min(experts.chosen, experts.count / parts) / experts.chosen
+        # Numbers of each token at the hidden width of the feed-forward part.
+        self.hidden = self.model.mlp * self.chosen / self._split("act_mlp", self.model.mlp)
+
+    def _again(self) -> frozenset[str]:
+        """Returns what the backward pass makes again."""
+        remat = self.config.model.remat
+        if remat == "none" or not self.back:
+            return frozenset()
+        if remat == "dots":
+            return frozenset({names.ATTENTION})
+        made = {names.QKV, names.ATTENTION, names.ATTENTION_OUT, names.MLP} - self.kept
+        # Of experts all products have one name.
+        last = names.MLP if self.model.experts else names.MLP_OUT
+        if self.placed.reads_mlp_out and last not in self.kept:
+            made.add(names.MLP_OUT)
+        return frozenset(made)
+
+    def evaluation_memory(self) -> dict[str, int]:
+        """Returns bytes of a forward pass by kind."""
+        kinds = {
+            "parameters": self.placed.parameters,
+            "batch": self._batch_bytes() * self.passes,
+            "logits": self._logits_bytes() / 2,  # without a gradient
+            "weights": self._layer_weights(),
+            "temporaries": self._layer_working_set() / 2,
+            "program": _PROGRAM,
+        }
+        return {kind: round(size) for kind, size in kinds.items()}
+
+    def _split(self, axis: str, size: int) -> int:
+        """Returns how many parts a named dimension of a size is cut into."""
+        return math.prod(self.placement.mesh.shape[name] for name in self._axes(axis, size))
+
+    def _axes(self, axis: str, size: int) -> tuple[str, ...]:
+        """Returns the mesh axes that cut a named dimension of a size."""
+        [entry] = self.placement.spec((axis,), (size,), "an estimate")
+        return as_names(entry)
+
+    def _heads(self) -> float:
+        return self.model.heads / self._split("act_heads", self.model.heads)
+
+    def _vocab(self) -> float:
+        return self.model.vocab / self._split("act_vocab", self.model.vocab)
+
+    def memory(self) -> tuple[dict[str, int], int]:
+        """Returns bytes of a training step by kind, and those in the host's memory."""
+        summed = 4 / self.param_itemsize if self.passes > 1 else 1.0
+        kept, host = self._kept_bytes()
+        if self.stages > 1:
+            # A stage keeps its input alone of each micro-batch that is under way.
+            stream = self.tokens * self._widths[names.INPUTS] * self.itemsize
+            kept += (2 * self.stages - 1) * stream
+        gradients = self.placed.gradients
+        kinds = {
+            "parameters": self.placed.parameters,
+            "optimizer": 2 * self.placed.moments,
+            "reference": self.placed.parameters * (self.objective.uses_reference == "fixed"),
+            "batch": self._batch_bytes() * self.passes,
+            "gradients": gradients * (summed + (1 if self.passes > 1 else 0)),
+            "activations": kept,
+            "logits": 0.0,
+            "weights": 0.0,
+            "temporaries": 0.0,
+            "program": _PROGRAM,
+        }
+        # What the head has in hand is gone when layers run backward: the fuller moment counts.
+        head = self._vocab() * self.model.embed
+        at_head = {"logits": self._logits_bytes() + 4 * head, "weights": head * self.itemsize}
+        in_layers = {"weights": self._layer_weights(), "temporaries": self._layer_working_set()}
+        kinds |= max(at_head, in_layers, key=lambda moment: sum(moment.values()))
+        return {kind: round(size) for kind, size in kinds.items()}, round(host)
+
+    def _batch_bytes(self) -> float:
+        columns = 5 if self.objective.objective.units == "documents" else 7
+        return 4 * (columns + (self.objective.uses_reference == "cached")) * self.tokens
+
+    def _logits_bytes(self) -> float:
+        """Returns bytes of one chunk's logits and their gradient, float32."""
+        chunk = min(self.config.objective.chunk or self.part, self.part)
+        return 2 * 4 * chunk * self.tokens / self.part * self._vocab()
+
+    def _layer_weights(self) -> float:
+        """Returns bytes of two layers' weights as a device multiplies with them."""
+        return 2 * sum(
+            math.prod(weight.shape) * self.itemsize / self._parts(weight.plan.held)
+            for weight in self.placed.weights
+        )
+
+    @functools.cached_property
+    def _widths(self) -> dict[str, float]:
+        """Numbers that a device makes of each token in one layer, by activation."""
+        m = self.model
+        keys = m.kv_heads / self._split("act_kv_heads", m.kv_heads)
+        stream = m.embed * self._split("seq", self.length)
+        stream /= self._split("stream_seq", self.length)
+        return {
+            names.INPUTS: stream,
+            names.QKV: (self._heads() + 2 * keys) * m.head_dim,
+            names.ATTENTION: self._heads() * (m.head_dim + 4 / self.itemsize),
+            names.ATTENTION_OUT: stream,
+            names.MLP: self.placed.expansions * self.hidden,
+            names.MLP_OUT: stream,
+        }
+
+    def _routed(self) -> float:
+        """Returns numbers of each token that go to experts and come back."""
+        return 2 * self.chosen * self.model.embed if self.model.experts else 0.0
+
+    def _kept_bytes(self) -> tuple[float, float]:
+        """Returns bytes that wait for the backward pass, on the device and on the host."""
+        if not self.back:
+            return 0.0, 0.0
+        widths = self._widths
+        remat = self.config.model.remat
+        kept = {names.INPUTS, *self.kept}
+        if remat in ("dots", "none"):
+            kept = set(widths) - ({names.ATTENTION} if remat == "dots" else set())
+        of_token = self.tokens * self.layers * self.itemsize
+        there = sum(widths[name] for name in self.offloaded)
+        here = sum(widths[name] for name in kept - self.offloaded)
+        if names.MLP in kept:
+            here += (self.room - 1) * widths[names.MLP] + self.room * self._routed() / 2
+        if remat == "none":
+            # Norms and activations stay as well, and what experts read.
+            here += self.room * (self.hidden + self._routed() / 2) + 4 * widths[names.INPUTS]
+            here += 0.0 if self.placed.flash else self._scores() / self.itemsize
+        return of_token * here, of_token * there
+
+    def _scores(self) -> float:
+        """Returns bytes of a token's scores: float32, their weights, and which are hidden."""
+        return self._heads() * self.length * (4 + self.itemsize + 1)
+
+    def _layer_working_set(self) -> float:
+        """Returns bytes that the backward pass of one layer has in hand."""
+        widths = self._widths
+        at_once = self.room * (widths[names.MLP] + self.hidden + self._routed())
+        at_once += 6 * widths[names.INPUTS] + 2 * widths[names.QKV]
+        # Scores and their gradient, and weights of values.
+        scores = 0.0 if self.placed.flash else self._scores() + 4 * self._heads() * self.length
+        return self.tokens * (self.itemsize * at_once + scores)
+
+    def _parts(self, cut: tuple[tuple[str, ...], ...]) -> int:
+        return math.prod(self.placement.mesh.shape[name] for group in cut for name in group)
