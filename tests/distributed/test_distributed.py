@@ -14,6 +14,7 @@ import pytest
 from jaxft import distributed
 from jaxft.config import RunConfig
 from jaxft.data.batch import STANDARD, Batch
+from jaxft.distributed import launch
 from jaxft.errors import ConfigError
 from jaxft.programs.evaluation import evaluate
 from jaxft.programs.trainer import train
@@ -232,7 +233,7 @@ def test_a_barrier_names_the_host_that_is_missing(tmp_path):
 
 @pytest.mark.slow(seconds=5)
 def test_hosts_of_other_versions_end_together(tmp_path):
-    other = script("pass", before="distributed._version = lambda name: '9.9'")
+    other = script("pass", before="distributed.launch._version = lambda name: '9.9'")
     with Hosts([script("pass"), other], tmp_path, devices=1) as hosts:
         assert hosts.wait(timeout=60) == {0: 1, 1: 2}
         assert "The hosts differ in versions" in hosts.text(1)
@@ -260,10 +261,9 @@ def test_leaving_on_one_host_ends_all(tmp_path):
 @pytest.mark.slow(seconds=8)
 def test_a_host_that_was_taken_for_lost_does_not_end_well(tmp_path):
     # A call that holds Python's lock, as a page fault on a file system that stalls.
-    stall = script("import ctypes; ctypes.PyDLL(None).sleep(12)", before="distributed._LOST = 4")
-    with Hosts(
-        [script("pass", before="distributed._LOST = 4"), stall], tmp_path, devices=1
-    ) as hosts:
+    before = "distributed.watch.LOST = 4"
+    stall = script("import ctypes; ctypes.PyDLL(None).sleep(12)", before=before)
+    with Hosts([script("pass", before=before), stall], tmp_path, devices=1) as hosts:
         status = hosts.wait(timeout=60)
         assert all(status.values()), hosts.all_text()
         assert "no sign of life" in hosts.text(0)
@@ -276,7 +276,7 @@ def test_an_error_that_wraps_another_hosts_death_waits_for_its_name(tmp_path):
         "    try: raise JaxRuntimeError('gone')\n"
         "    except JaxRuntimeError as e: raise CheckpointError('Free some space') from e"
     )
-    before = "distributed._LOST = 4"
+    before = "distributed.watch.LOST = 4"
     wait = script("time.sleep(40)", before=before)
     die = script("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", before=before)
     with Hosts([wait, script(fail, before=before), die], tmp_path, devices=1) as hosts:
@@ -288,7 +288,7 @@ def test_an_error_that_wraps_another_hosts_death_waits_for_its_name(tmp_path):
 
 @pytest.mark.slow(seconds=7)
 def test_hosts_that_never_start_are_named(tmp_path):
-    short = script("pass", before="distributed._START = 6")
+    short = script("pass", before="distributed.launch._START = 6")
     with Hosts([short] * 4, tmp_path, devices=1, absent=[1, 3]) as hosts:
         assert hosts.wait(timeout=60) == {0: 1, 2: 1}
         for i in (0, 2):
@@ -297,7 +297,7 @@ def test_hosts_that_never_start_are_named(tmp_path):
 
 @pytest.mark.slow(seconds=6)
 def test_a_host_that_is_never_reached_is_named(tmp_path):
-    short = script("pass", before="distributed._START = 5")
+    short = script("pass", before="distributed.launch._START = 5")
     with Hosts([short] * 2, tmp_path, devices=1, absent=[0]) as hosts:
         assert hosts.wait(timeout=60) == {1: 1}
         assert "Host 0 did not answer at localhost:" in hosts.text(1)
@@ -407,7 +407,7 @@ OMPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.
 def test_the_environment_says_whether_there_are_several_processes(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert distributed._environment() == expected
+    assert launch._environment() == expected
 
 
 def test_commands_for_one_process_are_refused_under_a_launcher(monkeypatch):
