@@ -12,6 +12,7 @@ import pytest
 
 import jaxft
 from jaxft import cli
+from jaxft.cli import running
 from jaxft.workdir.source import find_source
 from tests.tiny_run import tiny_config
 
@@ -87,7 +88,7 @@ def test_help_shows_every_default(capsys):
     assert "best (default)" in shown["export"] and "default: as stored" in shown["export"]
     assert "(default: 1024)" in shown["chat"]
     assert "-1" not in shown["train"]
-    for action in cli._parser()._subparsers._group_actions[0].choices.values():
+    for action in cli.make_parser()._subparsers._group_actions[0].choices.values():
         assert all(a.help for a in action._actions), action.prog
 
 
@@ -110,7 +111,7 @@ def test_a_run_in_this_folder_is_exported_beside_it(trained, monkeypatch):
     for name in (".", "", "../run/checkpoints/..", "../run"):
         config.train.workdir = name
         expected = f"jaxft export --checkpoint={trained} --output={trained}-model --verify"
-        assert cli._after_training(config) == [expected]
+        assert running._after_training(config) == [expected]
 
 
 def test_a_revision_of_a_folder_is_refused(trained, folder, capsys):

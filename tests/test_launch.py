@@ -40,7 +40,7 @@ def commands_of_jaxft(text: str) -> list[list[str]]:
 def parse(arguments: list[str], monkeypatch: Any) -> None:
     """Parses a command as jaxft does: unknown flags and keys, and wrong values, raise."""
     monkeypatch.chdir(ROOT)
-    options, rest = cli._parser().parse_known_args(arguments)
+    options, rest = cli.make_parser().parse_known_args(arguments)
     overrides = cli._overrides(rest, options)
     if overrides or getattr(options, "config", ""):
         read_config(options.config, overrides, training=arguments[0] == "train")
