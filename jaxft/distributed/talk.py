@@ -94,6 +94,21 @@ def from_first[Value](name: str, make: Callable[[], Value]) -> Value:
     return json.loads(client().blocking_key_value_get(key, _WORK * 1000))
 
 
+def everywhere(name: str, here: bool) -> bool:
+    """Returns whether something holds on every host.
+
+    Args:
+      name: Says what it is.
+      here: Whether it holds on this host.
+    """
+    if count() == 1:
+        return here
+    place = _unique(name)
+    client().key_value_set(key_of("everywhere", place, me()), str(here))
+    barrier(name)
+    return all(said == "True" for said in read_all("everywhere", place).values())
+
+
 def check_same(name: str, values: Mapping[str, Any]) -> None:
     """Compares values that JSON can hold with those of host 0.
 

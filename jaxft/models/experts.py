@@ -2,26 +2,27 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.errors import ConfigError
-from jaxft.models.activations import MLP
 from jaxft.models.config import DecoderConfig, ExpertsConfig, Numerics
+from jaxft.models.dispatch import (
+    AXES,
+    ExpertWeights,
+    Gating,
+    grouped,
+    in_slots,
+    on_devices,
+    slots_of,
+)
 from jaxft.models.layers import Linear, Routing
 from jaxft.models.module import Param
-from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, active_placement
-
-# Maps gate and up projections of the same shape to the hidden activation.
-Gating = Callable[[Array, Array], Array]
 
 
 def swiglu(gate: Array, up: Array) -> Array:
@@ -41,30 +42,6 @@ class Routes(NamedTuple):
     experts: Int[Array, "B T k"]
     weights: Float[Array, "B T k"]
     probabilities: Float[Array, "B T E"]
-
-
-class ExpertWeights(NamedTuple):
-    """Weights of all experts in the compute dtype; biases are None where there are none.
-
-    Attributes:
-      gate: `[E, F, D]`.
-      up: `[E, F, D]`.
-      down: `[E, D, F]`.
-      gate_bias: `[E, F]`.
-      up_bias: `[E, F]`.
-      down_bias: `[E, D]`.
-    """
-
-    gate: Any
-    up: Any
-    down: Any
-    gate_bias: Any
-    up_bias: Any
-    down_bias: Any
-
-
-_INWARD, _OUTWARD = ("experts", "mlp", "embed"), ("experts", "embed", "mlp")
-_AXES = ExpertWeights(_INWARD, _INWARD, _OUTWARD, _INWARD[:2], _INWARD[:2], _OUTWARD[:2])
 
 
 class ExpertLinear(nnx.Module):
@@ -125,9 +102,9 @@ class Experts(nnx.Module):
             "bias": bias,
         }
         self.router = Linear((e,), (d,), axes=("router", "embed"), **kwargs)
-        self.gate = ExpertLinear(e, f, d, axes=_AXES.gate, **kwargs)
-        self.up = ExpertLinear(e, f, d, axes=_AXES.up, **kwargs)
-        self.down = ExpertLinear(e, d, f, axes=_AXES.down, **kwargs)
+        self.gate = ExpertLinear(e, f, d, axes=AXES.gate, **kwargs)
+        self.up = ExpertLinear(e, f, d, axes=AXES.up, **kwargs)
+        self.down = ExpertLinear(e, d, f, axes=AXES.down, **kwargs)
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
@@ -142,15 +119,15 @@ class Experts(nnx.Module):
         count = self.config.count
         if self.capacity:
             capacity = tokens_of_expert(self.config, self.capacity, x.shape[1])
-            chosen = _slots_of(routes.experts, real, capacity, count)
+            chosen = slots_of(routes.experts, real, capacity, count)
             kept = chosen < count * capacity
-            apply = functools.partial(_in_slots, capacity=capacity, gating=self.gating)
+            apply = functools.partial(in_slots, capacity=capacity, gating=self.gating)
         else:
             chosen = jnp.where(real[..., None], routes.experts, count)
             kept = chosen < count
-            apply = functools.partial(_grouped, gating=self.gating)
+            apply = functools.partial(grouped, gating=self.gating)
         mix, weights = routes.weights * kept, self._weights(x.dtype)
-        out = _on_devices(placement, apply, x, chosen, mix, weights)
+        out = on_devices(placement, apply, x, chosen, mix, weights)
         return out.astype(x.dtype), self._routing(routes, real, kept)
 
     def _route(self, x: Array) -> Routes:
@@ -200,324 +177,6 @@ def _top_k(
         out_specs=(stream, stream),
         check_vma=False,
     )(probabilities)
-
-
-class _Peers(NamedTuple):
-    """Devices that have the other experts of a layer; empty `axes` if each device has all.
-
-    Attributes:
-      axes: Mesh axes that experts are split over.
-      count: Devices along them.
-      ragged: Whether they can exchange parts of unequal size.
-    """
-
-    axes: tuple[str, ...] = ()
-    count: int = 1
-    ragged: bool = False
-
-    def all_to_all(self, x: Array, split: int, concat: int) -> Array:
-        """Cuts a dimension into parts for the peers, and joins what they sent along another."""
-        return jax.lax.all_to_all(x, self.axes, split, concat, tiled=True) if self.axes else x
-
-
-# Maps x, chosen, mix, weights and peers to what a device's own tokens get, in float32.
-_Apply = Callable[[Array, Array, Array, ExpertWeights, _Peers], Array]
-
-
-def _on_devices(
-    placement: Placement | None,
-    apply: _Apply,
-    x: Float[Array, "B T D"],
-    chosen: Int[Array, "B T k"],
-    mix: Float[Array, "B T k"],
-    weights: ExpertWeights,
-) -> Float[Array, "B T D"]:
-    """Applies experts on each device to its tokens; float32.
-
-    Weights enter in their own placement and are gathered here, so that their gradient leaves by a
-    reduce-scatter. The hidden width may stay split: the parts of the output are then added up.
-    """
-    if placement is None:
-        return apply(x, chosen, mix, weights, _Peers())
-    plans = ExpertWeights(
-        *(
-            w if w is None else plan_weight(axes, w.shape, x.shape[:2])
-            for w, axes in zip(weights, _AXES, strict=True)
-        )
-    )
-    if plans.down_bias is not None:
-        plans = plans._replace(down_bias=_whole(plans.down_bias))
-    axes, hidden, *_ = plans.gate.held
-    peers = _Peers(
-        axes,
-        math.prod(placement.mesh.shape[name] for name in axes),
-        # XLA has this collective for TPU and GPU alone.
-        ragged=placement.mesh.devices.flat[0].platform != "cpu",
-    )
-    rows, positions = plans.gate.tokens
-    # Positions of the residual stream may be split further than those of tokens are here.
-    shared = tuple(name for name in placement.split("stream_seq") if name not in positions)
-    tokens, stream = P(rows, positions), P(rows, (*positions, *shared))
-
-    def local(
-        x: Array, chosen: Array, mix: Array, parts: ExpertWeights, weights: ExpertWeights
-    ) -> Array:
-        if shared:
-            x = jax.lax.all_gather(x, shared, axis=1, tiled=True)
-        whole = ExpertWeights(*map(_gathered, plans, parts, weights))
-        if hidden and whole.down_bias is not None:
-            # The outputs of these devices are added up: the bias counts once.
-            first = jax.lax.axis_index(hidden) == 0
-            whole = whole._replace(down_bias=jnp.where(first, whole.down_bias, 0))
-        out = apply(x, chosen, mix, whole, peers)
-        if not hidden:
-            return out
-        out = out.astype(x.dtype)  # it travels like the sums of dense layers
-        if hidden == shared:
-            return jax.lax.psum_scatter(out, hidden, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(out, hidden)
-
-    of_parts, of_weights = (
-        ExpertWeights(*(plan if plan is None else spec(plan) for plan in plans))
-        for spec in (lambda plan: plan.of_gradient, lambda plan: plan.of_weight)
-    )
-    return plans.gate.map(
-        # Gathered weights are not kept for the backward pass, which gathers them again.
-        jax.checkpoint(local, policy=_not_gathered, prevent_cse=False),
-        (stream, tokens, tokens, of_parts, of_weights),
-        stream if hidden == shared else tokens,
-    )(x, chosen, mix, weights, jax.lax.stop_gradient(weights))
-
-
-def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name != "all_gather"
-
-
-def _whole(plan: WeightPlan) -> WeightPlan:
-    """Returns the plan of a weight that every device needs of all experts."""
-    nothing = ((),) * len(plan.held)
-    gathered, scattered = (
-        tuple(a + b for a, b in zip(plan.held, more, strict=True))
-        for more in (plan.gathered, plan.scattered)
-    )
-    return plan._replace(held=nothing, gathered=gathered, scattered=scattered)
-
-
-def _gathered(plan: WeightPlan | None, part: Array | None, w: Array | None) -> Array | None:
-    """Gathers a weight in a `shard_map`; its gradient goes to `part`, cut as gradients are."""
-    if plan is None or part is None or w is None:
-        return None
-
-    @jax.custom_vjp
-    def whole(part: Array, w: Array) -> Array:
-        return plan.gather(w)
-
-    def backward(_: None, gradient: Array) -> tuple[Array, None]:
-        # Other devices' gradients of the same part are added where the `shard_map` ends.
-        return plan.scatter(gradient), None
-
-    whole.defvjp(lambda part, w: (plan.gather(w), None), backward)
-    return whole(part, w)
-
-
-def _in_slots(
-    x: Float[Array, "B T D"],
-    slots: Int[Array, "B T k"],
-    mix: Float[Array, "B T k"],
-    weights: ExpertWeights,
-    peers: _Peers,
-    *,
-    capacity: int,
-    gating: Gating,
-) -> Float[Array, "B T D"]:
-    """Tokens in a bounded number of slots of each expert; float32."""
-    (rows, length, embed), count = x.shape, peers.count * weights.gate.shape[0]
-    row = jnp.arange(rows)[:, None, None]
-    token = jnp.broadcast_to(jnp.arange(length)[None, :, None], slots.shape)
-    # An empty slot reads the zero after the last token; the slot after the last takes what is
-    # dropped.
-    source = jnp.full((rows, count * capacity + 1), length).at[row, slots].set(token)[:, :-1]
-    taken = jnp.take_along_axis(_with_zero(x), source[..., None], axis=1)
-    taken = peers.all_to_all(taken.reshape(rows, count, capacity, embed), 1, 0)
-    gate = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.gate), MLP)
-    up = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.up), MLP)
-    if weights.gate_bias is not None:
-        gate += weights.gate_bias[None, :, None]
-        up += weights.up_bias[None, :, None]
-    out = jnp.einsum("becf,edf->becd", gating(gate, up), weights.down)
-    out = peers.all_to_all(checkpoint_name(out, MLP), 0, 1)
-    out = _with_zero(out.reshape(rows, count * capacity, embed))
-    back = jnp.take_along_axis(out, slots.reshape(rows, -1, 1), axis=1)
-    return _mixed(back.reshape(*slots.shape, embed), slots // capacity, mix, weights.down_bias)
-
-
-def _grouped(
-    x: Float[Array, "B T D"],
-    experts: Int[Array, "B T k"],
-    mix: Float[Array, "B T k"],
-    weights: ExpertWeights,
-    peers: _Peers,
-    *,
-    gating: Gating,
-) -> Float[Array, "B T D"]:
-    """Copies of tokens, sorted by expert, each group with its weights; float32.
-
-    Experts are numbered from 0 to E - 1; E stands for none.
-    """
-    (rows, length, k), here = experts.shape, weights.gate.shape[0]
-    of_copy = experts.reshape(-1)
-    order = jnp.argsort(of_copy)
-    sizes = jnp.bincount(of_copy, length=peers.count * here).astype(jnp.int32)
-    copies = x.reshape(rows * length, -1)[order // k]
-    if peers.axes:
-        there, back, sizes = _journeys(sizes, peers)
-        room = rows * length * min(k, here)
-        copies = _exchange(copies, there, peers, room, peers.count * room)
-        out = _exchange(_by_expert(copies, sizes, weights, gating), back, peers, room, order.size)
-    else:
-        out = _by_expert(copies, sizes, weights, gating)
-    # Back to where the tokens were: the inverse of a permutation is its argsort.
-    out = out[jnp.argsort(order)].reshape(rows, length, k, -1)
-    return _mixed(out, experts, mix, weights.down_bias)
-
-
-def _by_expert(
-    x: Float[Array, "N D"], sizes: Int[Array, " E"], weights: ExpertWeights, gating: Gating
-) -> Float[Array, "N D"]:
-    """Consecutive groups of rows through an expert each; zero after the last group."""
-    used = jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes)
-    expert = jnp.repeat(jnp.arange(sizes.size), sizes, total_repeat_length=x.shape[0])
-
-    def product(x: Array, w: Array, b: Array | None) -> Array:
-        out = checkpoint_name(jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT), MLP)
-        # What a product leaves in rows of no group is not defined.
-        return jnp.where(used, out if b is None else out + b[expert], 0)
-
-    x = jnp.where(used, x, 0)
-    gate = product(x, weights.gate, weights.gate_bias)
-    up = product(x, weights.up, weights.up_bias)
-    return product(gating(gate, up), weights.down, None)
-
-
-# [tokens, in] x [experts, out, in] -> [tokens, out], tokens in consecutive groups.
-_BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())),
-    lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[0],
-)
-
-
-class _Journey(NamedTuple):
-    """Slices of rows that travel, int32 `[E]` each, as `jax.lax.ragged_all_to_all` takes them."""
-
-    input_offsets: Array
-    send_sizes: Array
-    output_offsets: Array
-    recv_sizes: Array
-
-
-def _journeys(
-    sizes: Int[Array, " E"], peers: _Peers
-) -> tuple[_Journey, _Journey, Int[Array, " here"]]:
-    """Plans the way of copies, sorted by expert, to the devices that have these, and back.
-
-    Copies arrive sorted by expert and, for each, by the device that they came from.
-
-    Args:
-      sizes: Copies of this device for each expert.
-      peers: Among which experts are split.
-
-    Returns:
-      The way there, the way back, and how many copies arrive for each expert of this device.
-    """
-    count, here = peers.count, sizes.size // peers.count
-    me = jax.lax.axis_index(peers.axes)
-    # [source, expert]: how many copies, where they begin at the source, and where they arrive.
-    of_source = jax.lax.all_gather(sizes, peers.axes)
-    begin = jnp.cumsum(of_source, axis=1) - of_source
-    arriving = of_source.T.reshape(count, here * count)
-    arrive = (jnp.cumsum(arriving, axis=1) - arriving).reshape(-1, count).T
-
-    def mine(table: Array) -> Array:
-        return table[me]
-
-    def to_me(table: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(table, me * here, here, axis=1).reshape(-1)
-
-    there = _Journey(mine(begin), mine(of_source), mine(arrive), to_me(of_source))
-    back = _Journey(to_me(arrive), to_me(of_source), to_me(begin), mine(of_source))
-    return there, back, jnp.sum(to_me(of_source).reshape(count, here), axis=0)
-
-
-def _exchange(
-    x: Float[Array, "N D"], journey: _Journey, peers: _Peers, room: int, rows: int
-) -> Float[Array, "rows D"]:
-    """Sends slices of rows to peers; rows that nothing arrives for are zero.
-
-    Args:
-      x: Rows of this device.
-      journey: Which of them go where.
-      peers: Who takes part.
-      room: Most rows from one device to another.
-      rows: Of the result.
-    """
-    if peers.ragged:
-        out = jnp.zeros((rows, x.shape[1]), x.dtype)
-        return jax.lax.ragged_all_to_all(x, out, *journey, axis_name=peers.axes)
-
-    def places(offsets: Array, sizes: Array, missing: int) -> Array:
-        """Row numbers of the slices to or from each peer, `[peers, room]`."""
-        sizes, place = sizes.reshape(peers.count, -1), jnp.arange(room)
-        ends = jnp.cumsum(sizes, axis=1)
-        of_slice = jnp.sum(place[None, :, None] >= ends[:, None], axis=2)
-        shift = jnp.pad(offsets.reshape(sizes.shape) - (ends - sizes), ((0, 0), (0, 1)))
-        row = place[None] + jnp.take_along_axis(shift, of_slice, axis=1)
-        return jnp.where(of_slice < sizes.shape[1], row, missing)
-
-    source = places(journey.input_offsets, journey.send_sizes, x.shape[0])
-    landing = peers.all_to_all(journey.output_offsets, 0, 0)
-    target = places(landing, journey.recv_sizes, rows)
-    parcels = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
-    out = jnp.zeros((rows, x.shape[1]), x.dtype)
-    return out.at[target].add(peers.all_to_all(parcels, 0, 0), mode="drop")
-
-
-def _slots_of(
-    experts: Int[Array, "B T k"], real: Bool[Array, "B T"], capacity: int, count: int
-) -> Int[Array, "B T k"]:
-    """Gives each choice of a token a slot of its expert, first choices before second ones.
-
-    Returns:
-      Slot c of expert e as `e * capacity + c`; `count * capacity` for padding and where the expert
-      is full.
-    """
-    rows, length, chosen = experts.shape
-    asked = jax.nn.one_hot(experts, count, dtype=jnp.int32) * real[..., None, None]
-    by_choice = asked.transpose(0, 2, 1, 3).reshape(rows, chosen * length, count)
-    queue = jnp.cumsum(by_choice, axis=1) - by_choice
-    queue = queue.reshape(rows, chosen, length, count).transpose(0, 2, 1, 3)
-    place = jnp.sum(queue * asked, axis=-1)
-    fits = real[..., None] & (place < capacity)
-    return jnp.where(fits, experts * capacity + place, count * capacity)
-
-
-def _with_zero(x: Float[Array, "B T D"]) -> Float[Array, "B T1 D"]:
-    return jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
-
-
-def _mixed(
-    out: Float[Array, "B T k D"],
-    experts: Int[Array, "B T k"],
-    mix: Float[Array, "B T k"],
-    bias: Float[Array, "E D"] | None,
-) -> Float[Array, "B T D"]:
-    """Weighted sum of what a token's experts give, and of their biases, in float32."""
-    mixed = jnp.sum(out.astype(jnp.float32) * mix[..., None], axis=2)
-    if bias is None:
-        return mixed
-    chosen = jax.nn.one_hot(experts, bias.shape[0], dtype=jnp.float32)
-    by_expert = jnp.einsum("btke,btk->bte", chosen, mix)
-    return mixed + jnp.einsum("bte,ed->btd", by_expert, bias.astype(jnp.float32))
 
 
 def check_experts(placement: Placement, *, capacity: float) -> None:

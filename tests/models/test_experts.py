@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.compiled.collectives import Collective, collectives
 from jaxft.config import ObjectiveConfig, RunConfig
 from jaxft.errors import ConfigError
-from jaxft.models import experts
+from jaxft.models import dispatch
 from jaxft.models.config import DecoderConfig, Numerics, make_numerics
 from jaxft.models.experts import balance_loss, check_experts
 from jaxft.models.families import architecture_from_hf
@@ -298,13 +298,13 @@ def test_copies_travel_to_their_experts_and_back(seed):
     sizes = random.multinomial(rows, random.dirichlet(np.full(12 + 1, 0.2)), size=peers)[:, :-1]
     sizes = sizes.astype(np.int32)
     copies = random.randn(peers, rows, width).astype(np.float32)
-    among = experts._Peers(("expert",), peers)
+    among = dispatch.Peers(("expert",), peers)
     mesh = Mesh(np.array(jax.devices()[:peers]), ("expert",))
 
     def local(sizes, copies):
-        there, back, arrived = experts._journeys(sizes[0], among)
-        taken = experts._exchange(copies[0], there, among, rows, peers * rows)
-        returned = experts._exchange(taken, back, among, rows, rows)
+        there, back, arrived = dispatch.journeys(sizes[0], among)
+        taken = dispatch.exchange(copies[0], there, among, rows, peers * rows)
+        returned = dispatch.exchange(taken, back, among, rows, rows)
         return jax.tree.map(lambda x: x[None], (there, back, arrived, taken, returned))
 
     split = jax.shard_map(local, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
