@@ -12,11 +12,12 @@ import pytest
 
 import jaxft
 from jaxft import cli
+from jaxft.cli import looking
 from jaxft.compiled.layout import make_program
 from jaxft.errors import OutOfMemoryError
 from jaxft.hardware.devices import Room, host_memory_free, host_memory_total, room, shortage
 from jaxft.planner.candidates import with_flags
-from jaxft.programs import capacity, model, trainer
+from jaxft.programs import capacity, model, trainer, weights
 from jaxft.programs.capacity import EVALUATION, TRAINING, Estimates, find_changes
 from jaxft.programs.evaluation import evaluate
 from jaxft.programs.trainer import train
@@ -73,6 +74,7 @@ def has(monkeypatch, limit, free=None):
     found = Room(limit, limit if free is None else free, "this machine")
     monkeypatch.setattr(capacity, "room", lambda devices: found)
     monkeypatch.setattr(model, "room", lambda devices: found)
+    monkeypatch.setattr(weights, "room", lambda devices: found)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_a_command_that_runs_out_of_the_hosts_memory_ends_in_words(monkeypatch, 
     def exhaust(*_, **__):
         np.zeros(10**15)
 
-    monkeypatch.setattr(cli, "_config", exhaust)
+    monkeypatch.setattr(looking, "config_of", exhaust)
     assert cli.main(["data"]) == 1
     assert "jaxft: Out of memory: Unable to allocate" in capsys.readouterr().err
 
