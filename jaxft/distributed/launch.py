@@ -1,4 +1,4 @@
-"""How the processes of a run start and find each other."""
+"""Start and rendezvous of the processes of a run."""
 
 import contextlib
 import importlib.metadata

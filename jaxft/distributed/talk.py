@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other."""
+"""The talk between the processes of a run: values, barriers, checks."""
 
 import contextlib
 import json

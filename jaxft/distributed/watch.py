@@ -1,4 +1,4 @@
-"""How the processes of a run end: together, and saying why."""
+"""The end of the processes of a run: all together, and saying why."""
 
 import contextlib
 import os
