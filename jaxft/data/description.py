@@ -122,10 +122,14 @@ def describe_losses(statistics: Statistics, config: DataConfig) -> Iterator[str]
             f"{config.overlength!r} loses {statistics.lost_share:.1%} of the trained tokens"
         )
     if packed.dropped:
-        reasons = "over the limit, or nothing to train"
-        if packed.made_equal:
-            reasons += f", or, {packed.made_equal:,} of them, with answers that a cut made equal"
-        yield f"{packed.dropped:,} {NOUNS[units]}s are in no row: {reasons}"
+        verb = "is" if packed.dropped == 1 else "are"
+        equal = (
+            f"; a cut made the answers of {packed.made_equal:,} equal" if packed.made_equal else ""
+        )
+        yield (
+            f"{counted_units(packed.dropped, units)} {verb} in no row: over the limit, or nothing "
+            f"to train{equal}"
+        )
 
 
 def check_skipped(documents: Documents, config: DataConfig, name: str) -> None:

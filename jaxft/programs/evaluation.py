@@ -11,6 +11,7 @@ from typing import Any
 from jaxft import console, data, distributed
 from jaxft.config import RunConfig, data_sets, from_dict, held_out_share, to_dict
 from jaxft.data import TokenRows
+from jaxft.data.units import units_of
 from jaxft.errors import ConfigError
 from jaxft.models.attention import check_backend
 from jaxft.models.families import Architecture
@@ -209,7 +210,7 @@ def _read_rows(
                 tokenizer,
                 seed=config.train.seed,
                 training=False,
-                units="documents" if name == "retention" else units,
+                units=units_of(name, units),
                 name=name,
                 on_log=console.log,
             )

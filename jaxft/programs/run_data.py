@@ -5,6 +5,7 @@ from typing import Any
 from jaxft import console, data, distributed
 from jaxft.config import RunConfig
 from jaxft.data import TokenRows
+from jaxft.data.units import units_of
 from jaxft.errors import ConfigError
 from jaxft.programs.answers import Prompts, has_answers, read_prompts
 from jaxft.programs.held_out import HeldOut, take_rows
@@ -25,7 +26,7 @@ def read_data(
             tokenizer,
             seed=config.train.seed,
             training=name == "train",
-            units="documents" if name == "retention" else units,
+            units=units_of(name, units),
             name=name,
             listed=workdir.skipped,
             on_log=console.log,

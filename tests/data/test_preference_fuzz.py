@@ -13,7 +13,7 @@ from jaxft.data.preparation import skipped_rows
 from tests.data.test_fuzz import Writer, markers
 from tests.templates import HARMONY, PLAIN, SPECIAL, TOOLS, byte_tokenizer
 
-ROWS = 60
+ROWS = 24
 TEMPLATES = {"tools": TOOLS, "plain": PLAIN, "harmony": HARMONY}
 ANSWERS = {
     "texts": ("chosen", "rejected"),

@@ -344,8 +344,8 @@ def test_a_pair_whose_answers_a_cut_makes_equal_is_dropped_and_counted(tmp_path,
     source = write(tmp_path / "a.jsonl", [*pairs(2), *long])
     rows, log = run(source, dataclasses.replace(config, overlength="truncate"), tokenizer)
     assert rows.statistics.dropped == rows.statistics.packed.made_equal == 1
-    assert "1 pairs are in no row" in log
-    assert "1 of them, with answers that a cut made equal" in log
+    assert "1 pair is in no row" in log
+    assert "a cut made the answers of 1 equal" in log
 
 
 @pytest.mark.parametrize("units", ["pairs", "labelled"])
