@@ -16,7 +16,9 @@ over the tokens of the answer, and m = r(chosen) - r(rejected):
   loss = (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e)
 
 - `normalised` (dpo_norm of Tülu 3, Lambert et al. 2024, arXiv 2411.15124): r(y) is divided by the
-  number of tokens of the answer.
+  number of tokens of the answer, in figures as well (those of TRL stay sums).
+
+The three can be combined.
 """
 
 import math

@@ -6,7 +6,7 @@ averaged over the tokens of the answer:
   loss = (h(chosen) - h(rejected) - 1 / (2 beta))^2
 
 The paper writes h without saying how length enters; its authors average over tokens, and so does
-TRL. Rewards in figures are beta h.
+TRL. Rewards in figures are beta h too, where TRL reports sums over the answer.
 """
 
 from dataclasses import dataclass

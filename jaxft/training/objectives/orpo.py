@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.config import key
-from jaxft.training.objectives.preferences import Answers, PairLoss, Pairs, make_pair_objective
+from jaxft.training.objectives.preferences import PairLoss, Pairs, make_pair_objective
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,18 +34,16 @@ class OrpoKeys:
 def pair_loss(pairs: Pairs, keys: OrpoKeys) -> PairLoss:
     """Returns loss and rewards of each pair, the cross entropy `nll` and the `log_odds_ratio`."""
     chosen, rejected = pairs.chosen.mean(), pairs.rejected.mean()
-    log_ratio = log_odds(pairs.chosen) - log_odds(pairs.rejected)
+    log_ratio = log_odds(chosen) - log_odds(rejected)
     loss = -chosen - keys.weight * jax.nn.log_sigmoid(log_ratio)
     figures = {"nll": -chosen, "log_odds_ratio": log_ratio}
     return PairLoss(loss, keys.weight * chosen, keys.weight * rejected, figures)
 
 
-def log_odds(answers: Answers) -> Float[Array, "B U"]:
-    """Returns log(p / (1 - p)), p being the mean probability of a token; finite everywhere."""
-    # A model may be so sure that float32 rounds the log-probability to 0, whose odds are infinite.
-    # The value is kept one rounding error away, the gradient is not cut. A unit that is not there
-    # is somewhere harmless.
-    mean = jnp.where(answers.length > 0, answers.mean(), -1.0)
+def log_odds(mean: Float[Array, "B U"]) -> Float[Array, "B U"]:
+    """Returns log(p / (1 - p)) of an average log-probability log p; finite everywhere."""
+    # A model may be so sure that float32 rounds log p to 0, where the odds are infinite. The value
+    # is kept one rounding error below; the gradient, large there, is not cut off.
     bounded = jnp.minimum(mean, -jnp.finfo(jnp.float32).eps)
     mean += jax.lax.stop_gradient(bounded - mean)
     return mean - jax.nn.log1mexp(-mean)

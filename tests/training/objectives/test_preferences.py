@@ -254,6 +254,24 @@ def test_beta_multiplies_rewards_once():
     )
 
 
+def test_a_small_difference_of_long_answers_is_not_lost_to_rounding():
+    """Two sums of thousands of nats differ by a half: their own rounding is a thousandth."""
+    random = np.random.RandomState(0)
+    shape = (1, 2, 4000)
+    log_probs = np.float32(-random.exponential(2, size=shape))
+    case = {
+        "log_probs": log_probs,
+        "reference": log_probs + np.float32(1e-4 * random.normal(1, 1, size=shape)),
+        "weights": np.ones(shape, np.float32),
+        "lengths": np.int32([[4000, 4000]]),
+    }
+    packed = pack_units(case, [[0]], 8000)
+    terms, _, _ = compiled("dpo")(packed.log_probs, packed.batch)
+    ratio = np.sum(np.float64(log_probs) - np.float64(case["reference"]), axis=-1)[0]
+    assert -1 < ratio[0] < -0.1
+    np.testing.assert_allclose(terms.figures["chosen_reward"][0], 0.1 * ratio[0], rtol=1e-5)
+
+
 def test_averages_are_over_scored_tokens_alone():
     """A longer prompt, and tokens of the answer that carry no loss, change nothing."""
     case = CASES["single"]
