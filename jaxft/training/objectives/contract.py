@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float
@@ -47,6 +47,7 @@ class Scores(NamedTuple):
     correct: Float[Array, "B T"]
 
 
+@runtime_checkable
 class Policy(Protocol):
     """The model that learns, as an objective sees it.
 

@@ -48,7 +48,9 @@ def _judge(method, switches):
 
     def judge(numbers, log_probs, batch):
         objective = importlib.import_module(f"jaxft.training.objectives.{method}").OBJECTIVE
-        keys = objective.keys(**numbers, **dict.fromkeys(switches, True))
+        keys = objective.keys(**dict.fromkeys(switches, True))
+        for name, value in numbers.items():
+            setattr(keys, name, value)
 
         def total(log_probs):
             terms = objective.loss(FixedPolicy(log_probs, MOST_UNITS), batch, keys)
@@ -226,8 +228,11 @@ def test_objectives_without_a_reference_expect_nothing_and_read_none(form):
     assert not objective.reference and objective.start(keys) == {}
     packed = pack_case("single", form, LAYOUTS["single"])
     columns = {name: packed.batch[name] for name in packed.batch if name not in ("reference", "kl")}
-    policy, batch = FixedPolicy(packed.log_probs, MOST_UNITS), Batch(**columns)
-    jax.eval_shape(lambda: objective.loss(policy, batch, keys))
+
+    def loss(log_probs, batch):
+        return objective.loss(FixedPolicy(log_probs, MOST_UNITS), batch, keys)
+
+    jax.eval_shape(loss, packed.log_probs, Batch(**columns))
 
 
 def test_beta_multiplies_rewards_once():
