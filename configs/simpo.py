@@ -3,9 +3,9 @@
 jaxft train --config=configs/simpo.py --config.model.path=MODEL --config.data.train=PAIRS
 
 Result with MODEL what configs/sft.py made of stories260K (260,032 parameters) and PAIRS those of
-rasbt-instruct (1,100; --config.data.bad_rows=skip leaves out six with equal answers), on 2 CPU cores
-in some minutes: held-out loss 1.315 before and 1.045 after 44 steps; of 164 held-out pairs 56.7 %
-preferred before and 62.8 % after (95 % interval 55.5 to 70.1 %), margin 0.46 and 1.04. Their
+rasbt-instruct (1,100; --config.data.bad_rows=skip leaves out six with equal answers), on 2 CPU
+cores in some minutes: held-out loss 1.315 before and 1.045 after 44 steps; of 164 held-out pairs
+56.7 % preferred before and 62.8 % after (95 % interval 55.5 to 70.1 %), margin 0.46 and 1.04. Their
 instructions may have occurred in the fine-tuning before.
 """
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +152,17 @@ def test_links_of_the_documents_lead_somewhere():
             if "://" not in link and not (file.parent / link).exists():
                 broken.append(f"{file.relative_to(ROOT)}: {link}")
     assert not broken
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "simpo", "orpo", "kto"])
+def test_a_configuration_states_its_command_and_what_came_of_it(name):
+    scope = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))
+    assert f"jaxft train --config=configs/{name}.py" in scope["__doc__"]
+    assert "\nResult with MODEL" in scope["__doc__"]
+    config = scope["get_config"]()
+    config.model.path, config.data.train = "org/model", "rows.jsonl"
+    config.validate(training=True)
+    assert config.objective.name == name
 
 
 # Files, and folders within folders.
