@@ -24,7 +24,7 @@ __main__""".split()
 # Beside that: data and hf speak arrays and flat dicts, models take their own config.
 STRANGERS = [("data", "models"), ("hf", "models"), ("models", "config")]
 
-HEAVY = "jax jaxlib flax optax orbax transformers datasets grain rich".split()
+HEAVY = "jax jaxlib flax optax orbax transformers datasets grain jinja2 rich".split()
 
 NNX_ANYWHERE = {"Module", "Rngs", "List"}
 NNX_IN_MODULE_PY = NNX_ANYWHERE | set(
@@ -160,7 +160,7 @@ def test_nothing_shards_behind_our_back():
 # By the name of their module, where it differs.
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
 # Used when it is there; and what other packages import for us, as pyproject.toml says beside each.
-OPTIONAL, INDIRECT = {"wandb"}, {"jinja2", "protobuf", "sentencepiece", "tiktoken"}
+OPTIONAL, INDIRECT = {"wandb"}, {"protobuf", "sentencepiece", "tiktoken"}
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():

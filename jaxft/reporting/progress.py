@@ -87,6 +87,8 @@ def format_record(record: dict[str, Any]) -> list[str]:
         "loss": "loss {:.4f}",
         "perplexity": "perplexity {:.4g}",
         "token_accuracy": "token accuracy {:.1%}",
+        "accuracy": "accuracy {:.1%}",
+        "margin": "margin {:.3f}",
         "tokens_per_second": "{:,.0f} tokens/s",
         "mfu": "MFU {:.1%}",
     }

@@ -298,5 +298,16 @@ def test_a_page_needs_nothing_else_and_shows_giants_in_red(tmp_path):
         found = described(RunConfig(), llama, placement=placement_of(strategy, **sizes))
         page = write_page(str(tmp_path / "page.html"), found).read_text()
         assert not re.search(r"https?://|<link|<img|src=|@import|url\(", page)
-        red[strategy] = page.count('<figure class="giant">'), page.count("<tr class=giant>")
+        red[strategy] = page.count('<figure class="giant">'), page.count('<tr class="giant">')
     assert red == {"ddp": (6, 9), "fsdp": (0, 0)}
+
+
+def test_names_cannot_break_a_page(tmp_path):
+    found = described(RunConfig(), TINY, placement=placement_of("fsdp", data=1, fsdp=8))
+    bad = "<script>alert(1)</script>"
+    first = dataclasses.replace(found.parameters[0], path=bad)
+    parameters = (first, *found.parameters[1:])
+    found = dataclasses.replace(found, model=bad, strategy=bad, parameters=parameters)
+    page = write_page(str(tmp_path / "page.html"), found).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.reporting.charts import Chart, Series, format_value, log_ticks, render, thin, ticks
+from jaxft.reporting.charts import Chart, Series, format_value, log_ticks, plot, thin, ticks
+from jaxft.reporting.pages import environment
 
 _finite = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -23,6 +24,12 @@ def test_ticks_are_few_even_and_inside(a, b):
     assert all(low - slack <= tick <= high + slack for tick in found)
     gaps = [y - x for x, y in itertools.pairwise(found)]
     assert all(gap == pytest.approx(gaps[0], rel=1e-3) for gap in gaps)
+
+
+def render(chart):
+    """Returns a chart as its template draws it."""
+    template = "{% from 'charts.html' import chart %}{{ chart(plot) }}"
+    return environment().from_string(template).render(plot=plot(chart))
 
 
 def heights_of(html):

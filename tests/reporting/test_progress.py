@@ -109,5 +109,11 @@ def test_a_quiet_process_prints_nothing(screen):
     assert shown.file.getvalue() == ""
 
 
+def test_a_record_of_preferences_shows_accuracy_and_margin():
+    record = {"step": 5, "loss": 0.65, "margin": 0.125, "accuracy": 0.712, "kl": 0.1, "mfu": 0.4}
+    shown = ["loss 0.6500", "accuracy 71.2 %", "margin 0.125", "MFU 40.0 %"]
+    assert progress.format_record(record) == shown
+
+
 def test_figures_that_are_null_are_shown_as_nan():
     assert progress.format_record({"loss": None}) == ["loss nan"]

@@ -11,8 +11,7 @@ from jaxft.files import append_jsonl
 from jaxft.reporting.report import write_report
 from jaxft.workdir.workdir import Workdir
 
-_VOID = {"meta", "path", "br", "img", "link", "input", "hr"}
-_OPTIONAL = {"th", "td", "dt", "dd", "tr", "p"}  # HTML lets their end tags be left out
+_VOID = {"meta", "path", "br", "wbr"}
 
 
 class _Page(HTMLParser):
@@ -33,10 +32,7 @@ class _Page(HTMLParser):
         self.attributes += attrs
 
     def handle_endtag(self, tag):
-        while self.open[-1] != tag:
-            assert self.open[-1] in _OPTIONAL, (tag, self.open)
-            self.open.pop()
-        self.open.pop()
+        assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.text += " " + data
@@ -95,7 +91,7 @@ def test_a_whole_run_is_told(workdir):
     assert "Best validation loss 1.250 at step 150 · from 5.000, \N{MINUS SIGN}3.750" in words
     assert (
         "Label accuracy 75.0 % at step 300 · 95 % interval 70.0 to 80.0 %, 200 of 1,000 rows · "
-        "from 25.0 %" in words
+        "before training 25.0 %" in words
     )
     assert "Training time 10:00 300 steps" in words
     assert "Tokens 1.2 M 300,000 of them trained" in words
@@ -169,6 +165,91 @@ def test_a_run_that_only_made_it_worse_is_told(workdir):
     assert "lowest before training, at step 0" in words
 
 
+def _preferences(workdir):
+    """Writes a run of preferences: 200 records, three evaluations, a figure of the user's own."""
+    values = json.loads(workdir.config.read_text()) | {"objective.name": "dpo"}
+    workdir.config.write_text(json.dumps(values))
+    for step in range(1, 201):
+        figures = {"accuracy": 0.5 + step / 1000, "margin": step / 100, "kl": 0.1, "wildness": 3.0}
+        figures |= {"chosen_reward": -0.1, "rejected_reward": -step / 100}
+        figures |= {"chosen_log_prob": -40.0, "rejected_log_prob": -50.0}
+        _metrics(workdir, [step], loss=0.69 - step / 1000, **figures)
+    for step, right in ((0, 0.52), (100, 0.6), (200, 0.712)):
+        record = {"step": step, "dataset": "validation", "loss": 0.69 - step / 2000, "weight": 40.0}
+        record |= {"rows": 20, "of_rows": 20, "documents": 80, "digest": "d"}
+        record |= {"accuracy": right, "accuracy_low": right - 0.031, "accuracy_high": right + 0.031}
+        record |= {"rejected_reward": -step / 100, "wildness": 2.0 + step}
+        append_jsonl(workdir.evaluations, record)
+
+
+def test_a_run_of_preferences_is_told_by_the_figures_of_preferences(workdir):
+    _preferences(workdir)
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert (
+        "Preferred answers ranked first 71.2 % at step 200 · 95 % interval 68.1 to 74.3 % · "
+        "before training 52.0 %" in words
+    )
+    assert "Loss per pair" in words and "nats per token" not in words
+    assert "validation: 20 rows, 80 documents, 40 pairs" in words
+    assert "preferred answers ranked first 52.0 % 71.2 % 200 71.2 % (68.1 to 74.3 %)" in words
+    assert "loss, per pair 0.690 0.590 200 0.590" in words
+    # What is neither better high nor low has no best value.
+    less = "\N{MINUS SIGN}2.000"
+    assert f"rejected reward 0.000 {less} {less}" in words
+
+
+def test_figures_that_belong_together_share_a_chart(workdir):
+    _preferences(workdir)
+    rewards = _drawn(workdir, "Rewards")
+    assert list(rewards) == ["chosen", "rejected", "rejected, validation"]
+    texts = [point[3].replace("\N{MINUS SIGN}", "-") for point in rewards["rejected, validation"]]
+    assert texts == ["0.000", "-1.000", "-2.000"]
+    assert list(_drawn(workdir, "Log-probabilities")) == ["chosen", "rejected"]
+    assert len(_drawn(workdir, "KL divergence")["training, each record"]) == 200
+    margin = _drawn(workdir, "Margin")
+    assert margin["training, each record"][0][2:] == ["step 1", "0.010"]
+    shown = _drawn(workdir, "Preferred answers ranked first")
+    assert list(shown)[-1] == "validation"
+
+
+def test_a_figure_that_nobody_knows_has_a_chart_and_a_row_of_its_own(workdir):
+    _preferences(workdir)
+    drawn = _drawn(workdir, "wildness")
+    assert [point[3] for point in drawn["validation"]] == ["2.000", "102", "202"]
+    words = " ".join(_parse(workdir.report).text.split())
+    assert "wildness 2.000 202 +200.000" in words
+    for name in ("documents", "accuracy_low", "trained_tokens"):
+        assert f"<b>{name}</b>" not in workdir.report.read_text()
+
+
+def test_preferences_that_are_not_evaluated_are_told_by_the_last_record(workdir):
+    _metrics(workdir, [10], accuracy=0.5, margin=0.0)
+    _metrics(workdir, [20], accuracy=0.75, margin=1.0)
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "Preferred answers ranked first 75.0 % in training, at the last record" in words
+
+
+@pytest.mark.parametrize(
+    ("objective", "figures", "unit"),
+    [
+        ("sft", {}, "nats per token"),
+        ("kto", {"kl": 0.1}, "per answer"),
+        ("simpo", {"margin": 1.0}, "per pair"),
+        ("my.module", {"reward": 1.0}, "mean over units of my.module"),
+    ],
+)
+def test_the_loss_says_what_it_is_a_mean_over(workdir, objective, figures, unit):
+    workdir.config.write_text(json.dumps({"objective.name": objective}))
+    _metrics(workdir, [10, 20], **figures)
+    assert f"Loss {unit}" in " ".join(_parse(write_report(workdir)).text.split())
+
+
+def test_use_of_experts_is_drawn(workdir):
+    _metrics(workdir, [10, 20], expert_busiest=3.0, expert_unused=0.25, expert_dropped=0.125)
+    assert list(_drawn(workdir, "Experts")) == ["unused experts", "dropped tokens"]
+    assert _drawn(workdir, "Busiest expert")["busiest expert"][0][3] == "3.000"
+
+
 def test_the_page_asks_nothing_of_the_network(workdir):
     _metrics(workdir, range(10, 301, 10))
     page = _parse(write_report(workdir))
@@ -205,14 +286,18 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(workdir):
 def test_texts_of_the_run_cannot_break_the_page(workdir):
     bad = '</pre></script><script>alert("x")</script>&'
     append_jsonl(workdir.samples, {"step": 0, "prompt": bad, "output": bad, "reference": bad})
-    _metrics(workdir, range(1, 30))
+    _metrics(workdir, range(1, 30), **{bad: 1.0})
     append_jsonl(workdir.evaluations, _evaluation(0, 1.0, bad))
     append_jsonl(workdir.evaluations, _evaluation(9, 0.5, bad))
     values = json.loads(workdir.config.read_text())
-    workdir.config.write_text(json.dumps(values | {"data.train": bad, "old.key": bad}))
+    values |= {"data.train": bad, "model.path": bad, "objective.name": bad, "old.key": bad, bad: 1}
+    workdir.config.write_text(json.dumps(values))
+    machine = json.loads(workdir.environment.read_text())
+    workdir.environment.write_text(json.dumps(machine | {"device_kind": bad, "devices": 1}))
     page = _parse(write_report(workdir))
     assert "alert(" not in "".join(workdir.report.read_text().split("<script>")[1:])
-    assert page.text.count(bad) >= 3
+    assert page.tags.count("script") == 1 + page.tags.count("figure")
+    assert page.text.count(bad) >= 12
 
 
 def test_an_evaluation_repeated_after_a_resume_counts_once(workdir):

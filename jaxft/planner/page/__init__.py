@@ -5,27 +5,21 @@ One file that needs no network and no script, with the details on hover. Estimat
 
 import importlib.metadata
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxft.files import write_text
-from jaxft.planner.page.memory import memory_section
-from jaxft.planner.page.mesh import mesh_section
-from jaxft.planner.page.overview import (
-    comparison_section,
-    configuration_section,
-    evaluation_section,
-    notes,
-    remedies_section,
-    tiles_section,
-)
-from jaxft.planner.page.parts import model_name
-from jaxft.planner.page.search import search_section
-from jaxft.planner.page.step import collectives_section, time_section, timeline_section
-from jaxft.planner.page.style import STYLE
+from jaxft.formatting import format_bytes, format_seconds
+from jaxft.planner.page.memory import memory_bar
+from jaxft.planner.page.mesh import mesh_of
+from jaxft.planner.page.overview import estimates_of, tiles_of
+from jaxft.planner.page.parts import fit_words, interval, mesh_words, percent
+from jaxft.planner.page.search import search_view
+from jaxft.planner.page.step import time_of
+from jaxft.planner.page.timeline import timeline_of
 from jaxft.planner.plan import Plan
-from jaxft.reporting.report import page, short_name
+from jaxft.planner.show import flag, network_name
+from jaxft.reporting.pages import keys_of, render, short_name
 
 if TYPE_CHECKING:
     from jaxft.planner.search import Search
@@ -35,20 +29,29 @@ def write_page(file: str, plans: Sequence[Plan], searches: "Sequence[Search]" = 
     """Writes the page and returns its path.
 
     Args:
-      file: Where.
+      file: The path.
       plans: One section each; several are compared first.
       searches: One section each.
 
     Raises:
       TrainingError: If the file cannot be written.
     """
-    sections = [comparison_section(plans)] if len(plans) > 1 else []
-    sections += [search_section(found) for found in searches]
-    for number, plan in enumerate(plans, start=1):
-        sections += _sections(number, plan)
-    sections.append(_versions())
+    page = render(
+        "plans.html",
+        title=_title(plans),
+        compiled=any(plan.source == "compiled" for plan in plans),
+        views=[_view(plan) for plan in plans],
+        searches=[search_view(found) for found in searches],
+        versions=" · ".join(_versions()),
+        bytes=format_bytes,
+        seconds=format_seconds,
+        percent=percent,
+        interval=interval,
+        flag=flag,
+        network_name=network_name,
+    )
     path = Path(file)
-    write_text(path, page(_title(plans), _subtitle(plans), sections, style=STYLE))
+    write_text(path, page)
     return path
 
 
@@ -57,35 +60,26 @@ def _title(plans: Sequence[Plan]) -> str:
     return f"Plan of {', '.join(models)}" if len(models) in (1, 2) else "Plans"
 
 
-def _subtitle(plans: Sequence[Plan]) -> str:
-    if any(plan.source == "compiled" for plan in plans):
-        return (
-            "Nothing was run. Memory and collectives are what the compiled program says; "
-            "<b>times, and all that follows from them, are estimates</b>."
-        )
-    return "Nothing was run. <b>All figures are estimates.</b>"
+def _view(plan: Plan) -> dict[str, Any]:
+    """Returns the plan and what pictures and words are made from it."""
+    return {
+        "plan": plan,
+        "name": short_name(plan.model),
+        "fit": fit_words(plan),
+        "mesh_words": mesh_words(plan),
+        "estimates": estimates_of(plan),
+        "tiles": list(tiles_of(plan)),
+        "memory": memory_bar(plan),
+        "timeline": timeline_of(plan),
+        "time": time_of(plan),
+        "mesh": mesh_of(plan),
+        "settings": keys_of(plan.settings),
+    }
 
 
-def _sections(number: int, plan: Plan) -> Iterator[str]:
-    heading = f"{model_name(plan)}: {escape(plan.strategy)} on {escape(plan.topology.name)}"
-    yield f'<h2 class="plan" id="plan-{number}">{heading}</h2>'
-    yield tiles_section(plan)
-    yield notes(plan)
-    yield memory_section(plan)
-    yield remedies_section(plan)
-    yield timeline_section(plan)
-    yield time_section(plan)
-    yield collectives_section(plan)
-    yield mesh_section(plan)
-    yield evaluation_section(plan)
-    yield configuration_section(plan)
-
-
-def _versions() -> str:
-    found = []
+def _versions() -> Iterator[str]:
     for name in ("jaxft", "jax", "jaxlib", "libtpu"):
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            yield f"{name} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
             continue
-    return f'<footer class="dim">{escape(" · ".join(found))}</footer>'

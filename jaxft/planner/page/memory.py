@@ -1,7 +1,9 @@
-"""The part of a page that shows the memory of a device against its limit."""
+"""The memory of a device against its limit, as a page shows it."""
+
+from dataclasses import dataclass
 
 from jaxft.formatting import format_bytes
-from jaxft.planner.page.parts import Share, css_number, fit_words, legend, section, stacked_bar
+from jaxft.planner.page.parts import Share, fit_words, shares
 from jaxft.planner.plan import Plan
 
 # What the compiled program states; the rest of the memory is split by its schedule.
@@ -10,77 +12,115 @@ _FACTS = ("parameters", "optimizer", "reference", "batch", "padding", "program")
 _FACTS_WITHOUT_PROGRAM = ("parameters", "optimizer", "reference", "gradients")
 
 
-def memory_section(plan: Plan) -> str:
-    """Returns the memory of one device by kind, facts apart from what is split, and the host's."""
+@dataclass(frozen=True, slots=True)
+class Legend:
+    """What parts of a bar are.
+
+    Attributes:
+      title: Where their sizes come from.
+      shares: The parts.
+    """
+
+    title: str
+    shares: list[Share]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Where the memory of a device ends.
+
+    Attributes:
+      percent: Its place in the bar.
+      size: The memory that a device has.
+      room: Per cent of the bar that are left below it; negative for what is over it.
+      room_size: What is left, or what is over the limit.
+    """
+
+    percent: float
+    size: str
+    room: float
+    room_size: str
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The part of the host's memory that is one device's.
+
+    Attributes:
+      percent: Its width in per cent of the bar of the device.
+      size: Its size.
+      cut: Whether it is longer than drawn.
+    """
+
+    percent: float
+    size: str
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBar:
+    """The memory of one device.
+
+    Attributes:
+      text: What is used and whether that fits.
+      shares: Parts of the bar: facts, then what is split.
+      limit: Where the memory ends; None if that is not known.
+      host: The host's memory; None if none is used.
+      legends: What the parts are, facts apart from what is split.
+    """
+
+    text: str
+    shares: list[Share]
+    limit: Limit | None
+    host: Host | None
+    legends: list[Legend]
+
+
+def memory_bar(plan: Plan) -> MemoryBar:
+    """Splits the memory of one device by kind."""
     memory = plan.memory
     kinds = {kind: size for kind, size in memory.kinds.items() if size > 0}
     known = _FACTS if plan.fits else _FACTS_WITHOUT_PROGRAM
-    facts = [Share(kind, kinds[kind]) for kind in known if kind in kinds]
-    rest = [Share(kind, size) for kind, size in kinds.items() if kind not in known]
-    whole = max(memory.limit, memory.used, sum(kinds.values()), 1)
-    bar = stacked_bar([*facts, *rest], whole, format_bytes, over=_limit(plan, whole))
-    used = f"{format_bytes(memory.used)} used"
-    host = ""
-    if memory.host:
-        width = css_number(min(100.0, 100 * memory.host / whole))
-        cut = " cut" if memory.host > whole else ""
-        note = ", longer than drawn" if cut else ""
-        host = (
-            f'<div class="row"><b>host</b><div class="bar host{cut}"><i class="k k-host" '
-            f'style="width:{width}%" title="host {format_bytes(memory.host)}"><u>'
-            f"{format_bytes(memory.host)} of the host's memory for this device{note}</u></i>"
-            "</div></div>"
-        )
-    picture = (
-        f'<div class="card memory"><div class="row"><b>device</b><div>{_limit_label(plan, whole)}'
-        f"{bar}</div></div>{host}{_memory_legend(plan, facts, rest)}</div>"
+    facts = {kind: kinds[kind] for kind in known if kind in kinds}
+    rest = {kind: size for kind, size in kinds.items() if kind not in known}
+    width = max(memory.limit, memory.used, sum(kinds.values()), 1)
+    used = max(memory.used, 1)
+    first, second = (shares(s, whole=used, form=format_bytes, width=width) for s in (facts, rest))
+    return MemoryBar(
+        text=f"{format_bytes(memory.used)} used; {fit_words(plan)}.",
+        shares=[*first, *second],
+        limit=_limit(plan, width),
+        host=_host(memory.host, width),
+        legends=_legends(plan, first, second),
     )
-    return section("Memory of one device", f"{used}; {fit_words(plan)}.", picture)
 
 
-def _memory_legend(plan: Plan, facts: list[Share], rest: list[Share]) -> str:
-    used = max(plan.memory.used, 1)
+def _limit(plan: Plan, width: float) -> Limit | None:
+    memory = plan.memory
+    if not memory.limit:
+        return None
+    return Limit(
+        percent=100 * memory.limit / width,
+        size=format_bytes(memory.limit),
+        room=100 * memory.headroom / width,
+        room_size=format_bytes(abs(memory.headroom)),
+    )
+
+
+def _host(size: int, width: float) -> Host | None:
+    if not size:
+        return None
+    return Host(min(100.0, 100 * size / width), format_bytes(size), cut=size > width)
+
+
+def _legends(plan: Plan, facts: list[Share], rest: list[Share]) -> list[Legend]:
     if plan.source != "compiled":
-        return "<h4>Estimates</h4>" + legend([*facts, *rest], used, format_bytes)
+        return [Legend("Estimates", [*facts, *rest])]
     names = ", ".join(share.name for share in facts)
-    first = f"Facts of the compiled program, as is the total: {names}"
-    second = "Split by the schedule at its fullest moment, scaled to the compiler's sum"
-    if not plan.fits:
+    if plan.fits:
+        first = f"Facts of the compiled program, as is the total: {names}"
+        second = "Split by the schedule at its fullest moment, scaled to the compiler's sum"
+    else:
         first = f"Known without a program: {names}; the compiler says the total"
         second = "The rest, which the compiler does not split"
-    return (
-        f"<h4>{first}</h4>{legend(facts, used, format_bytes)}"
-        f"<h4>{second}</h4>{legend(rest, used, format_bytes)}"
-    )
-
-
-def _limit(plan: Plan, whole: float) -> str:
-    """Marks what is left, or what is over the limit."""
-    memory = plan.memory
-    if not memory.limit:
-        return ""
-    at = 100 * memory.limit / whole
-    if memory.fits:
-        width = css_number(100 * memory.headroom / whole)
-        return (
-            f'<span class="left" style="width:{width}%" '
-            f'title="{format_bytes(memory.headroom)} left"></span>'
-        )
-    over = format_bytes(-memory.headroom)
-    return (
-        f'<span class="over" style="left:{css_number(at)}%;width:{css_number(100 - at)}%" '
-        f'title="{over} over the limit"></span>'
-    )
-
-
-def _limit_label(plan: Plan, whole: float) -> str:
-    memory = plan.memory
-    if not memory.limit:
-        return ""
-    at = css_number(100 * memory.limit / whole)
-    text = f"limit {format_bytes(memory.limit)}"
-    if not memory.fits:
-        text += f" <em>+ {format_bytes(-memory.headroom)}</em>"
-    return (
-        f'<div class="limit"><span style="right:{css_number(100 - float(at))}%">{text}</span></div>'
-    )
+    return [Legend(first, facts), Legend(second, rest)]

@@ -1,27 +1,53 @@
-"""The part of a page that draws the mesh, coloured by what fast links join."""
+"""The mesh of a plan, coloured by what fast links join."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from jaxft.compiled.mesh_picture import MeshPicture, draw_mesh, hue_of
 from jaxft.errors import ConfigError
 from jaxft.hardware.chips import Switch
-from jaxft.planner.page.parts import section
 from jaxft.planner.plan import Plan
 from jaxft.sharding.rules import load_strategy
 
 _MOST_DEVICES = 1024
-_MOST_COLUMNS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Devices in the order of their mesh, and what joins them.
+
+    Attributes:
+      picture: The devices.
+      axes: `(axis and size, what joins its devices)` of each axis that is larger than 1.
+    """
+
+    picture: MeshPicture
+    axes: list[tuple[str, str]]
+
+
+def mesh_of(plan: Plan) -> Mesh | None:
+    """Draws the mesh of a plan; returns None for a single device."""
+    if math.prod(plan.mesh.values()) == 1:
+        return None
+    domains = _domains(plan)
+    axes = [
+        (f"{axis} {size:,}", _axis_words(axis, size, domains))
+        for axis, size in plan.mesh.items()
+        if size > 1
+    ]
+    return Mesh(_picture(plan.mesh, domains), axes)
 
 
 class _Domains(NamedTuple):
     """What fast links join: slices of TPUs, NVLink domains of GPUs.
 
     Attributes:
-      name: Of one.
-      between: Of what joins them.
-      within: Of the links in one.
+      name: The word for one of them.
+      between: The network between them.
+      within: The links in one of them.
       parts: For each mesh axis, how many of them it spans.
     """
 
@@ -64,22 +90,6 @@ def _domains(plan: Plan) -> _Domains | None:
     return found
 
 
-def mesh_section(plan: Plan) -> str:
-    """Returns the devices in the order of the mesh and what joins them; empty for a single one."""
-    count = math.prod(plan.mesh.values())
-    if count == 1:
-        return ""
-    domains = _domains(plan)
-    axes = "".join(
-        f'<p class="held"><b>{escape(axis)} {size:,}</b>: '
-        f"{escape(_axis_words(axis, size, domains))}</p>"
-        for axis, size in plan.mesh.items()
-        if size > 1
-    )
-    picture, caption = _mesh_picture(plan.mesh, domains)
-    return section("Mesh", escape(caption), f'<div class="card">{picture}{axes}</div>')
-
-
 def _axis_words(axis: str, size: int, domains: _Domains | None) -> str:
     if domains is None:
         return "how it lies on slices is not known"
@@ -91,61 +101,23 @@ def _axis_words(axis: str, size: int, domains: _Domains | None) -> str:
     return f"{domains.between}, {parts} parts; {size // parts} devices of each by {domains.within}"
 
 
-def _mesh_picture(mesh: dict[str, int], domains: _Domains | None) -> tuple[str, str]:
-    """Returns the devices in the mesh's order, and what the picture shows in words."""
+def _picture(mesh: dict[str, int], domains: _Domains | None) -> MeshPicture:
+    """Draws the devices, each in the colour of its domain, or else of its first index."""
     sizes = {axis: size for axis, size in mesh.items() if size > 1}
-    names, count = list(sizes), math.prod(sizes.values())
-    first = _first_across(list(sizes.values()))
-    width = math.prod(list(sizes.values())[first:])
-    columns, drawn = min(width, _MOST_COLUMNS), min(count, _MOST_DEVICES)
-    side = max(9, min(34, 1000 // columns))
     several = domains is not None and math.prod(domains.parts.values()) > 1
-    cells = []
-    for place in range(drawn):
-        at = _unravel(place, list(sizes.values()))
-        text = ", ".join(f"{axis} {index}" for axis, index in zip(names, at, strict=True))
-        hue, of = at[0] if len(at) > 1 else place, next(iter(sizes.values()))
+
+    def cell(place: int, at: Sequence[int], words: str) -> tuple[int, str, str]:
         if domains is not None and several:
-            hue, of = domains.of(at, sizes), math.prod(domains.parts.values())
-            text += f" · {domains.name} {hue}"
-        x, y = place % columns * side, place // columns * side
-        cells.append(
-            f'<rect x="{x}" y="{y}" width="{side}" height="{side}" style="--h:{_hue(hue, of)}">'
-            f"<title>{text}</title></rect>"
-        )
-    height = math.ceil(drawn / columns) * side
-    picture = (
-        f'<svg class="mesh" viewBox="0 0 {columns * side} {height}" width="{columns * side}" '
-        f'role="img" aria-label="Devices of the mesh">{"".join(cells)}</svg>'
-    )
-    caption = f"Across: {' × '.join(names[first:])}."
-    if names[:first]:
-        caption += f" Down: {' × '.join(names[:first])}."
-    if width > columns:
-        caption += f" Continued every {columns} devices."
-    if several and domains is not None:
-        caption += f" Each colour is one {domains.name}."
-    elif len(names) > 1:
-        caption += f" Each colour is one index of {names[0]}."
-    if drawn < count:
-        caption += f" The first {drawn:,} of {count:,} devices are drawn."
-    return picture, caption
+            number = domains.of(at, sizes)
+            count = math.prod(domains.parts.values())
+            return hue_of(number, count), f"{words} · {domains.name} {number}", ""
+        number = at[0] if len(at) > 1 else place
+        return hue_of(number, next(iter(sizes.values()))), words, ""
 
-
-def _first_across(sizes: Sequence[int]) -> int:
-    """Returns from which axis on they go across: as many as make it no higher than wide."""
-    count = math.prod(sizes)
-    return next((i for i in reversed(range(len(sizes))) if math.prod(sizes[i:]) ** 2 >= count), 0)
-
-
-def _unravel(place: int, sizes: Sequence[int]) -> list[int]:
-    at = []
-    for size in reversed(sizes):
-        place, index = divmod(place, size)
-        at.append(index)
-    return at[::-1]
-
-
-def _hue(place: int, count: int) -> int:
-    # A whole turn would end in the colour that it began with.
-    return round(200 + 300 * place / count) % 360
+    picture = draw_mesh(mesh, cell=cell, most=_MOST_DEVICES)
+    colours = ""
+    if domains is not None and several:
+        colours = f" Each colour is one {domains.name}."
+    elif len(sizes) > 1:
+        colours = f" Each colour is one index of {next(iter(sizes))}."
+    return dataclasses.replace(picture, caption=picture.caption + colours)

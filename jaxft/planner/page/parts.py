@@ -1,50 +1,11 @@
-"""What a page of plans is made of: sections, tables, stacked bars, figures in words."""
+"""What the parts of a page of plans share: figures in words, and shares of a bar."""
 
-from collections.abc import Iterable, Sequence
-from html import escape
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from jaxft.formatting import format_bytes, format_seconds
 from jaxft.planner import timeline as lanes
 from jaxft.planner.plan import Plan, StepTime
-from jaxft.reporting.report import short_name
-
-
-def section(title: str, text: str, content: str, *, estimate: bool = False) -> str:
-    """Returns a part of a page; `text` and `content` are HTML."""
-    mark = ' <span class="estimate">estimate</span>' if estimate else ""
-    note = f'<p class="dim">{text}</p>' if text else ""
-    return f'<section><h3 class="part">{escape(title)}{mark}</h3>{note}{content}</section>'
-
-
-def model_name(plan: Plan) -> str:
-    """Returns the short name of a plan's model, as HTML."""
-    return escape(short_name(plan.model))
-
-
-def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, marks: str = "") -> str:
-    """Returns a table of cells of HTML; columns that begin with `>` are of numbers.
-
-    Args:
-      columns: Their heads.
-      rows: Of the body.
-      marks: Classes of the table.
-    """
-    classes = [' class="n"' if column.startswith(">") else "" for column in columns]
-    head = "".join(
-        f"<th{name}>{escape(column.removeprefix('>'))}"
-        for name, column in zip(classes, columns, strict=True)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{name}>{cell}" for name, cell in zip(classes, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table class="{marks}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
 
 
 def percent(share: float, digits: int = 0) -> str:
@@ -70,7 +31,11 @@ def fit_words(plan: Plan) -> str:
     if not memory.limit:
         return "limit not known"
     size = format_bytes(abs(memory.headroom))
-    return f"fits, {size} left" if memory.fits else f"does not fit, by {size}"
+    if memory.headroom < 0:
+        return f"does not fit, by {size}"
+    if not memory.fits:
+        return f"does not fit the host, by {format_bytes(memory.host - memory.host_limit)}"
+    return f"fits, {size} left" if plan.evaluation_fits else "training fits, evaluation does not"
 
 
 def mesh_words(plan: Plan) -> str:
@@ -79,40 +44,50 @@ def mesh_words(plan: Plan) -> str:
     return " × ".join(axes) or "one device"
 
 
-class Share(NamedTuple):
-    """A part of a bar."""
+def money(amount: float, currency: str) -> str:
+    """Returns an amount with its currency."""
+    return f"{amount:,.0f} {currency}" if amount >= 1000 else f"{amount:.3g} {currency}"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of a bar.
+
+    Attributes:
+      name: Its kind.
+      classes: Names that colour it.
+      percent: Its width in per cent of the bar.
+      size: Its size with a unit.
+      part: Its size in per cent of the whole, in words.
+    """
 
     name: str
-    size: float
+    classes: str
+    percent: float
+    size: str
+    part: str
 
 
-def stacked_bar(shares: Sequence[Share], whole: float, form: Any, *, over: str = "") -> str:
-    """Returns a stacked bar whose widths are shares of `whole`.
+def shares(
+    sizes: Mapping[str, float],
+    *,
+    whole: float,
+    form: Callable[[float], str],
+    width: float = 0.0,
+) -> list[Share]:
+    """Returns the parts of a bar, without those that are empty.
 
     Args:
-      shares: From left to right.
-      whole: What the full width stands for.
+      sizes: Sizes by kind, from left to right.
+      whole: What a share in words is a share of.
       form: Turns a size into words.
-      over: HTML that lies over it.
+      width: What the full width of the bar stands for, if not for `whole`.
     """
-    parts = "".join(
-        f'<i class="{css_class(share.name)}" style="width:{css_number(100 * share.size / whole)}%" '
-        f'title="{escape(share.name)} {form(share.size)}"></i>'
-        for share in shares
-        if share.size > 0
-    )
-    return f'<div class="bar">{parts}{over}</div>'
-
-
-def legend(shares: Iterable[Share], whole: float, form: Any) -> str:
-    """Returns what each part of a bar is, its size by `form`, and its share of `whole`."""
-    keys = "".join(
-        f'<span><i class="{css_class(share.name)}"></i>{escape(share.name)} '
-        f"<b>{form(share.size)}</b> {some_percent(share.size / whole)}</span>"
-        for share in shares
-        if share.size > 0
-    )
-    return f'<div class="keys">{keys}</div>'
+    return [
+        Share(kind, css_class(kind), 100 * size / (width or whole), form(size), some_percent(part))
+        for kind, size in sizes.items()
+        if size > 0 and (part := size / whole) > 0
+    ]
 
 
 def css_class(kind: str) -> str:
@@ -122,8 +97,3 @@ def css_class(kind: str) -> str:
 
 def _slug(kind: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in kind)
-
-
-def css_number(value: float) -> str:
-    """Returns a number as a style takes it."""
-    return f"{value:.3f}".rstrip("0").rstrip(".")

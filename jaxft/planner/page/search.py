@@ -1,12 +1,12 @@
-"""The parts of a page that show a search: memory against step time, and the ranking."""
+"""A search as a page shows it: its verdict, memory against step time, and the ranking."""
 
 import math
 from collections.abc import Iterator, Sequence
-from html import escape
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxft.formatting import format_bytes, format_seconds
-from jaxft.planner.page.parts import html_table, percent, section
+from jaxft.planner.page.overview import estimates_of
 from jaxft.planner.plan import describe_shape
 from jaxft.reporting import charts
 
@@ -15,25 +15,96 @@ if TYPE_CHECKING:
 
 _MOST_POINTS = 400
 _MOST_CANDIDATES = 300
+_MOST_REASONS = 20
 # Candidates that were not compiled and are still shown without a click.
 _FIRST_CANDIDATES = 12
+_GIB = 1 << 30
 
 
-def search_section(found: "Search") -> str:
-    """Returns what a search found: verdict, plot and ranking."""
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A row of the ranking; "–" for what is not known.
+
+    Attributes:
+      rank: Its place, from 1.
+      name: What tells it from the others.
+      outcome: What became of it.
+      tone: "better", "worse" or "dim".
+      seconds: The time of a step; empty if it is not known.
+      estimate_seconds: The time that was estimated in closed form.
+      bytes: The memory of a device; empty if it is not known.
+      estimate_bytes: The memory that was estimated in closed form.
+      rate: Tokens a second and chip.
+      mfu: Model FLOP/s of the chips' peak.
+    """
+
+    rank: int
+    name: str
+    outcome: str
+    tone: str
+    seconds: str
+    estimate_seconds: str
+    bytes: str
+    estimate_bytes: str
+    rate: str
+    mfu: str
+
+
+@dataclass(frozen=True, slots=True)
+class SearchView:
+    """What a search found.
+
+    Attributes:
+      name: The slice.
+      verdict: The best candidate, or why there is none.
+      text: How many candidates there were.
+      compiles: Whether steps were compiled and not only estimated.
+      first: Candidates that are shown.
+      rest: Candidates that are shown on a click.
+      rest_words: How many those are.
+      refused: How many candidates the strategies refused.
+      reasons: `(count, reason)` of the refusals, most first.
+      plot: Memory against step time; None if no candidate has both.
+    """
+
+    name: str
+    verdict: str
+    text: str
+    compiles: bool
+    first: list[Ranked]
+    rest: list[Ranked]
+    rest_words: str
+    refused: int
+    reasons: list[tuple[str, str]]
+    plot: "Plot | None"
+
+
+def search_view(found: "Search") -> SearchView:
+    """Writes and draws what a search found."""
     topology = found.topology
-    text = (
-        f"{found.considered:,} candidates were estimated in closed form and {found.compiled:,} "
-        f"{_made(found)} in {format_seconds(found.seconds)} for {describe_shape(topology)}. "
-    )
-    best = found.best
     verdict = "None of them fits." if found.compiled else f"None was {_made(found)}."
-    if best is not None:
+    if (best := found.best) is not None:
         verdict = f"The best: {best.name}, {format_seconds(best.seconds)} a step by estimate."
-    return (
-        f'<h2 class="plan">Search on {escape(topology.name)}</h2>'
-        f'<p class="remark"><b>{escape(verdict)}</b><br>{escape(text)}</p>'
-        f"{_pareto_plot(found)}{_ranking(found)}"
+    numbered = [(number, one) for number, one in enumerate(found.candidates, start=1)]
+    real = [(number, one) for number, one in numbered if math.isfinite(one.seconds)]
+    planned = [item for item in real if item[1].plan is not None]
+    others = [item for item in real if item[1].plan is None]
+    rest = others[_FIRST_CANDIDATES:]
+    more = f" of {len(rest):,}" if len(rest) > _MOST_CANDIDATES else ""
+    refused = [one for _, one in numbered if not math.isfinite(one.seconds)]
+    return SearchView(
+        name=topology.name,
+        verdict=verdict,
+        text=f"{found.considered:,} candidates were estimated in closed form and "
+        f"{found.compiled:,} {_made(found)} in {format_seconds(found.seconds)} for "
+        f"{describe_shape(topology)}.",
+        compiles=topology.can_compile,
+        first=[_ranked(*item) for item in (*planned, *others[:_FIRST_CANDIDATES])],
+        rest=[_ranked(*item) for item in rest[:_MOST_CANDIDATES]],
+        rest_words=f"{min(len(rest), _MOST_CANDIDATES):,}{more} more",
+        refused=len(refused),
+        reasons=_reasons(refused),
+        plot=_plot_of(found),
     )
 
 
@@ -41,65 +112,32 @@ def _made(found: "Search") -> str:
     return "compiled" if found.topology.can_compile else "planned"
 
 
-def _ranking(found: "Search") -> str:
-    columns = [">#", "Candidate", "Outcome", ">Step, estimate", ">In closed form"]
-    columns += [">Memory", ">In closed form", ">Tokens/s a chip", ">MFU"]
-    numbered = [(number, one) for number, one in enumerate(found.candidates, start=1)]
-    real = [(number, one) for number, one in numbered if math.isfinite(one.seconds)]
-    first = [item for item in real if item[1].plan is not None]
-    others = [item for item in real if item[1].plan is None]
-    first += others[:_FIRST_CANDIDATES]
-    rest = others[_FIRST_CANDIDATES:]
-    content = html_table(columns, [_ranked(*item) for item in first], marks="ranked")
-    if rest:
-        more = f" of {len(rest):,}" if len(rest) > _MOST_CANDIDATES else ""
-        rows = [_ranked(*item) for item in rest[:_MOST_CANDIDATES]]
-        content += (
-            f"<details><summary>{len(rows):,}{more} more</summary>"
-            f"{html_table(columns, rows, marks='ranked')}</details>"
-        )
-    refused = [one for _, one in numbered if not math.isfinite(one.seconds)]
-    text = (
-        "Compiled steps and memory come from the program; columns “in closed form” are what was "
-        "estimated before compiling."
-        if found.topology.can_compile
-        else "Nothing was compiled: all figures are estimates."
-    )
-    return section("Ranking", text, content + _refusals(refused))
-
-
-def _ranked(number: int, one: "Candidate") -> list[str]:
+def _ranked(rank: int, one: "Candidate") -> Ranked:
     plan = one.plan
-    speed = plan.speed if plan is not None else None
     fits = plan is not None and plan.fits
-    tone = "better" if fits else "worse" if "fit" in one.outcome else "dim"
     timed = plan is not None and plan.time is not None
-    return [
-        str(number),
-        escape(one.name),
-        f'<span class="{tone}">{escape(one.outcome)}</span>',
-        f"<b>{format_seconds(one.seconds)}</b>" if timed else "–",
-        format_seconds(one.estimate_seconds),
-        f"<b>{format_bytes(one.bytes)}</b>" if plan is not None else "–",
-        format_bytes(one.estimate_bytes),
-        f"{speed.tokens_per_second_per_chip:,.0f}" if speed else "–",
-        percent(speed.mfu, 1) if speed else "–",
-    ]
+    estimates = estimates_of(plan) if plan is not None else None
+    return Ranked(
+        rank=rank,
+        name=one.name,
+        outcome=one.outcome,
+        tone="better" if fits else "worse" if "fit" in one.outcome else "dim",
+        seconds=format_seconds(one.seconds) if timed else "",
+        estimate_seconds=format_seconds(one.estimate_seconds),
+        bytes=format_bytes(one.bytes) if plan is not None else "",
+        estimate_bytes=format_bytes(one.estimate_bytes),
+        rate=estimates.rate if estimates else "–",
+        mfu=estimates.mfu if estimates else "–",
+    )
 
 
-def _refusals(refused: "Sequence[Candidate]") -> str:
+def _reasons(refused: "Sequence[Candidate]") -> list[tuple[str, str]]:
     """Returns why the strategies refused candidates, each reason once."""
     reasons: dict[str, int] = {}
     for one in refused:
         reasons[one.outcome] = reasons.get(one.outcome, 0) + 1
-    if not reasons:
-        return ""
-    listed = sorted(reasons.items(), key=lambda item: -item[1])[:20]
-    rows = [[f"{count:,}", escape(reason.removeprefix("refused: "))] for reason, count in listed]
-    return (
-        f"<details><summary>{len(refused):,} refused</summary>"
-        f"{html_table(['>Candidates', 'Reason'], rows)}</details>"
-    )
+    listed = sorted(reasons.items(), key=lambda item: -item[1])[:_MOST_REASONS]
+    return [(f"{count:,}", reason.removeprefix("refused: ")) for reason, count in listed]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -150,7 +188,53 @@ class _Frame(NamedTuple):
         return self.head + tall * (self.top - value) / (self.top - self.bottom)
 
 
-def _pareto_plot(found: "Search") -> str:
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A candidate in the plot.
+
+    Attributes:
+      x: Its place from the left, in pixels.
+      y: Its place from the top.
+      kind: "compiled" or "estimated".
+      over: Whether it is over the limit.
+      radius: Pixels.
+      title: The words on hover.
+    """
+
+    x: float
+    y: float
+    kind: str
+    over: bool
+    radius: float
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """Memory of a device against the time of a step.
+
+    Attributes:
+      text: What dots and lines are.
+      frame: The region that is drawn.
+      across: `(x, GiB)` of each tick.
+      up: `(y, seconds)` of each tick.
+      limit: `(x, size)` of the memory that a device has; None if that is not known.
+      front: SVG path data of the line that joins what no other beats; may be empty.
+      dots: Candidates from back to front.
+      ranks: `(x, y, rank)` of the numbers beside dots.
+    """
+
+    text: str
+    frame: _Frame
+    across: list[tuple[float, str]]
+    up: list[tuple[float, str]]
+    limit: tuple[float, str] | None
+    front: str
+    dots: list[Dot]
+    ranks: list[tuple[float, float, int]]
+
+
+def _plot_of(found: "Search") -> Plot | None:
     limit = found.topology.chip.core.limit
     points = [
         _Point(one.bytes, one.seconds, rank, one, _is_over(one, limit))
@@ -158,7 +242,7 @@ def _pareto_plot(found: "Search") -> str:
         if math.isfinite(one.seconds) and one.bytes > 0
     ]
     if not points:
-        return ""
+        return None
     drawn = _nearest(points, limit)
     frame = _Frame.around(drawn, limit)
     compiled = [p for p in drawn if _is_compiled(p.candidate)]
@@ -171,9 +255,17 @@ def _pareto_plot(found: "Search") -> str:
     )
     if missing := len(points) - len(drawn):
         text += f" {missing:,} slower or larger estimates are not drawn."
-    svg = _plot(drawn, front, frame, limit)
-    return section(
-        "Memory against step time", text, f'<div class="scroll">{svg}</div>', estimate=True
+    line = "L".join(f"{frame.x(p.x):.1f} {frame.y(p.y):.1f}" for p in front)
+    return Plot(
+        text=text,
+        frame=frame,
+        across=[(frame.x(v * _GIB), f"{v:g}") for v in charts.ticks(0, frame.right / _GIB, 7)],
+        up=[(frame.y(v), f"{v:g}") for v in charts.ticks(frame.bottom, frame.top, 6)],
+        limit=(frame.x(limit), format_bytes(limit)) if limit else None,
+        front=f"M{line}" if len(front) > 1 else "",
+        # Those that were compiled lie on top.
+        dots=[_dot(point, frame) for point in reversed(drawn)],
+        ranks=list(_ranks(drawn, frame)),
     )
 
 
@@ -194,63 +286,21 @@ def _nearest(points: Sequence[_Point], limit: int) -> list[_Point]:
     return sorted(inside, key=lambda p: (p.candidate.plan is None, p.y))[:_MOST_POINTS]
 
 
-def _plot(drawn: Sequence[_Point], front: Sequence[_Point], frame: _Frame, limit: int) -> str:
-    shapes = [*_grid(frame)]
-    if limit:
-        x = frame.x(limit)
-        shapes.append(
-            f'<path class="limit" d="M{x:.1f} {frame.head}V{frame.height - frame.foot}"/>'
-            f'<text class="limit" x="{x:.1f}" y="{frame.head - 9}">limit '
-            f"{format_bytes(limit)}</text>"
-        )
-    if len(front) > 1:
-        line = "L".join(f"{frame.x(p.x):.1f} {frame.y(p.y):.1f}" for p in front)
-        shapes.append(f'<path class="front" d="M{line}"/>')
-    # Those that were compiled lie on top.
-    shapes += [_dot(point, frame) for point in reversed(drawn)]
-    shapes += _ranks(drawn, frame)
-    return (
-        f'<svg class="pareto" viewBox="0 0 {frame.width} {frame.height}" role="img" '
-        f'aria-label="Memory of a device against step time">{"".join(shapes)}</svg>'
-    )
-
-
-def _grid(frame: _Frame) -> Iterator[str]:
-    foot = frame.height - frame.foot
-    gib = 1 << 30
-    for value in charts.ticks(0.0, frame.right / gib, 7):
-        x = frame.x(value * gib)
-        yield f'<text class="x" x="{x:.1f}" y="{foot + 17}">{value:g}</text>'
-    for value in charts.ticks(frame.bottom, frame.top, 6):
-        y = frame.y(value)
-        yield (
-            f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.width - 16}"/>'
-            f'<text class="y" x="{frame.left - 8}" y="{y + 4:.1f}">{value:g}</text>'
-        )
-    middle, foot = frame.width / 2, frame.height - 8
-    yield f'<text class="x" x="{middle}" y="{foot}">memory of a device, GiB</text>'
-    yield f'<text x="4" y="{frame.head - 9}">step, s</text>'
-
-
-def _dot(point: _Point, frame: _Frame) -> str:
+def _dot(point: _Point, frame: _Frame) -> Dot:
     one = point.candidate
-    names = [
-        "dot",
-        "compiled" if one.plan is not None else "estimated",
-        "over" if point.over else "",
-    ]
-    title = (
-        f"{point.rank}. {one.name}\n{one.outcome}\n"
-        f"{format_seconds(point.y)}, {format_bytes(point.x)}"
-    )
-    return (
-        f'<circle class="{" ".join(filter(None, names))}" cx="{frame.x(point.x):.1f}" '
-        f'cy="{frame.y(point.y):.1f}" r="{5.5 if one.plan is not None else 3.5}">'
-        f"<title>{escape(title)}</title></circle>"
+    compiled = one.plan is not None
+    return Dot(
+        x=frame.x(point.x),
+        y=frame.y(point.y),
+        kind="compiled" if compiled else "estimated",
+        over=point.over,
+        radius=5.5 if compiled else 3.5,
+        title=f"{point.rank}. {one.name}\n{one.outcome}\n"
+        f"{format_seconds(point.y)}, {format_bytes(point.x)}",
     )
 
 
-def _ranks(drawn: Sequence[_Point], frame: _Frame) -> Iterator[str]:
+def _ranks(drawn: Sequence[_Point], frame: _Frame) -> Iterator[tuple[float, float, int]]:
     """Yields the numbers of compiled candidates, as far as there is room for them."""
     placed: list[tuple[float, float]] = []
     for point in sorted(drawn, key=lambda p: p.rank):
@@ -259,4 +309,4 @@ def _ranks(drawn: Sequence[_Point], frame: _Frame) -> Iterator[str]:
         if point.candidate.plan is None or crowded:
             continue
         placed.append((x, y))
-        yield f'<text class="rank" x="{x:.1f}" y="{y:.1f}">{point.rank}</text>'
+        yield x, y, point.rank
