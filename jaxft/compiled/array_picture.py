@@ -23,11 +23,11 @@ class Block:
     Attributes:
       kind: "b" for a block, "whole" for one that every device holds, "gap" where some are left
         out, "pile" for the edge of a layer behind.
-      x: Its place from the left, in pixels.
-      y: Its place from the top.
-      width: Its pixels across.
-      height: Its pixels down.
-      hue: Its colour as an angle; None where its kind has one.
+      x: Pixels from the left edge.
+      y: Pixels from the top edge.
+      width: Pixels across.
+      height: Pixels down.
+      hue: Angle of the colour; None where the kind has one.
       title: The words on hover; empty for an edge or a gap.
     """
 
@@ -45,8 +45,8 @@ class Label:
     """A text beside a sheet.
 
     Attributes:
-      x: Where it begins, in pixels from the left.
-      y: Where it stands, in pixels from the top.
+      x: Pixels from the left edge to the first letter.
+      y: Pixels from the top edge to the foot of the letters.
       text: The words.
       turned: Whether it is read from bottom to top.
     """
@@ -66,7 +66,7 @@ class Picture:
       height: Pixels down.
       blocks: Rectangles from back to front.
       labels: Texts beside them.
-      note: What is left out; may be empty.
+      note: Words on the parts that are left out; may be empty.
     """
 
     width: int

@@ -15,9 +15,9 @@ class Cell:
     """A device.
 
     Attributes:
-      x: Its place from the left, in pixels.
-      y: Its place from the top.
-      hue: Its colour as an angle.
+      x: Pixels from the left edge.
+      y: Pixels from the top edge.
+      hue: Angle of the colour.
       title: The words on hover.
       label: The text in it; may be empty.
     """
@@ -38,7 +38,7 @@ class MeshPicture:
       height: Pixels down.
       side: Pixels of one device.
       cells: The devices.
-      caption: What goes across and what down, in a sentence or more.
+      caption: Sentences that say which axes go across and which down.
     """
 
     width: int

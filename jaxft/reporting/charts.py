@@ -50,7 +50,7 @@ class Chart:
       title: Words in bold above the plot.
       note: Words beside the title: the unit, or what the values are of.
       series: The lines and markers.
-      unit: How values are written.
+      unit: The way in which values are written.
       from_zero: Whether the axis of values begins at 0.
       decades: Whether that axis is logarithmic if positive values span a decade and more.
       wide: Whether the chart takes the whole width of the page.
@@ -74,7 +74,7 @@ class Tick:
     """A label of an axis.
 
     Attributes:
-      at: Its place in per cent.
+      at: Per cent of the axis from its start.
       text: The value there.
     """
 
@@ -100,8 +100,8 @@ class Mark:
     """A point with a text beside it.
 
     Attributes:
-      x: Its place from the left, in per cent.
-      y: Its place from the top, in per cent.
+      x: Per cent of the width, from the left edge.
+      y: Per cent of the height, from the top edge.
       text: The words.
     """
 

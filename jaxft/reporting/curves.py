@@ -157,7 +157,7 @@ class _Mean:
 
     @property
     def place(self) -> float:
-        """Where it stands among evaluations, which are of the weights after a number of steps.
+        """The place among evaluations, which are of the weights after a number of steps.
 
         The loss of a step is that of the weights before it.
         """

@@ -1,4 +1,4 @@
-"""What a run recorded, by name: how each figure is called and written.
+"""Knows by name how each figure that a run recorded is called and written.
 
 `FIGURES` knows the figures of jaxft. Others, of an objective of the user's own, are drawn under
 their name.
@@ -20,20 +20,20 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """How a figure is told.
+    """The looks of a figure.
 
     Attributes:
-      title: Its name for readers, above its chart and in tables.
-      unit: How values are written.
+      title: The name for readers, above the chart and in tables.
+      unit: The way in which values are written.
       group: Name in `GROUPS` of the chart that it shares; empty for a chart of its own.
       note: The words beside the title.
       better: Whether high or low values are better; empty if neither.
-      course: What a record holds: "objective" for a mean over its steps that varies much, "mean"
+      course: The value in a record: "objective" for a mean over its steps that varies much, "mean"
         for one that does not, "last" for the value of its last step, "table" for what is not drawn.
-      legend: Its name among the lines of a shared chart; empty for the title.
+      legend: The name among the lines of a shared chart; empty for the title.
       color: Number of its colour in a shared chart.
       from_zero: Whether the axis of values begins at 0.
-      scale: What values are divided by.
+      scale: The divisor of values.
     """
 
     title: str
@@ -105,12 +105,17 @@ _BOOKKEEPING = set(
 )
 
 
+# What a loss is a mean over, and what its accuracy is, by the units of its objective.
+_UNITS = {"documents": "trained tokens", "pairs": "pairs", "labelled": "answers"}
+_RIGHT = {"pairs": "Preferred answers ranked first", "labelled": "Answers judged as labelled"}
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """A chart that several figures share.
 
     Attributes:
-      title: Its name for readers.
+      title: The name for readers.
       note: The words beside the title.
       from_zero: Whether the axis of values begins at 0.
     """
@@ -131,17 +136,20 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has written.
+    """The records of a run.
 
     Attributes:
       metrics: Records of training, in their order.
       evaluations: Records of evaluations by data set, the primary one first.
-      objective: Name of what was minimised; empty if it is not known.
+      units: The units of data that the objective takes: "documents", "pairs", "labelled"; empty if
+        that is not known.
+      is_sft: Whether the loss is the cross entropy of tokens.
     """
 
     metrics: list[Record]
     evaluations: dict[str, list[Record]]
-    objective: str = ""
+    units: str = "documents"
+    is_sft: bool = True
 
     @property
     def primary(self) -> tuple[str, list[Record]]:
@@ -149,38 +157,23 @@ class Run:
         return next(iter(self.evaluations.items()), (PRIMARY, []))
 
     @property
-    def is_preference(self) -> bool:
-        """Whether answers were compared with each other."""
-        return any("margin" in record for record in self._records())
-
-    @property
     def unit(self) -> str:
-        """What the loss is a mean over, as a plural."""
-        if self.objective in ("", "sft"):
-            return "trained tokens"
-        if self.objective == "kto":
-            return "answers"
-        return "pairs" if self.is_preference else f"units of {self.objective}"
+        """The units that the loss is a mean over, in words."""
+        return _UNITS.get(self.units, "units")
 
     @property
     def loss_unit(self) -> str:
         """The words that tell what the loss is a mean over."""
-        if self.unit == "trained tokens":
-            return "nats per token"
-        return (
-            f"per {self.unit.removesuffix('s')}"
-            if self.unit in ("answers", "pairs")
-            else (f"mean over {self.unit}")
-        )
+        return "nats per token" if self.is_sft else f"per {self.unit.split()[-1].removesuffix('s')}"
 
     def figure(self, name: str) -> Figure:
         """Returns how a figure of this run is told."""
         figure = FIGURES.get(name, Figure(name))
         if name == "loss":
             return dataclasses.replace(figure, note=self.loss_unit)
-        if name == "accuracy" and self.is_preference:
+        if name == "accuracy" and self.units in _RIGHT:
             return dataclasses.replace(
-                figure, title="Preferred answers ranked first", note="share of pairs"
+                figure, title=_RIGHT[self.units], note=f"share of {self.unit}"
             )
         return figure
 

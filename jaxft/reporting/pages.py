@@ -10,7 +10,8 @@ from typing import Any
 
 import jinja2
 
-from jaxft.config import RunConfig, to_dict, walk
+from jaxft.config import Item, RunConfig, walk
+from jaxft.errors import ConfigError
 
 
 def render(template: str, **values: Any) -> str:
@@ -67,10 +68,10 @@ class Key:
     """A key of a configuration.
 
     Attributes:
-      path: Its dotted name.
+      path: The dotted name.
       value: The value as text.
       default: The default as text; empty for a key that is not known.
-      meaning: What the key is for; empty for a key that is not known.
+      meaning: The purpose of the key; empty for a key that is not known.
       changed: Whether value and default differ.
     """
 
@@ -83,18 +84,32 @@ class Key:
 
 def keys_of(settings: Mapping[str, Any]) -> list[Key]:
     """Describes the keys of a run's configuration, in their order."""
-    defaults = to_dict(RunConfig())
-    meanings = {item.path: item.meaning for item in walk(RunConfig())}
-    return [
-        Key(
-            path=path,
-            value=_literal(value),
-            default=_literal(defaults.get(path)),
-            meaning=meanings.get(path, ""),
-            changed=value != defaults.get(path),
+    known = {item.path: item for item in _known_keys(str(settings.get("objective.name") or ""))}
+    found = []
+    for path, value in settings.items():
+        item = known.get(path)
+        default = item.default if item else None
+        found.append(
+            Key(
+                path=path,
+                value=_literal(value),
+                default=_literal(default),
+                meaning=item.meaning if item else "",
+                changed=value != default,
+            )
         )
-        for path, value in settings.items()
-    ]
+    return found
+
+
+def _known_keys(objective: str) -> list[Item]:
+    """Returns all keys, with those of an objective that this installation has."""
+    config = RunConfig()
+    try:
+        if objective:
+            config.objective.name = objective
+        return list(walk(config))
+    except ConfigError:
+        return list(walk(RunConfig()))
 
 
 def _literal(value: Any) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxft.config import ObjectiveConfig
+from jaxft.errors import ConfigError
 from jaxft.files import read_jsonl, write_text
 from jaxft.formatting import format_count, format_duration
 from jaxft.reporting.charts import Unit, format_value, plot
@@ -29,7 +31,7 @@ class Exported:
     """The checkpoint of a run that an export takes.
 
     Attributes:
-      step: Its step.
+      step: The step that it was written after.
       measure: The figure by which it is the best: `loss`, `answers`; empty if none was evaluated.
     """
 
@@ -38,7 +40,7 @@ class Exported:
 
     @property
     def reason(self) -> str:
-        """Why it is this one."""
+        """The reason why it is this one."""
         if not self.measure:
             return "the newest; none was evaluated"
         names = {"loss": "validation loss", "answers": "right answers"}
@@ -57,10 +59,12 @@ def write_report(workdir: Workdir, exported: Exported | None = None) -> Path:
     """
     config, machine = _read_json(workdir.config), _read_json(workdir.environment)
     evaluations, others = _by_dataset(read_jsonl(workdir.evaluations))
+    objective = str(config.get("objective.name") or "sft")
     run = Run(
         metrics=list(read_jsonl(workdir.metrics)),
         evaluations=evaluations,
-        objective=str(config.get("objective.name", "")),
+        units=_units(objective),
+        is_sft=objective == "sft",
     )
     tiles_shown = [
         *_loss_tiles(run),
@@ -86,6 +90,14 @@ def write_report(workdir: Workdir, exported: Exported | None = None) -> Path:
     )
     write_text(workdir.report, page)
     return workdir.report
+
+
+def _units(objective: str) -> str:
+    """Returns what an objective takes from the data; empty if this installation lacks it."""
+    try:
+        return ObjectiveConfig(name=objective).objective.units
+    except ConfigError:
+        return ""
 
 
 def _where(machine: Record) -> Iterator[str]:
@@ -189,7 +201,7 @@ class _Measure:
       best_step: Step of the best value.
       last: The last value.
       interval: The interval of the last value; empty if it has none.
-      change: How much the last value is above the first; empty if they are the same.
+      change: The last value less the first; empty if there is only one.
       tone: "better", "worse" or empty.
     """
 
@@ -268,7 +280,7 @@ class _Answer:
     Attributes:
       title: The words above it.
       text: The text; may be empty.
-      kind: Its style: empty, "last" or "reference".
+      kind: The style: empty, "last" or "reference".
     """
 
     title: str

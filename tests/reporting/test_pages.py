@@ -50,6 +50,21 @@ def test_keys_say_whether_they_differ_from_their_default():
     assert (keys["old.key"].value, keys["old.key"].meaning) == ("", "")
 
 
+def test_keys_of_an_objective_have_their_meaning_and_default():
+    config = RunConfig()
+    config.objective.name = "dpo"
+    config.objective.dpo.beta = 0.5
+    keys = {key.path: key for key in keys_of(to_dict(config))}
+    assert [key.path for key in keys.values() if key.changed] == [
+        "objective.name",
+        "objective.dpo.beta",
+    ]
+    assert keys["objective.dpo.beta"].default == "0.1"
+    assert keys["objective.dpo.beta"].meaning
+    [key] = keys_of({"objective.name": "not_there.any_more"})
+    assert (key.value, key.default) == ("not_there.any_more", "sft")
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [("/a/b/model/", "model"), ("org/model", "org/model"), ("a.jsonl,b.jsonl", "a.jsonl,b.jsonl")],

@@ -223,6 +223,7 @@ def test_a_figure_that_nobody_knows_has_a_chart_and_a_row_of_its_own(workdir):
 
 
 def test_preferences_that_are_not_evaluated_are_told_by_the_last_record(workdir):
+    workdir.config.write_text(json.dumps({"objective.name": "ipo"}))
     _metrics(workdir, [10], accuracy=0.5, margin=0.0)
     _metrics(workdir, [20], accuracy=0.75, margin=1.0)
     words = " ".join(_parse(write_report(workdir)).text.split())
@@ -230,18 +231,20 @@ def test_preferences_that_are_not_evaluated_are_told_by_the_last_record(workdir)
 
 
 @pytest.mark.parametrize(
-    ("objective", "figures", "unit"),
+    ("objective", "unit", "accuracy"),
     [
-        ("sft", {}, "nats per token"),
-        ("kto", {"kl": 0.1}, "per answer"),
-        ("simpo", {"margin": 1.0}, "per pair"),
-        ("my.module", {"reward": 1.0}, "mean over units of my.module"),
+        ("sft", "nats per token", "Accuracy"),
+        ("kto", "per answer", "Answers judged as labelled"),
+        ("simpo", "per pair", "Preferred answers ranked first"),
+        ("not_there.any_more", "per unit", "Accuracy"),
     ],
 )
-def test_the_loss_says_what_it_is_a_mean_over(workdir, objective, figures, unit):
+def test_the_loss_says_what_it_is_a_mean_over(workdir, objective, unit, accuracy):
     workdir.config.write_text(json.dumps({"objective.name": objective}))
-    _metrics(workdir, [10, 20], **figures)
-    assert f"Loss {unit}" in " ".join(_parse(write_report(workdir)).text.split())
+    _metrics(workdir, [10, 20], accuracy=0.5)
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert f"Loss {unit}" in words
+    assert f"{accuracy} 50.0 % in training" in words
 
 
 def test_use_of_experts_is_drawn(workdir):

@@ -14,10 +14,10 @@ _FACTS_WITHOUT_PROGRAM = ("parameters", "optimizer", "reference", "gradients")
 
 @dataclass(frozen=True, slots=True)
 class Legend:
-    """What parts of a bar are.
+    """The names and sizes of parts of a bar.
 
     Attributes:
-      title: Where their sizes come from.
+      title: Words on the origin of the sizes.
       shares: The parts.
     """
 
@@ -27,13 +27,13 @@ class Legend:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Where the memory of a device ends.
+    """The end of the memory of a device.
 
     Attributes:
-      percent: Its place in the bar.
+      percent: Per cent of the bar that lie below it.
       size: The memory that a device has.
       room: Per cent of the bar that are left below it; negative for what is over it.
-      room_size: What is left, or what is over the limit.
+      room_size: The bytes that are left, or over the limit, with a unit.
     """
 
     percent: float
@@ -47,8 +47,8 @@ class Host:
     """The part of the host's memory that is one device's.
 
     Attributes:
-      percent: Its width in per cent of the bar of the device.
-      size: Its size.
+      percent: Width in per cent of the bar of the device.
+      size: The bytes with a unit.
       cut: Whether it is longer than drawn.
     """
 
@@ -62,11 +62,11 @@ class MemoryBar:
     """The memory of one device.
 
     Attributes:
-      text: What is used and whether that fits.
+      text: A sentence on the bytes that are used, and whether they fit.
       shares: Parts of the bar: facts, then what is split.
-      limit: Where the memory ends; None if that is not known.
+      limit: The end of the memory; None if it is not known.
       host: The host's memory; None if none is used.
-      legends: What the parts are, facts apart from what is split.
+      legends: Names of the parts, facts apart from estimates.
     """
 
     text: str

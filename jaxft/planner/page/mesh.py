@@ -42,13 +42,13 @@ def mesh_of(plan: Plan) -> Mesh | None:
 
 
 class _Domains(NamedTuple):
-    """What fast links join: slices of TPUs, NVLink domains of GPUs.
+    """Groups of devices that fast links join: slices of TPUs, NVLink domains of GPUs.
 
     Attributes:
       name: The word for one of them.
       between: The network between them.
       within: The links in one of them.
-      parts: For each mesh axis, how many of them it spans.
+      parts: The number of domains that each mesh axis spans.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a plan comes to, as a page shows it: a row of the comparison, and tiles."""
+"""Sums up a plan for a page: a row of the comparison, and tiles."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from jaxft.reporting.pages import Tile
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """What is estimated of a plan, in words; "–" for what is not known.
+    """The estimates of a plan, in words; "–" for those that are not known.
 
     Attributes:
       step: The time of a step.
-      interval: Its interval; empty if there is none.
+      interval: The interval of that time; empty if there is none.
       rate: Tokens a second and chip.
       mfu: Model FLOP/s of the chips' peak, causal attention counted once.
       price: The price of a million tokens.

@@ -1,4 +1,4 @@
-"""What the parts of a page of plans share: figures in words, and shares of a bar."""
+"""Writes figures of plans in words, and cuts bars into shares."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,11 +54,11 @@ class Share:
     """A part of a bar.
 
     Attributes:
-      name: Its kind.
+      name: The kind of memory or time.
       classes: Names that colour it.
-      percent: Its width in per cent of the bar.
-      size: Its size with a unit.
-      part: Its size in per cent of the whole, in words.
+      percent: Width in per cent of the bar.
+      size: Bytes or seconds with a unit.
+      part: Size in per cent of the whole, in words.
     """
 
     name: str

@@ -26,9 +26,9 @@ class Ranked:
     """A row of the ranking; "–" for what is not known.
 
     Attributes:
-      rank: Its place, from 1.
-      name: What tells it from the others.
-      outcome: What became of it.
+      rank: Place in the ranking, from 1.
+      name: Words that tell it from the others.
+      outcome: Words on the result.
       tone: "better", "worse" or "dim".
       seconds: The time of a step; empty if it is not known.
       estimate_seconds: The time that was estimated in closed form.
@@ -52,17 +52,17 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class SearchView:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
       name: The slice.
       verdict: The best candidate, or why there is none.
-      text: How many candidates there were.
+      text: A sentence on the number of candidates.
       compiles: Whether steps were compiled and not only estimated.
       first: Candidates that are shown.
       rest: Candidates that are shown on a click.
-      rest_words: How many those are.
-      refused: How many candidates the strategies refused.
+      rest_words: Words on the number of those.
+      refused: The number of candidates that strategies refused.
       reasons: `(count, reason)` of the refusals, most first.
       plot: Memory against step time; None if no candidate has both.
     """
@@ -193,8 +193,8 @@ class Dot:
     """A candidate in the plot.
 
     Attributes:
-      x: Its place from the left, in pixels.
-      y: Its place from the top.
+      x: Pixels from the left edge.
+      y: Pixels from the top edge.
       kind: "compiled" or "estimated".
       over: Whether it is over the limit.
       radius: Pixels.
@@ -214,7 +214,7 @@ class Plot:
     """Memory of a device against the time of a step.
 
     Attributes:
-      text: What dots and lines are.
+      text: The meaning of dots and lines.
       frame: The region that is drawn.
       across: `(x, GiB)` of each tick.
       up: `(y, seconds)` of each tick.

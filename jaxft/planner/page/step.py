@@ -1,4 +1,4 @@
-"""Where the time of a step goes, as a page shows it."""
+"""Splits the time of a step for a page."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ class TimeBar:
     """The time of a step.
 
     Attributes:
-      spent: What the core does, most first; adds up to the step.
-      needed: What each resource needs on its own, its width relative to the longest.
+      spent: The work and the waits of the core, most first; they add up to the step.
+      needed: The time of each resource on its own; widths are relative to the longest.
     """
 
     spent: list[Share]

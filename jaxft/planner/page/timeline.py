@@ -34,8 +34,8 @@ class Block:
 
     Attributes:
       classes: Names that colour it.
-      left: Where it begins, in per cent of the track.
-      width: Its length in per cent of the track.
+      left: Start in per cent of the track.
+      width: Length in per cent of the track.
       title: The words on hover.
       label: The text in it; empty where there is no room.
     """
@@ -52,8 +52,8 @@ class LoopBlock:
     """A loop on one lane.
 
     Attributes:
-      left: Where it begins, in per cent of the track.
-      width: Its length in per cent of the track.
+      left: Start in per cent of the track.
+      width: Length in per cent of the track.
       title: The words on hover.
       fill: `(classes, height in per cent)` of each kind that takes time in one run.
     """
@@ -70,8 +70,8 @@ class Row:
 
     Attributes:
       lane: Name of the lane; empty below its first row.
-      title: Its name in words.
-      blocks: What runs when.
+      title: The name in words.
+      blocks: The spans of the row.
       loops: The loops that use the lane.
     """
 
@@ -86,10 +86,10 @@ class LoopName:
     """The name of a loop above the lanes.
 
     Attributes:
-      left: Where the loop begins, in per cent of the track.
-      width: Its length in per cent of the track.
-      words: How often it runs, of what, and how long one run takes.
-      shown: As much of it as there is room for.
+      left: Start of the loop in per cent of the track.
+      width: Length in per cent of the track.
+      words: The number of runs, their phase, and the time of one run.
+      shown: The part of these words that there is room for.
     """
 
     left: float
@@ -103,9 +103,9 @@ class Track:
     """A timeline to scale.
 
     Attributes:
-      title: What it is of.
+      title: The name of the part of the step.
       names: Names of loops.
-      rows: Its lanes.
+      rows: The lanes.
       ticks: Times along the axis.
     """
 
