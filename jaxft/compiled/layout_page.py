@@ -67,11 +67,11 @@ class _Array:
     """An array of a card.
 
     Attributes:
-      name: What it is of the parameter; empty if all of them lie alike.
-      layout: Where it lives.
-      picture: Its blocks.
+      name: The part of the parameter that it is; empty if all of them lie alike.
+      layout: The place of the array.
+      picture: The blocks.
       percent: The part of it that a device holds.
-      copies: How often each block is held, in words.
+      copies: The number of copies of each block, in words.
     """
 
     name: str
@@ -86,8 +86,8 @@ class _Card:
     """Parameters whose arrays have equal shapes and places.
 
     Attributes:
-      paths: Their dotted names.
-      shape: Their axes and sizes.
+      paths: The dotted names.
+      shape: The axes and sizes.
       arrays: One of each place: the parameter, and what lies elsewhere than it.
       bad: Whether one is large and whole on every device.
     """
