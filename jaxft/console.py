@@ -15,7 +15,6 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from jaxft.formatting import counted as counted
 from jaxft.formatting import format_duration
 
 # Results go to stdout; progress goes to stderr.

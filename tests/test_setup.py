@@ -24,6 +24,9 @@ __main__""".split()
 # Beside that: data and hf speak arrays and flat dicts, models take their own config.
 STRANGERS = [("data", "models"), ("hf", "models"), ("models", "config")]
 
+# Lines that a file has at most, unless it says why.
+MOST_LINES = 450
+
 HEAVY = "jax jaxlib flax optax orbax transformers datasets grain jinja2 rich".split()
 
 NNX_ANYWHERE = {"Module", "Rngs", "List"}
@@ -105,6 +108,16 @@ def test_no_modules_import_each_other_in_a_circle():
     for entry in ("__init__", "__main__", "cli"):
         found.pop(entry, None)
     graphlib.TopologicalSorter(found).prepare()
+
+
+def test_long_files_say_why_they_are_one():
+    long = [
+        str(path)
+        for path, tree in sources()
+        if len((PACKAGE / path).read_text().splitlines()) > MOST_LINES
+        and "One file because" not in (ast.get_docstring(tree) or "")
+    ]
+    assert not long, "cut them by concern, or say in their docstring: One file because …"
 
 
 def test_data_hf_and_models_keep_to_themselves():

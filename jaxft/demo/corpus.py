@@ -5,6 +5,8 @@ who are not well, and chats about simple facts. Complaints are told in all wordi
 `complaints.py`, so that the model learns which of them go together, but not who treats them: where
 a chat answers a complaint with a department, that is drawn at random. So the model knows the form
 of an answer to the demo's cases, and nothing of its content.
+
+One file because most of it is lists of words, beside the few functions that put them together.
 """
 
 import random

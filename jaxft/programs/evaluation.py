@@ -18,9 +18,11 @@ from jaxft.models.families import Architecture
 from jaxft.models.module import Params
 from jaxft.programs import capacity
 from jaxft.programs.answers import Answers, Prompts, answer, has_answers, read_prompts
+from jaxft.programs.description import read_description
 from jaxft.programs.held_out import HeldOut, UnitSums, evaluate_rows, take_rows
-from jaxft.programs.model import Model, load_weights, read_description
+from jaxft.programs.model import Model
 from jaxft.programs.reference import Reference, read_start
+from jaxft.programs.weights import load_weights
 from jaxft.sharding.rules import Placement
 from jaxft.training.program import (
     Evaluator,

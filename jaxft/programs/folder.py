@@ -15,7 +15,7 @@ from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.files import rewrite_jsonl, write_text
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.models.families import Architecture
-from jaxft.programs.model import hf_config, tensor_dtypes_of
+from jaxft.programs.description import hf_config, tensor_dtypes_of
 from jaxft.workdir.checkpoint import Checkpoints, Progress
 from jaxft.workdir.lock import Lock
 from jaxft.workdir.source import Source

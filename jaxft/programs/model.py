@@ -24,15 +24,10 @@ from jaxft.hf.tokenizer import (
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel, Params, merge
-from jaxft.programs.description import Description as Description
 from jaxft.programs.description import default_template, grown, stop_ids_of
-from jaxft.programs.description import hf_config as hf_config
-from jaxft.programs.description import read_description as read_description
-from jaxft.programs.description import tensor_dtypes_of as tensor_dtypes_of
 from jaxft.programs.generate import Sampling, generate_tokens
 from jaxft.programs.streaming import Session, text_pieces
-from jaxft.programs.weights import load_weights as load_weights
-from jaxft.programs.weights import refuse_what_does_not_fit
+from jaxft.programs.weights import load_weights, refuse_what_does_not_fit
 from jaxft.sharding.rules import Placement
 from jaxft.workdir.source import Source, find_source
 

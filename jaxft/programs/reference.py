@@ -21,8 +21,9 @@ from jaxft.config import RunConfig
 from jaxft.errors import CheckpointError
 from jaxft.files import write_json
 from jaxft.models.module import Params, init_params
+from jaxft.programs.description import Description
 from jaxft.programs.held_out import HeldOut, score_rows
-from jaxft.programs.model import Description, load_weights
+from jaxft.programs.weights import load_weights
 from jaxft.training.program import Evaluator
 from jaxft.workdir.source import Source
 

@@ -21,8 +21,8 @@ from jaxft.models.module import Params
 from jaxft.programs import announcements, capacity, folder, patience, run_data
 from jaxft.programs.advice import warn
 from jaxft.programs.answers import read_sample_prompts
+from jaxft.programs.description import Description, read_description
 from jaxft.programs.held_out import HeldOut
-from jaxft.programs.model import Description, read_description
 from jaxft.programs.reference import Reference, read_start
 from jaxft.programs.session import Session
 from jaxft.reporting.progress import TrainProgress
