@@ -25,6 +25,7 @@ from jaxft.training.objectives.preferences import (
     CHOSEN,
     OTHER,
     REJECTED,
+    above_zero,
     averaged,
     sum_answers,
 )
@@ -53,8 +54,9 @@ def rows(policy: Policy, batch: Batch, keys: KtoKeys) -> Terms:
     """Returns the sums of each answer that has a label.
 
     Figures are averages: `accuracy`, the share of answers on the side of the KL estimate that
-    their label says; `kl`, the estimate in nats; rewards (beta times log-ratio) and
-    log-probabilities of desirable answers as `chosen_…`, of undesirable ones as `rejected_…`.
+    their label says, half of those on neither; `kl`, the estimate in nats; rewards (beta times
+    log-ratio) and log-probabilities of desirable answers as `chosen_…`, of undesirable ones as
+    `rejected_…`.
     """
     scores = policy.scores(batch)
     # The column repeats one number.
@@ -70,7 +72,7 @@ def rows(policy: Policy, batch: Batch, keys: KtoKeys) -> Terms:
         distance = label * (answers.score - kl)
         loss, count = averaged(factor * jax.nn.sigmoid(-keys.beta * distance), exists)
         total, weight = total + loss, weight + count
-        right += averaged(distance > 0, exists)[0]
+        right += averaged(above_zero(distance), exists)[0]
         figures[f"{name}_reward"] = averaged(keys.beta * answers.score, exists)
         figures[f"{name}_log_prob"] = averaged(answers.log_prob, exists)
     figures |= {"accuracy": (right, weight), "kl": (kl * weight, weight)}

@@ -79,10 +79,10 @@ def make_pair_objective(
     """Returns the objective of a loss of single pairs.
 
     Its figures are averages over pairs: `accuracy`, the share whose chosen answer has the larger
-    reward, equal ones counting half; `margin`, by how much it is larger;
-    `chosen_reward`, `rejected_reward`; `chosen_log_prob` and `rejected_log_prob`, the policy's
-    log-probabilities of whole answers in nats; `likelihood_accuracy`, the share whose chosen answer
-    is the likelier one per token, whatever the reference says.
+    reward, equal ones counting half (TRL counts them as failures); `margin`, by how much it is
+    larger; `chosen_reward`, `rejected_reward`; `chosen_log_prob` and `rejected_log_prob`, the
+    policy's log-probabilities of whole answers in nats; `likelihood_accuracy`, the share whose
+    chosen answer is the likelier one per token, whatever the reference says.
 
     Args:
       keys: Dataclass of its configuration keys.
@@ -100,13 +100,13 @@ def make_pair_objective(
         found = pair_loss(Pairs(chosen, rejected), keys)
         margin = found.chosen_reward - found.rejected_reward
         figures = {
-            "accuracy": _first(margin),
+            "accuracy": above_zero(margin),
             "margin": margin,
             "chosen_reward": found.chosen_reward,
             "rejected_reward": found.rejected_reward,
             "chosen_log_prob": chosen.log_prob,
             "rejected_log_prob": rejected.log_prob,
-            "likelihood_accuracy": _first(
+            "likelihood_accuracy": above_zero(
                 chosen.log_prob / jnp.maximum(chosen.length, 1.0)
                 - rejected.log_prob / jnp.maximum(rejected.length, 1.0)
             ),
@@ -126,8 +126,8 @@ def make_pair_objective(
     )
 
 
-def _first(margin: Array) -> Array:
-    """Returns 1 where the margin is above 0, and a half where it is 0."""
+def above_zero(margin: Float[Array, "B U"]) -> Float[Array, "B U"]:
+    """Returns 1 where a margin is above 0, and a half where it is 0."""
     return (margin > 0) + 0.5 * (margin == 0)
 
 

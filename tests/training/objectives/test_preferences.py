@@ -92,6 +92,11 @@ def assert_close(found, expected, limit=1e-5):
     np.testing.assert_allclose(found, expected, rtol=0, atol=limit * scale)
 
 
+def above_zero(margin):
+    """Equal ones count half."""
+    return (1 + np.sign(margin)) / 2
+
+
 @pytest.mark.parametrize("form", PREFERENCE_FORMS)
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_of_packed_units_are_those_of_torch(form, case):
@@ -120,8 +125,11 @@ def test_figures_of_pairs_are_those_of_torch(form, case):
     chosen, rejected = (stored[f"{form}/{name}"] for name in FIGURES[:2])
     largest = max(np.abs(chosen).max(), np.abs(rejected).max())
     np.testing.assert_allclose(units.figures["margin"][0], chosen - rejected, atol=1e-5 * largest)
-    np.testing.assert_array_equal(units.figures["accuracy"][0], chosen > rejected)
+    np.testing.assert_array_equal(units.figures["accuracy"][0], above_zero(chosen - rejected))
     sums = np.sum(np.float64(stored["log_probs"]) * stored["weights"], axis=-1)
+    of_tokens = sums / np.sum(stored["weights"], axis=-1)
+    likelier = above_zero(of_tokens[:, 0] - of_tokens[:, 1])
+    np.testing.assert_array_equal(units.figures["likelihood_accuracy"][0], likelier)
     assert_close(units.figures["chosen_log_prob"][0], sums[:, 0])
     assert_close(units.figures["rejected_log_prob"][0], sums[:, 1])
 
@@ -139,7 +147,7 @@ def test_figures_of_labelled_answers_are_those_of_torch(form, case):
         assert terms.figures[f"{name}_log_prob"][1] == np.sum(labels == label)
     assert_close(units.figures["kl"][0], np.full(len(labels), kl))
     beta = PREFERENCE_FORMS[form][1]["beta"]
-    right = labels * (reward / beta - kl) > 0
+    right = above_zero(labels * (reward / beta - kl))
     np.testing.assert_array_equal(units.figures["accuracy"][0], right)
 
 
@@ -207,7 +215,7 @@ def test_a_policy_that_is_the_reference_has_no_margin_and_the_expected_loss(form
     assert expected.keys() == {"loss", "margin"}
     np.testing.assert_array_equal(units.figures["margin"][0], 0)
     np.testing.assert_allclose(units.total, expected["loss"], rtol=1e-6)
-    assert terms.figures["accuracy"] == (0, 3)
+    assert terms.figures["accuracy"] == (1.5, 3)
 
 
 @pytest.mark.parametrize("form", ["kto", "kto_weighted"])
@@ -255,6 +263,7 @@ def test_beta_multiplies_rewards_once():
             "rejected_reward": -0.7,
             "chosen_log_prob": -1,
             "rejected_log_prob": -4,
+            "likelihood_accuracy": 1,
         }
     )
 
