@@ -16,7 +16,7 @@ from jaxft.data import prepare
 from jaxft.errors import ConfigError
 from jaxft.files import as_json
 from jaxft.hf.tokenizer import load_tokenizer
-from jaxft.programs import evaluation
+from jaxft.programs import answers, evaluation
 from jaxft.programs.answers import Answers, read_sample_prompts
 from jaxft.programs.comparison import compare
 from jaxft.programs.evaluation import evaluate, evaluate_pair, named_sources
@@ -51,7 +51,7 @@ def evaluated(config, checkpoint="", *, step="best", **changes):
 def test_figures_do_not_depend_on_batch_size_packing_or_mesh(run):
     config, _ = run
     rows = [
-        evaluated(config, **changes)["validation"].rows
+        evaluated(config, **changes)["validation"].sums
         for changes in (
             {"eval__batch_size": 4},
             {"eval__batch_size": 3},
@@ -63,7 +63,8 @@ def test_figures_do_not_depend_on_batch_size_packing_or_mesh(run):
     ]
     for other in rows[1:]:
         assert other.weight.sum() == rows[0].weight.sum()
-        assert other.correct.sum() == rows[0].correct.sum()
+        correct = [sums.figures["token_accuracy"][0].sum() for sums in (other, rows[0])]
+        assert correct[0] == correct[1]
         assert other.loss.value == pytest.approx(rows[0].loss.value, rel=1e-5)
 
 
@@ -233,9 +234,10 @@ def test_a_comparison_pairs_rows(run):
     config, result = run
     a, b = evaluated(config), evaluated(config, result.checkpoint)
     comparison = compare(a, b)["validation"]
-    rows_a, rows_b = a["validation"].rows, b["validation"].rows
-    assert comparison.loss.value == pytest.approx(rows_b.loss.value - rows_a.loss.value)
-    assert comparison.loss.high < 0  # training helped
+    rows_a, rows_b = a["validation"].rows, b["validation"].sums
+    difference = comparison.differences["loss"]
+    assert difference.value == pytest.approx(rows_b.loss.value - rows_a.loss.value)
+    assert difference.high < 0  # training helped
     same = compare(b, b)["validation"].loss
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 
@@ -262,19 +264,20 @@ def test_models_that_read_other_tokens_are_paired_by_document(run, in_pairs, cap
     err = capfd.readouterr().err
     assert err.index("read the data as different tokens") < err.index("Evaluating validation")
     a, b = (results["validation"] for results in pair)
-    assert a.rows.weight.sum() > b.rows.weight.sum()
+    assert a.sums.weight.sum() > b.sums.weight.sum()
     comparison = compare(*pair)["validation"]
-    assert comparison.loss is None
+    assert "loss" not in comparison.differences
     assert comparison.documents == 9
     # The text is the same, and of the same length however it is cut.
-    assert a.rows.bytes.tolist() == b.rows.bytes.tolist()
-    per_byte = [e.rows.total.sum() / math.log(2) / e.rows.bytes.sum() for e in (a, b)]
-    assert comparison.differences["bits_per_byte"].value == pytest.approx(per_byte[1] - per_byte[0])
-    assert comparison.differences["bits_per_byte"].low > 0  # tokens that were never trained
-    assert comparison.differences["bits_per_byte"].count == 9
+    assert a.sums.bytes.tolist() == b.sums.bytes.tolist()
+    per_byte = [e.sums.total.sum() / math.log(2) / e.sums.bytes.sum() for e in (a, b)]
+    difference = comparison.differences["bits_per_byte"]
+    assert difference.value == pytest.approx(per_byte[1] - per_byte[0])
+    assert difference.low > 0  # tokens that were never trained
+    assert difference.count == 9
     print_comparison({"validation": comparison}, "one", "two", config)
     out = " ".join(capfd.readouterr().out.split())
-    assert f"to B the same documents are {b.rows.weight.sum():.0f} trained tokens" in out
+    assert f"to B the same documents are {b.sums.weight.sum():.0f} trained tokens" in out
     assert "paired by document (9 of validation)" in out
 
 
@@ -316,10 +319,10 @@ def test_bytes_are_those_of_the_answers_and_do_not_depend_on_rows(run, folder):
     lines = (folder / "held_out.jsonl").read_text().splitlines()
     answers = [json.loads(line)["messages"][-1]["content"] for line in lines]
     for changes in ({}, {"data__packing": "none"}, {"data__max_length": 96}):
-        rows = evaluated(config, **changes)["validation"].rows
+        rows = evaluated(config, **changes)["validation"].sums
         assert rows.bytes.sum() == sum(len(text.encode()) for text in answers)
         bits = rows.total.sum() / math.log(2) / rows.bytes.sum()
-        assert rows.bits_per_byte.value == pytest.approx(bits)
+        assert rows.estimates["bits_per_byte"].value == pytest.approx(bits)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3-hf", "mistral-v3"])
@@ -377,12 +380,12 @@ def test_answers_are_to_a_sample_of_rows_and_not_to_the_first(run, folder, capsy
 def test_a_sample_of_a_stream_is_uniform():
     counts = np.zeros(50)
     for seed in range(400):
-        kept, total = evaluation._sample(iter(range(50)), 10, seed=seed)
+        kept, total = answers._sample(iter(range(50)), 10, seed=seed)
         assert total == 50 and kept == sorted(set(kept)) and len(kept) == 10
         counts[kept] += 1
     # Each is drawn in 80 of 400 on average, with a standard deviation of 8.
     assert counts.min() > 48 and counts.max() < 112
-    assert evaluation._sample(iter("abc"), 0, seed=0) == (["a", "b", "c"], 3)
+    assert answers._sample(iter("abc"), 0, seed=0) == (["a", "b", "c"], 3)
 
 
 @pytest.mark.parametrize("start", [evaluate, jaxft.train], ids=["eval", "train"])

@@ -211,7 +211,7 @@ def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monke
         save(checkpoints, 1)
         checkpoints.wait()
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-        with pytest.raises(CheckpointError, match=r"A checkpoint takes .* GB free\..*--resume"):
+        with pytest.raises(CheckpointError, match=r"A checkpoint takes .* B free\..*--resume"):
             save(checkpoints, 2)
         assert checkpoints.steps() == [1]
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["1"]
