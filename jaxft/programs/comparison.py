@@ -71,6 +71,13 @@ def _paired_by_unit(
     Raises:
       ConfigError: If they have none in common.
     """
+    if a.held_out.digest == b.held_out.digest:
+        return _sums_by_name(a), _sums_by_name(b)
+    if a.held_out.rows.unit_size == 1:
+        raise ConfigError(
+            f"The models read {name!r} as different tokens, and this objective's loss of rows of "
+            "other tokens cannot be paired. Compare them with --config.objective.name=sft."
+        )
     places = [{key: i for i, key in enumerate(_unit_keys(e))} for e in (a, b)]
     common = [key for key in places[0] if key in places[1]]
     if not common:
@@ -78,10 +85,14 @@ def _paired_by_unit(
     found = []
     for evaluation, place in zip((a, b), places, strict=True):
         chosen = np.array([place[key] for key in common])
-        sums = evaluation.sums
-        figures = {"loss": (sums.total, sums.weight), **sums.figures}
+        figures = _sums_by_name(evaluation)
         found.append({name: (x[chosen], y[chosen]) for name, (x, y) in figures.items()})
     return found[0], found[1]
+
+
+def _sums_by_name(evaluation: Evaluation) -> dict[str, Sums]:
+    sums = evaluation.sums
+    return {"loss": (sums.total, sums.weight), **sums.figures}
 
 
 def _unit_keys(evaluation: Evaluation) -> list[tuple[int, int, int]]:

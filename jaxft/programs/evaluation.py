@@ -251,7 +251,7 @@ def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
     }
     if config.objective.uses_reference:
         compared = {name: found for name, found in sets.items() if name != "retention"}
-        _reference(task, evaluator).attach(compared)
+        _reference(task, evaluator, compared).attach()
     with console.phase("Weights"):
         params = load_weights(
             task.source,
@@ -272,7 +272,7 @@ def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
     }
 
 
-def _reference(task: _Task, evaluator: Evaluator) -> Reference:
+def _reference(task: _Task, evaluator: Evaluator, sets: Mapping[str, HeldOut]) -> Reference:
     """Returns the model that the evaluated one is compared with: the one that its run started from.
 
     Without a run it is `model.path`.
@@ -288,7 +288,7 @@ def _reference(task: _Task, evaluator: Evaluator) -> Reference:
         source = find_source(config.model.path, revision=config.model.revision)
         return read_start(config, evaluator, source, read_description(source, config))
 
-    return Reference(config, evaluator, record, load)
+    return Reference(config, evaluator, record, load, sets)
 
 
 def _say_differences(config: RunConfig, source: Source) -> None:

@@ -146,9 +146,11 @@ def evaluate_rows(
     count = len(held_out.numbers)
     total, weight, figures = jax.tree.map(lambda x: x[:count], joined)
     numbers = np.asarray(held_out.numbers, np.int64)
-    if held_out.bytes is not None:
+    if total.ndim == 1:  # of rows
         places = np.stack([numbers, np.zeros_like(numbers)], axis=1)
-        return UnitSums(total, weight, figures, held_out.bytes.astype(np.float64), places)
+        sizes = held_out.bytes if evaluator.objective.objective.is_cross_entropy else None
+        sizes = None if sizes is None else sizes.astype(np.float64)
+        return UnitSums(total, weight, figures, sizes, places)
     is_unit = weight > 0
     row, unit = np.nonzero(is_unit)
     places = np.stack([numbers[row], unit], axis=1)

@@ -37,19 +37,20 @@ class Reference:
       evaluator: Scores rows.
       record: File in the workdir that says which weights the run started from; None outside of it.
       load: Returns the starting weights, on their devices.
+      sets: Rows that get their log-probabilities as a column, by name.
     """
 
     config: RunConfig
     evaluator: Evaluator
     record: Path | None
     load: Callable[[], Params]
+    sets: Mapping[str, HeldOut]
 
-    def begin(self, params: Params, sets: Mapping[str, HeldOut]) -> Params:
+    def begin(self, params: Params) -> Params:
         """Scores rows with the starting weights, and notes which these are.
 
         Args:
           params: The starting weights.
-          sets: Rows that get their log-probabilities as a column.
 
         Returns:
           A copy of the weights if the training step needs one; else nothing.
@@ -57,22 +58,21 @@ class Reference:
         digest = digest_of(params)
         if self.record is not None and distributed.is_first():
             write_json(self.record, {"weights": digest})
-        self._attach(sets, digest, lambda: params)
+        self._attach(digest, lambda: params)
         return jax.tree.map(jnp.copy, params) if self.is_fixed else {}
 
-    def resume(self, sets: Mapping[str, HeldOut]) -> Params:
+    def resume(self) -> Params:
         """Does what `begin` does, for a run that goes on.
 
         Raises:
           CheckpointError: If `load` does not return the weights that the run was started with.
         """
-        return self.attach(sets, wanted=self.is_fixed)
+        return self.attach(wanted=self.is_fixed)
 
-    def attach(self, sets: Mapping[str, HeldOut], *, wanted: bool = False) -> Params:
+    def attach(self, *, wanted: bool = False) -> Params:
         """Gives rows their column, and reads the starting weights only where they are needed.
 
         Args:
-          sets: Rows that get their log-probabilities as a column.
           wanted: Whether the weights are returned; else nothing is.
 
         Raises:
@@ -88,7 +88,7 @@ class Reference:
             return loaded
 
         digest = noted if noted and not wanted else digest_of(load())
-        self._attach(sets, digest, load)
+        self._attach(digest, load)
         return loaded if wanted else {}
 
     @property
@@ -114,8 +114,8 @@ class Reference:
                 "another folder."
             )
 
-    def _attach(self, sets: Mapping[str, HeldOut], digest: str, load: Callable[[], Params]) -> None:
-        for name, held_out in sets.items():
+    def _attach(self, digest: str, load: Callable[[], Params]) -> None:
+        for name, held_out in self.sets.items():
             with console.phase(f"Reference log-probabilities of {name}") as phase:
                 scores, found = self._scores(held_out, digest, load)
                 phase.detail("from the cache" if found else f"{len(held_out.numbers):,} rows")

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -21,7 +21,7 @@ from jaxft.models.module import Params
 from jaxft.programs import announcements, capacity, folder, patience, run_data
 from jaxft.programs.advice import warn
 from jaxft.programs.answers import read_sample_prompts
-from jaxft.programs.description import Description, read_description
+from jaxft.programs.description import read_description
 from jaxft.programs.held_out import HeldOut
 from jaxft.programs.reference import Reference, read_start
 from jaxft.programs.session import Session
@@ -29,6 +29,7 @@ from jaxft.reporting.progress import TrainProgress
 from jaxft.reporting.report import write_report
 from jaxft.sharding.rules import Placement
 from jaxft.training.program import (
+    Evaluator,
     Program,
     build,
     build_evaluator,
@@ -43,7 +44,7 @@ from jaxft.workdir.checkpoint import Checkpoints, Progress
 from jaxft.workdir.lock import Lock
 from jaxft.workdir.metrics import MetricsWriter, require_wandb
 from jaxft.workdir.periods import Periods, Sums
-from jaxft.workdir.source import Source, find_source
+from jaxft.workdir.source import find_source
 from jaxft.workdir.workdir import Workdir, absolute, explained_files
 
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a signal
@@ -172,9 +173,12 @@ def _train(
         folder.check_same_data(reached, iterator, workdir)
         if start < iterator.steps:
             folder.begin(workdir, config, lock)
-    fixed, state = _read_weights(
-        config, program, source, description, checkpoints, workdir, start, rows, held_out
-    )
+    load = functools.partial(read_start, config, evaluator, source, description)
+    reference = _make_reference(config, evaluator, workdir, load, rows, held_out)
+    with console.phase("Weights") as phase:
+        fixed, state = _read_weights(config, program, load, reference, checkpoints, start)
+        origin = "random" if config.model.random_init else config.model.path
+        phase.detail(f"checkpoint of step {start}" if start else origin)
     if not start:
         if distributed.is_first():
             folder.keep_model_files(
@@ -246,35 +250,36 @@ def _make_iterator(
 def _read_weights(
     config: RunConfig,
     program: Program,
-    source: Source,
-    description: Description,
+    load: Callable[[], Params],
+    reference: Reference | None,
     checkpoints: Checkpoints,
-    workdir: Workdir,
     start: int,
-    rows: TokenRows,
-    held_out: Mapping[str, HeldOut],
 ) -> tuple[Params, TrainState]:
     """Returns the reference's weights, if the step needs them, and the state to go on from."""
-    evaluator = program.evaluator
-    load = functools.partial(read_start, config, evaluator, source, description)
-    reference, sets = None, {}
-    if config.objective.uses_reference:
-        reference = Reference(config, evaluator, workdir.reference, load)
-        sets = {name: found for name, found in held_out.items() if name != "retention"}
-        if not reference.is_fixed:
-            sets["train"] = HeldOut(rows, range(len(rows)), None)
-    with console.phase("Weights") as phase:
-        if start:
-            fixed = reference.resume(sets) if reference else {}
-            state, _ = checkpoints.restore(program.state, start)
-            phase.detail(f"checkpoint of step {start}")
-            return fixed, state
-        params = load()
-        phase.detail("random" if config.model.random_init else config.model.path)
-        fixed = reference.begin(params, sets) if reference else {}
+    if start:
+        fixed = reference.resume() if reference else {}
+        return fixed, checkpoints.restore(program.state, start)[0]
+    params = load()
+    fixed = reference.begin(params) if reference else {}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     make = functools.partial(init_state, optimizer=program.optimizer, freeze=config.optim.freeze)
     return fixed, jax.jit(make, donate_argnums=0, out_shardings=shardings)(params)
+
+
+def _make_reference(
+    config: RunConfig,
+    evaluator: Evaluator,
+    workdir: Workdir,
+    load: Callable[[], Params],
+    rows: TokenRows,
+    held_out: Mapping[str, HeldOut],
+) -> Reference | None:
+    if not config.objective.uses_reference:
+        return None
+    sets = {name: found for name, found in held_out.items() if name != "retention"}
+    if config.objective.uses_reference == "cached":
+        sets["train"] = HeldOut(rows, range(len(rows)), None)
+    return Reference(config, evaluator, workdir.reference, load, sets)
 
 
 def _has_all_steps(config: RunConfig, reached: Progress) -> bool:

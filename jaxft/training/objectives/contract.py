@@ -81,6 +81,8 @@ class Objective:
         `labelled` answers, each beside one that belongs to another prompt.
       reference: Whether the loss reads `batch["reference"]`, the log-probability that the model
         which training began with gives each target.
+      is_cross_entropy: Whether the loss is in nats per trained token of text, from which perplexity
+        and bits per byte follow.
       whole: `(policy, batch, keys) -> {name: (sum, count)}`, what the loss must know of all
         micro-batches: made without gradients before it, and given to it as a column of that name,
         the ratio of the sums.
@@ -92,5 +94,6 @@ class Objective:
     rows: Callable[[Policy, Batch, Any], Terms]
     units: str = "documents"
     reference: bool = False
+    is_cross_entropy: bool = False
     whole: Callable[[Policy, Batch, Any], dict[str, tuple[Any, Any]]] | None = None
     start: Callable[[Any], dict[str, float]] = no_expectations

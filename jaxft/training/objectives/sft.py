@@ -33,4 +33,4 @@ def rows(policy: Policy, batch: Batch, _: Any) -> Terms:
     return terms._replace(figures={"token_accuracy": (correct, terms.weight)})
 
 
-OBJECTIVE = Objective(keys=Keys, loss=loss, rows=rows)
+OBJECTIVE = Objective(keys=Keys, loss=loss, rows=rows, is_cross_entropy=True)
