@@ -10,6 +10,7 @@ import pytest
 import jaxft
 from jaxft.errors import CheckpointError, ConfigError, ModelError
 from jaxft.hf import folder
+from jaxft.programs import description
 from jaxft.programs.generate import Sampling
 from jaxft.workdir.source import find_source
 from tests.tiny_run import tiny_config, write_base
@@ -150,7 +151,8 @@ def test_a_command_reads_what_describes_its_model_once(tmp_path, monkeypatch):
     config.data.validation = str(tmp_path / "held_out.jsonl")
     base = tmp_path / "base"
     read, files = folder.read_json, []
-    monkeypatch.setattr(folder, "read_json", lambda file: files.append(file) or read(file))
+    for module in (folder, description):
+        monkeypatch.setattr(module, "read_json", lambda file: files.append(file) or read(file))
     jaxft.load(base).generate("say abc", max_new_tokens=2)
     assert files == [base / "config.json"]
     files.clear()
