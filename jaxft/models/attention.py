@@ -131,7 +131,7 @@ def row_attention(
 
     of_mask = P(split.spec[0], None, split.spec[1], None)
     specs = (split.rows, split.rows, split.rows, of_mask, split.heads)
-    return split.shard_map(local, specs, split.rows)(q, k, v, mask, sinks)
+    return split.placement.shard_map(local, specs, split.rows)(q, k, v, mask, sinks)
 
 
 def _xla(

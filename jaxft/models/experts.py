@@ -170,13 +170,7 @@ def _top_k(
     if placement is None:
         return local(probabilities)
     stream = placement.spec(("batch", "stream_seq"), probabilities.shape[:2], "tokens of experts")
-    return jax.shard_map(
-        local,
-        mesh=placement.mesh,
-        in_specs=stream,
-        out_specs=(stream, stream),
-        check_vma=False,
-    )(probabilities)
+    return placement.shard_map(local, stream, (stream, stream))(probabilities)
 
 
 def check_experts(placement: Placement, *, capacity: float) -> None:

@@ -130,7 +130,7 @@ def _attention_forward(
     ring: Ring, q: Array, k: Array, v: Array, segments: Array, sinks: Array | None
 ) -> tuple[Array, tuple]:
     rows, of_segments, heads = ring.split.rows, ring.split.segments, ring.split.heads
-    forward = ring.split.shard_map(
+    forward = ring.split.placement.shard_map(
         functools.partial(_forward, ring), (rows, rows, rows, of_segments, heads), (rows, ring.logs)
     )
     out, logs = forward(q, k, v, segments, sinks)
@@ -140,7 +140,7 @@ def _attention_forward(
 
 def _attention_backward(ring: Ring, kept: tuple, d_out: Array) -> tuple:
     rows, of_segments, heads = ring.split.rows, ring.split.segments, ring.split.heads
-    backward = ring.split.shard_map(
+    backward = ring.split.placement.shard_map(
         functools.partial(_backward, ring),
         (rows, rows, rows, of_segments, heads, rows, ring.logs, rows),
         (rows, rows, rows, heads),

@@ -1,13 +1,10 @@
 """Attention mapped over devices: each takes its rows, its heads and its queries."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -19,19 +16,19 @@ class RowSplit:
     """Placement of the dimensions of queries; of keys and values too, as they come.
 
     Attributes:
-      mesh: The devices.
+      placement: Gives the mesh.
       spec: Mesh axes of B, T and N.
       axes: Mesh axes that T is split over, slowest first; none if devices hold whole rows.
     """
 
-    mesh: Mesh
+    placement: Placement = field(hash=False)
     spec: P
     axes: tuple[str, ...]
 
     @property
     def parts(self) -> int:
         """Devices that share a row."""
-        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+        return math.prod(self.placement.mesh.shape[axis] for axis in self.axes)
 
     @property
     def rows(self) -> P:
@@ -47,12 +44,6 @@ class RowSplit:
     def heads(self) -> P:
         """Placement of `[N]`."""
         return P(self.spec[2])
-
-    def shard_map(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
-        """Maps a function of one device's parts of arrays over all devices, given their specs."""
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
-        )
 
     def gather(self, x: Array) -> Array:
         """Returns `[B, T, …]` of a device's part in T, inside `shard_map`.
@@ -77,4 +68,4 @@ def split_rows(
     spec = placement.spec(("batch", "seq", "act_heads"), q.shape[:3], "queries")
     if spec != placement.spec(("batch", "seq", "act_kv_heads"), k.shape[:3], "keys"):
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    return RowSplit(placement.mesh, spec, placement.split("seq")), k, v
+    return RowSplit(placement, spec, placement.split("seq")), k, v

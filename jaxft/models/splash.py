@@ -40,7 +40,7 @@ def splash_attention(
         kernel = _make_kernel(np.arange(q.shape[1], dtype=np.int32), q.shape[2], 1, scores)
         return _rows(kernel, scores, q, k, v, segments, segments, sinks)
     split, k, v = split_rows(placement, q, k, v)
-    heads = NamedSharding(split.mesh, split.rows).shard_shape(q.shape)[2]
+    heads = NamedSharding(split.placement.mesh, split.rows).shard_shape(q.shape)[2]
     kernel = _make_kernel(placement.slots(q.shape[1]), heads, split.parts, scores)
 
     def local(
@@ -50,9 +50,11 @@ def splash_attention(
         return _rows(kernel, scores, q, k, v, of_keys, segments, sinks)
 
     # What the kernel knows of its queries differs from device to device.
-    of_kernel = kernel.manual_sharding_spec(NamedSharding(split.mesh, P(None, split.axes or None)))
+    of_kernel = kernel.manual_sharding_spec(
+        NamedSharding(split.placement.mesh, P(None, split.axes or None))
+    )
     specs = (of_kernel, split.rows, split.rows, split.rows, split.segments, split.heads)
-    return split.shard_map(local, specs, split.rows)(kernel, q, k, v, segments, sinks)
+    return split.placement.shard_map(local, specs, split.rows)(kernel, q, k, v, segments, sinks)
 
 
 class RowMask(splash_attention_mask.Mask):

@@ -83,13 +83,7 @@ class WeightPlan(NamedTuple):
         """Returns a function of whole arrays that runs on each device's part of them."""
         if self.placement is None:
             return function
-        return jax.shard_map(
-            function,
-            mesh=self.placement.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            check_vma=False,
-        )
+        return self.placement.shard_map(function, in_specs, out_specs)
 
 
 def plan_weight(

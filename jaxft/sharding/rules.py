@@ -5,7 +5,7 @@ import contextvars
 import math
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -287,6 +287,19 @@ class Placement:
         sharding = NamedSharding(self.mesh, P(self.batch_axes))
         parts = sharding.addressable_devices_indices_map((rows,)).values()
         return sorted({place for part in parts if part for place in range(rows)[part[0]]})
+
+    def shard_map(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
+        """Returns a function of whole arrays that runs on each device's part of them.
+
+        Args:
+          function: Of one device's parts; it may use collectives over the mesh's axes.
+          inputs: The `PartitionSpec` of each argument; one for all, or a tree of them.
+          outputs: The same of what it returns.
+        """
+        # Gradients are summed by hand here, so that JAX need not follow what varies over the mesh.
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+        )
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:

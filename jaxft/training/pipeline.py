@@ -195,13 +195,8 @@ class _Stages:
     def _map(self, function: Callable, x: Array, *, stages: bool) -> Array:
         axes = ("batch", "stream_seq", "act_embed") if x.ndim == 4 else ()
         spec = self.placement.spec(axes, x.shape[1:] if axes else (), "an activation")
-        return jax.shard_map(
-            function,
-            mesh=self.placement.mesh,
-            in_specs=P(self.axis, *spec),
-            out_specs=P(self.axis, *spec) if stages else spec,
-            check_vma=False,
-        )(x)
+        split = P(self.axis, *spec)
+        return self.placement.shard_map(function, split, split if stages else spec)(x)
 
 
 def accumulate(

@@ -122,7 +122,7 @@ def test_only_steps_that_bring_a_visible_key_are_made(context, window):
     visible = (behind >= 0) & ((behind < window) if window else True)
     seen = visible.any(axis=(2, 3))
     steps = [r for r in range(context) if any(seen[i, i - r] for i in range(context))]
-    split = RowSplit(make_placement(context).mesh, P(None, "context", None), ("context",))
+    split = RowSplit(make_placement(context), P(None, "context", None), ("context",))
     found = Ring(split, dataclasses.replace(PLAIN, window=window)).steps(length // (2 * context))
     assert found == steps
 
