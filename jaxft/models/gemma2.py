@@ -1,18 +1,14 @@
 """Gemma 2: norms before and after each part, soft bounds, windows in every other layer."""
 
-import functools
 import math
 from typing import Any
 
-import jax
 from flax import nnx
 
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.fields import Fields
-from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention
+from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention, gelu_tanh
 from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, SANDWICH_NORMS
-
-gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
 
 class Block(ResidualBlock):
