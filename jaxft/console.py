@@ -1,11 +1,11 @@
-"""Lines for a person: results on standard output, and the course of things on standard error.
+"""Lines and tables for a person: results on standard output, progress on standard error.
 
 On a terminal one live area at the bottom holds the bar and the phases under way. Elsewhere (a file,
 a job's log) the same is written as plain lines. All goes to standard error.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,3 +113,13 @@ def write(text: Text) -> None:
     """Prints a text on standard error, above what is live."""
     # A pipe has no width to wrap at; a wrapped line could not be searched for.
     stderr.print(text, soft_wrap=True)
+
+
+def make_table(columns: Iterable[str], *, left: int) -> Table:
+    """Returns a table without rows, of which the first `left` columns are of text."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        # A name that is cut in two cannot be searched for; the other columns give way.
+        justify = "left" if i < left else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=i == 0)
+    return table

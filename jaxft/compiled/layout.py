@@ -7,7 +7,7 @@ devices.
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rich.text import Text
 
 from jaxft.compiled.collectives import Total, collectives, summary
 from jaxft.config import RunConfig
-from jaxft.console import stdout
+from jaxft.console import make_table, stdout
 from jaxft.errors import ConfigError
 from jaxft.formatting import format_bytes
 from jaxft.models.families import Architecture
@@ -375,16 +375,6 @@ def _print_communication(found: Communication) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def make_table(columns: Iterable[str], *, left: int) -> Table:
-    """Returns a table without rows, of which the first `left` columns are of text."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        # A name that is cut in two cannot be searched for; the other columns give way.
-        justify = "left" if i < left else "right"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=i == 0)
-    return table
 
 
 def check_outputs(**files: str) -> None:

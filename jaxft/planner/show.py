@@ -7,8 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from jaxft.compiled.layout import make_table
-from jaxft.console import stdout
+from jaxft.console import make_table, stdout
 from jaxft.formatting import format_bytes, format_seconds
 from jaxft.hardware.chips import Chip, Switch
 from jaxft.planner.candidates import Candidate, Search

@@ -5,10 +5,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.table import Table
-
 from jaxft.config import RunConfig, to_dict
-from jaxft.console import stdout
+from jaxft.console import make_table, stdout
 from jaxft.programs.comparison import Comparison
 from jaxft.programs.evaluation import Evaluation
 from jaxft.reporting.intervals import Estimate
@@ -54,7 +52,7 @@ def print_evaluation(results: Mapping[str, Evaluation], config: RunConfig) -> No
     first = next(iter(results.values()))
     _print_line(f"Model: {first.model.name}")
     _print_scope(results, config)
-    table = _table(["data", "measure", "value", "95 % interval", "over"])
+    table = make_table(["data", "measure", "value", "95 % interval", "over"], left=2)
     for name, evaluation in results.items():
         noun = "rows" if evaluation.sums.bytes is not None else "units"
         for measure, estimate in evaluation.sums.estimates.items():
@@ -81,7 +79,7 @@ def print_comparison(
         if comparison.documents:
             tokens = comparison.b.sums.weight.sum()
             _print_line(f"{name}: to B the same documents are {tokens:,.0f} trained tokens")
-    table = _table(["data", "measure", "A", "B", "B - A", "95 % interval"])
+    table = make_table(["data", "measure", "A", "B", "B - A", "95 % interval"], left=2)
     for name, comparison in results.items():
         for measure, difference, form in _differences(comparison):
             a, b = (_figure(evaluation, measure) for evaluation in (comparison.a, comparison.b))
@@ -231,13 +229,6 @@ def _jsonable(evaluation: Evaluation) -> dict[str, Any]:
             )
         ]
     return record
-
-
-def _table(columns: list[str]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
-    return table
 
 
 def _range(estimate: Estimate, form: str) -> str:
