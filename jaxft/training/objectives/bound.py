@@ -1,6 +1,5 @@
 """An objective with the keys of a run, as the steps use it."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,10 +90,6 @@ class BoundObjective:
     def log_probs(self, model: Predictor, batch: Batch) -> Float[Array, "B T"]:
         """Returns the log-probability that a model gives each target."""
         return self._policy(model).scores(batch).log_probs
-
-    def with_max_units(self, count: int) -> "BoundObjective":
-        """Returns it for rows of at most so many units."""
-        return dataclasses.replace(self, max_units=count)
 
     def _policy(self, model: Predictor) -> _Scored:
         return _Scored(model, self.chunk, self.max_units)
