@@ -429,3 +429,18 @@ def test_a_strategy_that_cannot_place_the_model_is_refused():
     placed = Placed(make_placement(config), architecture.abstract(make_numerics("float32")), 128)
     with pytest.raises(ConfigError, match="heads"):
         Estimator(architecture=architecture, topology=EIGHT).estimate(config, placed)
+
+
+def test_a_reference_that_is_kept_takes_memory_and_time_and_a_cached_one_a_column():
+    config = config_of("fsdp")
+    config.objective.name = "dpo"
+    config.data.max_length, config.train.batch_size = 2048, 16
+    found = {}
+    for kind in ("fixed", "cached"):
+        config.objective.reference = kind
+        found[kind] = estimate(config)
+    fixed, cached = found["fixed"], found["cached"]
+    assert fixed.kinds["reference"] == fixed.kinds["parameters"] > 0 == cached.kinds["reference"]
+    assert cached.kinds["batch"] > fixed.kinds["batch"]
+    # A forward pass more, beside one forward, one again and two backward.
+    assert 1.2 < fixed.seconds / cached.seconds < 1.5
