@@ -12,6 +12,7 @@ import numpy as np
 from jaxft import data
 from jaxft.data import Batch, TokenRows
 from jaxft.models.module import Params
+from jaxft.reporting.figures import figure_of, words_of
 from jaxft.reporting.intervals import Estimate, ratio
 from jaxft.training.program import Evaluator, put
 
@@ -218,16 +219,19 @@ def score_rows(
     return np.concatenate(list(parts))[: len(held_out.numbers)]
 
 
-_FORMS = {
-    "loss": "loss {:.4f}",
-    "perplexity": "perplexity {:.3f}",
-    "token_accuracy": "token accuracy {:.1%}",
-    "accuracy": "preferred first {:.1%}",
-    "margin": "margin {:.3f}",
-}
+_IN_A_LINE = ("loss", "perplexity", "token_accuracy", "accuracy", "margin")
 
 
-def describe_figures(sums: UnitSums) -> list[str]:
-    """Returns the figures that a line about an evaluation holds."""
+def describe_figures(sums: UnitSums, units: str) -> list[str]:
+    """Returns the figures that a line about an evaluation holds.
+
+    Args:
+      sums: The evaluation.
+      units: Units of the objective that it is by.
+    """
     found = sums.estimates
-    return [form.format(found[name].value) for name, form in _FORMS.items() if name in found]
+    return [
+        f"{words_of(name, units)} {figure_of(name, units).form.format(found[name].value)}"
+        for name in _IN_A_LINE
+        if name in found
+    ]

@@ -92,8 +92,9 @@ class Session:
         """Evaluates and records held-out data; returns the score of validation data, if any."""
         score = None
         for name, held_out in self.held_out.items():
+            evaluator = self._evaluators[name]
             result = evaluate_rows(
-                self._evaluators[name],
+                evaluator,
                 state.params,
                 held_out,
                 batch_size=self.config.eval.batch_size or self.config.train.batch_size,
@@ -102,7 +103,8 @@ class Session:
             record |= result.record() | held_out.record()
             if not int(state.step) and name != "retention":
                 self.check_start({name: found.value for name, found in result.estimates.items()})
-            text = f"step {record['step']}: {name} {', '.join(describe_figures(result))}"
+            figures = describe_figures(result, evaluator.objective.objective.units)
+            text = f"step {record['step']}: {name} {', '.join(figures)}"
             if held_out.is_sample:
                 text += f" over {len(held_out.numbers):,} of {len(held_out.rows):,} rows"
             if name == "validation":

@@ -7,19 +7,13 @@ from typing import Any
 
 from jaxft.config import RunConfig, to_dict
 from jaxft.console import make_table, stdout
+from jaxft.data.units import units_of
 from jaxft.programs.comparison import Comparison
 from jaxft.programs.evaluation import Evaluation
+from jaxft.reporting.figures import figure_of, loss_unit, unit_words, words_of
 from jaxft.reporting.intervals import Estimate
 from jaxft.workdir.source import Source
 
-# Title and form of figures; of others the name is the title.
-_MEASURES = {
-    "loss": ("loss, nats per token", "{:.4f}"),
-    "perplexity": ("perplexity", "{:.4g}"),
-    "bits_per_byte": ("bits per byte", "{:.4f}"),
-    "token_accuracy": ("token accuracy", "{:.1%}"),
-    "accuracy": ("preferred ranked first", "{:.1%}"),
-}
 # What decides which figures a model gets, beside the model and the data.
 _SETTINGS = (
     "data.format",
@@ -54,16 +48,17 @@ def print_evaluation(results: Mapping[str, Evaluation], config: RunConfig) -> No
     _print_scope(results, config)
     table = make_table(["data", "measure", "value", "95 % interval", "over"], left=2)
     for name, evaluation in results.items():
-        noun = "rows" if evaluation.sums.bytes is not None else "units"
+        units = _units(name, config)
+        noun = "rows" if units == "documents" else unit_words(units)
         for measure, estimate in evaluation.sums.estimates.items():
-            title, form = _title(measure, evaluation), _form(measure)
+            title, form = _title(measure, evaluation, units), figure_of(measure, units).form
             over = f"{estimate.count:,} {noun}"
             table.add_row(name, title, form.format(estimate.value), _range(estimate, form), over)
             name = ""
         if (answers := evaluation.answers) is not None:
-            share = answers.accuracy
-            title, over = answers.metric.replace("_", " "), f"{share.count:,} answers"
-            table.add_row("", title, _percent(share.value), _range(share, "{:.1%}"), over)
+            share, form = answers.accuracy, figure_of(answers.metric, units).form
+            title, over = words_of(answers.metric, units), f"{share.count:,} answers"
+            table.add_row("", title, form.format(share.value), _range(share, form), over)
     stdout.print(table)
 
 
@@ -81,11 +76,14 @@ def print_comparison(
             _print_line(f"{name}: to B the same documents are {tokens:,.0f} trained tokens")
     table = make_table(["data", "measure", "A", "B", "B - A", "95 % interval"], left=2)
     for name, comparison in results.items():
-        for measure, difference, form in _differences(comparison):
+        units = _units(name, config)
+        for measure, difference in _differences(comparison):
+            form = figure_of(measure, units).form
             a, b = (_figure(evaluation, measure) for evaluation in (comparison.a, comparison.b))
             signed = form.replace(":", ":+")
             cells = (form.format(a), form.format(b), signed.format(difference.value))
-            table.add_row(name, _title(measure, comparison.a), *cells, _range(difference, signed))
+            title = _title(measure, comparison.a, units)
+            table.add_row(name, title, *cells, _range(difference, signed))
             name = ""
     stdout.print(table)
     paired = [f"{c.documents:,} of {name}" for name, c in results.items() if c.documents]
@@ -95,7 +93,7 @@ def print_comparison(
             f"paired by document ({', '.join(paired)}), and losses per token are not comparable."
         )
     if "retention" in results and len(results) > 1:
-        _print_line(_gain_and_loss(results))
+        _print_line(_gain_and_loss(results, config))
 
 
 def _print_scope(results: Mapping[str, Evaluation], config: RunConfig) -> None:
@@ -106,8 +104,7 @@ def _print_scope(results: Mapping[str, Evaluation], config: RunConfig) -> None:
         text = f"{name}: {', '.join(held_out.rows.statistics.read.sources)}; {rows:,} "
         text += f"of {of_rows:,} rows, drawn at random" if held_out.is_sample else "rows"
         text += f", {held_out.documents:,} documents"
-        unit = "trained tokens" if evaluation.sums.bytes is not None else "units"
-        text += f", {evaluation.sums.weight.sum():,.0f} {unit}"
+        text += f", {evaluation.sums.weight.sum():,.0f} {unit_words(_units(name, config))}"
         if answers is not None and len(answers.right) < answers.of_rows:
             text += f"; answers to {len(answers.right):,} of {answers.of_rows:,} rows"
         _print_line(text)
@@ -121,11 +118,14 @@ def _print_line(text: str) -> None:
     stdout.print(text, markup=False, highlight=False)
 
 
-def _differences(comparison: Comparison) -> Iterator[tuple[str, Estimate, str]]:
-    for name, difference in comparison.differences.items():
-        yield name, difference, _form(name)
+def _units(name: str, config: RunConfig) -> str:
+    return units_of(name, config.objective.objective.units)
+
+
+def _differences(comparison: Comparison) -> Iterator[tuple[str, Estimate]]:
+    yield from comparison.differences.items()
     if comparison.answers is not None and comparison.a.answers is not None:
-        yield comparison.a.answers.metric, comparison.answers, "{:.1%}"
+        yield comparison.a.answers.metric, comparison.answers
 
 
 def _figure(evaluation: Evaluation, measure: str) -> float:
@@ -134,21 +134,18 @@ def _figure(evaluation: Evaluation, measure: str) -> float:
     return evaluation.answers.accuracy.value if evaluation.answers else float("nan")
 
 
-def _title(measure: str, evaluation: Evaluation) -> str:
-    if measure == "loss" and evaluation.sums.bytes is None:
-        return "loss, per unit"
-    return _MEASURES[measure][0] if measure in _MEASURES else measure.replace("_", " ")
+def _title(measure: str, evaluation: Evaluation, units: str) -> str:
+    words = words_of(measure, units)
+    if measure == "loss":
+        words += f", {loss_unit(units, is_sft=evaluation.sums.bytes is not None)}"
+    return words
 
 
-def _form(measure: str) -> str:
-    return _MEASURES[measure][1] if measure in _MEASURES else "{:.4f}"
-
-
-def _gain_and_loss(results: Mapping[str, Comparison]) -> str:
+def _gain_and_loss(results: Mapping[str, Comparison], config: RunConfig) -> str:
     task = next(name for name in results if name != "retention")
     gained, lost = results[task], results["retention"]
     if gained.a.sums.bytes is None:
-        return _preference_and_loss(task, gained, lost)
+        return _preference_and_loss(task, gained, lost, _units(task, config))
     name = "loss" if {"loss"} <= gained.differences.keys() & lost.differences.keys() else ""
     unit, name = ("nats a token", name) if name else ("bits a byte", "bits_per_byte")
     change = gained.differences[name].value, lost.differences[name].value
@@ -159,13 +156,14 @@ def _gain_and_loss(results: Mapping[str, Comparison]) -> str:
     )
 
 
-def _preference_and_loss(task: str, gained: Comparison, lost: Comparison) -> str:
-    share, bits = gained.differences["accuracy"].value, lost.differences["bits_per_byte"].value
-    more = "more" if share > 0 else "fewer"
+def _preference_and_loss(task: str, gained: Comparison, lost: Comparison, units: str) -> str:
+    name = "accuracy" if "accuracy" in gained.differences else "loss"
+    change, bits = gained.differences[name].value, lost.differences["bits_per_byte"].value
+    amount = f"{100 * abs(change):.1f} points" if name == "accuracy" else f"{abs(change):.4f}"
     verb = "loses" if bits > 0 else "gains"
     return (
-        f"On {task} B ranks {abs(share):.1%} {more} of the preferred answers first than A; outside "
-        f"its task it {verb} {abs(bits):.4f} bits a byte."
+        f"On {task} B is {amount} {'above' if change > 0 else 'below'} A in "
+        f"{_title(name, gained.a, units)}; outside its task it {verb} {abs(bits):.4f} bits a byte."
     )
 
 
@@ -236,7 +234,3 @@ def _range(estimate: Estimate, form: str) -> str:
     if not math.isfinite(estimate.low):
         return "–"
     return f"{form.format(estimate.low)} to {form.format(estimate.high)}"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"

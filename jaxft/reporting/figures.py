@@ -1,6 +1,6 @@
 """Knows by name how each figure that a run recorded is called and written.
 
-`FIGURES` knows the figures of jaxft. Others, of an objective of the user's own, are drawn under
+`FIGURES` knows the figures of jaxft. Others, of an objective of the user's own, are shown under
 their name.
 """
 
@@ -16,6 +16,8 @@ Record = dict[str, Any]
 
 PRIMARY = "validation"
 _GIB = 2**30
+# Formats of values in a terminal, by unit.
+_DIGITS: dict[Unit, str] = {"percent": ".1%", "count": ",.0f", "rate": ".3e", "number": ".4f"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Figure:
       color: Number of its colour in a shared chart.
       from_zero: Whether the axis of values begins at 0.
       scale: The divisor of values.
+      digits: The format of values in a terminal; empty for that of the unit.
     """
 
     title: str
@@ -46,12 +49,18 @@ class Figure:
     color: int = 0
     from_zero: bool = False
     scale: float = 1.0
+    digits: str = ""
+
+    @property
+    def form(self) -> str:
+        """The template of a value in a terminal, where the next digit may tell two runs apart."""
+        return f"{{:{self.digits or _DIGITS[self.unit]}}}"
 
 
 # In the order of charts and tables. Colours 0 and 1 are training and validation all over the page.
 FIGURES = {
     "loss": Figure("Loss", better="low"),
-    "perplexity": Figure("Perplexity", better="low", course="table"),
+    "perplexity": Figure("Perplexity", better="low", course="table", digits=".4g"),
     "bits_per_byte": Figure("Bits per byte of text", better="low", course="table"),
     "token_accuracy": Figure("Token accuracy", "percent", note="share", better="high"),
     "label_accuracy": Figure("Label accuracy", "percent", note="share", better="high"),
@@ -110,6 +119,32 @@ _UNITS = {"documents": "trained tokens", "pairs": "pairs", "labelled": "answers"
 _RIGHT = {"pairs": "Preferred answers ranked first", "labelled": "Answers judged as labelled"}
 
 
+def unit_words(units: str) -> str:
+    """Returns in words what a loss is a mean over."""
+    return _UNITS.get(units, "units")
+
+
+def loss_unit(units: str, *, is_sft: bool) -> str:
+    """Returns the words that tell what the loss is a mean over."""
+    return "nats per token" if is_sft else f"per {unit_words(units).split()[-1].removesuffix('s')}"
+
+
+def figure_of(name: str, units: str) -> Figure:
+    """Returns how a figure of an objective is told that takes such units of data."""
+    figure = FIGURES.get(name, Figure(name))
+    if name == "accuracy" and units in _RIGHT:
+        note = f"share of {unit_words(units)}"
+        return dataclasses.replace(figure, title=_RIGHT[units], note=note)
+    return figure
+
+
+def words_of(name: str, units: str) -> str:
+    """Returns what a figure is called within a sentence."""
+    title = figure_of(name, units).title
+    is_word = name != title and not title[:2].isupper()
+    return title[0].lower() + title[1:] if is_word else title
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """A chart that several figures share.
@@ -159,23 +194,17 @@ class Run:
     @property
     def unit(self) -> str:
         """The units that the loss is a mean over, in words."""
-        return _UNITS.get(self.units, "units")
+        return unit_words(self.units)
 
     @property
     def loss_unit(self) -> str:
         """The words that tell what the loss is a mean over."""
-        return "nats per token" if self.is_sft else f"per {self.unit.split()[-1].removesuffix('s')}"
+        return loss_unit(self.units, is_sft=self.is_sft)
 
     def figure(self, name: str) -> Figure:
         """Returns how a figure of this run is told."""
-        figure = FIGURES.get(name, Figure(name))
-        if name == "loss":
-            return dataclasses.replace(figure, note=self.loss_unit)
-        if name == "accuracy" and self.units in _RIGHT:
-            return dataclasses.replace(
-                figure, title=_RIGHT[self.units], note=f"share of {self.unit}"
-            )
-        return figure
+        figure = figure_of(name, self.units)
+        return dataclasses.replace(figure, note=self.loss_unit) if name == "loss" else figure
 
     def names(self) -> list[str]:
         """Returns the figures that were recorded: those of the table first."""

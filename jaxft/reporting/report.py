@@ -18,7 +18,15 @@ from jaxft.files import read_jsonl, write_text
 from jaxft.formatting import format_count, format_duration
 from jaxft.reporting.charts import Unit, format_value, plot
 from jaxft.reporting.curves import make_charts
-from jaxft.reporting.figures import PRIMARY, Record, Run, interval_of, is_finite, value_of
+from jaxft.reporting.figures import (
+    PRIMARY,
+    Record,
+    Run,
+    interval_of,
+    is_finite,
+    value_of,
+    words_of,
+)
 from jaxft.reporting.pages import Tile, keys_of, render, short_name
 from jaxft.workdir.workdir import Workdir
 
@@ -240,7 +248,7 @@ def _measure(run: Run, dataset: str, name: str, scored: list[Record]) -> _Measur
         tone = "better" if (change > 0) == (figure.better == "high") else "worse"
     percent = figure.unit == "percent"
     signed = f"{_signed(100 * change, 1)} points" if percent else _signed(change)
-    title = figure.title if name == figure.title else figure.title[0].lower() + figure.title[1:]
+    title = words_of(name, run.units)
     return _Measure(
         dataset=dataset,
         title=f"{title}, {run.loss_unit}" if name == "loss" else title,

@@ -13,7 +13,9 @@ from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.programs import reference, session
 from jaxft.programs.comparison import compare
 from jaxft.programs.evaluation import evaluate, evaluate_pair
+from jaxft.programs.held_out import UnitSums, describe_figures
 from jaxft.programs.reference import digest_of
+from jaxft.programs.tables import print_comparison, print_evaluation
 from tests.tiny import load_tiny
 from tests.tiny_run import (
     assert_same_arrays,
@@ -136,7 +138,7 @@ def test_the_first_step_is_held_to_what_must_hold_at_the_start(config, monkeypat
         train(run)
 
 
-def test_two_models_are_compared_by_pairs(home, config):
+def test_two_models_are_compared_by_pairs(home, config, capsys):
     run = config()
     result = train(run)
     base, tuned = evaluate_pair(run, home / "base", result.workdir)
@@ -146,21 +148,38 @@ def test_two_models_are_compared_by_pairs(home, config):
         difference["accuracy"].value == tuned["validation"].sums.estimates["accuracy"].value - 0.5
     )
     assert difference["margin"].count == 9
+    print_comparison(compare(base, tuned), "base", "tuned", run)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "9 pairs" in out and "loss, per pair" in out and "preferred answers" in out
     # The command finds the reference of a run by itself.
     alone = evaluate(run, result.workdir)["validation"].sums
     assert alone.loss.value == pytest.approx(evaluations(result.workdir)[-1]["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("units", "words"),
+    [("pairs", "preferred answers ranked first"), ("labelled", "answers judged as labelled")],
+)
+def test_a_line_says_what_the_accuracy_is_of(units, words):
+    accuracy = np.array([1.0, 1.0, 1.0, 0.0]), np.ones(4)
+    sums = UnitSums(np.full(4, 0.5), np.ones(4), {"accuracy": accuracy})
+    assert describe_figures(sums, units) == ["loss 0.5000", f"{words} 75.0%"]
+
+
 @pytest.mark.slow(seconds=5)
-def test_the_loss_of_kto_does_not_depend_on_how_rows_are_evaluated(config):
+def test_the_loss_of_kto_does_not_depend_on_how_rows_are_evaluated(config, capsys):
     run = config("kto")
     result = train(run)
     found = evaluations(result.workdir)[-1]
     run.eval.batch_size = 2
     run.data.packing = "none"
-    other = evaluate(run, result.workdir)["validation"].sums
+    evaluated = evaluate(run, result.workdir)
+    other = evaluated["validation"].sums
     assert other.loss.value == pytest.approx(found["loss"], rel=1e-5)
     assert other.estimates["kl"].value == pytest.approx(found["kl"], rel=1e-4, abs=1e-6)
+    print_evaluation(evaluated, run)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "loss, per answer" in out and "KL divergence" in out and "preferred" not in out
 
 
 OBJECTIVE = """
