@@ -11,7 +11,7 @@ from typing import Any
 from jaxft import console, data, distributed
 from jaxft.config import RunConfig, data_sets, from_dict, held_out_share, to_dict
 from jaxft.data import TokenRows
-from jaxft.data.units import units_of
+from jaxft.data.units import NOUNS, units_of
 from jaxft.errors import ConfigError
 from jaxft.models.attention import check_backend
 from jaxft.models.families import Architecture
@@ -120,15 +120,25 @@ def evaluate_pair(
     tasks = [_prepare(config, path, step) for path, step in zip((a, b), steps, strict=True)]
     digests = [[rows.digest for rows in task.rows.values()] for task in tasks]
     if digests[0] != digests[1]:
-        console.log(
-            "The two models read the data as different tokens, so that a loss per token of one "
-            "says nothing beside that of the other. They are compared by bits per byte of the "
-            "trained text, paired by document; for that each document gets a row of its own.",
-            style="yellow",
-        )
+        console.log(_how_other_tokens_are_compared(config), style="yellow")
         tasks = [_with_a_row_for_each_document(task) for task in tasks]
     first, second = map(_evaluate, tasks)
     return first, second
+
+
+def _how_other_tokens_are_compared(config: RunConfig) -> str:
+    units = config.objective.objective.units
+    if units != "documents":
+        return (
+            f"The two models read the data as different tokens. Each {NOUNS[units]} is compared "
+            "with itself, in a row of its own; figures that are averages over tokens say nothing "
+            "beside those of the other."
+        )
+    return (
+        "The two models read the data as different tokens, so that a loss per token of one "
+        "says nothing beside that of the other. They are compared by bits per byte of the "
+        "trained text, paired by document; for that each document gets a row of its own."
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import jax
 import numpy as np
@@ -164,6 +165,21 @@ def test_a_line_says_what_the_accuracy_is_of(units, words):
     accuracy = np.array([1.0, 1.0, 1.0, 0.0]), np.ones(4)
     sums = UnitSums(np.full(4, 0.5), np.ones(4), {"accuracy": accuracy})
     assert describe_figures(sums, units) == ["loss 0.5000", f"{words} 75.0%"]
+
+
+def test_pairs_of_models_with_other_tokens_are_compared_one_by_one(home, config, tmp_path, capfd):
+    other = shutil.copytree(home / "base", tmp_path / "other")
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["merges"] = [["a", "b"]]
+    tokenizer["model"]["vocab"]["ab"] = len(tokenizer["model"]["vocab"])
+    tokenizer["pre_tokenizer"] = None
+    file.write_text(json.dumps(tokenizer))
+    results = evaluate_pair(config("simpo"), home / "base", other)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "Each pair is compared with itself" in said
+    assert "bits per byte" not in said
+    assert compare(*results)["validation"].differences["margin"].count == 9
 
 
 @pytest.mark.slow(seconds=5)
