@@ -24,7 +24,7 @@ _FAR = 2
 _SHOWN_UNITS = 3
 _LABELS = {
     "pairs": {1: "chosen", -1: "rejected"},
-    "labelled": {1: "desirable", -1: "undesirable", 0: "with the answer of the next row"},
+    "labelled": {1: "desirable", -1: "undesirable", 0: "with an answer to another prompt"},
 }
 """What documents are called by their label, in units of each kind."""
 _SHOWN_TOKENS = 240

@@ -72,7 +72,7 @@ def prepare(
       training: Whether the rows are trained on; evaluation keeps the order of the source.
       name: How the data set is called in the log.
       units: What the objective takes, which is packed as one: 'documents', 'pairs' of a chosen and
-        a rejected answer, or 'labelled' answers, each with the answer of another row beside it.
+        a rejected answer, or 'labelled' answers, each with an answer to another prompt beside it.
       listed: The file that the caller copies the list of bad rows to, for the log; by default the
         one in the cache.
       may_be_empty: Return no rows where the policies leave none, and do not raise.

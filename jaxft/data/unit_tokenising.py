@@ -26,7 +26,9 @@ from jaxft.errors import DataError
 
 _TOKENISED_TOGETHER = 128
 CHOSEN, REJECTED, MISMATCHED = 1, -1, 0
-"""Labels of documents: of preferred answers, of the others, and of answers of other rows."""
+"""Labels of documents: of preferred answers, of the others, and of answers to other prompts."""
+_HELD_BACK = 4096
+"""Most rows to one prompt that wait for a row to another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,12 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A labelled answer that waits for the answer of another row beside it."""
+    """A labelled answer that waits for an answer to another prompt beside it."""
 
     source: int
     row: Row
     text: str
+    prompt: str
     conversation: Conversation
     example: Example
     label: int
@@ -97,18 +100,21 @@ class UnitTokeniser:
                 yield Unit(source, row, item.text, _counted_once(chosen, rejected), _labels(item))
 
     def labelled(self, items: Iterable[tuple[int, Row, Item]]) -> Iterator[Unit]:
-        """Yields for each answer its document and that of the next row's answer in its place.
+        """Yields for each answer its document and one with an answer to another prompt.
 
-        The row after the last one is the first one.
+        That is the answer of the next row whose prompt differs; the row after the last one is the
+        first one.
 
         Raises:
-          DataError: If there are no two rows with unlike answers.
+          DataError: If all rows have one prompt or one answer, or too many at the beginning have
+            one prompt.
         """
-        for chunk in itertools.batched(_with_next(self._answers(items)), _TOKENISED_TOGETHER):
+        for chunk in itertools.batched(self._with_others(items), _TOKENISED_TOGETHER):
             talks = [_answered_by(answer, other) for answer, other in chunk]
             for (answer, other), side in zip(chunk, self._examples(talks), strict=True):
                 try:
                     mismatched = _sound(side)
+                    _check_prompts(answer.example, mismatched, "with either answer")
                 except RowError as error:
                     where = other.conversation.origin
                     text = f"with the answer of {where} in place of its own: {error}"
@@ -117,6 +123,44 @@ class UnitTokeniser:
                 examples = _counted_once(answer.example, mismatched)
                 labels = (answer.label, MISMATCHED)
                 yield Unit(answer.source, answer.row, answer.text, examples, labels)
+
+    def _with_others(
+        self, items: Iterable[tuple[int, Row, Item]]
+    ) -> Iterator[tuple[_Answer, _Answer]]:
+        """Yields each answer with one of the next row that has another prompt.
+
+        Rows to one prompt wait for that row. What would be too many for memory takes the last row
+        before them instead.
+        """
+        first = second = before = None
+        waiting: list[list[_Answer]] = []
+        for row in self._answers(items):
+            first = first or row
+            if waiting and row[0].prompt != waiting[0][0].prompt:
+                second = second or row
+                yield from _beside(waiting, row)
+                before, waiting = waiting[-1], []
+            elif len(waiting) == _HELD_BACK:
+                if not before:
+                    raise self._refusal(f"the first {_HELD_BACK:,} rows have one prompt")
+                yield from _beside(waiting, before)
+                waiting = []
+            waiting.append(row)
+        if not waiting:
+            return
+        prompt = waiting[0][0].prompt
+        other = next((row for row in (first, second) if row and row[0].prompt != prompt), None)
+        if not other:
+            raise self._refusal(f"all {len(waiting):,} rows have one prompt")
+        yield from _beside(waiting, other)
+
+    def _refusal(self, what: str) -> DataError:
+        """Returns the error for rows that are too much alike; raises that of bad rows before it."""
+        self._problems.check()
+        return DataError(
+            f"{self._name}: {what}, but the KL of KTO is estimated from answers to other prompts. "
+            "Name data with several prompts and unlike answers, in mixed order."
+        )
 
     def _answers(self, items: Iterable[tuple[int, Row, Item]]) -> Iterator[list[_Answer]]:
         """Yields the labelled answers of each row, of which a pair has two."""
@@ -137,16 +181,15 @@ class UnitTokeniser:
                 rows += 1
                 if len(seen) < 2:
                     seen.update(answer_text(talk.answer) for talk in talks)
+                prompt = talks[0].prompt_text.casefold()
                 yield [
-                    _Answer(source, row, item.text, talk, example, label)
+                    _Answer(source, row, item.text, prompt, talk, example, label)
                     for talk, example, label in zip(talks, examples, _labels(item), strict=True)
                 ]
-        if rows and (rows < 2 or len(seen) < 2):
-            what = "one row" if rows < 2 else f"{rows:,} rows whose answers are all equal"
-            raise DataError(
-                f"{self._name}: there is {what}, but labelled answers are compared with those of "
-                "other rows. Name data with at least two unlike answers."
-            )
+        if rows == 1:
+            raise self._refusal("there is one row")
+        if rows and len(seen) < 2:
+            raise self._refusal(f"all {rows:,} rows have one answer")
 
     def _examples(self, talks: Sequence[Conversation]) -> Iterator[list[Example] | RowError]:
         return chat_examples(
@@ -175,14 +218,12 @@ def _labels(item: Item) -> tuple[int, ...]:
     return (CHOSEN if item.desirable else REJECTED,)
 
 
-def _with_next(rows: Iterator[list[_Answer]]) -> Iterator[tuple[_Answer, _Answer]]:
-    """Yields each answer with one of the next row: of pairs, the one with the same place."""
-    first = before = next(rows, None)
-    for row in itertools.chain(rows, [first]):
-        if before is None or row is None:
-            return
-        yield from ((answer, row[min(i, len(row) - 1)]) for i, answer in enumerate(before))
-        before = row
+def _beside(
+    rows: Iterable[list[_Answer]], other: list[_Answer]
+) -> Iterator[tuple[_Answer, _Answer]]:
+    """Yields each answer with one of another row: of pairs, the one with the same place."""
+    for row in rows:
+        yield from ((answer, other[min(i, len(other) - 1)]) for i, answer in enumerate(row))
 
 
 def _answered_by(answer: _Answer, other: _Answer) -> Conversation:
@@ -207,12 +248,17 @@ def _prompt_length(trained: np.ndarray) -> int:
 
 def _check_pair(chosen: Example, rejected: Example) -> None:
     """Raises RowError for prompts that differ as tokens, or answers that do not."""
-    length = _prompt_length(chosen.trained)
-    is_alike = np.array_equal(chosen.ids[:length], rejected.ids[:length])
-    if length != _prompt_length(rejected.trained) or not is_alike:
-        raise RowError(
-            "the prompts of 'chosen' and 'rejected' are other tokens once rendered. Set "
-            "--config.data.template to a template whose prompt does not depend on the answer."
-        )
+    _check_prompts(chosen, rejected, "of 'chosen' and 'rejected'")
     if np.array_equal(chosen.ids[chosen.trained], rejected.ids[rejected.trained]):
         raise RowError("'chosen' and 'rejected' are the same tokens once rendered.")
+
+
+def _check_prompts(first: Example, second: Example, whose: str) -> None:
+    """Raises RowError for prompts that differ as tokens: both are cut at one place."""
+    length = _prompt_length(first.trained)
+    is_alike = np.array_equal(first.ids[:length], second.ids[:length])
+    if length != _prompt_length(second.trained) or not is_alike:
+        raise RowError(
+            f"the prompts {whose} are other tokens once rendered. Set --config.data.template to a "
+            "template whose prompt does not depend on the answer."
+        )

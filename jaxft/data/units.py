@@ -1,8 +1,8 @@
 """Units that an objective takes: a document, a pair of answers, or an answer with a label.
 
 A unit of preferences is two documents, one behind the other: the chosen and the rejected answer to
-a prompt; or a labelled answer and, for an estimate of the KL divergence, the answer of another row
-to the same prompt.
+a prompt; or a labelled answer and, for an estimate of the KL divergence, an answer to another
+prompt behind the same prompt.
 """
 
 from jaxft.config import DataConfig

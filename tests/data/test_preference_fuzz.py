@@ -133,7 +133,7 @@ def check(unit, row, names, tokenizer):
         assert len(runs) == 1
         trained = document.targets[document.weights > 0]
         assert int(trained[-1]) in tokenizer.all_special_ids
-        if name is None:  # the answer of another row
+        if name is None:  # an answer to another prompt
             continue
         turn = last_turn(row[name])
         text = tokenizer.decode(trained)

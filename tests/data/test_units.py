@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from jaxft.config import DataConfig, RunConfig
-from jaxft.data import prepare
+from jaxft.data import prepare, unit_tokenising
 from jaxft.data.chat import Example, prompt_ids
 from jaxft.data.documents import Documents, DocumentWriter
 from jaxft.data.inspect import inspect
@@ -23,6 +23,7 @@ from jaxft.data.template import resolve_template
 from jaxft.errors import ConfigError, DataError
 from tests.data.test_preparation import make_tokenizer
 from tests.data.test_selection import WORDS
+from tests.templates import PLAIN, byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_a_column_can_be_attached(tmp_path, config, tokenizer):
         rows.attach("kl", np.zeros((2, 3)))
 
 
-def test_each_labelled_answer_has_that_of_the_next_row_beside_it(tmp_path, config, tokenizer):
+def test_each_labelled_answer_has_one_to_the_next_prompt_beside_it(tmp_path, config, tokenizer):
     data = labelled(4)
     config = dataclasses.replace(config, packing="none")
     source = write(tmp_path / "a.jsonl", data[:3]) + "," + write(tmp_path / "b.jsonl", data[3:])
@@ -172,10 +173,78 @@ def test_a_pair_gives_a_desirable_and_an_undesirable_answer(tmp_path, config, to
     assert tokenizer.decode(mismatched.targets[mismatched.weights > 0]) == "w2 </s>"
 
 
+def mismatched_answers(tmp_path, config, tokenizer, prompts):
+    """Returns for rows of these prompts the number of the row that the other answer is from."""
+    data = [
+        {"prompt": f"w{p}", "completion": f"w{100 + i}", "label": i % 2 == 0}
+        for i, p in enumerate(prompts)
+    ]
+    config = dataclasses.replace(config, packing="none")
+    rows, _ = run(write(tmp_path / "a.jsonl", data), config, tokenizer, "labelled")
+    found = []
+    for row, item in zip(rows, data, strict=True):
+        own, other = (tokenizer.decode(d.targets[d.weights > 0]).split() for d in segments(row))
+        assert own[0] == item["completion"]
+        found.append(int(other[0][1:]) - 100)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ([0, 0, 0, 1, 1, 2], [3, 3, 3, 5, 5, 0]),
+        ([0, 1, 0, 0], [1, 2, 1, 1]),  # the first rows have the prompt of the last ones
+        ([0, 0, 1, 2, 0], [2, 2, 3, 4, 2]),
+    ],
+)
+def test_the_other_answer_is_one_to_another_prompt(tmp_path, config, tokenizer, prompts, expected):
+    assert mismatched_answers(tmp_path, config, tokenizer, prompts) == expected
+
+
+def test_prompts_that_differ_in_case_and_white_space_are_one(tmp_path, config, tokenizer):
+    config = dataclasses.replace(config, packing="none")
+    data = [
+        {**row, "prompt": p} for row, p in zip(labelled(3), ("w3 w4", "W3  w4", "w5"), strict=True)
+    ]
+    rows, _ = run(write(tmp_path / "a.jsonl", data), config, tokenizer, "labelled")
+    _, other = segments(rows[0])
+    assert tokenizer.decode(other.targets[other.weights > 0]).startswith("w5 ")
+
+
+def test_rows_of_one_prompt_that_are_too_many_to_wait_take_the_row_before_them(
+    tmp_path, config, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(unit_tokenising, "_HELD_BACK", 2)
+    found = mismatched_answers(tmp_path, config, tokenizer, [0, 1, 1, 1, 1, 1, 2])
+    assert found == [1, 0, 0, 0, 0, 6, 0]
+    with pytest.raises(DataError, match=r"the first 2 rows have one prompt.* in mixed order"):
+        mismatched_answers(tmp_path, config, tokenizer, [0, 0, 0, 1])
+
+
 def test_answers_that_cannot_be_mismatched_are_refused(tmp_path, config, tokenizer):
-    for name, rows in (("one", labelled(1)), ("same", [*labelled(1), *labelled(1)])):
-        with pytest.raises(DataError, match="with at least two unlike answers"):
-            run(write(tmp_path / f"{name}.jsonl", rows), config, tokenizer, "labelled")
+    same = [{**row, "completion": "w1"} for row in labelled(3)]
+    cases = {
+        "there is one row": labelled(1),
+        "all 3 rows have one answer": same,
+        "all 2 rows have one prompt": [{**row, "prompt": "w0"} for row in labelled(2)],
+    }
+    for number, (message, rows) in enumerate(cases.items()):
+        with pytest.raises(DataError, match=f"{message}, but the KL of KTO is estimated from"):
+            run(write(tmp_path / f"{number}.jsonl", rows), config, tokenizer, "labelled")
+    # Bad rows, which may be why so few are left, are named first.
+    source = write(tmp_path / "bad.jsonl", [*labelled(1), {**labelled(1)[0], "completion": ""}])
+    with pytest.raises(DataError, match=r"bad.jsonl:2: 'completion' is empty"):
+        run(source, config, tokenizer, "labelled")
+
+
+@pytest.mark.parametrize("units", ["pairs", "labelled"])
+def test_prompts_that_become_other_tokens_are_refused(tmp_path, config, units):
+    path = tmp_path / "random.jinja"
+    path.write_text("{{- '<|system|>' + (range(99999) | random | string) + '<|end|>' -}}" + PLAIN)
+    config = dataclasses.replace(config, template=str(path))
+    source = write(tmp_path / "a.jsonl", labelled(4) if units == "labelled" else pairs(4))
+    with pytest.raises(DataError, match=r"a.jsonl:[1-4]: .*prompts .* are other tokens once"):
+        run(source, config, byte_tokenizer(), units)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ class Conversation:
         return self.messages[:-1]
 
     @property
+    def prompt_text(self) -> str:
+        """The messages before the answer, white space evened out, for comparing prompts."""
+        return json.dumps([_content_for_comparison(message) for message in self.prompt])
+
+    @property
     def answer(self) -> dict[str, Any]:
         """The last message."""
         return self.messages[-1]
