@@ -154,8 +154,11 @@ def _refuse_binary(path: Path, head: bytes) -> None:
     if not what and b"\0" in head:
         what = "a binary file"
     if what:
+        what, _, remedy = what.partition("; ")
+        advice = f" {remedy[0].upper()}{remedy[1:]}." if remedy else ""
         raise DataError(
-            f"{path} is {what}, not JSON, CSV, Parquet or text, and cannot be read as data."
+            f"{path} is {what} and cannot be read as data; expected JSON, CSV, Parquet or text in "
+            f"UTF-8.{advice}"
         )
 
 

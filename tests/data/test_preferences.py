@@ -174,6 +174,10 @@ def first_row(row):
         ({**PAIR, "rejected": None}, "'rejected' is null; expected a string"),
         ({**PAIR, "rejected": []}, r"'rejected' is \[\]; expected an answer"),
         (
+            {**PAIR, "rejected": ["a", "b"]},
+            "'rejected' is a list of 2 texts; expected one answer. Write a row for each",
+        ),
+        (
             {**PAIR, "prompt": "good or bad?"},
             "'chosen' is \"good\", the beginning of its prompt",
         ),
@@ -231,7 +235,9 @@ LABELLED = {"prompt": "q", "completion": "good", "label": True}
     [
         ({**LABELLED, "label": "good"}, "'label' is \"good\"; expected true or false"),
         ({**LABELLED, "label": -1}, "'label' is -1; expected true or false"),
-        ({**LABELLED, "label": None}, "has no label"),
+        ({**LABELLED, "label": "good"}, "Write true in place of good, yes or the like"),
+        ({**LABELLED, "label": None}, "'label' is null; expected true or false"),
+        ({"prompt": "q", "completion": "good"}, "has no label"),
         ({**LABELLED, "kto_tag": False}, "both 'label' and 'kto_tag'"),
         ({**LABELLED, "completion": ""}, "'completion' is empty"),
         ({**LABELLED, "prompt": "good one?"}, "the beginning of its prompt"),

@@ -201,6 +201,10 @@ def test_kinds_are_the_same_whatever_the_values(first, second):
             "messages[N].loss is true on a turn of …",
         ),
         ("5 fields; expected 2: a, b.", "N fields"),
+        (
+            "'chosen' is \"a\", the beginning of its prompt; expected an answer to the prompt.",
+            "'chosen' is not an answer to the prompt",
+        ),
     ],
 )
 def test_a_kind_says_what_is_wrong_in_words(text, expected):

@@ -136,6 +136,8 @@ def renamed(row: Any, mapping: Mapping[str, str]) -> dict[str, Any]:
 def _label(row: dict[str, Any]) -> bool:
     check_one_of(row, *LABELS)
     name = next((name for name in LABELS if not is_empty(row.get(name))), "")
+    if not name and (named := next((name for name in LABELS if name in row), "")):
+        raise RowError(f"{named!r} is {show(row[named])}; expected true or false.")
     if not name:
         raise RowError(
             f"the row has no label but {', '.join(row)}; expected 'label', true for a good answer "
@@ -145,7 +147,10 @@ def _label(row: dict[str, Any]) -> bool:
     text = value.strip().lower() if isinstance(value, str) else str(value).lower()
     text = text.removesuffix(".0")  # integers of some tables
     if text not in _YES_OR_NO:
-        raise RowError(f"{name!r} is {show(value)}; expected true or false.")
+        raise RowError(
+            f"{name!r} is {show(value)}; expected true or false. Write true in place of good, yes "
+            "or the like, and false in place of bad or no."
+        )
     return _YES_OR_NO[text]
 
 
@@ -187,6 +192,12 @@ def _as_answer(row: dict[str, Any], name: str) -> str | list[Any]:
     if isinstance(value, list):
         if not value:
             raise RowError(f"{name!r} is []; expected an answer.")
+        if all(isinstance(answer, str) for answer in value):
+            count = f"{len(value)} texts" if len(value) > 1 else "a text"
+            raise RowError(
+                f"{name!r} is a list of {count}; expected one answer. Write a row for each pair of "
+                "a better and a worse answer, with the prompt in all of them."
+            )
         return value
     text = cell_text(row, name)
     if re.match(r'\[\s*\{\s*"(role|from|content|value)"', text):
@@ -378,7 +389,7 @@ def _check_answer(talk: Conversation, name: str) -> None:
     if said and asked.startswith(said) and not asked[len(said) : len(said) + 1].isalnum():
         raise RowError(
             f"{name} is {show(talk.answer['content'])}, the beginning of its prompt; expected an "
-            "answer to it."
+            "answer to the prompt."
         )
 
 
