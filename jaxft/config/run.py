@@ -93,11 +93,13 @@ def unknown_key(name: str, *, prefix: str = "") -> str:
     known = [item.path for item in walk(RunConfig())]
     told = f"Unknown key {prefix + name!r}"
     parts = name.split(".")
-    if parts[0] == "objective" and len(parts) == 3:
+    if parts[0] == "objective" and len(parts) >= 3:
+        objective = ".".join(parts[1:-1])
+        written = f", write it {prefix}objective.{'.'.join(parts[-2:])}" if len(parts) > 3 else ""
         return (
-            f"{prefix}{name} would be a key of the objective {parts[1]!r}. Set "
-            f"{prefix}objective.name={parts[1]} with it, and see its keys with "
-            f"`jaxft config --config.objective.name={parts[1]}`."
+            f"{prefix}{name} would be a key of the objective {objective!r}. Set "
+            f"{prefix}objective.name={objective} with it{written}, and see its keys with "
+            f"`jaxft config --config.objective.name={objective}`."
         )
     same_leaf = [path for path in known if path.rpartition(".")[2] == name]
     if same_leaf:

@@ -4,7 +4,6 @@ A default lives here and nowhere else. Keys whose zero or empty value means "off
 so, because flags cannot carry `None`.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -181,8 +180,8 @@ OBJECTIVES = {
 class ObjectiveConfig:
     """The objective: which one is learnt, and its keys.
 
-    The keys of an objective stand beside its mathematics. They are the group of its name:
-    `objective.dpo.beta`.
+    The keys of an objective stand beside its mathematics. They are the group of its name, or of the
+    last part of a dotted one: `objective.dpo.beta`.
     """
 
     name: str = key(
@@ -208,22 +207,25 @@ class ObjectiveConfig:
         minimum=0,
     )
 
+    def __post_init__(self):
+        self._made: dict[str, Any] = {}  # keys by the name of their objective
+
     @property
     def objective(self) -> Any:
         """The `Objective` of that name."""
-        return load_named(self.name, OBJECTIVES, kind="objective", attribute="OBJECTIVE")
+        return _load(self.name)
 
     @property
     def keys(self) -> Any:
         """The keys of that objective."""
-        return getattr(self, self.name)
+        return self._keys_of(self.name)
 
     @property
     def groups(self) -> dict[str, Any]:
-        """Keys of objectives by name: of the one that is learnt, and all that were looked at."""
-        touched = {name: value for name, value in vars(self).items() if _is_group(value)}
+        """Keys of objectives by group: of the one that is learnt, and all that were looked at."""
+        touched = {_group_of(name): keys for name, keys in self._made.items()}
         # sft has no keys: whoever lists all of them need not wait for jax.
-        return touched if self.name == "sft" else {self.name: self.keys} | touched
+        return touched if self.name == "sft" else touched | {_group_of(self.name): self.keys}
 
     def problems(self) -> Iterator[str]:
         """Yields what is wrong with the objective, its keys and its reference."""
@@ -243,12 +245,12 @@ class ObjectiveConfig:
                 f"objective.reference is {self.reference!r}, but {self.name} compares with no "
                 "other model. Leave it at auto."
             )
-        for name, group in self.groups.items():
+        for name, group in self._made.items():
             changed = [item.path for item in walk(group) if item.value != item.default]
             if name != self.name and changed:
                 yield (
-                    f"objective.{name}.{changed[0]} is set, but objective.name is {self.name!r}. "
-                    f"Set --config.objective.name={name}, or leave the key out."
+                    f"objective.{_group_of(name)}.{changed[0]} is set, but objective.name "
+                    f"is {self.name!r}. Set --config.objective.name={name}, or leave the key out."
                 )
 
     @property
@@ -263,16 +265,42 @@ class ObjectiveConfig:
         return (self.uses_reference == "fixed") + (self.objective.whole is not None)
 
     def __getattr__(self, name: str) -> Any:
-        # Called for what is not there yet: the keys of an objective, made when they are asked for.
-        if name.startswith("_") or name not in (*OBJECTIVES, vars(self).get("name")):
-            raise AttributeError(f"ObjectiveConfig has no key {name!r}")
-        found = load_named(name, OBJECTIVES, kind="objective", attribute="OBJECTIVE")
-        setattr(self, name, found.keys())
-        return vars(self)[name]
+        # Called for what is no field: the keys of an objective, made when they are asked for.
+        return self._keys_of(self._objective_of(name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_made" or hasattr(ObjectiveConfig, name):
+            object.__setattr__(self, name, value)
+        else:
+            self._made[self._objective_of(name)] = value
+
+    def _keys_of(self, objective: str) -> Any:
+        if objective not in self._made:
+            self._made[objective] = _load(objective).keys()
+        return self._made[objective]
+
+    def _objective_of(self, group: str) -> str:
+        name = vars(self).get("name", "")
+        if group == _group_of(name) and not group.startswith("_"):
+            return name
+        if group in OBJECTIVES:
+            return group
+        raise AttributeError(f"ObjectiveConfig has no key {group!r}")
 
 
-def _is_group(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+def _load(objective: str) -> Any:
+    group = _group_of(objective)
+    if group.startswith("_") or hasattr(ObjectiveConfig, group):
+        raise ConfigError(
+            f"objective {objective!r} cannot be used: its keys would be objective.{group}, which "
+            "is something else already. Rename the module."
+        )
+    return load_named(objective, OBJECTIVES, kind="objective", attribute="OBJECTIVE")
+
+
+def _group_of(objective: str) -> str:
+    """Returns the group of an objective's keys."""
+    return str(objective).rpartition(".")[2]
 
 
 @dataclass(kw_only=True, slots=True)

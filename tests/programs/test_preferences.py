@@ -1,5 +1,6 @@
 """Runs on preferences from data to report: the reference, the start, resuming, evaluation."""
 
+import copy
 import json
 import random
 import shutil
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 import jaxft
-from jaxft.config import RunConfig, from_dict, to_dict
+from jaxft.config import RunConfig, from_dict, to_dict, to_yaml
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
+from jaxft.flags import read_config
 from jaxft.programs import reference, session
 from jaxft.programs.comparison import compare
 from jaxft.programs.evaluation import evaluate, evaluate_pair
@@ -235,6 +237,42 @@ def test_an_objective_from_outside_the_package_is_one_file(home, config, tmp_pat
     values = to_dict(run)
     assert values["objective.harsh.power"] == 1.0
     assert to_dict(from_dict(values)) == values
+
+
+def test_keys_of_a_module_in_a_package_are_a_group_of_its_last_name(tmp_path, monkeypatch):
+    package = tmp_path / "losses"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "dpo.py").write_text(OBJECTIVE)
+    monkeypatch.chdir(tmp_path)
+    # Of the two of that name the one that is learnt.
+    flags = ["--config.objective.dpo.power=3", "--config.objective.name=losses.dpo"]
+    config = read_config("", [*flags, "--config.model.path=org/model"])
+    values = to_dict(config)
+    assert values["objective.dpo.power"] == config.objective.keys.power == 3.0
+    assert to_dict(from_dict(values)) == to_dict(copy.deepcopy(config)) == values
+    (tmp_path / "run.yaml").write_text(to_yaml(values))
+    assert to_dict(read_config(str(tmp_path / "run.yaml"), [])) == values
+    with pytest.raises(ConfigError, match=r"losses\.dpo with it, write it objective\.dpo\.power"):
+        from_dict({"objective.losses.dpo.power": 3.0})
+    config.objective.name = "dpo"
+    with pytest.raises(ConfigError, match=r"Set --config\.objective\.name=losses\.dpo"):
+        config.validate()
+    assert config.objective.dpo.beta == 0.1
+
+
+def test_a_key_that_no_objective_has_cannot_be_set():
+    config = RunConfig()
+    with pytest.raises(AttributeError, match="no key 'beta'"):
+        config.objective.beta = 0.2
+
+
+@pytest.mark.parametrize("name", ["reference", "losses.keys", "chunk", "balance", "name", "_own"])
+def test_a_module_called_like_another_key_is_refused(name):
+    config = RunConfig()
+    config.objective.name = name
+    with pytest.raises(ConfigError, match=f"'{name}' cannot be used.*Rename the module"):
+        config.validate()
 
 
 def test_keys_of_an_objective_are_understood_or_refused():
