@@ -82,9 +82,30 @@ def test_earlier_turns_a_system_prompt_and_tools_belong_to_both_answers(tmp_path
     assert item.chosen.messages == [said("user", "a"), said("assistant", "b"), Q, GOOD]
 
 
-def test_an_answer_may_begin_as_the_first_word_of_its_prompt_does(tmp_path):
-    _, [item] = read(tmp_path, {"prompt": "And which?", "chosen": "A", "rejected": "B"})
-    assert item.chosen.answer["content"] == "A"
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"prompt": "True or false?", "chosen": "True", "rejected": "False"},
+        {"prompt": "True", "chosen": "True", "rejected": "False"},
+        {
+            "chosen": [said("user", "True or false?"), said("assistant", "True")],
+            "rejected": [said("user", "True or false?"), said("assistant", "False")],
+        },
+    ],
+)
+def test_an_answer_may_repeat_its_prompt(tmp_path, answers):
+    _, [item] = read(tmp_path, answers)
+    assert item.chosen.answer["content"] == "True"
+
+
+@pytest.mark.parametrize("asked", ["good", "good or bad?"])
+def test_a_labelled_answer_may_repeat_its_prompt(tmp_path, asked):
+    row = {"prompt": asked, "completion": "good", "label": True}
+    _, [item] = read(tmp_path, row, units="labelled")
+    assert item.conversation.answer["content"] == "good"
+    row = {"messages": [said("user", "good"), GOOD], "label": True}
+    with pytest.raises(DataError, match='the answer ends with "good" twice'):
+        read(tmp_path, row, units="labelled")
 
 
 def test_a_call_is_compared_with_a_text(tmp_path):
@@ -178,8 +199,8 @@ def first_row(row):
             "'rejected' is a list of 2 texts; expected one answer. Write a row for each",
         ),
         (
-            {**PAIR, "prompt": "good or bad?"},
-            "'chosen' is \"good\", the beginning of its prompt",
+            {"chosen": [Q, said("assistant", " q")], "rejected": [Q, BAD]},
+            "'chosen' ends with \" q\" twice, as prompt and as answer; expected an answer",
         ),
         (
             {"chosen": [said("user", "x"), GOOD], "rejected": [Q, BAD]},
@@ -240,7 +261,6 @@ LABELLED = {"prompt": "q", "completion": "good", "label": True}
         ({"prompt": "q", "completion": "good"}, "has no label"),
         ({**LABELLED, "kto_tag": False}, "both 'label' and 'kto_tag'"),
         ({**LABELLED, "completion": ""}, "'completion' is empty"),
-        ({**LABELLED, "prompt": "good one?"}, "the beginning of its prompt"),
         ({**LABELLED, "rejected": "bad"}, "the row has 'rejected' beside a label"),
     ],
 )

@@ -76,7 +76,8 @@ def read_pair(value: Any, origin: str, *, layout: tuple[str, ...]) -> Preference
         *(
             _with_answer(prompt, answer, name, row, origin)
             for name, answer in (("chosen", better), ("rejected", worse))
-        )
+        ),
+        is_whole=prompt is None,
     )
 
 
@@ -112,7 +113,7 @@ def read_labelled(value: Any, origin: str, *, layout: tuple[str, ...]) -> Labell
     else:
         talk = CONVERTERS[name](rest, origin)
     assert isinstance(talk, Conversation)
-    _check_answer(talk, "the answer")
+    _check_answer(talk, "the answer", is_whole=name in ("messages", "sharegpt"))
     return Labelled(talk, label)
 
 
@@ -170,7 +171,7 @@ def _from_openai(row: dict[str, Any], origin: str) -> Preference:
             raise RowError(f"key {name!r} is missing; the row has {', '.join(row)}.")
         answer = _as_answer(row, name)
         talks.append(_with_answer(messages, answer, name, beside, origin, unused=unused))
-    return _checked(*talks)
+    return _checked(*talks, is_whole=False)
 
 
 def _two_answers(row: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any]:
@@ -288,7 +289,8 @@ def _from_texts(better: str, worse: str, row: dict[str, Any], origin: str) -> Pr
             *(
                 make_conversation(talk, name, row, origin)
                 for talk, name in zip(talks, ("chosen", "rejected"), strict=True)
-            )
+            ),
+            is_whole=True,
         )
     shared = _shared_words(better, worse)
     prompt = better[:shared]
@@ -308,7 +310,8 @@ def _from_texts(better: str, worse: str, row: dict[str, Any], origin: str) -> Pr
         *(
             single_turn(prompt.strip(), text[shared:].strip(), origin, system=system)
             for text in (better, worse)
-        )
+        ),
+        is_whole=True,
     )
 
 
@@ -337,8 +340,14 @@ def _shared_words(a: str, b: str) -> int:
     return length
 
 
-def _checked(chosen: Conversation, rejected: Conversation) -> Preference:
-    """Returns the pair if its prompts are equal and its answers are not."""
+def _checked(chosen: Conversation, rejected: Conversation, *, is_whole: bool) -> Preference:
+    """Returns the pair if its prompts are equal and its answers are not.
+
+    Args:
+      chosen: The conversation with the better answer.
+      rejected: That with the worse one.
+      is_whole: Whether the row has no prompt by itself, so that both answers begin with it.
+    """
     pairs = zip(chosen.messages, rejected.messages, strict=False)
     alike = [_is_alike(a, b) for a, b in pairs]
     shared = alike.index(False) if False in alike else len(alike)
@@ -348,7 +357,7 @@ def _checked(chosen: Conversation, rejected: Conversation) -> Preference:
     if lengths[0] != lengths[1] or shared < lengths[0] - 1:
         _refuse_prompts(chosen, rejected, shared)
     for name, talk in (("chosen", chosen), ("rejected", rejected)):
-        _check_answer(talk, repr(name))
+        _check_answer(talk, repr(name), is_whole=is_whole)
     if answer_text(chosen.answer) == answer_text(rejected.answer):
         raise RowError("'chosen' and 'rejected' are equal; expected answers that differ.")
     return Preference(chosen, rejected)
@@ -376,20 +385,20 @@ def _refuse_prompts(chosen: Conversation, rejected: Conversation, shared: int) -
     )
 
 
-def _check_answer(talk: Conversation, name: str) -> None:
+def _check_answer(talk: Conversation, name: str, *, is_whole: bool) -> None:
     """Raises RowError for an answer that cannot be compared."""
     if not talk.answer.get("weight", 1):
         raise RowError(
             f"{name} ends with a turn of weight 0, but the last turn is what is compared. Remove "
             "the weight."
         )
+    # An answer in a column of its own may repeat its prompt. A whole conversation in which the
+    # prompt stands twice lacks its answer.
     asked = " ".join(talk.prompt[-1]["content"].split())
-    said = answer_text(talk.answer)
-    # Not within a word: 'A' may answer 'And what is the best grade?'.
-    if said and asked.startswith(said) and not asked[len(said) : len(said) + 1].isalnum():
+    if is_whole and answer_text(talk.answer) == asked != "":
         raise RowError(
-            f"{name} is {show(talk.answer['content'])}, the beginning of its prompt; expected an "
-            "answer to the prompt."
+            f"{name} ends with {show(talk.answer['content'])} twice, as prompt and as answer; "
+            "expected an answer to the prompt."
         )
 
 
