@@ -52,6 +52,8 @@ class DocumentStatistics:
       control_rows: Number of rows that spell one.
       control_policy: Treatment of spelt control tokens: `data.control_tokens`.
       unused_keys: Key of messages that nobody reads -> number of conversations that have it.
+      scores: Number of pairs that come with numbers in `score_chosen` and `score_rejected`.
+      unordered_scores: Number of these whose chosen answer has no higher score.
       digest: Hash of all tokens, of which are trained, and of the labels.
     """
 
@@ -74,6 +76,8 @@ class DocumentStatistics:
     control_rows: int = 0
     control_policy: str = "text"
     unused_keys: dict[str, int] = field(default_factory=dict)
+    scores: int = 0
+    unordered_scores: int = 0
     digest: str = ""
 
 

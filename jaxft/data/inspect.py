@@ -15,7 +15,8 @@ from jaxft.data.packing import PackingError
 from jaxft.data.preparation import prepare
 from jaxft.data.rows import TokenRows
 from jaxft.data.template import resolve_template
-from jaxft.data.units import units_of
+from jaxft.data.unit_findings import count_known_prompts, find_units
+from jaxft.data.units import SIDES, units_of
 from jaxft.errors import ConfigError
 
 _BINS = 12
@@ -23,8 +24,8 @@ _BINS = 12
 _FAR = 2
 _SHOWN_UNITS = 3
 _LABELS = {
-    "pairs": {1: "chosen", -1: "rejected"},
-    "labelled": {1: "desirable", -1: "undesirable", 0: "with an answer to another prompt"},
+    units: {1: better, -1: worse, 0: "with an answer to another prompt"}
+    for units, (better, worse) in SIDES.items()
 }
 """What documents are called by their label, in units of each kind."""
 _SHOWN_TOKENS = 240
@@ -71,7 +72,7 @@ def inspect(
     for name, source, training in named:
         rows, refusal = _rows(name, source, training, config, tokenizer, units, on_progress)
         sets.append(_set_report(name, rows, refusal, train))
-        train = rows if training else train
+        train = sets[-1] if training else train
     template = resolve_template(tokenizer, config.data)
     stops = ", ".join(template.stops) or "nothing"
     dated = f"; {DATED.partition(', ')[0]}" if template.is_dated else ""
@@ -118,7 +119,7 @@ def _rows(
         return read(data, may_be_empty=True), str(error)
 
 
-def _set_report(name: str, rows: TokenRows, refusal: str, train: TokenRows | None) -> SetReport:
+def _set_report(name: str, rows: TokenRows, refusal: str, train: SetReport | None) -> SetReport:
     units = rows.documents.index[rows.numbers].reshape(-1, rows.unit_size)
     lengths = units["length"].sum(axis=1)
     counts, edges = np.histogram(lengths, bins=_bin_edges(lengths))
@@ -127,11 +128,28 @@ def _set_report(name: str, rows: TokenRows, refusal: str, train: TokenRows | Non
     places = np.stack([index["source"], index["row"]])
     first = np.ones(len(index), bool)
     first[1:] = (places[:, 1:] != places[:, :-1]).any(axis=0)
-    duplicates = int(first.sum()) - len(np.unique(index["hash"][first]))
+    contents = [index["hash"]]
+    if rows.documents.labels is not None:  # an answer with another label is no duplicate
+        contents.append(rows.documents.labels[rows.numbers[:: rows.unit_size]].astype(np.uint64))
+    distinct = np.unique(np.stack(contents)[:, first], axis=1).shape[1]
     overlap = None
     if train is not None:
-        overlap = find_overlap(rows, train)
-    return SetReport(name, rows, edges, counts, duplicates, overlap, refusal)
+        overlap = find_overlap(rows, train.rows)
+    findings = None if rows.documents.labels is None else find_units(rows)
+    known = None
+    if findings is not None and train is not None and train.findings is not None:
+        known = count_known_prompts(findings, train.findings)
+    return SetReport(
+        name=name,
+        rows=rows,
+        edges=edges,
+        counts=counts,
+        duplicates=int(first.sum()) - distinct,
+        overlap=overlap,
+        refusal=refusal,
+        findings=findings,
+        known_prompts=known,
+    )
 
 
 def _bin_edges(lengths: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ from jaxft.data.description import describe_findings
 from jaxft.data.overlap import Overlap
 from jaxft.data.preparation import skipped_rows
 from jaxft.data.rows import TokenRows
-from jaxft.data.units import NOUNS
+from jaxft.data.unit_findings import UnitFindings, describe_doubts, describe_known_prompts
+from jaxft.data.units import NOUNS, SIDES
 
 _BAR_WIDTH = 40
 _SHOWN_SKIPPED = 3
@@ -26,7 +27,7 @@ _MASKED_STYLE = "dim"
 _ALARM_STYLE = "bold red"
 _NOTE_STYLE = "italic cyan"
 # Rows of the table that are left out where they say nothing.
-_SELDOM = ("bad rows left out", "in no row")
+_SELDOM = ("bad rows left out", "in no row", "contradictions", "prompts also in training")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,9 @@ class SetReport:
       name: 'train', 'validation' or as evaluation calls it.
       rows: The packed rows, with their statistics; of a refused set, what `data.overlength=drop`
         would leave of it.
+      findings: Findings on its preferences; None for documents.
+      known_prompts: Units whose prompt is in the training set too, with whatever answers; None
+        for that set itself, without it, and for documents.
       refusal: Reason for which training or evaluation would refuse the set, such as over-length
         documents; empty if it would not.
       edges: Token lengths of documents, or of units of preferences, that bound the bins of the
@@ -54,6 +58,8 @@ class SetReport:
     duplicates: int
     overlap: Overlap | None
     refusal: str
+    findings: UnitFindings | None = None
+    known_prompts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +176,15 @@ def _counts_table(sets: list[SetReport]) -> Table:
             "also in training",
             lambda item: "–" if item.overlap is None else f"{item.overlap.count:,}",
         ),
+        (
+            "prompts also in training",
+            lambda item: "–" if item.known_prompts is None else f"{item.known_prompts:,}",
+        ),
+        (
+            "contradictions",
+            lambda item: "–" if item.findings is None else f"{item.findings.contradictions:,}",
+        ),
+        *_side_rows(sets),
         ("tokens", lambda item: f"{item.rows.statistics.packed.document_tokens:,}"),
         ("trained tokens", lambda item: f"{item.rows.statistics.packed.document_trained_tokens:,}"),
         ("masked share", lambda item: f"{_masked_share(item):.1%}"),
@@ -188,6 +203,27 @@ def _counts_table(sets: list[SetReport]) -> Table:
         if label not in _SELDOM or any(value not in ("0", "–") for value in values):
             table.add_row(label, *values)
     return table
+
+
+def _side_rows(sets: list[SetReport]) -> Iterator[tuple[str, Callable[[SetReport], str]]]:
+    """Yields the rows of the table on either side of preferences; none for documents."""
+    kinds = [item.rows.documents.units for item in sets if item.findings is not None]
+    if not kinds:
+        return
+
+    def show(item: SetReport, value: Callable[[UnitFindings], str]) -> str:
+        return "–" if item.findings is None else value(item.findings)
+
+    for side, name in enumerate(SIDES[kinds[0]]):
+        if kinds[0] == "labelled":
+            yield (
+                f"{name} answers",
+                lambda item, side=side: show(item, lambda found: f"{found.counts[side]:,}"),
+            )
+        yield (
+            f"mean tokens, {name}",
+            lambda item, side=side: show(item, lambda found: f"{found.lengths[side]:,.1f}"),
+        )
 
 
 def _parts_table(sets: list[SetReport]) -> Iterator[Table]:
@@ -223,6 +259,12 @@ def _notes(item: SetReport, config: DataConfig, context: int) -> Iterator[Text |
         yield _context_note(item, config, context)
     if item.overlap is not None and item.overlap.count:
         yield _overlap_note(item, item.overlap)
+    if item.findings is not None:
+        for doubt in describe_doubts(item.rows, item.findings):
+            yield Text(f"{item.name}: {doubt}", style=_ALARM_STYLE)
+    if item.known_prompts:
+        text = describe_known_prompts(item.known_prompts, item.rows, item.name)
+        yield Text(f"{item.name}: {text}", style=_ALARM_STYLE)
 
 
 def _overlap_note(item: SetReport, overlap: Overlap) -> Panel:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxft.data.documents import (
     add_counts,
     skipped_file,
 )
-from jaxft.data.formats import Conversation, Document, Format, Item, read_items
+from jaxft.data.formats import Conversation, Document, Format, Item, Preference, read_items
 from jaxft.data.loader import LIMITED, sample_numbers
 from jaxft.data.problems import IgnoredProblems, Problems, RowError, describe_kinds
 from jaxft.data.sources import Row, Source
@@ -96,7 +97,20 @@ def _items(
         for row, item in found:
             if not isinstance(item, Document):
                 add_counts(statistics.unused_keys, dict.fromkeys(item.unused, 1))
+            if isinstance(item, Preference):
+                _note_scores(row, statistics)
             yield number, row, item
+
+
+def _note_scores(row: Row, statistics: DocumentStatistics) -> None:
+    """Counts the pairs that come with scores, and those whose scores do not agree."""
+    try:
+        better, worse = (float(row.value[f"score_{side}"]) for side in ("chosen", "rejected"))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return  # no scores, or none that are numbers
+    if not (math.isnan(better) or math.isnan(worse)):
+        statistics.scores += 1
+        statistics.unordered_scores += better <= worse
 
 
 def _tokenised(

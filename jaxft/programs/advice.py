@@ -7,6 +7,12 @@ from jaxft import console
 from jaxft.config import RunConfig
 from jaxft.data import TokenRows
 from jaxft.data.overlap import find_overlap
+from jaxft.data.unit_findings import (
+    count_known_prompts,
+    describe_doubts,
+    describe_known_prompts,
+    find_units,
+)
 from jaxft.data.units import NOUNS, counted_units
 from jaxft.formatting import counted
 from jaxft.programs.held_out import HeldOut
@@ -41,6 +47,7 @@ def warn(
             "Small learning rates need --config.model.dtypes=mixed."
         )
     _warn_of_overlap(rows, held_out)
+    _warn_of_doubts(rows, held_out)
     _warn_of_few_steps(config, rows, steps, row_multiple)
 
 
@@ -68,6 +75,22 @@ def _warn_of_overlap(rows: TokenRows, held_out: Mapping[str, HeldOut]) -> None:
                 f"the training data too, such as {'; '.join(overlap.examples)}: figures on {name} "
                 "are then better than on new data. Take them out of one of the two."
             )
+
+
+def _warn_of_doubts(rows: TokenRows, held_out: Mapping[str, HeldOut]) -> None:
+    """Says what speaks against the labels of preferences, and which prompts are trained on."""
+    if rows.documents.labels is None:
+        return
+    train = find_units(rows)
+    for doubt in describe_doubts(rows, train):
+        _say(f"train: {doubt}")
+    for name, found in held_out.items():
+        if found.rows.documents.labels is not None:
+            findings = find_units(found.rows)
+            for doubt in describe_doubts(found.rows, findings):
+                _say(f"{name}: {doubt}")
+            if known := count_known_prompts(findings, train):
+                _say(f"{name}: {describe_known_prompts(known, found.rows, name)}.")
 
 
 def _warn_of_few_steps(config: RunConfig, rows: TokenRows, steps: int, row_multiple: int) -> None:

@@ -504,6 +504,42 @@ def test_the_report_shows_pairs_with_their_masks(tmp_path, config, tokenizer):
     assert "\x1b[1;32mw3 w1 </s>" in styled
 
 
+def test_the_report_counts_and_measures_both_sides(tmp_path, config, tokenizer):
+    config.train = write(tmp_path / "a.jsonl", [*labelled(5), {**labelled(1)[0], "label": True}])
+    report = inspect(RunConfig(data=config), tokenizer, units="labelled")
+    [train] = report.sets
+    assert train.findings is not None
+    assert (train.findings.counts, train.findings.lengths) == ((4, 2), (3.0, 3.0))
+    assert (train.duplicates, train.findings.contradictions) == (0, 2)
+    text = " ".join(show(report).export_text().split())
+    assert "undesirable answers 2 mean tokens, undesirable 3.0" in text
+    assert "train: 2 of 6 labelled answers are labelled both ways" in text
+    config.train = write(tmp_path / "b.jsonl", [{**row, "label": 1} for row in labelled(3)])
+    text = show(inspect(RunConfig(data=config), tokenizer, units="labelled")).export_text()
+    assert "train: all answers are desirable" in text
+
+
+def test_pairs_that_contradict_one_another_and_known_prompts_are_counted(
+    tmp_path, config, tokenizer
+):
+    one, *rest = [{**row, "score_chosen": 2.0, "score_rejected": 1} for row in pairs(4)]
+    turned = {**one, "chosen": one["rejected"], "rejected": one["chosen"], "score_chosen": 1}
+    config.train = write(tmp_path / "a.jsonl", [one, *rest, turned])
+    config.validation = write(tmp_path / "b.jsonl", [{**one, "chosen": "w7 w8 w9"}])
+    report = inspect(RunConfig(data=config), tokenizer, units="pairs")
+    text = " ".join(show(report).export_text().split())
+    for part in (
+        "prompts also in training – 1",
+        "contradictions 2 0",
+        "mean tokens, chosen 2.8 4.0",
+        "mean tokens, rejected 2.2 2.0",
+        "train: 2 of 5 pairs contradict another",
+        "train: 'score_chosen' is not above 'score_rejected' in 1 of 5 rows",
+        "validation: the prompts of 1 of 1 pair are in the training data too",
+    ):
+        assert part in text, (part, text)
+
+
 def test_what_is_retained_is_measured_on_documents(tmp_path, config, tokenizer):
     config.train = write(tmp_path / "a.jsonl", pairs(6))
     kept = write(tmp_path / "b.jsonl", [{"prompt": "w0", "completion": "w1"}])
