@@ -131,6 +131,12 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     added = model.added_tokens
     if not all(added) or len(set(added)) < len(added):
         yield f"model.add_tokens {model.add_tokens!r} has an empty or a repeated token."
+    if model.expert_capacity and config.objective.uses_reference == "cached":
+        yield (
+            f"objective.reference is 'cached', but model.expert_capacity {model.expert_capacity:g} "
+            "drops tokens in training by what else a batch holds, which nothing computed before "
+            "can know. Set --config.objective.reference=fixed, or --config.model.expert_capacity=0."
+        )
     if train.batch_size % train.accumulation:
         yield (
             f"train.batch_size {train.batch_size} is not divisible by train.accumulation "

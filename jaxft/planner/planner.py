@@ -231,9 +231,7 @@ class Planner:
         placement = evaluator.placement
         rows = config.eval.batch_size or config.train.batch_size
         rows = placement.whole_rows(rows)
-        batch = program.batch.map(
-            lambda leaf: type(leaf)((rows, leaf.shape[-1]), leaf.dtype, sharding=placement.rows)
-        )
+        batch = evaluator.abstract_rows(config, rows)
         lowered = evaluator.eval_step.lower(program.state.params, batch)
         compiled = self._compile(lowered, {}, topology)  # as the trainer does
         if compiled.allocation is None:

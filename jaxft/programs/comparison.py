@@ -50,6 +50,7 @@ def compare(a: dict[str, Evaluation], b: dict[str, Evaluation]) -> dict[str, Com
 def _compare_one(name: str, a: Evaluation, b: Evaluation) -> Comparison:
     documents = 0
     if a.sums.bytes is None:
+        _check_same_reference(name, a, b)
         sums_a, sums_b = _paired_by_unit(name, a, b)
     elif a.held_out.digest == b.held_out.digest:
         sums_a, sums_b = (
@@ -61,6 +62,18 @@ def _compare_one(name: str, a: Evaluation, b: Evaluation) -> Comparison:
         sums_a, sums_b = {"bits_per_byte": bits_a}, {"bits_per_byte": bits_b}
     differences = {name: paired_difference(sums_a[name], sums_b[name]) for name in sums_a}
     return Comparison(a, b, differences, _paired_answers(name, a.answers, b.answers), documents)
+
+
+def _check_same_reference(name: str, a: Evaluation, b: Evaluation) -> None:
+    """Raises ConfigError for figures that compare with different models."""
+    ones = (a.reference, b.reference)
+    if None not in ones and len({found.weights for found in ones if found}) > 1:
+        paths = " and ".join(found.path for found in ones if found)
+        raise ConfigError(
+            f"{name}: the two models are compared with different references, {paths}, so that "
+            "their figures say nothing beside one another. Name one for both with "
+            "--config.model.path=…."
+        )
 
 
 def _paired_by_unit(

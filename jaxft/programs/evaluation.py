@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxft import console, data, distributed
 from jaxft.config import RunConfig, data_sets, from_dict, held_out_share, to_dict
@@ -15,13 +16,12 @@ from jaxft.data.units import NOUNS, units_of
 from jaxft.errors import ConfigError
 from jaxft.models.attention import check_backend
 from jaxft.models.families import Architecture
-from jaxft.models.module import Params
 from jaxft.programs import capacity
 from jaxft.programs.answers import Answers, Prompts, answer, has_answers, read_prompts
-from jaxft.programs.description import read_description
+from jaxft.programs.description import Description, read_description
 from jaxft.programs.held_out import HeldOut, UnitSums, evaluate_rows, take_rows
 from jaxft.programs.model import Model
-from jaxft.programs.reference import Reference, read_start
+from jaxft.programs.reference import Reference, read_start, read_start_note
 from jaxft.programs.weights import load_weights
 from jaxft.sharding.rules import Placement
 from jaxft.training.program import (
@@ -57,6 +57,22 @@ _DECIDE_HOW_ROWS_ARE_READ = (
 )
 
 
+# Keys of the objective that change no figure.
+_NOT_OF_A_LOSS = ("objective.chunk", "objective.balance", "objective.reference")
+
+
+class Compared(NamedTuple):
+    """The model that preferences were compared with.
+
+    Attributes:
+      path: Its folder or repository id.
+      weights: Digest of its weights.
+    """
+
+    path: str
+    weights: str
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Result on one data set.
@@ -66,12 +82,14 @@ class Evaluation:
       answers: Generated answers, if `eval.answers` asks for them and the data has them.
       model: Name of the model.
       held_out: Rows it was evaluated on.
+      reference: What preferences were compared with; None of other objectives.
     """
 
     sums: UnitSums
     answers: Answers | None
     model: Source
     held_out: HeldOut
+    reference: Compared | None = None
 
     def record(self) -> dict[str, Any]:
         """Returns a JSON-able summary."""
@@ -259,9 +277,11 @@ def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
         name: take_rows(rows, task.tokenizer, maximum=config.eval.max_rows, seed=config.train.seed)
         for name, rows in task.rows.items()
     }
+    reference = None
     if config.objective.uses_reference:
         compared = {name: found for name, found in sets.items() if name != "retention"}
-        _reference(task, evaluator, compared).attach()
+        found = _reference(task, evaluator, compared)
+        reference = Compared(found.config.model.path, found.attach()[0])
     with console.phase("Weights"):
         params = load_weights(
             task.source,
@@ -276,29 +296,64 @@ def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
     plain = evaluator.on_text(config)
     return {
         name: _evaluate_one(
-            task, plain if name == "retention" else evaluator, model, name, held_out
+            task,
+            plain if name == "retention" else evaluator,
+            model,
+            name,
+            held_out,
+            None if name == "retention" else reference,
         )
         for name, held_out in sets.items()
     }
 
 
 def _reference(task: _Task, evaluator: Evaluator, sets: Mapping[str, HeldOut]) -> Reference:
-    """Returns the model that the evaluated one is compared with: the one that its run started from.
+    """Returns the model that the evaluated one is compared with.
 
-    Without a run it is `model.path`.
+    It is `model.path` where the command names one, else the one that the run started from.
+
+    Raises:
+      ConfigError: If neither is known, or it reads or is shaped otherwise than the evaluated model.
     """
-    config, record = copy.deepcopy(task.config), None
-    config.model.path = task.base or config.model.path
+    config, noted = copy.deepcopy(task.config), None
+    config.model.path = task.base
     if task.source.checkpoints is not None:
         run = Workdir(path=task.source.checkpoints.parent)
-        trained = from_dict(json.loads(run.config.read_text(encoding="utf-8")))
-        config.model, record = trained.model, run.reference
+        start = read_start_note(run.reference)
+        if start is not None and task.base in ("", str(task.source.checkpoints.parent)):
+            trained = from_dict(json.loads(run.config.read_text(encoding="utf-8")))
+            config.model = dataclasses.replace(
+                trained.model, path=start.model, dtypes=config.model.dtypes
+            )
+            config.train.seed, noted = trained.train.seed, start
+    if not config.model.path:
+        raise ConfigError(
+            f"{config.objective.name} compares with the weights that training started from, which "
+            f"{task.source.name} does not name. Name them with --config.model.path=…."
+        )
+    source = find_source(
+        config.model.path,
+        revision=config.model.revision,
+        weights=not config.model.random_init,
+    )
+    description = read_description(source, config)
+    _check_reference(task, description, config.model.path)
+    load = functools.partial(read_start, config, evaluator, source, description)
+    return Reference(config, evaluator, load, sets, noted)
 
-    def load() -> Params:
-        source = find_source(config.model.path, revision=config.model.revision)
-        return read_start(config, evaluator, source, read_description(source, config))
 
-    return Reference(config, evaluator, record, load, sets)
+def _check_reference(task: _Task, description: Description, name: str) -> None:
+    here, there = (
+        dataclasses.replace(found.config, vocab=0)
+        for found in (task.architecture, description.architecture)
+    )
+    told = f"{name} cannot be the reference of {task.source.name}: "
+    other = "Name the model that training started from with --config.model.path=…."
+    if here != there:
+        raise ConfigError(f"{told}the two are models of different shape. {other}")
+    known, own = (tokenizer.get_vocab() for tokenizer in (description.tokenizer, task.tokenizer))
+    if any(own.get(token) != number for token, number in known.items()):
+        raise ConfigError(f"{told}their tokenizers give tokens different ids. {other}")
 
 
 def _say_differences(config: RunConfig, source: Source) -> None:
@@ -314,8 +369,8 @@ def _say_differences(config: RunConfig, source: Source) -> None:
     checkpoints.close()
     here = to_dict(config)
     _check_held_out(here, trained)
-    for key in _DECIDE_HOW_ROWS_ARE_READ:
-        name = f"data.{key}"
+    learnt = [n for n in here if n.startswith("objective.") and n not in _NOT_OF_A_LOSS]
+    for name in [*(f"data.{key}" for key in _DECIDE_HOW_ROWS_ARE_READ), *learnt]:
         if trained.get(name, here[name]) != here[name]:
             console.log(
                 f"{name} is {here[name]!r} here; the run was trained with {trained[name]!r}.",
@@ -358,7 +413,12 @@ def named_sources(config: RunConfig) -> dict[str, str]:
 
 
 def _evaluate_one(
-    task: _Task, evaluator: Evaluator, model: Model, name: str, held_out: HeldOut
+    task: _Task,
+    evaluator: Evaluator,
+    model: Model,
+    name: str,
+    held_out: HeldOut,
+    reference: Compared | None,
 ) -> Evaluation:
     config, prompts = task.config, task.prompts.get(name)
     with console.phase(f"Evaluating {name}"):
@@ -369,4 +429,4 @@ def _evaluate_one(
             batch_size=config.eval.batch_size or config.train.batch_size,
         )
         answers = answer(config, model, prompts) if prompts is not None else None
-    return Evaluation(sums, answers, task.source, held_out)
+    return Evaluation(sums, answers, task.source, held_out, reference)

@@ -112,6 +112,12 @@ class UnitSums:
         return {"loss": self.loss, "perplexity": self._perplexity, **own, "bits_per_byte": bits}
 
     @property
+    def estimated_sums(self) -> dict[str, tuple[float, float]]:
+        """Sum and count over all units of the loss and of every figure, by name."""
+        sums = {"loss": (self.total, self.weight), **self.figures}
+        return {name: (float(a.sum()), float(b.sum())) for name, (a, b) in sums.items()}
+
+    @property
     def _perplexity(self) -> Estimate:
         loss = self.loss
         value, low, high = (math.exp(min(x, 700.0)) for x in (loss.value, loss.low, loss.high))
@@ -213,10 +219,12 @@ def _with_values(batch: Batch, values: Mapping[str, float]) -> Batch:
 
 def score_rows(
     evaluator: Evaluator, params: Params, held_out: HeldOut, *, batch_size: int
-) -> np.ndarray:
-    """Returns the log-probability of every target of some rows, float32 `[numbers, T]`."""
-    parts = _run(evaluator, evaluator.score_step, params, held_out, batch_size, {})
-    return np.concatenate(list(parts))[: len(held_out.numbers)]
+) -> Iterator[np.ndarray]:
+    """Yields the log-probabilities of all targets, float32 `[rows of a batch, T]`.
+
+    The last batch is filled up with rows that are not there.
+    """
+    yield from _run(evaluator, evaluator.score_step, params, held_out, batch_size, {})
 
 
 _IN_A_LINE = ("loss", "perplexity", "token_accuracy", "accuracy", "margin")

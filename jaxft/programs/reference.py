@@ -2,23 +2,27 @@
 
 Held-out rows are scored once, as they are evaluated often. Rows that are trained on are scored once
 as well where `objective.reference` is `cached`; else the training step scores them, with a copy of
-the starting weights. Scores are kept beside the data's cache, by the content of rows and weights.
+the starting weights. Scores are kept beside the data's cache, under a key of all that they depend
+on: rows, weights, the model's shape, how it is computed and where.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxft import console, data, distributed
-from jaxft.config import RunConfig
-from jaxft.errors import CheckpointError
+from jaxft.config import RunConfig, to_dict
+from jaxft.errors import CheckpointError, DataError
 from jaxft.files import write_json
 from jaxft.models.module import Params, init_params
 from jaxft.programs.description import Description
@@ -27,59 +31,93 @@ from jaxft.programs.weights import load_weights
 from jaxft.training.program import Evaluator
 from jaxft.workdir.source import Source
 
+VERSION = 1
+"""Part of every key: raise it when the same model would give the same rows other scores."""
+
+
+class Start(NamedTuple):
+    """What a run notes of the weights that it starts from, and compares with.
+
+    Attributes:
+      weights: Digest of all their bits.
+      dtypes: `model.dtypes` of the run, on which the digest depends.
+      model: Absolute path of their folder, or repository id.
+    """
+
+    weights: str
+    dtypes: str
+    model: str
+
+
+def read_start_note(file: Path) -> Start | None:
+    """Returns what a run has noted, on all hosts; None if it has noted nothing."""
+
+    def read() -> list[str] | None:
+        return list(json.loads(file.read_text()).values()) if file.is_file() else None
+
+    found = distributed.from_first("reference", read)
+    return None if found is None else Start(*found)
+
 
 @dataclass(frozen=True)
 class Reference:
     """The origin of the starting weights' log-probabilities.
 
     Attributes:
-      config: The run's.
+      config: The run's; `model` describes the starting weights.
       evaluator: Scores rows.
-      record: File in the workdir that says which weights the run started from; None outside of it.
       load: Returns the starting weights, on their devices.
       sets: Rows that get their log-probabilities as a column, by name.
+      noted: What the run has noted of its start, if it goes on; None where nothing is known.
     """
 
     config: RunConfig
     evaluator: Evaluator
-    record: Path | None
     load: Callable[[], Params]
     sets: Mapping[str, HeldOut]
+    noted: Start | None = None
 
-    def begin(self, params: Params) -> Params:
+    def begin(self, params: Params, record: Path) -> Params:
         """Scores rows with the starting weights, and notes which these are.
 
         Args:
           params: The starting weights.
+          record: File of the workdir that it is noted in.
 
         Returns:
           A copy of the weights if the training step needs one; else nothing.
         """
         digest = digest_of(params)
-        if self.record is not None and distributed.is_first():
-            write_json(self.record, {"weights": digest})
+        self._note(digest, record)
         self._attach(digest, lambda: params)
         return jax.tree.map(jnp.copy, params) if self.is_fixed else {}
 
-    def resume(self) -> Params:
+    def resume(self, record: Path) -> Params:
         """Does what `begin` does, for a run that goes on.
 
         Raises:
           CheckpointError: If `load` does not return the weights that the run was started with.
         """
-        return self.attach(wanted=self.is_fixed)
+        digest, loaded = self.attach(wanted=self.is_fixed)
+        if self.noted is None:
+            self._note(digest, record)
+        return loaded
 
-    def attach(self, *, wanted: bool = False) -> Params:
+    def attach(self, *, wanted: bool = False) -> tuple[str, Params]:
         """Gives rows their column, and reads the starting weights only where they are needed.
 
         Args:
           wanted: Whether the weights are returned; else nothing is.
 
+        Returns:
+          Digest of the weights, and the weights if they are wanted.
+
         Raises:
           CheckpointError: If `load` does not return the weights that the run was started with.
         """
-        noted = self._noted()
         loaded: Params = {}
+        same_dtypes = self.noted is not None and self.noted.dtypes == self.config.model.dtypes
+        noted = self.noted.weights if self.noted is not None and same_dtypes else ""
 
         def load() -> Params:
             if not loaded:
@@ -89,22 +127,19 @@ class Reference:
 
         digest = noted if noted and not wanted else digest_of(load())
         self._attach(digest, load)
-        return loaded if wanted else {}
+        return digest, loaded if wanted else {}
 
     @property
     def is_fixed(self) -> bool:
         """Whether the training step computes the log-probabilities itself."""
         return self.config.objective.uses_reference == "fixed"
 
-    def _noted(self) -> str:
-        if self.record is None:
-            return ""
-        record = self.record
-
-        def read() -> str:
-            return json.loads(record.read_text())["weights"] if record.is_file() else ""
-
-        return distributed.from_first("reference", read)
+    def _note(self, digest: str, record: Path) -> None:
+        model = self.config.model
+        folder = Path(model.path).expanduser()
+        path = str(folder.absolute()) if folder.exists() else model.path
+        if distributed.is_first():
+            write_json(record, Start(digest, model.dtypes, path)._asdict())
 
     def _check(self, found: str, noted: str) -> None:
         if noted and found != noted:
@@ -125,25 +160,79 @@ class Reference:
         self, held_out: HeldOut, digest: str, load: Callable[[], Params]
     ) -> tuple[np.ndarray, bool]:
         """Returns float32 `[numbers, T]`, and whether they were there."""
-        key = hashlib.sha256(
-            json.dumps(
-                [
-                    held_out.digest,
-                    digest,
-                    list(held_out.numbers) if held_out.is_sample else "all",
-                    self.evaluator.numerics.compute_dtype.__name__,
-                    held_out.rows.max_length,
-                ]
-            ).encode()
-        ).hexdigest()[:24]
-        file = data.cache_folder(self.config.data) / f"reference-{key}.npy"
-        is_there = distributed.everywhere("cached reference", file.is_file())
-        if not is_there:
-            config = self.config
-            batch_size = config.eval.batch_size or config.train.batch_size
-            scores = score_rows(self.evaluator, load(), held_out, batch_size=batch_size)
-            write_array(file, scores)
-        return np.load(file, mmap_mode="r"), is_there
+        shape = (len(held_out.numbers), held_out.rows.max_length)
+        file = data.cache_folder(self.config.data) / f"reference-{self._key(held_out, digest)}.npy"
+        kept = _read_scores(file, shape)
+        if distributed.everywhere("cached reference", kept is not None) and kept is not None:
+            return kept, True
+        del kept
+        params, train = load(), self.config.train
+        batch_size = self.config.eval.batch_size or train.batch_size
+        parts = score_rows(self.evaluator, params, held_out, batch_size=batch_size)
+        return _keep_scores(file, shape, parts), False
+
+    def _key(self, held_out: HeldOut, digest: str) -> str:
+        evaluator = self.evaluator
+        ingredients = [
+            VERSION,
+            held_out.digest,
+            list(held_out.numbers) if held_out.is_sample else "all",
+            held_out.rows.max_length,
+            digest,
+            repr(evaluator.architecture.config),
+            evaluator.numerics.compute_dtype.__name__,
+            # Sums are rounded otherwise where they are made in other parts.
+            evaluator.attention.backend,
+            self.config.strategy,
+            to_dict(self.config.mesh),
+            jax.device_count(),
+            jax.default_backend(),
+        ]
+        return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:24]
+
+
+def _read_scores(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Maps scores that were kept; None if there are none, or the file is damaged."""
+    if not file.is_file():
+        return None
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        found = np.load(file, mmap_mode="r")
+        if found.shape == shape and found.dtype == np.float32:
+            return found
+    with contextlib.suppress(OSError):
+        file.unlink()
+    return None
+
+
+def _keep_scores(file: Path, shape: tuple[int, int], parts: Any) -> np.ndarray:
+    """Writes scores as they come, and returns them mapped from the disk.
+
+    The file appears at once. If another process was faster, its file stays.
+
+    Raises:
+      DataError: If the disk is full or the folder cannot be written to.
+    """
+    temporary = file.with_name(f".{uuid.uuid4().hex}.npy")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scores = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+        start = 0
+        for part in parts:
+            part = part[: shape[0] - start]
+            scores[start : start + len(part)] = part
+            start += len(part)
+        scores.flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, file)
+        return scores
+    except OSError as error:
+        raise DataError(
+            f"Log-probabilities of the reference cannot be kept in {file.parent}: "
+            f"{error.strerror}. Free some disk space, or name another folder with "
+            "--config.data.cache=…."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)  # what is mapped stays until it is let go
 
 
 def read_start(
@@ -171,14 +260,6 @@ def _spread(held_out: HeldOut, scores: np.ndarray) -> np.ndarray:
     whole = np.full((len(held_out.rows), scores.shape[1]), np.nan, np.float32)
     whole[np.asarray(held_out.numbers)] = scores
     return whole
-
-
-def write_array(file: Path, array: np.ndarray) -> None:
-    """Writes an array at once: readers see all of it, or no file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{distributed.process()}.npy")
-    np.save(temporary, array)
-    temporary.replace(file)
 
 
 def digest_of(params: Params) -> str:

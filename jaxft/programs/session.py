@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import console, distributed
+from jaxft import console, data, distributed
 from jaxft.config import RunConfig, to_dict
 from jaxft.data import TokenRows
-from jaxft.errors import TrainingError
+from jaxft.errors import ConfigError, TrainingError
 from jaxft.files import read_jsonl
 from jaxft.formatting import format_duration
 from jaxft.hardware.devices import peak_flops
@@ -102,7 +102,7 @@ class Session:
             record = {"step": int(state.step), "dataset": name}
             record |= result.record() | held_out.record()
             if not int(state.step) and name != "retention":
-                self.check_start({name: found.value for name, found in result.estimates.items()})
+                self._check_start(result.estimated_sums, at="evaluation")
             figures = describe_figures(result, evaluator.objective.objective.units)
             text = f"step {record['step']}: {name} {', '.join(figures)}"
             if held_out.is_sample:
@@ -200,30 +200,46 @@ class Session:
             "rows."
         )
 
-    def check_start(self, figures: Mapping[str, float]) -> None:
-        """Raises TrainingError if figures are not what the starting weights must give.
-
-        Compute types round, and the two passes that are compared are compiled apart.
-        """
-        objective = self.program.evaluator.objective
-        for name, expected in objective.objective.start(objective.keys).items():
-            found = figures[name]
-            if not abs(found - expected) <= _START_TOLERANCE * max(1.0, abs(expected)):
-                raise TrainingError(
-                    f"At the start the {name} is {found:.4f}, and must be {expected:.4f}, as the "
-                    "weights are still those of the reference: its log-probabilities are of other "
-                    "weights or other rows. Delete the folder --config.data.cache names, or set "
-                    "--config.objective.reference=fixed."
-                )
-
     def check_first_step(self, figures: StepFigures) -> None:
         """Holds the first step, which sees the starting weights, to what these must give."""
         objective = self.program.evaluator.objective
         if objective.objective.start(objective.keys):
-            ratios = jax.device_get(figures.ratios)
-            self.check_start(
-                {name: total / max(count, 1) for name, (total, count) in ratios.items()}
+            self._check_start(jax.device_get(figures.ratios), at="step")
+
+    def _check_start(self, sums: Mapping[str, tuple[Any, Any]], *, at: str) -> None:
+        """Raises TrainingError if figures are not what the starting weights must give.
+
+        Args:
+          sums: Sum and count of each figure, by name. One without any count says nothing.
+          at: Whether an evaluation or a step made them: the two have the reference from elsewhere.
+
+        Raises:
+          ConfigError: If the objective expects a figure that it does not give.
+        """
+        objective = self.program.evaluator.objective
+        expectations = objective.objective.start(objective.keys)
+        if unknown := expectations.keys() - sums.keys():
+            raise ConfigError(
+                f"objective {self.config.objective.name!r} expects {', '.join(sorted(unknown))} at "
+                f"the start, and gives no such figure; it gives {', '.join(sums)}."
             )
+        # Two passes that are compiled apart round differently.
+        exact = self.program.evaluator.numerics.compute_dtype == jnp.float32
+        tolerance = _START_TOLERANCE if exact else 5 * _START_TOLERANCE
+        is_kept = at == "evaluation" or not self.program.fixed
+        cache = data.cache_folder(self.config.data)
+        remedy = f" Delete {cache}/reference-*.npy and start again." if is_kept else ""
+        for name, expected in expectations.items():
+            total, count = sums[name]
+            if not count:
+                continue
+            found = float(total) / float(count)
+            if not abs(found - expected) <= tolerance * max(1.0, abs(expected)):
+                raise TrainingError(
+                    f"At the start the {name} is {found:.4f}, and must be {expected:.4f}, as the "
+                    "weights are still those of the reference: its log-probabilities are of other "
+                    f"weights or other rows.{remedy}"
+                )
 
     def _flops(self, tokens: int, squared_lengths: float) -> Any:
         evaluator = self.program.evaluator

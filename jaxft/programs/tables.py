@@ -98,6 +98,8 @@ def print_comparison(
 
 def _print_scope(results: Mapping[str, Evaluation], config: RunConfig) -> None:
     """Prints how much of which data was evaluated, and with which settings."""
+    for path in dict.fromkeys(e.reference.path for e in results.values() if e.reference):
+        _print_line(f"Reference: {path}")
     for name, evaluation in results.items():
         held_out, answers = evaluation.held_out, evaluation.answers
         rows, of_rows = len(held_out.numbers), len(held_out.rows)
@@ -109,7 +111,12 @@ def _print_scope(results: Mapping[str, Evaluation], config: RunConfig) -> None:
             text += f"; answers to {len(answers.right):,} of {answers.of_rows:,} rows"
         _print_line(text)
     values, defaults = to_dict(config), to_dict(RunConfig())
-    settings = [f"{k}={values[k]}" for k in _SETTINGS if values[k] != defaults[k]]
+    objective = [name for name in values if name.startswith("objective.")]
+    settings = [
+        f"{name}={values[name]}"
+        for name in (*_SETTINGS, *objective)
+        if values[name] != defaults.get(name)
+    ]
     if settings:
         _print_line(f"Settings: {', '.join(settings)}")
 
@@ -144,7 +151,7 @@ def _title(measure: str, evaluation: Evaluation, units: str) -> str:
 def _gain_and_loss(results: Mapping[str, Comparison], config: RunConfig) -> str:
     task = next(name for name in results if name != "retention")
     gained, lost = results[task], results["retention"]
-    if gained.a.sums.bytes is None:
+    if gained.a.sums.bytes is None and "accuracy" in gained.differences:
         return _preference_and_loss(task, gained, lost, _units(task, config))
     name = "loss" if {"loss"} <= gained.differences.keys() & lost.differences.keys() else ""
     unit, name = ("nats a token", name) if name else ("bits a byte", "bits_per_byte")

@@ -23,7 +23,7 @@ from jaxft.programs.advice import warn
 from jaxft.programs.answers import read_sample_prompts
 from jaxft.programs.description import read_description
 from jaxft.programs.held_out import HeldOut
-from jaxft.programs.reference import Reference, read_start
+from jaxft.programs.reference import Reference, read_start, read_start_note
 from jaxft.programs.session import Session
 from jaxft.reporting.progress import TrainProgress
 from jaxft.reporting.report import write_report
@@ -176,7 +176,7 @@ def _train(
     load = functools.partial(read_start, config, evaluator, source, description)
     reference = _make_reference(config, evaluator, workdir, load, rows, held_out)
     with console.phase("Weights") as phase:
-        fixed, state = _read_weights(config, program, load, reference, checkpoints, start)
+        fixed, state = _read_weights(config, program, load, reference, checkpoints, workdir, start)
         origin = "random" if config.model.random_init else config.model.path
         phase.detail(f"checkpoint of step {start}" if start else origin)
     if not start:
@@ -253,14 +253,15 @@ def _read_weights(
     load: Callable[[], Params],
     reference: Reference | None,
     checkpoints: Checkpoints,
+    workdir: Workdir,
     start: int,
 ) -> tuple[Params, TrainState]:
     """Returns the reference's weights, if the step needs them, and the state to go on from."""
     if start:
-        fixed = reference.resume() if reference else {}
+        fixed = reference.resume(workdir.reference) if reference else {}
         return fixed, checkpoints.restore(program.state, start)[0]
     params = load()
-    fixed = reference.begin(params) if reference else {}
+    fixed = reference.begin(params, workdir.reference) if reference else {}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     make = functools.partial(init_state, optimizer=program.optimizer, freeze=config.optim.freeze)
     return fixed, jax.jit(make, donate_argnums=0, out_shardings=shardings)(params)
@@ -279,7 +280,8 @@ def _make_reference(
     sets = {name: found for name, found in held_out.items() if name != "retention"}
     if config.objective.uses_reference == "cached":
         sets["train"] = HeldOut(rows, range(len(rows)), None)
-    return Reference(config, evaluator, workdir.reference, load, sets)
+    noted = read_start_note(workdir.reference) if workdir.resumed else None
+    return Reference(config, evaluator, load, sets, noted)
 
 
 def _has_all_steps(config: RunConfig, reached: Progress) -> bool:

@@ -106,6 +106,19 @@ class Evaluator:
         """`(params, batch [B, T]) -> log-probabilities` of the targets, float32 `[B, T]`."""
         return make_score_step(self.abstract.graphdef, self.objective, placement=self.placement)
 
+    def abstract_rows(self, config: RunConfig, rows: int) -> Batch:
+        """Returns a batch of `[rows, T]` as it is evaluated, with shardings and without memory."""
+        dtypes = column_dtypes(config)
+        if self.objective.objective.reference:
+            dtypes["reference"] = np.float32
+        shape, sharding = (rows, config.data.max_length), self.placement.rows
+        make = functools.partial(jax.ShapeDtypeStruct, shape, sharding=sharding)
+        batch = Batch(**{name: make(dtype=dtype) for name, dtype in dtypes.items()})
+        if self.objective.objective.whole is None:
+            return batch
+        names = jax.eval_shape(self.whole_step, self.abstract_params, batch)
+        return batch.with_columns(**{name: make(dtype=np.float32) for name in names})
+
     @property
     def parameters(self) -> int:
         """Number of parameters; a tied table counts once."""

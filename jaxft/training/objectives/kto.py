@@ -93,7 +93,7 @@ def whole(policy: Policy, batch: Batch, _: KtoKeys) -> dict[str, tuple[Array, Ar
 
 def expected_at_start(keys: KtoKeys) -> dict[str, float]:
     """Returns what holds while the policy is the reference."""
-    expected = {"kl": 0.0, "chosen_reward": 0.0, "rejected_reward": 0.0}
+    expected = {"chosen_reward": 0.0, "rejected_reward": 0.0}
     if keys.desirable_weight == keys.undesirable_weight:
         expected["loss"] = keys.desirable_weight / 2
     return expected
