@@ -1,6 +1,7 @@
 """Runs on preferences from data to report: the reference, the start, resuming, evaluation."""
 
 import copy
+import dataclasses
 import json
 import random
 import shutil
@@ -19,7 +20,7 @@ from jaxft.programs.evaluation import evaluate, evaluate_pair
 from jaxft.programs.held_out import UnitSums, describe_figures
 from jaxft.programs.reference import digest_of
 from jaxft.programs.tables import print_comparison, print_evaluation
-from tests.tiny import load_tiny
+from tests.tiny import load_tiny, make_program
 from tests.tiny_run import (
     assert_same_arrays,
     read_metrics,
@@ -124,13 +125,68 @@ def test_a_run_whose_starting_weights_have_changed_is_not_resumed(config, monkey
 
 def test_a_reference_of_other_weights_is_noticed_at_the_start(config, monkeypatch, tmp_path):
     def score(evaluator, params, held_out, *, batch_size):
-        return np.full((len(held_out.numbers), 80), -9.0, np.float32)
+        yield np.full((len(held_out.numbers), 80), -9.0, np.float32)
 
     monkeypatch.setattr(reference, "score_rows", score)
     run = config()
     run.data.cache = str(tmp_path / "cache")
     with pytest.raises(TrainingError, match=r"At the start the loss is .* must be 0\.6931"):
         train(run)
+
+
+def test_scores_are_kept_by_all_they_depend_on_and_made_anew_if_damaged(config, tmp_path):
+    run = config()
+    run.data.cache = str(tmp_path / "cache")
+    run.train.steps = 2
+    train(run)
+    kept = set((tmp_path / "cache").glob("reference-*.npy"))
+    assert len(kept) == 1
+    run.strategy, run.mesh.data, run.mesh.fsdp = "fsdp", 1, 2
+    train(run, overwrite=True)
+    assert len(set((tmp_path / "cache").glob("reference-*.npy"))) == 2
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:200])
+    again = config(train__workdir="again")
+    again.data.cache, again.train.steps = str(tmp_path / "cache"), 2
+    assert evaluations(train(again).workdir)[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert not list((tmp_path / "cache").glob(".*.npy"))
+
+
+def test_held_out_answers_of_one_label_alone_are_evaluated(home, config, tmp_path):
+    rows = [{"prompt": f"say {c}", "completion": c * 3, "label": True} for c in "abcde"]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = config("kto")
+    run.train.steps = 2
+    run.data.validation = str(tmp_path / "good.jsonl")
+    before = evaluations(train(run).workdir)[0]
+    assert before["chosen_reward"] == 0 and before["rejected_reward"] is None
+
+
+def test_what_is_compared_with_is_named_or_known(home, config):
+    run = config()
+    result = train(run)
+    folder = jaxft.export(result.checkpoint, result.workdir / "exported", on_log=lambda text: None)
+    known = evaluate(run, folder)["validation"]
+    assert known.sums.loss.value == pytest.approx(evaluations(result.workdir)[-1]["loss"], rel=1e-5)
+    assert known.reference is not None and known.reference.path == str(home / "base")
+    run.model.path = ""
+    # A run knows what it started from.
+    assert evaluate(run, result.workdir)["validation"].sums.loss.value == known.sums.loss.value
+    with pytest.raises(ConfigError, match="does not name"):
+        evaluate(run, folder)
+    own, other = (evaluate(run, result.workdir)["validation"] for _ in range(2))
+    moved = dataclasses.replace(other, reference=other.reference._replace(weights="x", path="y"))
+    with pytest.raises(ConfigError, match="are compared with different references"):
+        compare({"validation": own}, {"validation": moved})
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "simpo"])
+def test_evaluation_is_planned_with_the_columns_of_the_objective(name):
+    program = make_program(load_tiny("gqa"), objective__name=name)
+    config = from_dict({"objective.name": name, "data.max_length": 24})
+    batch = program.evaluator.abstract_rows(config, 4)
+    assert ("reference" in batch, "kl" in batch) == (name != "simpo", name == "kto")
+    program.evaluator.eval_step.lower(program.state.params, batch)
 
 
 def test_the_first_step_is_held_to_what_must_hold_at_the_start(config, monkeypatch):
