@@ -1,6 +1,7 @@
 """Rows of every layout become pairs or labelled answers; others are refused with their line."""
 
 import json
+import re
 
 import pytest
 
@@ -118,12 +119,62 @@ def test_a_call_is_compared_with_a_text(tmp_path):
         read(tmp_path, {**row, "rejected": [call]})
 
 
-def test_texts_without_a_prompt_share_their_first_words(tmp_path):
-    row = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
-    found, [item] = read(tmp_path, row)
-    assert item.chosen.messages == [said("user", "The sky is"), said("assistant", "blue.")]
-    assert item.rejected.answer == said("assistant", "black.")
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ("Is it open?\nYes.", "Is it open?\nNo.", ("Is it open?", "Yes.", "No.")),
+        # The answers begin alike as well.
+        (
+            "Q: Is it open?\nA: It is open.",
+            "Q: Is it open?\nA: It is shut.",
+            ("Q: Is it open?\nA:", "It is open.", "It is shut."),
+        ),
+        ("Q: q\nA: It", "Q: q\nA: It is.", ("Q: q\nA:", "It", "It is.")),
+        ("Q: q\nA:Yes", "Q: q\nA:No", ("Q: q\nA:", "Yes", "No")),
+        (
+            "### Instruction:\nq\n\n### Response:\nSo\nyes",
+            "### Instruction:\nq\n\n### Response:\nSo\nno",
+            ("### Instruction:\nq\n\n### Response:", "So\nyes", "So\nno"),
+        ),
+    ],
+)
+def test_texts_without_a_prompt_begin_with_it(tmp_path, chosen, rejected, expected):
+    found, [item] = read(tmp_path, {"chosen": chosen, "rejected": rejected, "score": 3})
+    prompt, *answers = expected
+    assert item.chosen.messages == [said("user", prompt), said("assistant", answers[0])]
+    assert item.rejected.messages == [said("user", prompt), said("assistant", answers[1])]
     assert found.description.endswith("; the prompt is what both texts begin with")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "message"),
+    [
+        ("I think at six", "I do not know", 'begin with is "I "; expected a prompt, up to the end'),
+        ("The sky is blue.", "The sky is black.", 'begin with is "The sky is "; expected'),
+        ("q\n", "q\nyes", "'chosen' is only what both texts begin with"),
+        ("Q: q\nA: a\nQ: r\nA: b", "Q: q\nA: c", "'chosen' goes on for several turns"),
+        ("Q: q\nA: a\nQ: what now", "Q: q\nA: a\nQ: what then", "expected a prompt, up to"),
+    ],
+)
+def test_texts_that_begin_with_no_whole_prompt_are_refused(tmp_path, chosen, rejected, message):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, {"chosen": chosen, "rejected": rejected})
+
+
+@pytest.mark.parametrize("asked", ["When do you open?", [said("user", "When do you open?")]])
+def test_the_prompt_is_not_guessed_where_a_column_may_hold_it(tmp_path, asked):
+    row = {"id": "x1", "user_prompt": asked, "chosen": "q\nAt six", "rejected": "q\nNo idea"}
+    with pytest.raises(DataError, match="has 'id' and 'user_prompt' beside two texts") as error:
+        read(tmp_path, row)
+    flags = re.findall(r"--config\.data\.columns=(\S+)", str(error.value))
+    assert len(flags) == 2
+    _, [item] = read(tmp_path, row, format="preference", columns=flags[0])
+    assert item.chosen.messages == [
+        said("user", "When do you open?"),
+        said("assistant", "q\nAt six"),
+    ]
+    _, [item] = read(tmp_path, row, format="preference", columns=flags[1])
+    assert item.chosen.messages == [said("user", "q"), said("assistant", "At six")]
 
 
 def test_columns_of_other_names_are_mapped(tmp_path):
@@ -229,7 +280,6 @@ def first_row(row):
             "'chosen' ends with a turn of weight 0",
         ),
         ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
-        ({"chosen": "a b", "rejected": "a b c"}, "'chosen' is only what both texts begin with"),
         (
             {"input": {}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
             "input.messages is null",

@@ -24,18 +24,18 @@ from jaxft.data.formats.layouts import (
     OPENAI_PAIR,
     label_layout,
     pair_answers,
+    pair_columns,
     pair_layout,
     prompt_column,
     single_layout,
     turns_column,
 )
 from jaxft.data.formats.messages import is_answer, make_conversation
+from jaxft.data.formats.shared_prompts import dialogue, split_prompt
 from jaxft.data.problems import RowError
 
 _VERDICTS = (*LABELS, "preference", "preferred", "winner")
 """Columns that say of two answers which one is better, and may contradict their names."""
-_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):", re.ASCII)
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _YES_OR_NO = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -283,7 +283,7 @@ def _check_repeated(talk: Conversation, asked: list[Any], name: str) -> None:
 
 def _from_texts(better: str, worse: str, row: dict[str, Any], origin: str) -> Preference:
     """Returns the pair of two texts that begin with their prompt, as turns or as plain text."""
-    talks = [_dialogue(text) for text in (better, worse)]
+    talks = [dialogue(text) for text in (better, worse)]
     if all(talks):
         return _checked(
             *(
@@ -292,52 +292,34 @@ def _from_texts(better: str, worse: str, row: dict[str, Any], origin: str) -> Pr
             ),
             is_whole=True,
         )
-    shared = _shared_words(better, worse)
-    prompt = better[:shared]
-    if not prompt.strip():
-        raise RowError(
-            "there is no prompt: 'chosen' and 'rejected' do not begin with the same words. Add a "
-            "column 'prompt'."
-        )
-    for name, text in (("chosen", better), ("rejected", worse)):
-        if not text[shared:].strip():
-            raise RowError(
-                f"{name!r} is only what both texts begin with, which is taken as their prompt; "
-                "nothing is left as an answer. Add a column 'prompt'."
-            )
+    _check_prompt_column(row)
+    prompt, *answers = split_prompt(better, worse)
     system = optional_text(row, "system")
     return _checked(
-        *(
-            single_turn(prompt.strip(), text[shared:].strip(), origin, system=system)
-            for text in (better, worse)
-        ),
+        *(single_turn(prompt, answer, origin, system=system) for answer in answers),
         is_whole=True,
     )
 
 
-def _dialogue(text: str) -> list[dict[str, Any]]:
-    """Returns the turns of a text with 'Human:' and 'Assistant:' before each; none of others."""
-    marks = list(_SPEAKER.finditer(text))
-    if not marks or text[: marks[0].start()].strip():
-        return []
-    ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    return [
-        {"role": _SPEAKERS[mark[1]], "content": text[mark.end() : end].strip()}
-        for mark, end in zip(marks, ends, strict=True)
-    ]
+def _check_prompt_column(row: dict[str, Any]) -> None:
+    """Raises RowError for a column that may hold the prompt, which texts then do not begin with."""
+    used = pair_columns(row)
+    unused = [name for name, cell in row.items() if name not in used and _may_be_prompt(cell)]
+    if unused:
+        guess = next((name for name in unused if "prompt" in name.lower()), unused[0])
+        flags = "--config.data.format=preference --config.data.columns="
+        answers = "chosen=chosen,rejected=rejected"
+        raise RowError(
+            f"the row has {quoted(unused)} beside two texts, and the prompt may be there. Name its "
+            f"column: {flags}prompt={guess},{answers} or none, if both texts begin with it: "
+            f"{flags}{answers}"
+        )
 
 
-def _shared_words(a: str, b: str) -> int:
-    """Returns how many characters of whole words two texts begin with alike."""
-    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if length is None:
-        length = min(len(a), len(b))
-        longer = a if len(a) > length else b
-        if len(longer) == length or longer[length].isspace():
-            return length
-    while length and not a[length - 1].isspace():
-        length -= 1
-    return length
+def _may_be_prompt(cell: Any) -> bool:
+    if isinstance(cell, list):
+        return any(isinstance(item, dict) for item in cell)
+    return isinstance(cell, str) and bool(cell.strip())
 
 
 def _checked(chosen: Conversation, rejected: Conversation, *, is_whole: bool) -> Preference:
@@ -409,6 +391,6 @@ def describe_pairs(row: Mapping[str, Any]) -> str:
     texts = [row.get(name) for name in ("chosen", "rejected")]
     if not all(isinstance(text, str) for text in texts):
         return "; the prompt is all but the last turn"
-    if all(_dialogue(str(text)) for text in texts):
+    if all(dialogue(str(text)) for text in texts):
         return "; texts of turns by 'Human:' and 'Assistant:'"
     return "; the prompt is what both texts begin with"
