@@ -82,6 +82,7 @@ class _Reader:
 
     def __init__(self, file: str):
         self.file = file
+        self.config = RunConfig()
         self.items: dict[str, Item] = {}
         self.groups: set[str] = set()
         self.problems: list[str] = []
@@ -104,10 +105,13 @@ class _Reader:
 
     def _list_keys(self, root: yaml.MappingNode) -> None:
         """Lists the keys that there are, which depend on the objective."""
-        config = RunConfig()
         if name := _find(root, "objective", "name"):
-            config.objective.name = name
-        self.items = {item.path: item for item in walk(config)}
+            self.config.objective.name = name
+        try:
+            self.items = {item.path: item for item in walk(self.config)}
+        except ConfigError as error:  # of an unknown objective
+            said = [f"{self.file}: objective.name: {text}" for text in error.problems]
+            raise ConfigError(said) from error
         paths = [path.split(".") for path in self.items]
         self.groups = {".".join(p[:end]) for p in paths for end in range(1, len(p))}
 
@@ -150,7 +154,10 @@ class _Reader:
         elif path in self.groups:
             raise _Wrong(f"{path} is a group of keys; expected '{path}: {{key: value}}'.", value)
         elif path not in self.items:
-            raise _Wrong(unknown_key(path), key)
+            if path.startswith("objective.") and isinstance(value, yaml.MappingNode):
+                # The group of another objective: each of its keys is told whose it is.
+                return self._read_group(value, f"{path}.")
+            raise _Wrong(unknown_key(path, self.config), key)
         else:
             self.lines[path] = key.start_mark.line + 1
             self._read_value(self.items[path], value)

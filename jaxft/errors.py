@@ -78,6 +78,7 @@ def searched(path: str) -> str:
 
 
 def nearest_of(name: str, candidates: Iterable[str], *, cutoff: float = 0.7) -> str:
-    """Returns the candidate closest to `name`, or an empty string."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
-    return matches[0] if matches else ""
+    """Returns the candidate closest to `name`, whatever their case, or an empty string."""
+    written = {candidate.casefold(): candidate for candidate in candidates}
+    matches = difflib.get_close_matches(name.casefold(), list(written), n=1, cutoff=cutoff)
+    return written[matches[0]] if matches else ""

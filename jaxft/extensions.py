@@ -4,10 +4,18 @@ import contextlib
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxft.errors import ConfigError, nearest
+
+# Folders of Python, of installed packages and of jaxft.
+_NOT_THEIRS = (
+    *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")),
+    os.path.dirname(__file__),
+)
 
 
 def load_named(name: str, known: Mapping[str, str], *, kind: str, attribute: str) -> Any:
@@ -36,8 +44,8 @@ def load_named(name: str, known: Mapping[str, str], *, kind: str, attribute: str
                 f"Unknown {kind} {name!r}; known: {built_in}, or an importable module of "
                 f"yours that defines {attribute}.{nearest(name, known)}"
             ) from error
-        said = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{kind} {name!r} cannot be used: {said}.") from error
+        said = f"{type(error).__name__}: {error}".removesuffix(".")
+        raise ConfigError(f"{kind} {name!r} cannot be used: {_place(error)}{said}.") from error
     value = getattr(found, attribute, None)
     # By name: the type itself may need what is heavy to import.
     if type(value).__name__ != kind.capitalize():
@@ -47,6 +55,18 @@ def load_named(name: str, known: Mapping[str, str], *, kind: str, attribute: str
             f"type {kind.capitalize()}. Built in: {built_in}."
         )
     return value
+
+
+def _place(error: Exception) -> str:
+    """Returns `file:line: ` of the user's own code that failed; of any code if none is theirs."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: "
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")
+    ]
+    theirs = [f for f in frames if not f.filename.startswith(_NOT_THEIRS)]
+    last = (theirs or frames)[-1]
+    return f"{last.filename}:{last.lineno}: "
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Reading a config file and the `--config.<key>=<value>` flags that change it."""
 
+import re
 from collections.abc import Collection, Sequence
 
 from absl import flags
@@ -11,6 +12,7 @@ from jaxft.errors import ConfigError, nearest_of
 
 _PREFIX = "--config."
 _OBJECTIVE = f"{_PREFIX}objective.name="
+_OF_OBJECTIVE = re.compile(r"--config\.objective\.[^=.]+\.")
 
 
 def take_overrides(words: Sequence[str], options: Collection[str] = ()) -> list[str]:
@@ -87,7 +89,18 @@ def read_config(
     config = read_file(file) if file else RunConfig()
     problems = []
     # The objective decides which keys there are.
-    for override in sorted(overrides, key=lambda text: not text.startswith(_OBJECTIVE)):
+    names = [text for text in overrides if text.startswith(_OBJECTIVE)]
+    others = [text for text in overrides if not text.startswith(_OBJECTIVE)]
+    for override in names[-1:]:
+        config = _apply(config, override)
+    try:
+        list(walk(config))
+    except ConfigError as error:
+        problems += [f"objective.name: {text}" for text in error.problems]
+        config.objective.name = RunConfig().objective.name
+        others = [text for text in others if not _OF_OBJECTIVE.match(text)]
+        validate = False
+    for override in others:
         try:
             config = _apply(config, override)
         except ConfigError as error:
@@ -107,7 +120,7 @@ def _apply(config: RunConfig, override: str) -> RunConfig:
     key, _, value = override.removeprefix(_PREFIX).partition("=")
     items = {item.path: item for item in walk(config)}
     if key not in items:
-        raise ConfigError(unknown_key(key, prefix=_PREFIX))
+        raise ConfigError(unknown_key(key, config, prefix=_PREFIX))
     *parents, leaf = key.split(".")
     group = config
     for name in parents:

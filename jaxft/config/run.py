@@ -73,7 +73,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     known = to_dict(config)
     unknown = [name for name in values if name not in known]
     if unknown:
-        raise ConfigError([unknown_key(name) for name in unknown])
+        raise ConfigError([unknown_key(name, config) for name in unknown])
     for path, value in values.items():
         *parents, leaf = path.split(".")
         node = config
@@ -83,29 +83,26 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     return config
 
 
-def unknown_key(name: str, *, prefix: str = "") -> str:
+def unknown_key(name: str, config: RunConfig | None = None, *, prefix: str = "") -> str:
     """Says that there is no such key, with the nearest one, or all of its group.
 
     Args:
       name: What was written.
+      config: The run, whose objective decides which keys there are; None for the defaults.
       prefix: Goes before each name in the message, such as `--config.`.
     """
-    known = [item.path for item in walk(RunConfig())]
+    config = config or RunConfig()
+    known = [item.path for item in walk(config)]
     told = f"Unknown key {prefix + name!r}"
-    parts = name.split(".")
-    if parts[0] == "objective" and len(parts) >= 3:
-        objective = ".".join(parts[1:-1])
-        written = f", write it {prefix}objective.{'.'.join(parts[-2:])}" if len(parts) > 3 else ""
-        return (
-            f"{prefix}{name} would be a key of the objective {objective!r}. Set "
-            f"{prefix}objective.name={objective} with it{written}, and see its keys with "
-            f"`jaxft config --config.objective.name={objective}`."
-        )
-    same_leaf = [path for path in known if path.rpartition(".")[2] == name]
+    group, dot, leaf = name.rpartition(".")
+    start = group + dot if any(path.startswith(group + dot) for path in known) else ""
+    if group.startswith("objective."):
+        return _unknown_key_of_objective(name, config, prefix=prefix)
+    same_leaf = [
+        path for path in known if path.rpartition(".")[2] == leaf and path.startswith(group + dot)
+    ]
     if same_leaf:
         return f"{told}. Did you mean {' or '.join(repr(prefix + path) for path in same_leaf)}?"
-    group, dot, _ = name.rpartition(".")
-    start = group + dot if any(path.startswith(group + dot) for path in known) else ""
     guess = nearest_of(
         name.removeprefix(start),
         [path.removeprefix(start) for path in known if path.startswith(start)],
@@ -115,6 +112,25 @@ def unknown_key(name: str, *, prefix: str = "") -> str:
     parent = group if start else name
     members = [path.removeprefix(f"{parent}.") for path in known if path.startswith(f"{parent}.")]
     return f"{told}; {parent} has {', '.join(members)}." if members else f"{told}."
+
+
+def _unknown_key_of_objective(name: str, config: RunConfig, *, prefix: str) -> str:
+    """Says which keys the objective has, or that the key is of an objective that is not learnt."""
+    *parts, leaf = name.removeprefix("objective.").split(".")
+    objective, learnt = ".".join(parts), config.objective.name
+    group = learnt.rpartition(".")[2]
+    if objective not in (learnt, group):
+        written = f", write it {prefix}objective.{parts[-1]}.{leaf}" if len(parts) > 1 else ""
+        return (
+            f"{prefix}{name} would be a key of the objective {objective!r}, but objective.name is "
+            f"{learnt!r}. Set {prefix}objective.name={objective} with it{written}, and see its "
+            f"keys with `jaxft train --print_config --config.objective.name={objective}`."
+        )
+    keys = [item.path for item in walk(config.objective.keys)]
+    guess = nearest_of(leaf, keys)
+    meant = f" Did you mean {f'{prefix}objective.{group}.{guess}'!r}?" if guess else ""
+    has = f"has {', '.join(keys)}" if keys else "has no keys"
+    return f"Unknown key {prefix + name!r}; {learnt} {has}.{meant}"
 
 
 def _combination_problems(config: RunConfig) -> Iterator[str]:

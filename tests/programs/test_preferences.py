@@ -13,6 +13,7 @@ import pytest
 import jaxft
 from jaxft.config import RunConfig, from_dict, to_dict, to_yaml
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
+from jaxft.extensions import load_named
 from jaxft.flags import read_config
 from jaxft.programs import reference, session
 from jaxft.programs.comparison import compare
@@ -347,6 +348,61 @@ def test_keys_of_an_objective_are_understood_or_refused():
     config.objective.name = "dpoo"
     with pytest.raises(ConfigError, match=r"Unknown objective 'dpoo'.*Did you mean 'dpo'"):
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["name=dpo", "dpo.betta=0.2"],
+            "Unknown key '--config.objective.dpo.betta'; dpo has beta, label_smoothing, robust, "
+            "normalised. Did you mean '--config.objective.dpo.beta'?",
+        ),
+        (
+            ["name=dpo", "beta=0.2"],
+            "Unknown key '--config.objective.beta'. Did you mean '--config.objective.dpo.beta'?",
+        ),
+        (
+            ["dpo.beta=0.2"],
+            "--config.objective.dpo.beta would be a key of the objective 'dpo', but objective.name "
+            "is 'sft'. Set --config.objective.name=dpo with it, and see its keys with `jaxft train "
+            "--print_config --config.objective.name=dpo`.",
+        ),
+    ],
+)
+def test_a_misspelt_key_of_an_objective_gets_those_that_there_are(flags, said):
+    with pytest.raises(ConfigError) as caught:
+        read_config("", [f"--config.objective.{flag}" for flag in flags])
+    assert said in caught.value.problems
+
+
+def test_an_unknown_objective_is_told_once_beside_what_else_is_wrong():
+    flags = ["objective.name=DPO", "objective.dpo.beta=1", "train.steps=5", "train.stepz=5"]
+    with pytest.raises(ConfigError) as caught:
+        read_config("", [f"--config.{flag}" for flag in flags])
+    first, second = caught.value.problems
+    assert first.startswith("objective.name: Unknown objective 'DPO'; known: sft, ")
+    assert first.endswith("Did you mean 'dpo'?")
+    assert second.startswith("Unknown key '--config.train.stepz'")
+
+
+def test_a_file_tells_whose_key_stands_in_the_group_of_another_objective(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("objective:\n  name: dpo\n  dpo: {betta: 1}\n  simpo:\n    gamma: 2\n")
+    with pytest.raises(ConfigError) as caught:
+        read_config(str(file), [])
+    first, second = caught.value.problems
+    assert first.startswith(f"{file}:3: Unknown key 'objective.dpo.betta'; dpo has beta, ")
+    assert second.startswith(f"{file}:5: objective.simpo.gamma would be a key of the objective ")
+
+
+@pytest.mark.parametrize("text", ["\n1 / 0\n", "\nx = = 1\n", "import re\nre.compile('(')\n"])
+def test_a_broken_module_of_the_users_is_told_with_its_line(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = f"broken_{abs(hash(text))}"
+    (tmp_path / f"{name}.py").write_text(text)
+    with pytest.raises(ConfigError, match=rf"cannot be used: .*{name}\.py:2: \w+rror: "):
+        load_named(name, {}, kind="objective", attribute="OBJECTIVE")
 
 
 @pytest.mark.parametrize(
