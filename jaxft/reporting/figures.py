@@ -66,6 +66,12 @@ FIGURES = {
     "label_accuracy": Figure("Label accuracy", "percent", note="share", better="high"),
     "exact_match": Figure("Exact match", "percent", note="share", better="high"),
     "accuracy": Figure("Accuracy", "percent", note="share", better="high"),
+    "likelihood_accuracy": Figure(
+        "Preferred answers that are likelier",
+        "percent",
+        note="share of pairs, per token, whatever the reference says",
+        better="high",
+    ),
     "margin": Figure("Margin", note="chosen reward less rejected reward", better="high"),
     "chosen_reward": Figure("Chosen reward", group="rewards", legend="chosen", color=2),
     "rejected_reward": Figure("Rejected reward", group="rewards", legend="rejected", color=5),

@@ -27,7 +27,7 @@ from jaxft.reporting.figures import (
     value_of,
     words_of,
 )
-from jaxft.reporting.pages import Tile, keys_of, render, short_name
+from jaxft.reporting.pages import Key, Tile, keys_of, render, short_name
 from jaxft.workdir.workdir import Workdir
 
 # Shares that a reader looks for first.
@@ -80,11 +80,14 @@ def write_report(workdir: Workdir, exported: Exported | None = None) -> Path:
         *_export_tiles(exported),
         *_speed_tiles(run.metrics),
     ]
+    keys = keys_of(config)
     page = render(
         "report.html",
         title=workdir.path.name,
         model=short_name(config.get("model.path") or ""),
         verb="trained from random weights as" if config.get("model.random_init") else "fine-tuned",
+        method="" if run.is_sft else objective,
+        method_keys=_method_keys(keys, objective),
         data=short_name(config.get("data.train") or ""),
         where=list(_where(machine)),
         tiles_shown=tiles_shown,
@@ -92,8 +95,8 @@ def write_report(workdir: Workdir, exported: Exported | None = None) -> Path:
         plots=[plot(chart) for chart in make_charts(run)],
         measures=list(_measures(run)),
         scopes=list(_scopes(run, others)),
-        samples=_samples(read_jsonl(workdir.samples), exported),
-        keys=keys_of(config),
+        samples=_samples(read_jsonl(workdir.samples), exported, run.units),
+        keys=keys,
         facts=_facts(machine),
     )
     write_text(workdir.report, page)
@@ -106,6 +109,13 @@ def _units(objective: str) -> str:
         return ObjectiveConfig(name=objective).objective.units
     except ConfigError:
         return ""
+
+
+def _method_keys(keys: Iterable[Key], objective: str) -> str:
+    """Returns the keys of the objective that differ from their default: `beta 0.2, robust True`."""
+    prefix = f"objective.{objective}."
+    changed = [key for key in keys if key.changed and key.path.startswith(prefix)]
+    return ", ".join(f"{key.path.removeprefix(prefix)} {key.value}" for key in changed)
 
 
 def _where(machine: Record) -> Iterator[str]:
@@ -296,19 +306,21 @@ class _Answer:
     kind: str = ""
 
 
-def _samples(records: Iterable[Record], exported: Exported | None) -> list[dict[str, Any]]:
+def _samples(
+    records: Iterable[Record], exported: Exported | None, units: str
+) -> list[dict[str, Any]]:
     """Returns the first answer to each prompt beside that of the checkpoint that is exported."""
     prompts: dict[str, list[Record]] = {}
     for record in records:
         if isinstance(record.get("step"), int) and "prompt" in record:
             prompts.setdefault(str(record["prompt"]), []).append(record)
     return [
-        {"prompt": prompt, "answers": list(_answers(answers, exported))}
+        {"prompt": prompt, "answers": list(_answers(answers, exported, units))}
         for prompt, answers in prompts.items()
     ]
 
 
-def _answers(answers: list[Record], exported: Exported | None) -> Iterator[_Answer]:
+def _answers(answers: list[Record], exported: Exported | None, units: str) -> Iterator[_Answer]:
     answers.sort(key=lambda r: r["step"])
     first = answers[0]
     last = next((r for r in answers if exported and r["step"] == exported.step), answers[-1])
@@ -319,7 +331,8 @@ def _answers(answers: list[Record], exported: Exported | None) -> Iterator[_Answ
             title += f", {exported.reason}"
         yield _Answer(title, _text(last.get("output")), "last")
     if last.get("reference") is not None:
-        yield _Answer("Reference", _text(last["reference"]), "reference")
+        title = "Chosen answer" if units == "pairs" else "Reference"
+        yield _Answer(title, _text(last["reference"]), "reference")
 
 
 def _text(value: Any) -> str:

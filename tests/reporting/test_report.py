@@ -198,6 +198,33 @@ def test_a_run_of_preferences_is_told_by_the_figures_of_preferences(workdir):
     assert f"rejected reward 0.000 {less} {less}" in words
 
 
+def test_the_head_of_a_run_names_its_objective_with_what_was_changed(workdir):
+    values = json.loads(workdir.config.read_text())
+    changed = {"objective.name": "dpo", "objective.dpo.beta": 0.2, "objective.dpo.robust": False}
+    workdir.config.write_text(json.dumps(values | changed))
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "stories260K fine-tuned by dpo with beta 0.2 on train.jsonl" in words
+    workdir.config.write_text(json.dumps(values | {"objective.name": "dpo"}))
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "stories260K fine-tuned by dpo on train.jsonl" in words
+
+
+def test_the_text_beside_answers_of_preferences_is_the_chosen_answer(workdir):
+    _preferences(workdir)
+    sample = {"step": 0, "prompt": "Why?", "output": "Because.", "reference": "So it is."}
+    append_jsonl(workdir.samples, sample)
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "Step 0 Because. Chosen answer So it is." in words
+
+
+def test_the_share_of_likelier_answers_is_told_in_words(workdir):
+    _preferences(workdir)
+    append_jsonl(workdir.evaluations, _evaluation(300, 0.5, likelihood_accuracy=2 / 3))
+    words = " ".join(_parse(write_report(workdir)).text.split())
+    assert "preferred answers that are likelier 66.7 %" in words
+    assert "likelihood_accuracy" not in words
+
+
 def test_figures_that_belong_together_share_a_chart(workdir):
     _preferences(workdir)
     rewards = _drawn(workdir, "Rewards")
