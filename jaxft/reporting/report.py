@@ -113,7 +113,7 @@ def _units(objective: str) -> str:
 
 def _method_keys(keys: Iterable[Key], objective: str) -> str:
     """Returns the keys of the objective that differ from their default: `beta 0.2, robust True`."""
-    prefix = f"objective.{objective}."
+    prefix = f"objective.{objective.rpartition('.')[2]}."
     changed = [key for key in keys if key.changed and key.path.startswith(prefix)]
     return ", ".join(f"{key.path.removeprefix(prefix)} {key.value}" for key in changed)
 
