@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from jaxft.data.chat import Example
+from jaxft.data.sources import place_of
 from jaxft.data.units import DOCUMENTS_IN
 
 DOCUMENT = np.dtype(
@@ -122,10 +123,10 @@ class DocumentWriter:
         row: int | None = None,
         label: int = 0,
     ) -> None:
-        """Appends one document; `row` is by default its line, and `label` is kept for units."""
+        """Appends one document; `row` is by default that of its line; `label` is kept for units."""
         totals = self.statistics
         trained = int(example.trained[1:].sum())
-        row = line if row is None else row
+        row = line - 1 if row is None else row
         record = (totals.tokens, len(example.ids), trained, source, line, row, content_hash)
         totals.rows += (source, row) != self._row
         self._row = (source, row)
@@ -180,8 +181,9 @@ class Documents:
         return self.place(self.index[number])
 
     def place(self, record: np.void) -> str:
-        """Returns `file:line` of a record of the index."""
-        return f"{self.statistics.sources[record['source']]}:{record['line']}"
+        """Returns `file:line` of a record of the index, as sources give it."""
+        name = self.statistics.sources[record["source"]]
+        return place_of(name, int(record["line"]), int(record["row"]))
 
     @property
     def skipped(self) -> Path:

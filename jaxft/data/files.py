@@ -187,10 +187,10 @@ class File(Source):
     def _json_rows(
         self, rows: Iterator[tuple[Any, int, str]], problems: Problems
     ) -> Iterator[tuple[Any, int]]:
-        for value, line, problem in rows:
+        for number, (value, line, problem) in enumerate(rows):
             problem = problem or _escaped_bytes(value)
             if problem:
-                problems.add(self.origin(line), f"{problem}.", raw=value)
+                problems.add(self.origin(line, number), f"{problem}.", raw=value)
             else:
                 yield value, line
 

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from jaxft.data.problems import Problems
-from jaxft.data.sources import Source, drop_filler
+from jaxft.data.sources import Source, drop_filler, place_of
 from jaxft.errors import DataError, nearest
 
 _PATIENCE = 10.0
@@ -42,10 +42,10 @@ class HubSource(Source):
         """Whether rows come over the network one by one."""
         return self.streaming
 
-    def origin(self, line: int) -> str:
+    def origin(self, line: int, number: int = 0) -> str:
         """Returns `org/name:config[split]:row`."""
         configuration = f":{self.configuration}" if self.configuration else ""
-        return f"{self.name}{configuration}[{self.split}]:{line}"
+        return place_of(f"{self.name}{configuration}[{self.split}]", line, number)
 
     def fingerprint(self) -> str:
         """The commit of a streamed repository, otherwise the fingerprint of the prepared files."""

@@ -64,9 +64,22 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """Changes whenever the content does."""
 
-    def origin(self, line: int) -> str:
-        """Returns `file:line`."""
-        return f"{self.name}:{line}"
+    def origin(self, line: int, number: int = 0) -> str:
+        """Returns `file:line`, with the row where it can be told that lines hold several."""
+        return place_of(self.name, line, number)
+
+
+def place_of(name: str, line: int, number: int) -> str:
+    """Returns where a row is: `file:line`, or `file:line (row 8)`.
+
+    The row is said where there are more rows than lines before it, as in an array on one line.
+
+    Args:
+      name: The source.
+      line: As in `Row`.
+      number: As in `Row`.
+    """
+    return f"{name}:{line} (row {number + 1:,})" if number >= line > 0 else f"{name}:{line}"
 
 
 def drop_filler(value: Any) -> Any:

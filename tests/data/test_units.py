@@ -350,7 +350,7 @@ def test_packed_units_stay_whole_and_keep_their_prompts_equal(
     seen = []
     for number, row in enumerate(rows):
         found = list(segments(row))
-        keys = rows.unit_keys(number)
+        keys = [(source, row + 1, place) for source, row, place in rows.unit_keys(number)]
         assert len(found) == 2 * len(keys) <= 2 * rows.max_units
         assert rows.unit_origins(number) == [f"rows.jsonl:{key[1]}" for key in keys]
         assert (row.segments > 0).sum() <= 24
@@ -538,6 +538,17 @@ def test_pairs_that_contradict_one_another_and_known_prompts_are_counted(
         "validation: the prompts of 1 of 1 pair are in the training data too",
     ):
         assert part in text, (part, text)
+
+
+def test_rows_of_an_array_on_one_line_are_told_by_their_number(tmp_path, config, tokenizer):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([*pairs(3), {**pairs(1)[0], "rejected": []}]))
+    with pytest.raises(DataError, match=r"a.json:1 \(row 4\): 'rejected' is \[\]"):
+        run(str(path), config, tokenizer)
+    path.write_text(json.dumps(pairs(3)))
+    rows, _ = run(str(path), dataclasses.replace(config, packing="none"), tokenizer, training=False)
+    found = [rows.unit_origins(i)[0] for i in range(3)]
+    assert found == [f"{path}:1", f"{path}:1 (row 2)", f"{path}:1 (row 3)"]
 
 
 def test_what_is_retained_is_measured_on_documents(tmp_path, config, tokenizer):

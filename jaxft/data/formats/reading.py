@@ -45,7 +45,7 @@ def read_items(
     if chosen is not None:
         rows = itertools.islice((row for row in rows if row.number in chosen), len(chosen))
     for row in rows:
-        origin = source.origin(row.line)
+        origin = source.origin(row.line, row.number)
         if row_format is None:
             try:
                 if units == "documents":
