@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxft.errors import ConfigError, nearest
+from jaxft.errors import ConfigError, JaxftError, nearest
 
 # Folders of Python, of installed packages and of jaxft.
 _NOT_THEIRS = (
@@ -44,8 +44,10 @@ def load_named(name: str, known: Mapping[str, str], *, kind: str, attribute: str
                 f"Unknown {kind} {name!r}; known: {built_in}, or an importable module of "
                 f"yours that defines {attribute}.{nearest(name, known)}"
             ) from error
-        said = f"{type(error).__name__}: {error}".removesuffix(".")
-        raise ConfigError(f"{kind} {name!r} cannot be used: {_place(error)}{said}.") from error
+        said = str(error) if isinstance(error, JaxftError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{kind} {name!r} cannot be used: {_place(error)}{said.removesuffix('.')}."
+        ) from error
     value = getattr(found, attribute, None)
     # By name: the type itself may need what is heavy to import.
     if type(value).__name__ != kind.capitalize():

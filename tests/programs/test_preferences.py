@@ -21,6 +21,9 @@ from jaxft.programs.evaluation import evaluate, evaluate_pair
 from jaxft.programs.held_out import UnitSums, describe_figures
 from jaxft.programs.reference import digest_of
 from jaxft.programs.tables import print_comparison, print_evaluation
+from jaxft.training.objectives import sft
+from jaxft.training.objectives.bound import BoundObjective
+from jaxft.training.objectives.contract import RECORDED, Objective, Terms
 from tests.tiny import load_tiny, make_program
 from tests.tiny_run import (
     assert_same_arrays,
@@ -291,6 +294,9 @@ def test_an_objective_from_outside_the_package_is_one_file(home, config, tmp_pat
     record = read_records(result.workdir / "metrics.jsonl")[-1]
     assert record["loss"] == pytest.approx(record["plain_loss"])
     assert "plain_loss_low" in evaluations(result.workdir)[-1]
+    names = record.keys() | evaluations(result.workdir)[-1].keys()
+    values = {name.removesuffix("_low").removesuffix("_high") for name in names}
+    assert values - RECORDED == {"plain_loss"}
     values = to_dict(run)
     assert values["objective.harsh.power"] == 1.0
     assert to_dict(from_dict(values)) == values
@@ -316,6 +322,40 @@ def test_keys_of_a_module_in_a_package_are_a_group_of_its_last_name(tmp_path, mo
     with pytest.raises(ConfigError, match=r"Set --config\.objective\.name=losses\.dpo"):
         config.validate()
     assert config.objective.dpo.beta == 0.1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("rows=rows)", "rows=rows, units='pair')", "units is 'pair'; expected one of 'documents'"),
+        ("@dataclass(kw_only=True)", "", "Objective.keys is .*; expected a dataclass"),
+        ('key(2.0, "Exponent of the nats of a token.", minimum=1)', "2.0", "power is no key"),
+        ("power: float", "power: 'float'", "power has the type 'float'; expected bool, int"),
+    ],
+)
+def test_a_definition_that_cannot_be_used_is_explained(old, new, said, tmp_path, monkeypatch):
+    assert old in OBJECTIVE
+    name = f"wrong_{''.join(filter(str.isalpha, new))}"
+    (tmp_path / f"{name}.py").write_text(OBJECTIVE.replace(old, new))
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig()
+    config.objective.name = name
+    with pytest.raises(ConfigError, match=f"'{name}' cannot be used: .*{said}") as error:
+        config.validate()
+    assert "ConfigError" not in str(error.value)
+
+
+@pytest.mark.parametrize("figure", ["tokens", "loss", "weight", "plain_high", "perplexity_low"])
+def test_a_figure_that_records_have_already_is_refused(figure):
+    def judge(policy, batch, keys):
+        return Terms(0.0, 1.0, {"plain": (0.0, 1.0), figure: (0.0, 1.0)})
+
+    objective = Objective(keys=sft.Keys, loss=judge, rows=judge)
+    bound = BoundObjective(objective=objective, keys=sft.Keys(), chunk=0, name="mine")
+    said = f"objective 'mine' names a figure '{figure}', which records have already; rename it"
+    for use in (bound.judge, bound.rows):
+        with pytest.raises(ConfigError, match=said):
+            use(None, None)  # pyright: ignore
 
 
 def test_a_key_that_no_objective_has_cannot_be_set():

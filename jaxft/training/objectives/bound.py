@@ -9,10 +9,13 @@ from jaxtyping import Array, Float
 
 from jaxft.config import ObjectiveConfig
 from jaxft.data.batch import Batch
+from jaxft.errors import ConfigError
 from jaxft.models.experts import balance_loss
 from jaxft.models.layers import Routing
-from jaxft.training.objectives.contract import Objective, Scores, Terms
+from jaxft.training.objectives.contract import RECORDED, Objective, Scores, Terms
 from jaxft.training.objectives.token_scores import Predictor, token_scores
+
+_ENDS = ("low", "high")  # of an interval, in eval.jsonl
 
 
 class Judged(NamedTuple):
@@ -61,6 +64,7 @@ class BoundObjective:
       chunk: Positions of each row whose float32 logits exist at once; 0 for all.
       balance: Weight of the load-balancing loss. It is judged over the tokens of a micro-batch.
       max_units: Most units of one row.
+      name: Name in the run's config; empty for one that no run names.
     """
 
     objective: Objective
@@ -68,19 +72,28 @@ class BoundObjective:
     chunk: int
     balance: float = 0.0
     max_units: int = 1
+    name: str = ""
 
     def judge(self, model: Predictor, batch: Batch) -> Judged:
-        """Returns what the rows of a micro-batch add to a training step."""
+        """Returns what the rows of a micro-batch add to a training step.
+
+        Raises:
+          ConfigError: If a figure has a name that records have already.
+        """
         policy = self._policy(model)
-        terms = self.objective.loss(policy, batch, self.keys)
+        terms = self._checked(self.objective.loss(policy, batch, self.keys))
         auxiliary = jnp.zeros((), jnp.float32)
         if policy.routing is not None and self.balance:
             auxiliary = self.balance * terms.weight * balance_loss(policy.routing)
         return Judged(terms, auxiliary, policy.routing)
 
     def rows(self, model: Predictor, batch: Batch) -> Terms:
-        """Returns the sums of each row or unit."""
-        return self.objective.rows(self._policy(model), batch, self.keys)
+        """Returns the sums of each row or unit.
+
+        Raises:
+          ConfigError: If a figure has a name that records have already.
+        """
+        return self._checked(self.objective.rows(self._policy(model), batch, self.keys))
 
     def whole(self, model: Predictor, batch: Batch) -> dict[str, tuple[Any, Any]]:
         """Returns this micro-batch's part of what the loss must know of all of them."""
@@ -90,6 +103,18 @@ class BoundObjective:
     def log_probs(self, model: Predictor, batch: Batch) -> Float[Array, "B T"]:
         """Returns the log-probability that a model gives each target."""
         return self._policy(model).scores(batch).log_probs
+
+    def _checked(self, terms: Terms) -> Terms:
+        intervals = {f"{name}_{end}" for name in (*RECORDED, *terms.figures) for end in _ENDS}
+        if taken := sorted(terms.figures.keys() & (RECORDED | intervals)):
+            raise ConfigError(
+                [
+                    f"objective {self.name!r} names a figure {name!r}, which records have already; "
+                    "rename it."
+                    for name in taken
+                ]
+            )
+        return terms
 
     def _policy(self, model: Predictor) -> _Scored:
         return _Scored(model, self.chunk, self.max_units)
@@ -103,4 +128,5 @@ def bind(config: ObjectiveConfig, *, max_units: int = 1) -> BoundObjective:
         chunk=config.chunk,
         balance=config.balance,
         max_units=max_units,
+        name=config.name,
     )

@@ -1,6 +1,7 @@
 """The contract of an objective: what it asks of a model and of the data, and what it gives."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -8,6 +9,17 @@ import jax
 from jaxtyping import Array, Float
 
 from jaxft.data.batch import Batch
+from jaxft.data.units import UNITS
+from jaxft.errors import ConfigError
+
+RECORDED = frozenset(
+    "step dataset digest loss weight tokens trained_tokens rows of_rows documents "
+    "learning_rate grad_norm seconds tokens_per_second mfu mfu_full "
+    "host_memory host_memory_peak device_memory device_memory_peak "
+    "expert_balance expert_unused expert_dropped expert_busiest "
+    "perplexity bits_per_byte exact_match label_accuracy labels".split()
+)
+"""What the records of a run hold by themselves, in metrics.jsonl or eval.jsonl."""
 
 
 class Terms(NamedTuple):
@@ -19,7 +31,7 @@ class Terms(NamedTuple):
       total: float32, the loss, summed.
       weight: float32, what the sum is divided by: trained tokens, or units.
       figures: Sum and count of each further figure, by name. Names are those of metrics.jsonl and
-        eval.jsonl, of the bar and of the report.
+        eval.jsonl, of the bar and of the report, so that those in `RECORDED` are taken.
     """
 
     total: Any
@@ -87,6 +99,9 @@ class Objective:
         micro-batches: made without gradients before it, and given to it as a column of that name,
         the ratio of the sums.
       start: `(keys) -> {figure: value}`, what must hold while the policy is the reference.
+
+    Raises:
+      ConfigError: For units that there are not, and keys that cannot be configured.
     """
 
     keys: type
@@ -97,3 +112,25 @@ class Objective:
     is_cross_entropy: bool = False
     whole: Callable[[Policy, Batch, Any], dict[str, tuple[Any, Any]]] | None = None
     start: Callable[[Any], dict[str, float]] = no_expectations
+
+    def __post_init__(self):
+        problems = list(_key_problems(self.keys))
+        if self.units not in UNITS:
+            expected = ", ".join(map(repr, UNITS))
+            problems.append(f"Objective.units is {self.units!r}; expected one of {expected}.")
+        if problems:
+            raise ConfigError(problems)
+
+
+def _key_problems(keys: Any) -> Iterator[str]:
+    if not isinstance(keys, type) or not dataclasses.is_dataclass(keys):
+        yield f"Objective.keys is {keys!r}; expected a dataclass, which may be empty."
+        return
+    for item in dataclasses.fields(keys):
+        if "meaning" not in item.metadata:
+            yield f"{keys.__name__}.{item.name} is no key; declare it with jaxft.config.key(…)."
+        elif item.type not in (bool, int, float, str):
+            yield (
+                f"{keys.__name__}.{item.name} has the type {item.type!r}; expected bool, int, "
+                "float or str, in a file without 'from __future__ import annotations'."
+            )
