@@ -191,6 +191,30 @@ class Documents:
         return skipped_file(self._folder)
 
 
+def prompt_hashes(documents: Documents, numbers: np.ndarray) -> np.ndarray:
+    """Returns a hash of the tokens before the answer of each document, uint64 `[documents]`."""
+    return _hashes(documents, numbers, of_answer=False)
+
+
+def answer_hashes(documents: Documents, numbers: np.ndarray) -> np.ndarray:
+    """Returns a hash of the tokens from the answer of each document on, uint64 `[documents]`."""
+    return _hashes(documents, numbers, of_answer=True)
+
+
+def _hashes(documents: Documents, numbers: np.ndarray, *, of_answer: bool) -> np.ndarray:
+    tokens, trained = np.asarray(documents.tokens), np.asarray(documents.trained)
+    hashes = np.empty(len(numbers), np.uint64)
+    index = documents.index[numbers]
+    for place, (start, length) in enumerate(
+        zip(index["start"].tolist(), index["length"].tolist(), strict=True)
+    ):
+        split = start + int(trained[start : start + length].argmax())
+        part = tokens[split : start + length] if of_answer else tokens[start:split]
+        digest = hashlib.blake2b(part.tobytes(), digest_size=8).digest()
+        hashes[place] = int.from_bytes(digest)
+    return hashes
+
+
 def skipped_file(folder: Path) -> Path:
     """Returns where the rows are listed that were left out of the documents of a folder."""
     return folder / "skipped.jsonl"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxft.data.documents import Documents
+from jaxft.data.documents import Documents, prompt_hashes
 from jaxft.data.specs import SourceSpec
 from jaxft.errors import DataError
 
@@ -76,8 +76,8 @@ def select(
     group = group_of_source[index["source"][first]]
     kept = np.ones(len(group), bool)
     if share:
-        kept = _held_out(index["hash"][first], group, share, seed)
-        _check_sides(kept, share, name)
+        kept = _held_out(_keys(documents, first), group, share, seed)
+        _check_sides(kept, share, name, "content" if documents.units == "documents" else "prompt")
         kept = kept if held_out else ~kept
     there = np.bincount(group[row_of][kept[row_of]], minlength=len(groups))
     if groups[0].weight:
@@ -112,6 +112,29 @@ def _first_of_row(index: np.ndarray) -> np.ndarray:
     return first
 
 
+def _keys(documents: Documents, first: np.ndarray) -> np.ndarray:
+    """Returns what rows on the same side have in common, uint64 `[rows]`.
+
+    That is their content. Rows of preferences of one prompt are on the same side too: what a model
+    learns of one answer tells of the others.
+    """
+    contents = documents.index["hash"][first]
+    if documents.units == "documents":
+        return contents
+    keys, before = contents, None
+    groups = [
+        np.unique(values, return_inverse=True)[1]
+        for values in (prompt_hashes(documents, np.flatnonzero(first)), contents)
+    ]
+    while before is None or (keys != before).any():  # content -> prompt -> content ...
+        before = keys
+        for group in groups:
+            least = np.full(group.max() + 1, np.iinfo(np.uint64).max, np.uint64)
+            np.minimum.at(least, group, keys)
+            keys = least[group]
+    return keys
+
+
 def _held_out(hashes: np.ndarray, group: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Returns which rows are held out, bool `[rows]`: the same share of every source.
 
@@ -135,14 +158,14 @@ def _held_out(hashes: np.ndarray, group: np.ndarray, share: float, seed: int) ->
     return held_out
 
 
-def _check_sides(held_out: np.ndarray, share: float, name: str) -> None:
+def _check_sides(held_out: np.ndarray, share: float, name: str, shared: str) -> None:
     count = int(held_out.sum())
     if 0 < count < len(held_out):
         return
     raise DataError(
         f"{name}: data.validation {100 * share:g}% of {len(held_out):,} rows leaves "
         f"{'nothing to train on' if count else 'no row for validation'}; rows with the same "
-        "content stay together. Choose another share, or a file of its own."
+        f"{shared} stay together. Choose another share, or a file of its own."
     )
 
 

@@ -1,12 +1,11 @@
 """Findings on preferences: labels, lengths of answers, contradictions and repeated prompts."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from jaxft.data.documents import Documents
+from jaxft.data.documents import answer_hashes, prompt_hashes
 from jaxft.data.rows import TokenRows
 from jaxft.data.units import NOUNS, SIDES
 from jaxft.formatting import counted
@@ -39,9 +38,9 @@ def find_units(rows: TokenRows) -> UnitFindings:
     lengths = [documents.index["trained"][side] for side in sides]
     first, second = numbers[::2], numbers[1::2]
     prompts = prompt_hashes(documents, first)
-    answers = _answer_hashes(documents, first)
+    answers = answer_hashes(documents, first)
     if documents.units == "pairs":
-        others = _answer_hashes(documents, second)
+        others = answer_hashes(documents, second)
         one = list(zip(prompts.tolist(), answers.tolist(), others.tolist(), strict=True))
         opposite = [(prompt, b, a) for prompt, a, b in one]
     else:
@@ -96,29 +95,6 @@ def describe_known_prompts(count: int, rows: TokenRows, name: str) -> str:
         f"the prompts of {count:,} of {of} are in the training data too: figures on {name} are "
         "then better than on new prompts"
     )
-
-
-def prompt_hashes(documents: Documents, numbers: np.ndarray) -> np.ndarray:
-    """Returns a hash of the tokens before the answer of each document, uint64 `[documents]`."""
-    return _hashes(documents, numbers, of_answer=False)
-
-
-def _answer_hashes(documents: Documents, numbers: np.ndarray) -> np.ndarray:
-    return _hashes(documents, numbers, of_answer=True)
-
-
-def _hashes(documents: Documents, numbers: np.ndarray, *, of_answer: bool) -> np.ndarray:
-    tokens, trained = np.asarray(documents.tokens), np.asarray(documents.trained)
-    hashes = np.empty(len(numbers), np.uint64)
-    index = documents.index[numbers]
-    for place, (start, length) in enumerate(
-        zip(index["start"].tolist(), index["length"].tolist(), strict=True)
-    ):
-        split = start + int(trained[start : start + length].argmax())
-        part = tokens[split : start + length] if of_answer else tokens[start:split]
-        digest = hashlib.blake2b(part.tobytes(), digest_size=8).digest()
-        hashes[place] = int.from_bytes(digest)
-    return hashes
 
 
 def _mean(values: np.ndarray) -> float:

@@ -551,6 +551,17 @@ def test_rows_of_an_array_on_one_line_are_told_by_their_number(tmp_path, config,
     assert found == [f"{path}:1", f"{path}:1 (row 2)", f"{path}:1 (row 3)"]
 
 
+def test_pairs_of_one_prompt_are_on_one_side_of_the_held_out_part(tmp_path, config, tokenizer):
+    data = [{**row, "rejected": f"w{i}"} for row in pairs(20) for i in (50, 51, 52)]
+    # Rows of the same content but for case are one too, whatever their prompts' tokens.
+    upper = {**data[0], "prompt": data[0]["prompt"].upper()}
+    config.train, config.validation = write(tmp_path / "a.jsonl", [*data, upper]), "20%"
+    report = inspect(RunConfig(data=config), tokenizer, units="pairs")
+    train, validation = report.sets
+    assert (train.rows.statistics.documents, validation.rows.statistics.documents) == (49, 12)
+    assert (validation.known_prompts, validation.overlap.count) == (0, 0)
+
+
 def test_what_is_retained_is_measured_on_documents(tmp_path, config, tokenizer):
     config.train = write(tmp_path / "a.jsonl", pairs(6))
     kept = write(tmp_path / "b.jsonl", [{"prompt": "w0", "completion": "w1"}])

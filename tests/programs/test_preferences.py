@@ -479,3 +479,21 @@ def test_the_digest_of_weights_tells_content_and_not_placement():
     flat = np.asarray(value).copy().reshape(-1)
     flat[[0, 1]] = flat[[1, 0]]
     assert digest_of(params | {path: flat.reshape(value.shape)}) != digest
+
+
+def test_a_run_warns_of_pairs_that_contradict_and_of_prompts_that_are_trained_on(
+    home, config, tmp_path, capfd
+):
+    one, *rest = (home / "train.jsonl").read_text().splitlines()
+    row = json.loads(one)
+    turned = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    path = tmp_path / "both.jsonl"
+    path.write_text("\n".join([one, *rest, json.dumps(turned)]))
+    held_out = tmp_path / "known.jsonl"
+    held_out.write_text(json.dumps({**row, "chosen": "other"}))
+    run = config()
+    run.data.train, run.data.validation = str(path), str(held_out)
+    train(run)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "train: 2 of 25 pairs contradict another" in said
+    assert "validation: the prompts of 1 of 1 pair are in the training data too" in said
