@@ -253,3 +253,23 @@ def test_attention_work_is_counted_within_windows():
     np.testing.assert_allclose(
         metrics.counts["squared_lengths"], expected / config.layers, rtol=1e-6
     )
+
+
+def test_terms_of_a_wrong_shape_are_refused(tiny):
+    batch = random_rows(2, LENGTH, VOCAB)
+
+    def rows(policy, batch, keys):
+        return sft.rows(policy, batch, keys)._replace(weight=1.0)
+
+    def loss(policy, batch, keys):
+        return sft.rows(policy, batch, keys)
+
+    objective = Objective(keys=sft.Keys, loss=loss, rows=rows)
+    bound = BoundObjective(objective=objective, keys=sft.Keys(), chunk=0, name="mine")
+    model = tiny.merge(tiny.params)
+    with pytest.raises(
+        ConfigError, match=r"rows of objective 'mine' .* weight \[\]; expected \[2\]"
+    ):
+        bound.rows(model, batch)
+    with pytest.raises(ConfigError, match=r"loss of objective 'mine' .* total \[2\]"):
+        bound.judge(model, batch)

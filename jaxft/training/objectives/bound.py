@@ -1,5 +1,6 @@
 """An objective with the keys of a run, as the steps use it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,10 +79,11 @@ class BoundObjective:
         """Returns what the rows of a micro-batch add to a training step.
 
         Raises:
-          ConfigError: If a figure has a name that records have already.
+          ConfigError: If a figure has a name that records have already, or a sum another shape.
         """
         policy = self._policy(model)
         terms = self._checked(self.objective.loss(policy, batch, self.keys))
+        _check_shapes(terms, [()], f"loss of objective {self.name!r}", "Return sums over the batch")
         auxiliary = jnp.zeros((), jnp.float32)
         if policy.routing is not None and self.balance:
             auxiliary = self.balance * terms.weight * balance_loss(policy.routing)
@@ -91,9 +93,13 @@ class BoundObjective:
         """Returns the sums of each row or unit.
 
         Raises:
-          ConfigError: If a figure has a name that records have already.
+          ConfigError: If a figure has a name that records have already, or a sum another shape.
         """
-        return self._checked(self.objective.rows(self._policy(model), batch, self.keys))
+        terms = self._checked(self.objective.rows(self._policy(model), batch, self.keys))
+        shapes = [batch.tokens.shape[:1], (*batch.tokens.shape[:1], self.max_units)]
+        remedy = "Return sums of each row [B] or of each unit [B, U]"
+        _check_shapes(terms, shapes, f"rows of objective {self.name!r}", remedy)
+        return terms
 
     def whole(self, model: Predictor, batch: Batch) -> dict[str, tuple[Any, Any]]:
         """Returns this micro-batch's part of what the loss must know of all of them."""
@@ -118,6 +124,21 @@ class BoundObjective:
 
     def _policy(self, model: Predictor) -> _Scored:
         return _Scored(model, self.chunk, self.max_units)
+
+
+def _check_shapes(terms: Terms, shapes: Sequence[tuple[int, ...]], what: str, remedy: str) -> None:
+    """Raises `ConfigError` unless all sums have the shape of the total, one of those given."""
+    sums = {"total": terms.total, "weight": terms.weight}
+    for name, (total, count) in terms.figures.items():
+        sums |= {f"figure {name!r}, sum": total, f"figure {name!r}, count": count}
+    found = {name: jnp.shape(value) for name, value in sums.items()}
+    expected = [found["total"]] if found["total"] in shapes else shapes
+    wrong = [f"{name} {list(shape)}" for name, shape in found.items() if shape not in expected]
+    if wrong:
+        raise ConfigError(
+            f"The {what} has the shapes {', '.join(wrong)}; expected "
+            f"{' or '.join(str(list(shape)) for shape in expected)}. {remedy}, never means."
+        )
 
 
 def bind(config: ObjectiveConfig, *, max_units: int = 1) -> BoundObjective:

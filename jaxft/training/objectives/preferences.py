@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.data.batch import Batch
+from jaxft.errors import ConfigError
 from jaxft.training.objectives.contract import (
     Objective,
     Policy,
@@ -98,6 +99,7 @@ def make_pair_objective(
             for label in (CHOSEN, REJECTED)
         )
         found = pair_loss(Pairs(chosen, rejected), keys)
+        _check_shapes(found, chosen.length.shape, f"{pair_loss.__module__}.{pair_loss.__name__}")
         margin = found.chosen_reward - found.rejected_reward
         figures = {
             "accuracy": above_zero(margin),
@@ -124,6 +126,20 @@ def make_pair_objective(
     return Objective(
         keys=keys, loss=loss, rows=rows, units="pairs", reference=reference, start=start
     )
+
+
+def _check_shapes(found: PairLoss, expected: tuple[int, ...], what: str) -> None:
+    """Raises `ConfigError` unless there is a value for each pair, of everything."""
+    values = {**found._asdict(), **found.figures}
+    values.pop("figures")
+    shapes = {name: jnp.shape(value) for name, value in values.items()}
+    wrong = [f"{name} {list(shape)}" for name, shape in shapes.items() if shape != expected]
+    if wrong:
+        raise ConfigError(
+            f"The loss of pairs {what} has the shapes {', '.join(wrong)}; expected "
+            f"{list(expected)}, rows and pairs of a row. Return a value for each pair: sums and "
+            "means are made of them later."
+        )
 
 
 def above_zero(margin: Float[Array, "B U"]) -> Float[Array, "B U"]:

@@ -5,10 +5,14 @@ import importlib
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxft.data.batch import Batch
+from jaxft.errors import ConfigError
+from jaxft.training.objectives import dpo
+from jaxft.training.objectives.preferences import make_pair_objective
 from tests.oracle.cases import PREFERENCE_FORMS, load_preferences
 from tests.preference_rows import FixedPolicy, pack_units
 
@@ -347,3 +351,14 @@ def test_robust_dpo_needs_a_share_of_wrong_labels_below_a_half(smoothing):
     assert "--config.objective.dpo.label_smoothing=0.1" in problem and not rest
     assert list(keys(robust=True, label_smoothing=0.3).problems()) == []
     assert list(keys(label_smoothing=0.5).problems()) == []
+
+
+def test_a_loss_that_is_a_mean_over_pairs_is_refused_with_its_shape():
+    def mean_loss(pairs, keys):
+        return dpo.pair_loss(pairs, keys)._replace(loss=jnp.zeros(()))
+
+    objective = make_pair_objective(dpo.DpoKeys, mean_loss, reference=True)
+    packed = pack_case("several", "dpo", LAYOUTS["several"])
+    policy = FixedPolicy(packed.log_probs, MOST_UNITS)
+    with pytest.raises(ConfigError, match=r"mean_loss has the shapes loss \[\]; expected \[4, 4\]"):
+        objective.rows(policy, packed.batch, dpo.DpoKeys())
