@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from jaxft import console
-from jaxft.config import RunConfig
+from jaxft.config import OptimConfig, RunConfig
 from jaxft.data import TokenRows
 from jaxft.data.overlap import find_overlap
 from jaxft.data.unit_findings import (
@@ -19,6 +19,9 @@ from jaxft.programs.held_out import HeldOut
 
 # A run of fewer steps is taken for an accident, unless it is asked for.
 _FEW_STEPS = 50
+# Largest learning rate of preferences in models beyond some size; docs/tuning.md has the sources.
+_MANY_PARAMETERS, _LARGEST_RATE = 100_000_000, 1e-6
+_LARGEST_RATES = {"orpo": 5e-6}
 
 
 def warn(
@@ -29,6 +32,7 @@ def warn(
     steps: int,
     context: int,
     row_multiple: int,
+    parameters: int,
 ) -> None:
     """Logs each thing that a run should not be started with unawares.
 
@@ -39,6 +43,7 @@ def warn(
       steps: Of the whole run.
       context: Tokens that the model can hold.
       row_multiple: What `train.batch_size` is a multiple of.
+      parameters: Number of the model's.
     """
     _warn_of_length(config, [rows, *(found.rows for found in held_out.values())], context)
     if config.model.dtypes == "bfloat16":
@@ -46,6 +51,7 @@ def warn(
             "Parameters are bfloat16, which has 8 bits: updates under 1/256 of a weight are lost. "
             "Small learning rates need --config.model.dtypes=mixed."
         )
+    _warn_of_learning_rate(config, parameters)
     _warn_of_overlap(rows, held_out)
     _warn_of_doubts(rows, held_out)
     _warn_of_few_steps(config, rows, steps, row_multiple)
@@ -62,6 +68,21 @@ def _warn_of_length(config: RunConfig, sets: list[TokenRows], context: int) -> N
         _say(
             f"Documents have up to {longest} tokens and the model's context is {context}: it is "
             f"trained on positions that it has never seen. Set --config.data.max_length={context}."
+        )
+
+
+def _warn_of_learning_rate(config: RunConfig, parameters: int) -> None:
+    """Says what preferences are learnt at if the rate is one of supervised fine-tuning."""
+    objective, rate = config.objective.objective, config.optim.learning_rate
+    if not (objective.reference or objective.units != "documents"):
+        return
+    largest = _LARGEST_RATES.get(config.objective.name, _LARGEST_RATE)
+    if parameters > _MANY_PARAMETERS and rate > largest:
+        default = ", the default" if rate == OptimConfig().learning_rate else ""
+        _say(
+            f"optim.learning_rate is {rate:g}{default}: models of this size mostly learn by "
+            f"{config.objective.name} at no more than {largest:g}, and larger rates can break "
+            f"them. Set --config.optim.learning_rate={largest / 2:g}; docs/tuning.md has ranges."
         )
 
 

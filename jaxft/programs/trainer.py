@@ -158,6 +158,7 @@ def _train(
         steps=iterator.steps,
         context=architecture.config.max_length,
         row_multiple=config.train.accumulation * placement.batch_shards,
+        parameters=evaluator.parameters,
     )
     check_backend(evaluator.attention.backend, architecture.config)
     with console.phase("Compiling the training step"):

@@ -569,6 +569,26 @@ def test_validation_that_is_trained_on_is_told(home, config, tmp_path, capfd):
     assert "training data too" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("objective", "rate", "parameters", "warns"),
+    [
+        ("dpo", 1e-5, 200_000_000, True),
+        ("kto", 2e-6, 7_000_000_000, True),
+        ("dpo", 5e-7, 7_000_000_000, False),
+        ("dpo", 1e-5, 260_032, False),
+        ("orpo", 5e-6, 7_000_000_000, False),
+        ("sft", 1e-5, 7_000_000_000, False),
+    ],
+)
+def test_a_learning_rate_of_sft_is_warned_of_in_preferences(
+    objective, rate, parameters, warns, config, capfd
+):
+    run = config(objective__name=objective, optim__learning_rate=rate)
+    advice._warn_of_learning_rate(run, parameters)
+    said = " ".join(capfd.readouterr().err.split())
+    assert ("Set --config.optim.learning_rate=5e-07" in said) == warns
+
+
 def test_only_what_makes_a_short_run_long_enough_is_advised(home, config, capfd):
     run = config(train__steps=0, train__batch_size=64, data__max_length=1024)
     rows = read_rows(home, run)
