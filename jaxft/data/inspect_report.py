@@ -222,7 +222,9 @@ def _side_rows(sets: list[SetReport]) -> Iterator[tuple[str, Callable[[SetReport
             )
         yield (
             f"mean tokens, {name}",
-            lambda item, side=side: show(item, lambda found: f"{found.lengths[side]:,.1f}"),
+            lambda item, side=side: show(
+                item, lambda found: f"{found.lengths[side]:,.1f}" if found.counts[side] else "–"
+            ),
         )
 
 
@@ -264,7 +266,7 @@ def _notes(item: SetReport, config: DataConfig, context: int) -> Iterator[Text |
             yield Text(f"{item.name}: {doubt}", style=_ALARM_STYLE)
     if item.known_prompts:
         text = describe_known_prompts(item.known_prompts, item.rows, item.name)
-        yield Text(f"{item.name}: {text}", style=_ALARM_STYLE)
+        yield Text(f"{item.name}: {text}.", style=_ALARM_STYLE)
 
 
 def _overlap_note(item: SetReport, overlap: Overlap) -> Panel:

@@ -517,6 +517,7 @@ def test_the_report_counts_and_measures_both_sides(tmp_path, config, tokenizer):
     config.train = write(tmp_path / "b.jsonl", [{**row, "label": 1} for row in labelled(3)])
     text = show(inspect(RunConfig(data=config), tokenizer, units="labelled")).export_text()
     assert "train: all answers are desirable" in text
+    assert "undesirable answers 0 mean tokens, undesirable –" in " ".join(text.split())
 
 
 def test_pairs_that_contradict_one_another_and_known_prompts_are_counted(
