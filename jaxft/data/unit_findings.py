@@ -13,7 +13,7 @@ from jaxft.formatting import counted
 
 @dataclass(frozen=True, slots=True)
 class UnitFindings:
-    """What is to be known of the preferences of a set before they are trained on.
+    """Findings about the preferences of a set, made before they are trained on.
 
     Attributes:
       counts: Number of chosen or desirable answers, and of rejected or undesirable ones.

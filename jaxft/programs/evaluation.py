@@ -65,8 +65,8 @@ class Compared(NamedTuple):
     """The model that preferences were compared with.
 
     Attributes:
-      path: Its folder or repository id.
-      weights: Digest of its weights.
+      path: Folder or repository id of the model.
+      weights: Digest of the model's weights.
     """
 
     path: str
@@ -82,7 +82,7 @@ class Evaluation:
       answers: Generated answers, if `eval.answers` asks for them and the data has them.
       model: Name of the model.
       held_out: Rows it was evaluated on.
-      reference: What preferences were compared with; None of other objectives.
+      reference: Model that preferences were compared with; None of other objectives.
     """
 
     sums: UnitSums

@@ -36,7 +36,7 @@ VERSION = 1
 
 
 class Start(NamedTuple):
-    """What a run notes of the weights that it starts from, and compares with.
+    """A note of the weights that a run starts from, and compares with.
 
     Attributes:
       weights: Digest of all their bits.
@@ -68,7 +68,7 @@ class Reference:
       evaluator: Scores rows.
       load: Returns the starting weights, on their devices.
       sets: Rows that get their log-probabilities as a column, by name.
-      noted: What the run has noted of its start, if it goes on; None where nothing is known.
+      noted: Note of the run's start, if it goes on; None where nothing is known.
     """
 
     config: RunConfig
