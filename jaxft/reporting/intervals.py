@@ -30,22 +30,17 @@ def proportion(successes: int, count: int) -> Estimate:
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
-    """Ratio of sums over rows, with a bootstrap interval over rows (percentile, seeded).
-
-    Where all rows have one value, it has no interval: they say nothing of the spread.
-    """
+    """Ratio of sums over rows, with a bootstrap interval over rows (percentile, seeded)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         value = numerators.sum() / denominators.sum()
         resampled = _resampled_ratio(numerators, denominators)
-    return _estimate(value, resampled, len(numerators), _varies(numerators, denominators))
+    return _estimate(value, resampled, len(numerators))
 
 
 def paired_difference(
     a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
 ) -> Estimate:
     """Ratio of `b` minus ratio of `a`, over the same rows, resampled together.
-
-    Without an interval where all rows of `a` have one value, and all of `b` too.
 
     Args:
       a: Numerators and denominators, `[rows]` each.
@@ -54,7 +49,7 @@ def paired_difference(
     with np.errstate(divide="ignore", invalid="ignore"):
         value = b[0].sum() / b[1].sum() - a[0].sum() / a[1].sum()
         resampled = _resampled_ratio(*b) - _resampled_ratio(*a)
-    return _estimate(value, resampled, len(a[0]), _varies(*a) or _varies(*b))
+    return _estimate(value, resampled, len(a[0]))
 
 
 def _resampled_ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
@@ -68,15 +63,9 @@ def _resampled_ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.nda
     return totals[:, 0] / totals[:, 1]
 
 
-def _varies(numerators: np.ndarray, denominators: np.ndarray) -> bool:
-    """Whether rows differ in their ratio; False for one row, and for a number that all share."""
-    has = denominators > 0
-    return len(np.unique(numerators[has] / denominators[has])) > 1
-
-
-def _estimate(value: float, resampled: np.ndarray, count: int, varies: bool) -> Estimate:
-    # A resample without any trained token has no ratio.
+def _estimate(value: float, resampled: np.ndarray, count: int) -> Estimate:
+    # A resample without any trained token has no ratio, and one row says nothing of its spread.
     finite = resampled[np.isfinite(resampled)]
-    known = varies and len(finite) > 0
+    known = count > 1 and len(finite) > 0
     low, high = np.quantile(finite, (0.025, 0.975)) if known else (np.nan, np.nan)
     return Estimate(float(value), float(low), float(high), count)

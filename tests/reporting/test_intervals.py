@@ -45,15 +45,6 @@ def test_one_row_says_nothing_of_its_spread():
     assert estimate.value == 2.0 and np.isnan(estimate.low) and np.isnan(estimate.high)
 
 
-def test_a_number_that_all_rows_share_has_no_interval():
-    shared = np.full(40, np.float32(0.1)).astype(np.float64), np.ones(40)
-    differing = np.arange(40.0), np.ones(40)
-    assert np.isnan([ratio(*shared).low, ratio(*shared).high]).all()
-    assert np.isnan(paired_difference(shared, (2 * shared[0], shared[1])).low)
-    same = paired_difference(differing, differing)
-    assert (same.low, same.high) == (0.0, 0.0)
-
-
 def test_two_rows_have_a_spread():
     estimate = ratio(np.array([1.0, 3.0]), np.ones(2))
     assert (estimate.value, estimate.low, estimate.high) == (2.0, 1.0, 3.0)
