@@ -16,6 +16,8 @@ from jaxft.reporting.figures import figure_of, words_of
 from jaxft.reporting.intervals import Estimate, ratio
 from jaxft.training.program import Evaluator, put
 
+NAN = float("nan")
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -84,6 +86,7 @@ class UnitSums:
       figures: Sum and count of every other figure, by name.
       bytes: Length of each row's trained text; None where the loss is not in nats per token.
       numbers: Place of each unit: number of the row, and of the unit in it, int64 `[n, 2]`.
+      shared: Names of figures of which all units have one, such as KTO's `kl`.
     """
 
     total: np.ndarray
@@ -91,6 +94,7 @@ class UnitSums:
     figures: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     bytes: np.ndarray | None = None
     numbers: np.ndarray | None = None
+    shared: frozenset[str] = frozenset()
 
     @functools.cached_property
     def loss(self) -> Estimate:
@@ -105,11 +109,16 @@ class UnitSums:
         interval, and `bits_per_byte`, bits for each byte of the trained text, whatever its tokens:
         not a number where trained tokens stand for no text.
         """
-        own = {name: ratio(*sums) for name, sums in self.figures.items()}
+        own = {name: self._estimate(name) for name in self.figures}
         if self.bytes is None:
             return {"loss": self.loss, **own}
         bits = ratio(self.total / math.log(2), self.bytes)
         return {"loss": self.loss, "perplexity": self._perplexity, **own, "bits_per_byte": bits}
+
+    def _estimate(self, name: str) -> Estimate:
+        found = ratio(*self.figures[name])
+        # One number of all units together has no spread over units.
+        return found if name not in self.shared else Estimate(found.value, NAN, NAN, found.count)
 
     @property
     def estimated_sums(self) -> dict[str, tuple[float, float]]:
@@ -162,7 +171,8 @@ def evaluate_rows(
     row, unit = np.nonzero(is_unit)
     places = np.stack([numbers[row], unit], axis=1)
     figures = {name: (a[is_unit], b[is_unit]) for name, (a, b) in figures.items()}
-    return UnitSums(total[is_unit], weight[is_unit], figures, None, places)
+    shared = frozenset(columns)
+    return UnitSums(total[is_unit], weight[is_unit], figures, None, places, shared)
 
 
 def _whole_columns(
