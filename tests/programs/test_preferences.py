@@ -117,6 +117,7 @@ def test_a_resumed_run_compares_with_the_weights_it_was_started_from(config, kin
     assert evaluations(result.workdir)[-1] == evaluations(result.workdir.parent / "whole")[-1]
 
 
+@pytest.mark.slow(seconds=3)
 def test_a_run_whose_starting_weights_have_changed_is_not_resumed(config, monkeypatch):
     run = config()
     run.train.steps = 2
@@ -138,6 +139,7 @@ def test_a_reference_of_other_weights_is_noticed_at_the_start(config, monkeypatc
         train(run)
 
 
+@pytest.mark.slow(seconds=6)
 def test_scores_are_kept_by_all_they_depend_on_and_made_anew_if_damaged(config, tmp_path):
     run = config()
     run.data.cache = str(tmp_path / "cache")
@@ -156,6 +158,7 @@ def test_scores_are_kept_by_all_they_depend_on_and_made_anew_if_damaged(config, 
     assert not list((tmp_path / "cache").glob(".*.npy"))
 
 
+@pytest.mark.slow(seconds=4)
 def test_held_out_answers_of_one_label_alone_are_evaluated(home, config, tmp_path):
     rows = [{"prompt": f"say {c}", "completion": c * 3, "label": True} for c in "abcde"]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -166,6 +169,7 @@ def test_held_out_answers_of_one_label_alone_are_evaluated(home, config, tmp_pat
     assert before["chosen_reward"] == 0 and before["rejected_reward"] is None
 
 
+@pytest.mark.slow(seconds=6)
 def test_what_is_compared_with_is_named_or_known(home, config):
     run = config()
     result = train(run)
@@ -229,6 +233,7 @@ def test_a_line_says_what_the_accuracy_is_of(units, words):
     assert describe_figures(sums, units) == ["loss 0.5000", f"{words} 75.0%"]
 
 
+@pytest.mark.slow(seconds=6)
 def test_pairs_of_models_with_other_tokens_are_compared_one_by_one(home, config, tmp_path, capfd):
     other = shutil.copytree(home / "base", tmp_path / "other")
     file = other / "tokenizer.json"

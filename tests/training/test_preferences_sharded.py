@@ -138,7 +138,7 @@ def make_step(method: str, reference: str, strategy: str, accumulation: int):
 
 
 def cases():
-    short = [("dpo", "fixed", "ddp", 4), ("dpo", "cached", "fsdp", 2), ("kto", "fixed", "cp", 2)]
+    short = [("dpo", "fixed", "ddp", 4), ("dpo", "cached", "fsdp", 2)]
     every = [
         (method, reference, strategy, 2)
         for method in ("dpo", "kto")
