@@ -127,7 +127,8 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(home, tmp_path, start, nu
 
 @pytest.mark.slow(seconds=15)
 def test_a_folder_in_use_is_refused_until_its_run_is_killed(home, tmp_path, start, capfd):
-    config = long_run(home, tmp_path / "run", train__save_every=2)
+    # All checkpoints stay: one that is read here must not be deleted meanwhile.
+    config = long_run(home, tmp_path / "run", train__save_every=2, train__keep_last=500)
     run = start(config)
     run.wait_for_step(5)
     for options in ((), ("--resume",), ("--overwrite",)):
