@@ -1,12 +1,13 @@
 """Folders that are built once under a name that says all that they depend on."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,51 @@ def find_or_build(folder: Path, key: str, build: Callable[[Path], None]) -> tupl
       DataError: If the disk is full or the folder cannot be written.
     """
     target = folder / key
-    building = folder / f".{key}.{uuid.uuid4().hex}"
-    try:
+    with explained(folder):
         if target.is_dir():
             return target, True
-        building.mkdir(parents=True)
+    with publishing(folder, key) as building:
         build(building)
-        _publish(building, target)
+    return target, False
+
+
+@contextlib.contextmanager
+def publishing(folder: Path, key: str, what: str = "tokenised rows") -> Iterator[Path]:
+    """Gives a block an empty folder to fill, which then appears under its name.
+
+    Args:
+      folder: Where the cache lies.
+      key: As for `find_or_build`.
+      what: What is kept there, for errors.
+
+    Raises:
+      DataError: If the disk is full or the folder cannot be written.
+    """
+    building = folder / f".{key}.{uuid.uuid4().hex}"
+    try:
+        with explained(folder, what):
+            building.mkdir(parents=True)
+            yield building
+            _publish(building, folder / key)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explained(folder: Path, what: str = "tokenised rows") -> Iterator[None]:
+    """Turns what the system says of the cache into a DataError."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
-                f"The disk is full: tokenised rows did not fit into {str(folder)!r}. Free some "
+                f"The disk is full: {what} did not fit into {str(folder)!r}. Free some "
                 "space, or set --config.data.cache to a folder elsewhere."
             ) from error
         raise DataError(
-            f"Tokenised rows cannot be written to {str(folder)!r}: {error}. Set "
+            f"{what[0].upper()}{what[1:]} cannot be written to {str(folder)!r}: {error}. Set "
             "--config.data.cache to a folder that you may write to."
         ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return target, False
 
 
 def _publish(building: Path, target: Path) -> None:

@@ -85,7 +85,7 @@ def _paired_by_unit(
       ConfigError: If they have none in common.
     """
     if a.held_out.digest == b.held_out.digest:
-        return _sums_by_name(a), _sums_by_name(b)
+        return a.sums.by_name, b.sums.by_name
     if a.held_out.rows.unit_size == 1:
         raise ConfigError(
             f"The models read {name!r} as different tokens, and this objective's loss of rows of "
@@ -98,14 +98,9 @@ def _paired_by_unit(
     found = []
     for evaluation, place in zip((a, b), places, strict=True):
         chosen = np.array([place[key] for key in common])
-        figures = _sums_by_name(evaluation)
-        found.append({name: (x[chosen], y[chosen]) for name, (x, y) in figures.items()})
+        sums = evaluation.sums.by_name
+        found.append({name: (x[chosen], y[chosen]) for name, (x, y) in sums.items()})
     return found[0], found[1]
-
-
-def _sums_by_name(evaluation: Evaluation) -> dict[str, Sums]:
-    sums = evaluation.sums
-    return {"loss": (sums.total, sums.weight), **sums.figures}
 
 
 def _unit_keys(evaluation: Evaluation) -> list[tuple[int, int, int]]:

@@ -121,10 +121,9 @@ class UnitSums:
         return found if name not in self.shared else Estimate(found.value, NAN, NAN, found.count)
 
     @property
-    def estimated_sums(self) -> dict[str, tuple[float, float]]:
-        """Sum and count over all units of the loss and of every figure, by name."""
-        sums = {"loss": (self.total, self.weight), **self.figures}
-        return {name: (float(a.sum()), float(b.sum())) for name, (a, b) in sums.items()}
+    def by_name(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Sums and counts of the loss and of every figure, `[n]` each, by name."""
+        return {"loss": (self.total, self.weight), **self.figures}
 
     @property
     def _perplexity(self) -> Estimate:

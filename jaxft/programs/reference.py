@@ -9,8 +9,7 @@ on: rows, weights, the model's shape, how it is computed and where.
 import contextlib
 import hashlib
 import json
-import os
-import uuid
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ import numpy as np
 
 from jaxft import console, data, distributed
 from jaxft.config import RunConfig, to_dict
-from jaxft.errors import CheckpointError, DataError
+from jaxft.data import cache
+from jaxft.errors import CheckpointError
 from jaxft.files import write_json
 from jaxft.models.module import Params, init_params
 from jaxft.programs.description import Description
@@ -31,6 +31,7 @@ from jaxft.programs.weights import load_weights
 from jaxft.training.program import Evaluator
 from jaxft.workdir.source import Source
 
+_SCORES = "scores.npy"
 VERSION = 1
 """Part of every key: raise it when the same model would give the same rows other scores."""
 
@@ -161,78 +162,65 @@ class Reference:
     ) -> tuple[np.ndarray, bool]:
         """Returns float32 `[numbers, T]`, and whether they were there."""
         shape = (len(held_out.numbers), held_out.rows.max_length)
-        file = data.cache_folder(self.config.data) / f"reference-{self._key(held_out, digest)}.npy"
-        kept = _read_scores(file, shape)
+        folder, key = data.cache_folder(self.config.data), self._key(held_out, digest)
+        kept = _read_scores(folder / key, shape)
+        # All hosts score together, whichever of them have the scores already.
         if distributed.everywhere("cached reference", kept is not None) and kept is not None:
             return kept, True
         del kept
         params, train = load(), self.config.train
         batch_size = self.config.eval.batch_size or train.batch_size
         parts = score_rows(self.evaluator, params, held_out, batch_size=batch_size)
-        return _keep_scores(file, shape, parts), False
+        return _keep_scores(folder, key, shape, parts), False
 
     def _key(self, held_out: HeldOut, digest: str) -> str:
         evaluator = self.evaluator
-        ingredients = [
-            VERSION,
-            held_out.digest,
-            list(held_out.numbers) if held_out.is_sample else "all",
-            held_out.rows.max_length,
-            digest,
-            repr(evaluator.architecture.config),
-            evaluator.numerics.compute_dtype.__name__,
+        ingredients = {
+            "version": VERSION,
+            "rows": held_out.digest,
+            "numbers": list(held_out.numbers) if held_out.is_sample else "all",
+            "max_length": held_out.rows.max_length,
+            "weights": digest,
+            "architecture": repr(evaluator.architecture.config),
+            "dtype": evaluator.numerics.compute_dtype.__name__,
             # Sums are rounded otherwise where they are made in other parts.
-            evaluator.attention.backend,
-            self.config.strategy,
-            to_dict(self.config.mesh),
-            jax.device_count(),
-            jax.default_backend(),
-        ]
-        return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:24]
+            "attention": evaluator.attention.backend,
+            "strategy": self.config.strategy,
+            "mesh": to_dict(self.config.mesh),
+            "devices": jax.device_count(),
+            "backend": jax.default_backend(),
+        }
+        return f"reference-{cache.make_key(ingredients)}"
 
 
-def _read_scores(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
+def _read_scores(folder: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """Maps scores that were kept; None if there are none, or the file is damaged."""
-    if not file.is_file():
+    if not folder.is_dir():
         return None
     with contextlib.suppress(OSError, ValueError, EOFError):
-        found = np.load(file, mmap_mode="r")
+        found = np.load(folder / _SCORES, mmap_mode="r")
         if found.shape == shape and found.dtype == np.float32:
             return found
-    with contextlib.suppress(OSError):
-        file.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
-def _keep_scores(file: Path, shape: tuple[int, int], parts: Any) -> np.ndarray:
+def _keep_scores(folder: Path, key: str, shape: tuple[int, int], parts: Any) -> np.ndarray:
     """Writes scores as they come, and returns them mapped from the disk.
-
-    The file appears at once. If another process was faster, its file stays.
 
     Raises:
       DataError: If the disk is full or the folder cannot be written to.
     """
-    temporary = file.with_name(f".{uuid.uuid4().hex}.npy")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scores = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+    with cache.publishing(folder, key, "log-probabilities of the reference") as building:
+        scores = np.lib.format.open_memmap(building / _SCORES, "w+", np.float32, shape)
         start = 0
         for part in parts:
             part = part[: shape[0] - start]
             scores[start : start + len(part)] = part
             start += len(part)
         scores.flush()
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, file)
-        return scores
-    except OSError as error:
-        raise DataError(
-            f"Log-probabilities of the reference cannot be kept in {file.parent}: "
-            f"{error.strerror}. Free some disk space, or name another folder with "
-            "--config.data.cache=…."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)  # what is mapped stays until it is let go
+    # What is mapped stays, even where another process was faster and its folder is the one kept.
+    return scores
 
 
 def read_start(

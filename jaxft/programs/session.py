@@ -102,7 +102,8 @@ class Session:
             record = {"step": int(state.step), "dataset": name}
             record |= result.record() | held_out.record()
             if not int(state.step) and name != "retention":
-                self._check_start(result.estimated_sums, at="evaluation")
+                sums = {key: (a.sum(), b.sum()) for key, (a, b) in result.by_name.items()}
+                self._check_start(sums, at="evaluation")
             figures = describe_figures(result, evaluator.objective.objective.units)
             text = f"step {record['step']}: {name} {', '.join(figures)}"
             if held_out.is_sample:
@@ -228,7 +229,7 @@ class Session:
         tolerance = _START_TOLERANCE if exact else 5 * _START_TOLERANCE
         is_kept = at == "evaluation" or not self.program.fixed
         cache = data.cache_folder(self.config.data)
-        remedy = f" Delete {cache}/reference-*.npy and start again." if is_kept else ""
+        remedy = f" Delete {cache}/reference-* and start again." if is_kept else ""
         for name, expected in expectations.items():
             total, count = sums[name]
             if not count:

@@ -145,17 +145,17 @@ def test_scores_are_kept_by_all_they_depend_on_and_made_anew_if_damaged(config, 
     run.data.cache = str(tmp_path / "cache")
     run.train.steps = 2
     train(run)
-    kept = set((tmp_path / "cache").glob("reference-*.npy"))
+    kept = set((tmp_path / "cache").glob("reference-*/scores.npy"))
     assert len(kept) == 1
     run.strategy, run.mesh.data, run.mesh.fsdp = "fsdp", 1, 2
     train(run, overwrite=True)
-    assert len(set((tmp_path / "cache").glob("reference-*.npy"))) == 2
+    assert len(set((tmp_path / "cache").glob("reference-*/scores.npy"))) == 2
     for file in kept:
         file.write_bytes(file.read_bytes()[:200])
     again = config(train__workdir="again")
     again.data.cache, again.train.steps = str(tmp_path / "cache"), 2
     assert evaluations(train(again).workdir)[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    assert not list((tmp_path / "cache").glob(".*.npy"))
+    assert not list((tmp_path / "cache").glob(".*"))
 
 
 @pytest.mark.slow(seconds=4)
