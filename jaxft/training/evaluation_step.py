@@ -11,7 +11,7 @@ from jaxft.sharding.rules import Placement
 from jaxft.training import pipeline
 from jaxft.training.objectives.bound import BoundObjective
 from jaxft.training.objectives.contract import Terms
-from jaxft.training.step import in_slots
+from jaxft.training.step import in_slots, map_micros
 
 
 def make_eval_step(graphdef: Any, objective: BoundObjective, *, placement: Placement) -> Any:
@@ -34,9 +34,10 @@ def make_whole_step(graphdef: Any, objective: BoundObjective, *, placement: Plac
     """
 
     def step(params: Params, batch: Batch) -> dict[str, tuple[Any, Any]]:
-        return jax.tree.map(
-            jnp.sum, _map_rows(graphdef, objective.whole, params, batch, placement, summed=True)
-        )
+        with placement.activate():
+            micros = pipeline.deal(in_slots(batch, placement), placement)
+            found = map_micros(graphdef, objective.whole, params, micros, placement)
+        return jax.tree.map(jnp.sum, found)
 
     return jax.jit(step, out_shardings=placement.replicated)
 
@@ -58,28 +59,11 @@ def make_score_step(graphdef: Any, objective: BoundObjective, *, placement: Plac
 
 
 def _map_rows(
-    graphdef: Any,
-    function: Any,
-    params: Params,
-    batch: Batch,
-    placement: Placement,
-    *,
-    summed: bool = False,
+    graphdef: Any, function: Any, params: Params, batch: Batch, placement: Placement
 ) -> Any:
-    """Returns what a function makes of the model and rows `[B, T]`.
-
-    Args:
-      graphdef: Structure of the model.
-      function: Maps model and rows to arrays with a leading axis of rows, or to sums.
-      params: All parameters.
-      batch: The rows.
-      placement: Active meanwhile.
-      summed: Whether the function gives sums; they come with a leading axis to be summed over.
-    """
+    """Returns what a function makes of the model and rows `[B, T]`: arrays of rows first."""
     with placement.activate():
         rows = in_slots(batch, placement)
         if placement.split("layers"):
-            return pipeline.map_rows(
-                graphdef, function, params, rows, placement=placement, summed=summed
-            )
+            return pipeline.map_rows(graphdef, function, params, rows, placement=placement)
         return function(merge(graphdef, params), rows)

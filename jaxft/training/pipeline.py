@@ -349,28 +349,28 @@ def map_rows(
     batch: Batch,
     *,
     placement: Placement,
-    summed: bool = False,
 ) -> Any:
     """Returns what a function makes of rows that pass through the stages in parts.
 
     Args:
       graphdef: Structure of the model.
-      function: Maps model and rows to arrays with a leading axis of rows, or to sums.
+      function: Maps model and rows to arrays with a leading axis of rows.
       params: All parameters.
       batch: `[B, T]`; B is a multiple of `placement.row_multiple`.
       placement: Splits layers over one mesh axis.
-      summed: Whether the function gives sums; these come for each part, along a leading axis.
+    """
+    parts = deal(batch, placement)
+    found = map_micros(graphdef, function, params, parts, placement=placement)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+
+
+def deal(batch: Batch, placement: Placement) -> Batch:
+    """Deals rows `[B, T]` out to as many micro-batches as there are stages, `[S, B / S, T]`.
+
+    Each device's rows are dealt, so that all micro-batches are split like the batch.
     """
     count = placement.parts("layers")
-
-    # Each device's rows are dealt out, so that all micro-batches are split like the batch.
-    def dealt(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
-
-    found = map_micros(graphdef, function, params, batch.map(dealt), placement=placement)
-    if summed:
-        return found
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+    return batch.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0))
 
 
 def _take_turns(function: Callable, carry: dict, start: int, length: int) -> dict:

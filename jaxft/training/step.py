@@ -132,10 +132,10 @@ def complete(
       placement: As the step's.
     """
     if fixed:
-        log_probs = _map_micros(graphdef, objective.log_probs, fixed, batch, placement)
+        log_probs = map_micros(graphdef, objective.log_probs, fixed, batch, placement)
         batch = batch.with_columns(reference=log_probs)
     if objective.objective.whole is not None:
-        found = _map_micros(graphdef, objective.whole, params, batch, placement)
+        found = map_micros(graphdef, objective.whole, params, batch, placement)
         batch = with_ratios(batch, jax.tree.map(jnp.sum, found))
     return jax.lax.stop_gradient(batch)
 
@@ -149,10 +149,18 @@ def with_ratios(batch: Batch, sums: Mapping[str, tuple[Any, Any]]) -> Batch:
     )
 
 
-def _map_micros(
+def map_micros(
     graphdef: Any, function: Callable, params: Params, batch: Batch, placement: Placement
 ) -> Any:
-    """Returns what a function makes of the model and each micro-batch, along a leading axis."""
+    """Returns what a function makes of the model and each micro-batch, along a leading axis.
+
+    Args:
+      graphdef: Structure of the model.
+      function: Maps model and micro-batch to arrays; it may ask for hidden states once.
+      params: All parameters.
+      batch: `[A, B, T]`.
+      placement: As the step's.
+    """
     if placement.split("layers"):
         return pipeline.map_micros(graphdef, function, params, batch, placement=placement)
     return jax.lax.map(lambda micro: function(merge(graphdef, params), micro), batch)

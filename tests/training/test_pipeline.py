@@ -8,7 +8,7 @@ import pytest
 
 from jaxft.config import from_dict
 from jaxft.training.objectives import sft
-from jaxft.training.program import build
+from jaxft.training.program import build, put
 from tests.tiny import feed, load_tiny, make_program, random_rows, relative_error, start
 
 LENGTH = 24
@@ -130,3 +130,24 @@ def test_an_objective_passes_a_pipeline_once(tiny):
         evaluator = dataclasses.replace(evaluator, objective=bound)
         with pytest.raises(RuntimeError, match="asked for other rows or a second time"):
             build(config, evaluator, steps=20).lower()
+
+
+def test_what_a_loss_must_know_of_all_rows_does_not_depend_on_stages(tiny):
+    rows = random_rows(8, LENGTH, 64)
+    labels = np.where(rows.segments % 2, np.sign(rows.segments), 0).astype(np.float32)
+    zeros = np.zeros_like(rows.weights)
+    rows = rows.with_columns(labels=labels, units=(rows.segments + 1) // 2, reference=zeros)
+    found = []
+    for program in (
+        program_of(tiny, 2, objective__name="kto"),
+        make_program(tiny, max_units=3, objective__name="kto"),
+    ):
+        evaluator = dataclasses.replace(
+            program.evaluator,
+            objective=dataclasses.replace(program.evaluator.objective, max_units=3),
+        )
+        params = jax.device_put(tiny.params, evaluator.shardings)
+        batch = put(rows, evaluator.placement.rows)
+        found.append(jax.device_get(evaluator.whole_step(params, batch)))
+    assert found[0]["kl"][1] == found[1]["kl"][1] > 0
+    assert relative_error(*found) < 1e-5
