@@ -16,7 +16,7 @@ from jaxft.data.preparation import prepare
 from jaxft.data.rows import TokenRows
 from jaxft.data.template import resolve_template
 from jaxft.data.unit_findings import count_known_prompts, find_units
-from jaxft.data.units import SIDES, units_of
+from jaxft.data.units import CHOSEN, MISMATCHED, REJECTED, SIDES, units_of
 from jaxft.errors import ConfigError
 
 _BINS = 12
@@ -24,7 +24,7 @@ _BINS = 12
 _FAR = 2
 _SHOWN_UNITS = 3
 _LABELS = {
-    units: {1: better, -1: worse, 0: "with an answer to another prompt"}
+    units: {CHOSEN: better, REJECTED: worse, MISMATCHED: "with an answer to another prompt"}
     for units, (better, worse) in SIDES.items()
 }
 """What documents are called by their label, in units of each kind."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxft.data.documents import answer_hashes, prompt_hashes
 from jaxft.data.rows import TokenRows
-from jaxft.data.units import NOUNS, SIDES
+from jaxft.data.units import CHOSEN, NOUNS, REJECTED, SIDES
 from jaxft.formatting import counted
 
 
@@ -34,7 +34,7 @@ def find_units(rows: TokenRows) -> UnitFindings:
     documents, numbers = rows.documents, np.asarray(rows.numbers)
     assert documents.labels is not None
     labels = np.asarray(documents.labels)[numbers]
-    sides = [numbers[labels == side] for side in (1, -1)]
+    sides = [numbers[labels == side] for side in (CHOSEN, REJECTED)]
     lengths = [documents.index["trained"][side] for side in sides]
     first, second = numbers[::2], numbers[1::2]
     prompts = prompt_hashes(documents, first)

@@ -22,11 +22,10 @@ from jaxft.data.formats import (
 from jaxft.data.problems import Problems, RowError
 from jaxft.data.sources import Row
 from jaxft.data.template import Template
+from jaxft.data.units import CHOSEN, MISMATCHED, REJECTED
 from jaxft.errors import DataError
 
 _TOKENISED_TOGETHER = 128
-CHOSEN, REJECTED, MISMATCHED = 1, -1, 0
-"""Labels of documents: of preferred answers, of the others, and of answers to other prompts."""
 _HELD_BACK = 4096
 """Most rows to one prompt that wait for a row to another one."""
 

@@ -13,6 +13,8 @@ UNITS = ("documents", "pairs", "labelled")
 DOCUMENTS_IN = {"documents": 1, "pairs": 2, "labelled": 2}
 """Number of documents in one unit of each kind."""
 NOUNS = {"documents": "document", "pairs": "pair", "labelled": "labelled answer"}
+CHOSEN, REJECTED, MISMATCHED = 1, -1, 0
+"""Labels of documents: of preferred answers, of the others, and of answers to other prompts."""
 SIDES = {"pairs": ("chosen", "rejected"), "labelled": ("desirable", "undesirable")}
 """What answers of label 1 and of label -1 are called."""
 _CANNOT = {

@@ -28,6 +28,7 @@ from jaxft.training.program import (
     Evaluator,
     build_evaluator,
     make_placement,
+    most_in_a_row,
     use_compilation_cache,
 )
 from jaxft.workdir.checkpoint import Checkpoints
@@ -270,8 +271,11 @@ def _evaluate(task: _Task) -> dict[str, Evaluation]:
 
 def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
     config = task.config
-    evaluator = build_evaluator(config, task.architecture, placement=task.placement).for_rows(
-        config, task.rows.values()
+    evaluator = build_evaluator(
+        config,
+        task.architecture,
+        placement=task.placement,
+        **most_in_a_row(task.rows.values()),
     )
     sets = {
         name: take_rows(rows, task.tokenizer, maximum=config.eval.max_rows, seed=config.train.seed)

@@ -1,7 +1,6 @@
 """A run's folder, on several hosts: who uses it, what of it is resumed, what is kept in it."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from jaxft.config import RunConfig
 from jaxft.data import BatchIterator, TokenRows
 from jaxft.data.template import resolve_template
 from jaxft.errors import CheckpointError, ConfigError, TrainingError
-from jaxft.files import rewrite_jsonl, write_text
+from jaxft.files import as_json, rewrite_jsonl, write_json
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.models.families import Architecture
 from jaxft.programs.description import hf_config, tensor_dtypes_of
@@ -130,14 +129,14 @@ def keep_model_files(
                 (folder / name).write_bytes((source.folder / name).read_bytes())
         described = hf_config(source, architecture)
         if described != source.described.config:
-            (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+            (folder / "config.json").write_text(as_json(described), encoding="utf-8")
         save_tokenizer(tokenizer, folder, chat_template=template)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise TrainingError(
             f"{folder} cannot be written: {error}. Free some disk space or fix the folder's "
             "permissions, then start again."
         ) from error
-    write_text(folder / "tensor_dtypes.json", json.dumps(dtypes, indent=1))
+    write_json(folder / "tensor_dtypes.json", dtypes)
 
 
 def list_skipped(workdir: Workdir, sets: Mapping[str, TokenRows]) -> None:

@@ -67,13 +67,8 @@ class Evaluator:
         Raises:
           ConfigError: If attention cannot take so many.
         """
-        sets = list(sets)
         return build_evaluator(
-            config,
-            self.architecture,
-            placement=self.placement,
-            max_segments=max(rows.max_segments for rows in sets),
-            max_units=max(rows.max_units if rows.unit_size > 1 else 1 for rows in sets),
+            config, self.architecture, placement=self.placement, **most_in_a_row(sets)
         )
 
     def on_text(self, config: RunConfig) -> "Evaluator":
@@ -272,6 +267,15 @@ def build_evaluator(
     )
 
 
+def most_in_a_row(sets: Iterable[TokenRows]) -> dict[str, int]:
+    """Returns the most documents and units of one row, as `build_evaluator` takes them."""
+    sets = list(sets)
+    return {
+        "max_segments": max(rows.max_segments for rows in sets),
+        "max_units": max(rows.max_units if rows.unit_size > 1 else 1 for rows in sets),
+    }
+
+
 def check_run(config: RunConfig, evaluator: Evaluator, *, steps: int) -> None:
     """Raises what is wrong with batch, schedule, mesh and frozen parameters, before data is read.
 
@@ -284,17 +288,21 @@ def check_run(config: RunConfig, evaluator: Evaluator, *, steps: int) -> None:
       ConfigError: If a micro-batch or an array cannot be split over the mesh, the warm-up is longer
         than the run, or nothing would train.
     """
+    _check_steps(config, evaluator, steps)
     abstract, placement = evaluator.abstract, evaluator.placement
-    rows = check_rows(config, placement)
+    for rules in (placement.moment_rules, placement.gradient_rules):
+        placement.shardings(abstract.params, abstract.axes, rules=rules)
+    partition(abstract.params, config.optim.freeze)
+
+
+def _check_steps(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
+    rows = check_rows(config, evaluator.placement)
     if steps and config.optim.warmup_steps > steps:
         raise ConfigError(
             f"optim.warmup_steps {config.optim.warmup_steps} exceeds the run's "
             f"{counted(steps, 'step')}."
         )
-    check_weights(abstract, placement, (rows, config.data.max_length))
-    for rules in (placement.moment_rules, placement.gradient_rules):
-        placement.shardings(abstract.params, abstract.axes, rules=rules)
-    partition(abstract.params, config.optim.freeze)
+    check_weights(evaluator.abstract, evaluator.placement, (rows, config.data.max_length))
 
 
 def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
@@ -315,7 +323,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
             f"train.epochs {train.epochs} of this data is less than one step of "
             f"{train.batch_size} rows; set --config.train.steps, more epochs or a smaller batch."
         )
-    check_run(config, evaluator, steps=steps)
+    _check_steps(config, evaluator, steps)
     schedule = make_schedule(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
     of_moments, of_gradients = (

@@ -20,11 +20,9 @@ from jaxtyping import Array
 
 from jaxft.config import key
 from jaxft.data.batch import Batch
+from jaxft.data.units import CHOSEN, MISMATCHED, REJECTED
 from jaxft.training.objectives.contract import Objective, Policy, Terms
 from jaxft.training.objectives.preferences import (
-    CHOSEN,
-    OTHER,
-    REJECTED,
     above_zero,
     averaged,
     sum_answers,
@@ -87,7 +85,7 @@ def loss(policy: Policy, batch: Batch, keys: KtoKeys) -> Terms:
 def whole(policy: Policy, batch: Batch, _: KtoKeys) -> dict[str, tuple[Array, Array]]:
     """Returns sum and number of the log-ratios of answers to other prompts."""
     scores = policy.scores(batch)
-    others = sum_answers(scores, batch, label=OTHER, count=policy.max_units, reference=True)
+    others = sum_answers(scores, batch, label=MISMATCHED, count=policy.max_units, reference=True)
     return {"kl": (jnp.sum(others.score), jnp.sum(others.length > 0, dtype=jnp.float32))}
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.data.batch import Batch
+from jaxft.data.units import CHOSEN, REJECTED
 from jaxft.errors import ConfigError
 from jaxft.training.objectives.contract import (
     Objective,
@@ -23,9 +24,6 @@ from jaxft.training.objectives.contract import (
     Terms,
     no_expectations,
 )
-
-# Values of the column `labels`.
-CHOSEN, OTHER, REJECTED = 1.0, 0.0, -1.0
 
 
 class Answers(NamedTuple):
@@ -148,7 +146,7 @@ def above_zero(margin: Float[Array, "B U"]) -> Float[Array, "B U"]:
 
 
 def sum_answers(
-    scores: Scores, batch: Batch, *, label: float, count: int, reference: bool
+    scores: Scores, batch: Batch, *, label: int, count: int, reference: bool
 ) -> Answers:
     """Returns sums over the answers of one label; zeros for a unit that has none.
 
