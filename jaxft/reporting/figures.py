@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from jaxft.reporting.charts import Unit
+from jaxft.training.objectives.contract import RECORDED
 
 Record = dict[str, Any]
 
@@ -114,10 +115,7 @@ FIGURES = {
     ),
 }
 # What belongs to a record and is no figure of it.
-_BOOKKEEPING = set(
-    "step dataset digest rows of_rows documents weight tokens trained_tokens seconds labels "
-    "host_memory_peak device_memory".split()
-)
+_BOOKKEEPING = RECORDED - FIGURES.keys()
 
 
 # What a loss is a mean over, and what its accuracy is, by the units of its objective.
