@@ -164,7 +164,7 @@ def _tensors(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
     architecture = architecture_from_hf(SHAPES[shape])
     params = architecture.abstract(make_numerics("bfloat16")).params
-    tensors = expand(architecture.rules, {path: spec.shape for path, spec in params.items()})
+    tensors = expand(architecture.naming.rules, {path: spec.shape for path, spec in params.items()})
     # As published files have them: layer after layer.
     order = sorted(tensors, key=lambda tensor: tensor.parts[0].index)
     return [(tensor.name, tensor.shape) for tensor in order]
@@ -267,7 +267,7 @@ def measure_load(options: argparse.Namespace) -> dict[str, Any]:
     first = jax.devices()[0]
     before = host_memory().peak or 0
     started = time.monotonic()
-    params = load_params(folder, architecture.rules, abstract, copies=architecture.copies)
+    params = load_params(folder, architecture.naming, abstract)
     jax.block_until_ready(params)
     seconds = time.monotonic() - started
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -312,9 +312,7 @@ def measure_host(options: argparse.Namespace) -> dict[str, Any]:
         whole = shardings[path].devices_indices_map(spec.shape)
         indices[path] = list(dict.fromkeys(whole[device] for device in mine))
     before, started = _bytes_read(), time.monotonic()
-    slices = read_slices(
-        folder, architecture.rules, abstract.params, indices, copies=architecture.copies
-    )
+    slices = read_slices(folder, architecture.naming, abstract.params, indices)
     seconds = time.monotonic() - started
     read = _bytes_read() - before
     held = sum(values.nbytes for parts in slices.values() for values in parts)

@@ -38,7 +38,7 @@ def measure(name: str) -> tuple[float, float]:
     abstract = architecture.abstract(Numerics())
     with tempfile.TemporaryDirectory() as folder:
         write_folder(name, Path(folder))
-        params = load_params(Path(folder), architecture.rules, abstract.params)
+        params = load_params(Path(folder), architecture.naming, abstract.params)
     batch = Batch(**{name: case.arrays[name] for name in STANDARD})
 
     def total(params: Any) -> Any:

@@ -38,7 +38,7 @@ class Tiny:
         arrays = {path: np.asarray(value) for path, value in params.items()}
         return {
             t.name: t.to_theirs([arrays[part.rule.ours][part.index] for part in t.parts])
-            for t in expand(self.architecture.rules, shapes)
+            for t in expand(self.architecture.naming.rules, shapes)
         }
 
 
@@ -53,7 +53,7 @@ def load_tiny(case: str, numerics: Numerics | None = None, **changes: Any) -> Ti
     theirs = llama_tensors(config) if config["model_type"] == "llama" else tensors_of(case)
     layers: dict[str, list[np.ndarray]] = {}
     shapes = {path: spec.shape for path, spec in abstract.params.items()}
-    for t in expand(architecture.rules, shapes):
+    for t in expand(architecture.naming.rules, shapes):
         for part in t.parts:
             layers.setdefault(part.rule.ours, []).append(part.to_ours(theirs[t.name]))
     params = {

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxft.errors import ModelError
 from jaxft.hf.read import DTYPES, Reader, Stored, Task
-from jaxft.hf.rules import Part, Rule, expand
+from jaxft.hf.rules import Naming, Part, expand
 from jaxft.hf.stored import differing, mismatches, named_as, stored_tensors
 
 # The most of a parameter that is kept on the host on its way to an accelerator.
@@ -29,12 +29,8 @@ type Sources = dict[tuple[int, ...], tuple[Part, Stored]]
 
 def load_params(
     folder: Path,
-    rules: Iterable[Rule],
+    naming: Naming,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
-    *,
-    ignore: tuple[str, ...] = (),
-    copies: Mapping[str, str] | None = None,
-    prefix: str = "",
 ) -> dict[str, jax.Array]:
     """Reads the parameters of a model into their shardings.
 
@@ -45,19 +41,15 @@ def load_params(
 
     Args:
       folder: Holds model.safetensors, or its shards with model.safetensors.index.json.
-      rules: The family's table; rules of parameters that are not in `abstract` are passed over.
+      naming: The model's.
       abstract: `{dotted path: shape, dtype to cast to, and sharding}`; a sharding of None is the
         first device.
-      ignore: Regular expressions searched in their names: tensors that may be there, unused.
-      copies: `{name: other name}` of tensors that may be there if they equal the other one, such
-        as the head of a model with tied embeddings.
-      prefix: Start of their names that files may leave out, such as `transformer.`.
 
     Raises:
       ModelError: With every missing, unexpected or wrongly shaped tensor and every broken file.
     """
     shapes = {path: spec.shape for path, spec in abstract.items()}
-    sources = _find(folder, rules, shapes, ignore, copies or {}, prefix)
+    sources = _find(folder, naming, shapes)
     with Reader() as reader:
         return {
             path: _load(reader, spec, sources[path]) for path, spec in _with_shardings(abstract)
@@ -66,27 +58,20 @@ def load_params(
 
 def read_slices(
     folder: Path,
-    rules: Iterable[Rule],
+    naming: Naming,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     indices: Mapping[str, Sequence[tuple[slice, ...]]],
-    *,
-    ignore: tuple[str, ...] = (),
-    copies: Mapping[str, str] | None = None,
-    prefix: str = "",
 ) -> dict[str, list[np.ndarray]]:
     """Reads slices of parameters into the host's memory, as `load_params` does for its devices.
 
     Args:
-      folder: As for `load_params`, like the other arguments.
-      rules: The family's table.
+      folder: As for `load_params`.
+      naming: The model's.
       abstract: `{dotted path: shape and dtype}` of whole parameters.
       indices: Which slices of each parameter; they are equal or disjoint.
-      ignore: Tensors that may be there, unused.
-      copies: Tensors that may be there twice.
-      prefix: Start of names that files may leave out.
     """
     shapes = {path: spec.shape for path, spec in abstract.items()}
-    sources = _find(folder, rules, shapes, ignore, copies or {}, prefix)
+    sources = _find(folder, naming, shapes)
     with Reader() as reader:
         return {
             path: _read_boxes(
@@ -119,44 +104,32 @@ class StoredParameter:
 def open_params(
     reader: Reader,
     folder: Path,
-    rules: Iterable[Rule],
+    naming: Naming,
     shapes: Mapping[str, tuple[int, ...]],
-    *,
-    ignore: tuple[str, ...] = (),
-    copies: Mapping[str, str] | None = None,
-    prefix: str = "",
 ) -> dict[str, StoredParameter]:
     """Returns parameters that are read later, after the checks of `load_params`.
 
     Args:
       reader: Open for as long as they are used.
-      folder: As for `load_params`, like the other arguments.
-      rules: The family's table.
+      folder: As for `load_params`.
+      naming: The model's.
       shapes: Of all parameters.
-      ignore: Tensors that may be there, unused.
-      copies: Tensors that may be there twice.
-      prefix: Start of names that files may leave out.
     """
-    sources = _find(folder, rules, shapes, ignore, copies or {}, prefix)
+    sources = _find(folder, naming, shapes)
     return {path: StoredParameter(reader, sources[path], shape) for path, shape in shapes.items()}
 
 
 def _find(
-    folder: Path,
-    rules: Iterable[Rule],
-    shapes: Mapping[str, tuple[int, ...]],
-    ignore: tuple[str, ...],
-    copies: Mapping[str, str],
-    prefix: str,
+    folder: Path, naming: Naming, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Sources]:
     """Returns where each parameter is stored, or raises ModelError with all that does not fit."""
-    tensors = list(expand(rules, shapes))
+    tensors = list(expand(naming.rules, shapes))
     stored, problems = stored_tensors(folder)
-    stored = named_as(stored, [*(tensor.name for tensor in tensors), *copies], prefix)
+    stored = named_as(stored, [*(tensor.name for tensor in tensors), *naming.copies], naming.prefix)
     if stored or not problems:
-        problems += mismatches(stored, tensors, ignore, copies)
+        problems += mismatches(stored, tensors, naming)
     if not problems:
-        problems = differing(stored, copies)
+        problems = differing(stored, naming.copies)
     if problems:
         raise ModelError([f"{folder} does not fit this model:", *problems])
     sources: dict[str, Sources] = {path: {} for path in shapes}

@@ -120,6 +120,28 @@ class Rule:
         return np.ascontiguousarray(moved).reshape(self.shape_theirs(array.shape))
 
 
+@dataclass(frozen=True)
+class Naming:
+    """The way a model's parameters are found in, and written to, Hugging Face files.
+
+    Attributes:
+      rules: Names and layouts; rules of parameters that a model does not have are passed over.
+      ignored: Regular expressions searched in names: tensors that files may carry, unused.
+      copies: `{name: other name}` of tensors that files may carry if they equal the other one, such
+        as the head of a model with tied embeddings.
+      prefix: Start of names that files may leave out, such as `transformer.`.
+    """
+
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+    def is_known(self, name: str) -> bool:
+        """Whether a tensor that no rule names may be in a file."""
+        return name in self.copies or any(re.search(pattern, name) for pattern in self.ignored)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One of our parameters, or one index of its leading axes, and where theirs holds it.

@@ -20,7 +20,7 @@ from jaxft.errors import ModelError
 from jaxft.files import as_json
 from jaxft.formatting import format_storage
 from jaxft.hf.read import DTYPES
-from jaxft.hf.rules import Rule, Tensor, expand
+from jaxft.hf.rules import Naming, Tensor, expand
 from jaxft.hf.stored import INDEX, SINGLE
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -132,12 +132,10 @@ def _prepare(partial: Path, content: Mapping[str, Any] | None) -> None:
 
 def save_params(
     folder: Path,
-    rules: Iterable[Rule],
+    naming: Naming,
     params: Mapping[str, Readable],
     *,
     dtypes: Mapping[str, str] | str,
-    copies: Mapping[str, str] | None = None,
-    prefix: str = "",
     max_shard_bytes: int = 5_000_000_000,
 ) -> int:
     """Writes parameters as safetensors in their names and layouts, one file or several shards.
@@ -148,12 +146,11 @@ def save_params(
 
     Args:
       folder: Where the files go; it exists.
-      rules: The family's table, the one that loading uses.
+      naming: The one that loading uses. Its copies are written if `dtypes` names them, and its
+        prefix is left out where `dtypes` leaves it out.
       params: `{dotted path: parameter}`.
       dtypes: 'float32', 'float16', 'bfloat16' or 'float64' for all, or one for each of their names,
         which then are the names that are written.
-      copies: `{name: other name}` of tensors that are written a second time if `dtypes` names them.
-      prefix: Start of names that `dtypes` may leave out.
       max_shard_bytes: Largest shard; a tensor above it gets a shard of its own.
 
     Returns:
@@ -163,9 +160,9 @@ def save_params(
       ModelError: If the disk has too little room.
     """
     params = {p: np.asarray(v) if isinstance(v, jax.Array) else v for p, v in params.items()}
-    tensors = list(expand(rules, {path: param.shape for path, param in params.items()}))
+    tensors = list(expand(naming.rules, {path: param.shape for path, param in params.items()}))
     if not isinstance(dtypes, str):
-        tensors = _named_as(tensors, dtypes, copies or {}, prefix)
+        tensors = _named_as(tensors, dtypes, naming)
     stored = {
         tensor.name: _NAMED[dtypes if isinstance(dtypes, str) else dtypes[tensor.name]]
         for tensor in tensors
@@ -193,18 +190,16 @@ def save_params(
     return len(files) - len(missing)
 
 
-def _named_as(
-    tensors: list[Tensor], names: Iterable[str], copies: Mapping[str, str], prefix: str
-) -> list[Tensor]:
+def _named_as(tensors: list[Tensor], names: Iterable[str], naming: Naming) -> list[Tensor]:
     """Returns tensors under the names that a file had, with those it had twice."""
     known = set(names)
 
     def as_written(name: str) -> str:
-        bare = name.removeprefix(prefix)
+        bare = name.removeprefix(naming.prefix)
         return bare if name not in known and bare in known else name
 
     by_name = {tensor.name: tensor for tensor in tensors}
-    again = {name: other for name, other in copies.items() if as_written(name) in known}
+    again = {name: other for name, other in naming.copies.items() if as_written(name) in known}
     return [
         dataclasses.replace(by_name[other], name=as_written(name))
         for name, other in {**{name: name for name in by_name}, **again}.items()

@@ -13,7 +13,7 @@ from jaxft.hf.folder import read_json
 from jaxft.hf.hub import lfs_hint
 from jaxft.hf.kinds import explain_folder
 from jaxft.hf.read import DTYPES, Entry, Mxfp4, Stored
-from jaxft.hf.rules import Tensor
+from jaxft.hf.rules import Naming, Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -136,14 +136,13 @@ def _scan_file(file: Path) -> tuple[dict[str, Entry | None], list[str]]:
 def mismatches(
     stored: Mapping[str, Stored | None],
     tensors: list[Tensor],
-    ignore: tuple[str, ...],
-    copies: Mapping[str, str],
+    naming: Naming,
 ) -> list[str]:
     """Returns what keeps these tensors from being loaded, judged by names, shapes and types."""
     expected = {tensor.name: tensor for tensor in tensors}
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
-    unexpected = [name for name in unexpected if not is_known(name, ignore, copies)]
+    unexpected = [name for name in unexpected if not naming.is_known(name)]
     problems = [f"Missing: {group}." for group in group_names(missing)]
     problems += [f"Unexpected: {group}." for group in group_names(unexpected)]
     reasons: dict[str, list[str]] = {}
@@ -152,11 +151,6 @@ def mismatches(
             reasons.setdefault(reason, []).append(name)
     problems += [f"{group} {why}" for why, names in reasons.items() for group in group_names(names)]
     return problems
-
-
-def is_known(name: str, ignore: tuple[str, ...], copies: Mapping[str, str]) -> bool:
-    """Whether a tensor that no rule names may be in a file."""
-    return name in copies or any(re.search(pattern, name) for pattern in ignore)
 
 
 def unfit(stored: Stored | None, tensor: Tensor) -> str:

@@ -1,14 +1,14 @@
 """The table of model families: config.json names one; adding one is its file and a line here."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from flax import nnx
 
 from jaxft.errors import ModelError
-from jaxft.hf.rules import Rule
+from jaxft.hf.rules import Naming
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.decoder import Decoder
 from jaxft.models.module import AbstractModel, abstract_model
@@ -40,18 +40,24 @@ class Architecture:
     Attributes:
       config: Shape of the decoder.
       block: Builds one layer.
-      rules: Names and layouts in Hugging Face files.
-      ignored: Patterns of tensors that files may carry and that are not read.
-      copies: Tensors that files may carry a second time, and the tensor each must equal.
-      prefix: Start of names that files may leave out.
+      naming: Names and layouts in Hugging Face files.
     """
 
     config: DecoderConfig
     block: Callable[..., nnx.Module]
-    rules: tuple[Rule, ...]
-    ignored: tuple[str, ...]
-    copies: dict[str, str]
-    prefix: str = ""
+    naming: Naming
+
+    @property
+    def head_path(self) -> str:
+        """Path of the table that logits are made with."""
+        return "embed.w" if self.config.tied else "head.w"
+
+    def is_multiplied(self, path: str) -> bool:
+        """Whether tokens are multiplied with a parameter; in the other tables they are looked up.
+
+        A tied table counts as the head.
+        """
+        return path != "positions.w" and (path != "embed.w" or self.config.tied)
 
     def build(self, numerics: Numerics) -> Callable[[nnx.Rngs], Decoder]:
         """Returns the function that makes the module from random keys."""
@@ -60,6 +66,20 @@ class Architecture:
     def abstract(self, numerics: Numerics) -> AbstractModel:
         """Returns structure, shapes, dtypes and axes, without memory."""
         return abstract_model(self.build(numerics))
+
+
+def reaches_layers(trainable: Iterable[str]) -> bool:
+    """Returns whether gradients go back into the layers: to their weights, or to what is before.
+
+    Args:
+      trainable: Paths of parameters that have gradients.
+    """
+    return any(not path.startswith(("head.", "norm.")) for path in trainable)
+
+
+def after_layers(trainable: Iterable[str]) -> bool:
+    """Returns whether the last norm has gradients, which go back through the head."""
+    return any(path.startswith("norm.") for path in trainable)
 
 
 def architecture_from_hf(config: dict[str, Any]) -> Architecture:
@@ -81,10 +101,9 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     return Architecture(
         config=decoder,
         block=family.Block,
-        rules=tuple(rules.values()),
-        ignored=family.HF_IGNORED,
-        copies=copies,
-        prefix=getattr(family, "HF_PREFIX", ""),
+        naming=Naming(
+            tuple(rules.values()), family.HF_IGNORED, copies, getattr(family, "HF_PREFIX", "")
+        ),
     )
 
 

@@ -11,12 +11,12 @@ from jaxft.compiled.layout import cpu_devices
 from jaxft.config import RunConfig
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import make_numerics
-from jaxft.models.families import Architecture
+from jaxft.models.families import Architecture, reaches_layers
 from jaxft.models.module import AbstractModel
 from jaxft.planner.topology import Topology
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, as_names
-from jaxft.training.state import partition, reaches_layers
+from jaxft.training.state import partition
 
 
 class Weight(NamedTuple):

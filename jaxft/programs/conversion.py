@@ -12,7 +12,7 @@ from jaxft.hf.folder import read_config
 from jaxft.hf.hub import remote_tensors, resolve
 from jaxft.hf.read import DTYPES, Entry, Stored
 from jaxft.hf.rules import Tensor, expand
-from jaxft.hf.stored import group_names, is_known, named_as, paired, stored_tensors, unfit
+from jaxft.hf.stored import group_names, named_as, paired, stored_tensors, unfit
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 
@@ -102,9 +102,11 @@ def check(path_or_repo_id: str | Path, *, revision: str = "", dtypes: str = "flo
         problems = []
     else:
         stored, problems = stored_tensors(folder)
-    tensors = list(expand(architecture.rules, {path: spec.shape for path, spec in params.items()}))
+    tensors = list(
+        expand(architecture.naming.rules, {path: spec.shape for path, spec in params.items()})
+    )
     expected = {tensor.name: tensor for tensor in tensors}
-    stored = named_as(stored, [*expected, *architecture.copies], architecture.prefix)
+    stored = named_as(stored, [*expected, *architecture.naming.copies], architecture.naming.prefix)
     lines = list(_known(architecture, params, tensors, stored))
     lines += _unknown(architecture, expected, stored)
     return Check(
@@ -126,7 +128,7 @@ def _known(
     for tensor in tensors:
         for part in tensor.parts:
             of_rule.setdefault(part.rule.ours, []).append(tensor)
-    for rule in architecture.rules:
+    for rule in architecture.naming.rules:
         if rule.ours in params:
             spec = params[rule.ours]
             state, fits = _state(of_rule[rule.ours], stored)
@@ -163,8 +165,8 @@ def _unknown(
     for name, entry in stored.items():
         if name in expected or entry is None:
             continue
-        known = is_known(name, architecture.ignored, architecture.copies)
-        copied = architecture.copies.get(name)
+        known = architecture.naming.is_known(name)
+        copied = architecture.naming.copies.get(name)
         state = f"copy of {copied} (values not compared)" if copied else "ignored"
         key = (state if known else "UNEXPECTED", known, entry.shape, _words([entry]))
         extra.setdefault(key, []).append(name)

@@ -96,11 +96,9 @@ def export(
         with _parameters(source, architecture, grown=grown) as params:
             kept = save_params(
                 folder,
-                architecture.rules,
+                architecture.naming,
                 params,
                 dtypes=dtypes,
-                copies=architecture.copies,
-                prefix=architecture.prefix,
             )
         if kept:
             on_log(f"Files of weights that an earlier export had written: {kept}.")
@@ -139,11 +137,8 @@ def _parameters(
             yield open_params(
                 reader,
                 source.folder,
-                architecture.rules,
+                architecture.naming,
                 shapes,
-                ignore=architecture.ignored,
-                copies=architecture.copies,
-                prefix=architecture.prefix,
             )
         return
     checkpoints = Checkpoints(source.checkpoints, read_only=True)
@@ -255,11 +250,8 @@ def _pairs(
         theirs = open_params(
             reader,
             folder,
-            architecture.rules,
+            architecture.naming,
             shapes,
-            ignore=architecture.ignored,
-            copies=architecture.copies,
-            prefix=architecture.prefix,
         )
         for path, shape in shapes.items():
             step = max(1, _COMPARED * shape[0] // math.prod(shape))

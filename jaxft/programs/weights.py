@@ -89,11 +89,8 @@ def _read_weights(
         stored = source.architecture.config.vocab
         params = load_params(
             source.folder,
-            architecture.rules,
+            architecture.naming,
             with_vocab_size(target, abstract.axes, stored),
-            ignore=architecture.ignored,
-            copies=architecture.copies,
-            prefix=architecture.prefix,
         )
         known = None
         if tokenizer is not None:
@@ -113,7 +110,9 @@ def _refuse_not_finite(params: Params, architecture: Architecture, source: Sourc
         return
     names = [
         tensor.name
-        for tensor in expand(architecture.rules, {path: x.shape for path, x in params.items()})
+        for tensor in expand(
+            architecture.naming.rules, {path: x.shape for path, x in params.items()}
+        )
         if any(
             part.rule.ours in bad and bad[part.rule.ours][part.index[:1]].any()
             for part in tensor.parts

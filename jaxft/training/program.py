@@ -24,7 +24,7 @@ from jaxft.errors import ConfigError
 from jaxft.formatting import counted
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import Numerics, make_numerics
-from jaxft.models.families import Architecture
+from jaxft.models.families import Architecture, after_layers, reaches_layers
 from jaxft.models.module import AbstractModel
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, load_strategy
@@ -33,7 +33,7 @@ from jaxft.training.evaluation_step import make_eval_step, make_score_step, make
 from jaxft.training.flops import Learning
 from jaxft.training.objectives.bound import BoundObjective, bind
 from jaxft.training.optim import make_optimizer, make_schedule
-from jaxft.training.state import TrainState, abstract_state, partition, reaches_layers
+from jaxft.training.state import TrainState, abstract_state, partition
 from jaxft.training.step import make_train_step
 
 
@@ -132,15 +132,15 @@ class Evaluator:
         """Returns how much learns if the parameters at these paths have gradients."""
         back = reaches_layers(trainable)
         passed = set(self.abstract.params) if back else set()
-        if any(path.startswith("norm.") for path in trainable):
-            passed.add("embed.w" if self.architecture.config.tied else "head.w")
+        if after_layers(trainable):
+            passed.add(self.architecture.head_path)
         return Learning(self._multiplied(trainable), self._multiplied(passed), back)
 
     def _multiplied(self, paths: Collection[str]) -> int:
         config, counted = self.architecture.config, 0
         for path in paths:
             size = math.prod(self.abstract.params[path].shape)
-            if path == "positions.w" or (path == "embed.w" and not config.tied):
+            if not self.architecture.is_multiplied(path):
                 continue
             if config.experts is not None and "experts" in self.abstract.axes[path]:
                 size = size * config.experts.chosen // config.experts.count

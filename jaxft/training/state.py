@@ -1,7 +1,7 @@
 """The state that a training step hands to the next, as pure arrays."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,12 +110,3 @@ def abstract_state(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, shapes)
-
-
-def reaches_layers(trainable: Iterable[str]) -> bool:
-    """Returns whether gradients go back into the layers: to their weights, or to what is before.
-
-    Args:
-      trainable: Paths of parameters that have gradients.
-    """
-    return any(not path.startswith(("head.", "norm.")) for path in trainable)

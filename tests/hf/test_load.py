@@ -19,7 +19,7 @@ from jaxft.errors import ModelError
 from jaxft.hf import load, read
 from jaxft.hf.folder import read_config
 from jaxft.hf.load import load_params
-from jaxft.hf.rules import Rule
+from jaxft.hf.rules import Naming, Rule
 from jaxft.hf.stored import tensor_dtypes
 from tests.oracle.cases import CASES, MXFP4, tensors_of, write_folder
 
@@ -111,9 +111,9 @@ def split_into_shards(folder: Path, count: int = 3) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def problems_of(folder: Path, **options) -> list[str]:
+def problems_of(folder: Path, abstract=ABSTRACT, **options) -> list[str]:
     with pytest.raises(ModelError) as error:
-        load_params(folder, RULES, options.pop("abstract", ABSTRACT), **options)
+        load_params(folder, Naming(RULES, **options), abstract)
     return error.value.problems
 
 
@@ -136,14 +136,14 @@ def assert_values(params: dict[str, jax.Array], tensors: dict[str, np.ndarray]) 
 
 
 def test_a_single_file_gives_the_values_in_our_layout(folder):
-    params = load_params(folder, RULES, ABSTRACT)
+    params = load_params(folder, Naming(RULES), ABSTRACT)
     assert params.keys() == ABSTRACT.keys()
     assert_values(params, tensors_of(CASE))
 
 
 def test_shards_give_the_same_as_a_single_file(folder):
     split_into_shards(folder)
-    assert_values(load_params(folder, RULES, ABSTRACT), tensors_of(CASE))
+    assert_values(load_params(folder, Naming(RULES), ABSTRACT), tensors_of(CASE))
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -153,7 +153,7 @@ def test_values_are_cast_to_what_is_asked_for(folder, stored, wanted):
         tensors.update({name: value.astype(stored) for name, value in tensors.items()})
 
     tensors = rewrite(folder, cast)
-    params = load_params(folder, RULES, abstract_params(CASES[CASE], wanted))
+    params = load_params(folder, Naming(RULES), abstract_params(CASES[CASE], wanted))
     assert {param.dtype for param in params.values()} == {jnp.dtype(wanted)}
     assert_values(params, {name: value.astype(wanted) for name, value in tensors.items()})
 
@@ -171,9 +171,9 @@ SPECS = {
 def test_every_device_holds_its_own_slice(folder):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
     abstract = abstract_params(CASES[CASE], spec=SPECS, mesh=mesh)
-    params = load_params(folder, RULES, abstract)
+    params = load_params(folder, Naming(RULES), abstract)
     assert_values(params, tensors_of(CASE))
-    whole = load_params(folder, RULES, ABSTRACT)
+    whole = load_params(folder, Naming(RULES), ABSTRACT)
     for path, param in params.items():
         assert param.sharding == abstract[path].sharding
         assert len(param.addressable_shards) == 8
@@ -198,13 +198,13 @@ def test_a_slice_is_read_once_however_many_devices_hold_it(folder, monkeypatch):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
     abstract = abstract_params(CASES[CASE], spec=SPECS, mesh=mesh)
     counts = count_bytes(monkeypatch)
-    params = load_params(folder, RULES, abstract)
+    params = load_params(folder, Naming(RULES), abstract)
     assert sum(counts) == sum(param.nbytes for param in params.values())
 
 
 def test_copies_on_devices_do_not_share_memory_that_a_donation_overwrites(folder):
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    params = load_params(folder, RULES, abstract_params(CASES[CASE], mesh=mesh))
+    params = load_params(folder, Naming(RULES), abstract_params(CASES[CASE], mesh=mesh))
     before = np.array(params["embed.w"])
     after = jax.jit(lambda x: x + 1, donate_argnums=0)(params["embed.w"])
     for shard in after.addressable_shards:
@@ -220,9 +220,9 @@ def test_a_stored_tensor_is_never_held_as_a_whole(tmp_path, monkeypatch):
     sharding = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
     abstract = {"w": jax.ShapeDtypeStruct((1, 1024, 512), jnp.bfloat16, sharding=sharding)}
     rules = [Rule("w", "layers.{layer}.weight", "f d -> f d")]
-    load_params(tmp_path, rules, abstract)  # what is kept after a first call is not counted
+    load_params(tmp_path, Naming(tuple(rules)), abstract)
     tracemalloc.start()
-    params = load_params(tmp_path, rules, abstract)
+    params = load_params(tmp_path, Naming(tuple(rules)), abstract)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # The slices of the result may be the memory that they were read into.
@@ -314,7 +314,7 @@ def test_every_layout_is_read_in_small_pieces(
     monkeypatch.setattr(load, "_have_host_memory", lambda _: in_host_memory)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("layers", "fsdp"))
     abstract = specs_of(woven, dtype, mesh, AXES[axes])
-    params = load_params(tmp_path, SHARED_RULES, abstract)
+    params = load_params(tmp_path, Naming(SHARED_RULES), abstract)
     for path, value in woven.items():
         assert params[path].sharding == abstract[path].sharding
         np.testing.assert_array_equal(params[path], value.astype(dtype), err_msg=path)
@@ -336,7 +336,9 @@ def test_any_slice_is_what_numpy_selects(tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "_BLOCK", data.draw(st.integers(4, 64)))
         patch.setattr(read, "_PAGE", data.draw(st.integers(1, 32)))
-        found = load.read_slices(folder, rules, specs_of(ours), {"kept": [tuple(index)]})
+        found = load.read_slices(
+            folder, Naming(tuple(rules)), specs_of(ours), {"kept": [tuple(index)]}
+        )
     np.testing.assert_array_equal(found["kept"][0], ours["kept"][tuple(index)])
 
 
@@ -347,7 +349,9 @@ def test_only_the_bytes_of_a_host_are_read_by_seeking(tmp_path, monkeypatch):
     indices = [(slice(None), slice(start, start + 1024)) for start in (2048, 3072)]
     counts = count_bytes(monkeypatch)
     specs = {"w": jax.ShapeDtypeStruct(stored.shape, jnp.float32)}
-    found = load.read_slices(tmp_path, [Rule("w", "w", "f d -> f d")], specs, {"w": indices})
+    found = load.read_slices(
+        tmp_path, Naming((Rule("w", "w", "f d -> f d"),)), specs, {"w": indices}
+    )
     for values, index in zip(found["w"], indices, strict=True):
         np.testing.assert_array_equal(values, stored[index])
     assert counts == [2048 * 4] * 64
@@ -362,7 +366,7 @@ def test_parameters_on_a_cpu_are_the_memory_that_was_read_into(tmp_path, woven, 
         return made[-1]
 
     monkeypatch.setattr(load, "_empty", noted)
-    params = load_params(tmp_path, SHARED_RULES, specs_of(woven))
+    params = load_params(tmp_path, Naming(SHARED_RULES), specs_of(woven))
     addresses = {array.ctypes.data for array in made}
     assert {param.unsafe_buffer_pointer() for param in params.values()} == addresses
 
@@ -378,7 +382,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, woven, monke
 
     monkeypatch.setattr(load, "_find", shrinking)
     with pytest.raises(ModelError, match="became shorter"):
-        load_params(tmp_path, SHARED_RULES, specs_of(woven))
+        load_params(tmp_path, Naming(SHARED_RULES), specs_of(woven))
 
 
 MXFP4_RULES = (
@@ -405,7 +409,7 @@ def test_mxfp4_is_unpacked_as_transformers_does(tmp_path, packed, small, axes, d
     mesh = Mesh(np.array(jax.devices()).reshape(1, 8), ("layers", "fsdp"))
     sharding = NamedSharding(mesh, AXES[axes](4))
     spec = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    params = load_params(tmp_path, MXFP4_RULES, {"gate": spec, "up": spec})
+    params = load_params(tmp_path, Naming(MXFP4_RULES), {"gate": spec, "up": spec})
     for first, path in enumerate(("gate", "up")):
         expected = packed[:, :, first::2].transpose(0, 2, 1)[None]
         np.testing.assert_array_equal(params[path].astype(np.float32), expected)
@@ -421,7 +425,7 @@ def test_scales_that_do_not_fit_their_blocks_are_an_error(tmp_path, packed):
     save_file(tensors, tmp_path / "model.safetensors")
     spec = jax.ShapeDtypeStruct((1, 2, 3, 96), jnp.float32)
     with pytest.raises(ModelError, match=r"layers\.0\.gate_up has blocks .* do not fit"):
-        load_params(tmp_path, MXFP4_RULES, {"gate": spec, "up": spec})
+        load_params(tmp_path, Naming(MXFP4_RULES), {"gate": spec, "up": spec})
 
 
 def test_names_may_leave_out_a_prefix(tmp_path):
@@ -432,10 +436,10 @@ def test_names_may_leave_out_a_prefix(tmp_path):
         Rule("bias", "body.h.{layer}.bias", "d -> d"),
     ]
     shapes = {"embed": np.empty((4, 2)), "bias": np.empty((1, 3))}
-    params = load_params(tmp_path, rules, specs_of(shapes), prefix="body.")
+    params = load_params(tmp_path, Naming(tuple(rules), prefix="body."), specs_of(shapes))
     np.testing.assert_array_equal(params["embed"], tensors["wte.weight"])
     with pytest.raises(ModelError) as error:
-        load_params(tmp_path, rules, specs_of(shapes))
+        load_params(tmp_path, Naming(tuple(rules)), specs_of(shapes))
     assert "Missing: body.wte.weight." in error.value.problems
 
 
@@ -475,7 +479,7 @@ def test_ignored_names_may_be_there(folder):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.int64)
 
     rewrite(folder, change)
-    load_params(folder, RULES, ABSTRACT, ignore=(r"rotary_emb\.inv_freq$",))
+    load_params(folder, Naming(RULES, (r"rotary_emb\.inv_freq$",)), ABSTRACT)
     unexpected = "Unexpected: model.layers.0.self_attn.rotary_emb.inv_freq."
     assert problems_of(folder)[1:] == [unexpected]
 
@@ -492,9 +496,9 @@ TIED = abstract_params(CASES["mqa_tied"])
 
 
 def test_the_head_of_a_tied_model_may_be_stored_twice(tied):
-    load_params(tied, RULES, TIED, copies=COPIES)
+    load_params(tied, Naming(RULES, copies=COPIES), TIED)
     rewrite(tied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
-    load_params(tied, RULES, TIED, copies=COPIES)
+    load_params(tied, Naming(RULES, copies=COPIES), TIED)
 
 
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_an_error(tied):
@@ -582,13 +586,13 @@ def test_dtypes_come_from_headers(folder):
 def test_a_real_model_loads(shared):
     folder = shared / "models" / "stories260K"
     config = read_config(folder)
-    params = load_params(folder, RULES, abstract_params(config))
+    params = load_params(folder, Naming(RULES), abstract_params(config))
     assert sum(param.size for param in params.values()) == 260_032
 
 
 def load_vector(folder: Path, **arguments) -> jax.Array:
     abstract = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
-    return load_params(folder, [Rule("w", "body.w", "d -> d")], abstract, **arguments)["w"]
+    return load_params(folder, Naming((Rule("w", "body.w", "d -> d"),), **arguments), abstract)["w"]
 
 
 def test_a_file_without_tensors_names_what_is_missing(tmp_path):

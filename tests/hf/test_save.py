@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from jaxft.errors import ModelError
 from jaxft.hf import save
 from jaxft.hf.load import load_params
-from jaxft.hf.rules import Rule
+from jaxft.hf.rules import Naming, Rule
 from jaxft.hf.save import atomic_folder, save_params
 from jaxft.hf.stored import tensor_dtypes
 from tests.hf.test_load import RULES, SPECS, abstract_params
@@ -53,11 +53,13 @@ def test_load_then_save_gives_the_same_bytes(tmp_path, case, dtype, shard_bytes)
     save_file(tensors, file, metadata={"format": "pt"})
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
     specs = SPECS if case == "gqa" else {"embed.w": PartitionSpec(None, "fsdp")}
-    params = load_params(source, RULES, abstract_params(CASES[case], spec=specs, mesh=mesh))
-    save_params(target, RULES, params, dtypes=tensor_dtypes(source), max_shard_bytes=shard_bytes)
+    params = load_params(source, Naming(RULES), abstract_params(CASES[case], spec=specs, mesh=mesh))
+    save_params(
+        target, Naming(RULES), params, dtypes=tensor_dtypes(source), max_shard_bytes=shard_bytes
+    )
     assert stored_bytes(target) == stored_bytes(source)
     assert (len(list(target.glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
-    again = load_params(target, RULES, abstract_params(CASES[case]))
+    again = load_params(target, Naming(RULES), abstract_params(CASES[case]))
     for path, param in params.items():
         np.testing.assert_array_equal(again[path], param)
 
@@ -68,7 +70,9 @@ def test_layers_may_be_sharded_too(tmp_path, kind):
     values = np.arange(2 * 8 * 3, dtype=np.float32).reshape(2, 8, 3)
     sharding = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
     rules = [Rule("w", "layers.{layer}.weight", "f d -> d f")]
-    save_params(tmp_path, rules, {"w": jax.device_put(values, sharding)}, dtypes="float32")
+    save_params(
+        tmp_path, Naming(tuple(rules)), {"w": jax.device_put(values, sharding)}, dtypes="float32"
+    )
     saved = load_file(tmp_path / "model.safetensors")
     for layer in range(2):
         np.testing.assert_array_equal(saved[f"layers.{layer}.weight"], values[layer].T)
@@ -78,7 +82,7 @@ def test_layers_may_be_sharded_too(tmp_path, kind):
 def params(tmp_path: Path) -> dict[str, jax.Array]:
     source = tmp_path / "source"
     source.mkdir()
-    return load_params(write_folder("gqa", source), RULES, abstract_params(CASES["gqa"]))
+    return load_params(write_folder("gqa", source), Naming(RULES), abstract_params(CASES["gqa"]))
 
 
 def test_mixed_types_are_kept_a_tensor_at_a_time(tmp_path, params):
@@ -86,7 +90,7 @@ def test_mixed_types_are_kept_a_tensor_at_a_time(tmp_path, params):
     target.mkdir()
     dtypes = dict.fromkeys(tensor_dtypes(source), "bfloat16")
     dtypes["model.norm.weight"] = dtypes["model.layers.1.input_layernorm.weight"] = "float32"
-    save_params(target, RULES, params, dtypes=dtypes)
+    save_params(target, Naming(RULES), params, dtypes=dtypes)
     assert tensor_dtypes(target) == dtypes
     norm = load_file(target / "model.safetensors")["model.norm.weight"]
     np.testing.assert_array_equal(norm, params["norm.scale"])
@@ -97,7 +101,7 @@ def test_mixed_types_are_kept_a_tensor_at_a_time(tmp_path, params):
 def test_one_type_for_all_rounds_to_nearest(tmp_path, params):
     target = tmp_path / "target"
     target.mkdir()
-    save_params(target, RULES, params, dtypes="bfloat16")
+    save_params(target, Naming(RULES), params, dtypes="bfloat16")
     saved = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
     expected = np.asarray(params["embed.w"]).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(saved, expected)
@@ -106,7 +110,7 @@ def test_one_type_for_all_rounds_to_nearest(tmp_path, params):
 def test_shards_keep_the_limit_and_the_index_names_them(tmp_path, params):
     target = tmp_path / "target"
     target.mkdir()
-    save_params(target, RULES, params, dtypes="float32", max_shard_bytes=20_000)
+    save_params(target, Naming(RULES), params, dtypes="float32", max_shard_bytes=20_000)
     index = json.loads((target / "model.safetensors.index.json").read_text())
     files = sorted(file.name for file in target.glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -124,7 +128,7 @@ def test_shards_keep_the_limit_and_the_index_names_them(tmp_path, params):
 def test_a_tensor_above_the_limit_gets_its_own_shard(tmp_path):
     rules = [Rule(name, name, "d -> d") for name in ("a", "b", "c")]
     arrays = {name: jnp.ones(size) for name, size in (("a", 100), ("b", 2), ("c", 2))}
-    save_params(tmp_path, rules, arrays, dtypes="float32", max_shard_bytes=16)
+    save_params(tmp_path, Naming(tuple(rules)), arrays, dtypes="float32", max_shard_bytes=16)
     shards = [sorted(load_file(file)) for file in sorted(tmp_path.glob("*.safetensors"))]
     assert shards == [["a"], ["b", "c"]]
 
@@ -132,7 +136,7 @@ def test_a_tensor_above_the_limit_gets_its_own_shard(tmp_path):
 def test_other_libraries_find_tensors_aligned(tmp_path):
     rules = [Rule(name, name, "d -> d") for name in ("a", "b")]
     dtypes = {"a": "bfloat16", "b": "float32"}
-    save_params(tmp_path, rules, {"a": jnp.ones(3), "b": jnp.ones(3)}, dtypes=dtypes)
+    save_params(tmp_path, Naming(tuple(rules)), {"a": jnp.ones(3), "b": jnp.ones(3)}, dtypes=dtypes)
     content = (tmp_path / "model.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -145,7 +149,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, params, monkey
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
     with pytest.raises(ModelError, match=r"The weights take 78\.5 kB more.*Make room"):
-        save_params(target, RULES, params, dtypes="float32")
+        save_params(target, Naming(RULES), params, dtypes="float32")
     assert not list(target.iterdir())
 
 
@@ -218,7 +222,7 @@ def test_files_that_are_complete_are_kept_and_torn_ones_written_again(tmp_path, 
     whole, target = tmp_path / "whole", tmp_path / "target"
     whole.mkdir()
     target.mkdir()
-    save_params(whole, RULES, params, dtypes="float32", max_shard_bytes=20_000)
+    save_params(whole, Naming(RULES), params, dtypes="float32", max_shard_bytes=20_000)
     kept, torn, other, short, *_ = sorted(whole.glob("*.safetensors"))
     shutil.copy2(kept, target)
     content = other.read_bytes()
@@ -227,7 +231,7 @@ def test_files_that_are_complete_are_kept_and_torn_ones_written_again(tmp_path, 
     (target / short.name).write_bytes(short.read_bytes()[:-4])
     (target / torn.with_suffix(".unfinished").name).write_bytes(torn.read_bytes()[:1000])
     before = (target / kept.name).stat()
-    count = save_params(target, RULES, params, dtypes="float32", max_shard_bytes=20_000)
+    count = save_params(target, Naming(RULES), params, dtypes="float32", max_shard_bytes=20_000)
     assert count == 1
     assert (target / kept.name).stat().st_mtime_ns == before.st_mtime_ns
     assert stored_bytes(target) == stored_bytes(whole)
@@ -263,7 +267,7 @@ def test_tensors_are_written_in_rows_where_their_first_axis_is_ours(tmp_path, mo
             return self.array[index]
 
     noted = {path: Noted(array) for path, array in arrays.items()}
-    save_params(tmp_path, rules, noted, dtypes="float64")
+    save_params(tmp_path, Naming(tuple(rules)), noted, dtypes="float64")
     saved = load_file(tmp_path / "model.safetensors")
     np.testing.assert_array_equal(saved["plain"], arrays["plain"])
     np.testing.assert_array_equal(saved["1.turned"], arrays["turned"][1].T)
@@ -281,7 +285,9 @@ def test_names_and_copies_are_written_as_the_file_had_them(tmp_path):
     arrays = {"embed": np.ones((3, 2), np.float32), "norm": np.ones(2, np.float32)}
     copies = {"head": "body.wte", "other_head": "body.wte"}
     dtypes = {"wte": "float32", "norm": "bfloat16", "head": "float16", "ignored": "int8"}
-    save_params(tmp_path, rules, arrays, dtypes=dtypes, copies=copies, prefix="body.")
+    save_params(
+        tmp_path, Naming(tuple(rules), copies=copies, prefix="body."), arrays, dtypes=dtypes
+    )
     dtypes.pop("ignored")
     assert tensor_dtypes(tmp_path) == dtypes
 
@@ -329,7 +335,9 @@ def test_a_disk_that_fills_up_while_writing_is_explained(tmp_path):
         atomic_folder(tmp_path / "out") as folder,
     ):
         (folder / "model.unfinished").symlink_to("/dev/full")
-        save_params(folder, [Rule("a", "a", "d -> d")], {"a": jnp.ones(3)}, dtypes="float32")
+        save_params(
+            folder, Naming((Rule("a", "a", "d -> d"),)), {"a": jnp.ones(3)}, dtypes="float32"
+        )
     # What is complete waits for room.
     assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
 
@@ -361,15 +369,15 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_values_that_float16_cannot_hold_are_refused(tmp_path):
     params = {"a": np.float32([1.0, -1e5])}
     with pytest.raises(ModelError, match="a has values up to 100000, which float16 cannot hold"):
-        save_params(tmp_path, [Rule("a", "a", "d -> d")], params, dtypes="float16")
+        save_params(tmp_path, Naming((Rule("a", "a", "d -> d"),)), params, dtypes="float16")
 
 
 def test_weights_of_another_number_of_files_are_removed(tmp_path, params):
     target = tmp_path / "target"
     target.mkdir()
-    save_params(target, RULES, params, dtypes="float32")
-    save_params(target, RULES, params, dtypes="float32", max_shard_bytes=20_000)
+    save_params(target, Naming(RULES), params, dtypes="float32")
+    save_params(target, Naming(RULES), params, dtypes="float32", max_shard_bytes=20_000)
     assert not (target / "model.safetensors").exists()
     assert len(list(target.glob("model-*.safetensors"))) > 1
-    save_params(target, RULES, params, dtypes="float32")
+    save_params(target, Naming(RULES), params, dtypes="float32")
     assert [file.name for file in target.iterdir()] == ["model.safetensors"]

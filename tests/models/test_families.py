@@ -47,10 +47,8 @@ def load_folder(folder: Path) -> tuple[Architecture, AbstractModel, Params]:
     abstract = architecture.abstract(Numerics())
     params = load_params(
         folder,
-        architecture.rules,
+        architecture.naming,
         abstract.params,
-        ignore=architecture.ignored,
-        copies=architecture.copies,
     )
     return architecture, abstract, params
 
@@ -59,7 +57,7 @@ def in_their_names(folder: Path, architecture: Architecture, params: Params) -> 
     """Returns `{Hugging Face name: array}` of parameters or gradients, by way of a file."""
     target = folder / "in_their_names"
     target.mkdir()
-    save_params(target, architecture.rules, params, dtypes="float32")
+    save_params(target, architecture.naming, params, dtypes="float32")
     return load_file(target / "model.safetensors")
 
 
@@ -122,7 +120,7 @@ def test_import_then_export_gives_the_same_bytes(tmp_path, family, dtype):
         metadata={"format": "pt"},
     )
     architecture, _, params = load_folder(tmp_path)
-    save_params(target, architecture.rules, params, dtypes=tensor_dtypes(tmp_path))
+    save_params(target, architecture.naming, params, dtypes=tensor_dtypes(tmp_path))
     assert stored(target) == stored(tmp_path)
 
 

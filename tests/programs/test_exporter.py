@@ -284,7 +284,7 @@ def test_experts_in_mxfp4_are_written_unpacked(base, tmp_path):
     shapes = {path: spec.shape for path, spec in abstract.items()}
     random = np.random.default_rng(0)
     tensors, expected = {}, {}
-    for tensor in expand(architecture.rules, shapes):
+    for tensor in expand(architecture.naming.rules, shapes):
         if not tensor.name.endswith(("gate_up_proj", "down_proj")):
             values = random.standard_normal(tensor.shape).astype(ml_dtypes.bfloat16)
             tensors[tensor.name] = expected[tensor.name] = values

@@ -9,8 +9,9 @@ from jax.tree_util import DictKey, GetAttrKey
 
 from jaxft.config import from_dict
 from jaxft.errors import ConfigError
+from jaxft.models.families import reaches_layers
 from jaxft.training.program import make_placement
-from jaxft.training.state import abstract_state, init_state, owner_of, partition, reaches_layers
+from jaxft.training.state import abstract_state, init_state, owner_of, partition
 
 PARAMS = {"embed.w": 1, "layers.mlp.up.w": 2, "norm.scale": 3}
 SHAPES = {
