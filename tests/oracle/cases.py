@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent
 # Of gpt-oss: `blocks` uint8 `[E, rows, columns / 32, 16]`, `scales` uint8 `[E, rows, columns / 32]`
 # and `values` float32 `[E, columns, rows]`, which bfloat16 holds exactly.
 MXFP4 = FOLDER / "mxfp4.npz"
+NF4 = FOLDER / "nf4.npz"
 # Of preferences.py: `case/name` of inputs and `case/form/name` of results.
 PREFERENCES = FOLDER / "preferences.npz"
 PUBLISHED_SIZES = FOLDER / "published_sizes.json"
