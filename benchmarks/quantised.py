@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.compiled.collectives import collectives
+from jaxft.hf.read import Entry
 from jaxft.hf.stored import stored_tensors
 from jaxft.models import quantised
 from jaxft.planner.topology import parse, use_compiler_alone
@@ -100,7 +101,11 @@ def errors(name: str, weights: list[np.ndarray]) -> Iterator[dict]:
 def _matrices(folder: Path) -> list[np.ndarray]:
     stored, problems = stored_tensors(folder)
     assert not problems, problems
-    found = [entry.map() for name, entry in stored.items() if "layers" in name and entry]
+    found = [
+        entry.map()
+        for name, entry in stored.items()
+        if "layers" in name and isinstance(entry, Entry)
+    ]
     return [np.asarray(w, np.float32) for w in found if w.ndim == 2]
 
 
@@ -149,7 +154,7 @@ def held_and_gathered(platform: str, devices: Any) -> Iterator[dict]:
             name: jax.ShapeDtypeStruct(of_shape, dtype, sharding=NamedSharding(mesh, spec))
             for name, (of_shape, dtype) in leaves.items()
         }
-        compiled = jax.jit(step).lower(x, specs).compile()
+        compiled: Any = jax.jit(step).lower(x, specs).compile()
         memory = compiled.memory_analysis()
         gathered = sum(
             sum(found.arrays)
@@ -195,7 +200,7 @@ def cycles(device: Any) -> Iterator[dict]:
     for name, (decode, dtype, last) in ways.items():
         codes = jax.ShapeDtypeStruct((size, last), dtype, sharding=sharding)
         scales = jax.ShapeDtypeStruct((size, size // _BLOCK), jnp.bfloat16, sharding=sharding)
-        compiled = jax.jit(decode).lower(codes, scales).compile()
+        compiled: Any = jax.jit(decode).lower(codes, scales).compile()
         main = compiled.as_text().partition("ENTRY")[2]
         yield {
             "platform": "tpu v5e",
