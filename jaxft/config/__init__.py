@@ -1,5 +1,6 @@
 """The description of a run: nested dataclasses, each key with its default, meaning and check."""
 
+from jaxft.config.adapter import AdapterConfig
 from jaxft.config.keys import Item, key, to_dict, walk
 from jaxft.config.run import RunConfig, from_dict, unknown_key
 from jaxft.config.sections import (
@@ -23,6 +24,7 @@ __all__ = [
     "OBJECTIVES",
     "OVERLENGTH",
     "TEXT_SPLITS",
+    "AdapterConfig",
     "DataConfig",
     "EvalConfig",
     "Item",

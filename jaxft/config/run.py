@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxft.config.adapter import AdapterConfig
 from jaxft.config.keys import key, to_dict, walk
 from jaxft.config.sections import (
     DataConfig,
@@ -15,7 +16,13 @@ from jaxft.config.sections import (
     OptimConfig,
     TrainConfig,
 )
-from jaxft.config.values import PERCENTAGE, compiler_options, data_sets, held_out_share
+from jaxft.config.values import (
+    PERCENTAGE,
+    compiler_options,
+    data_sets,
+    held_out_share,
+    numbers_by_pattern,
+)
 from jaxft.errors import ConfigError, collected, nearest_of
 from jaxft.models import activations
 
@@ -30,6 +37,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     strategy: str = key(
         "fsdp",
@@ -186,16 +194,46 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
             "eval.best is 'answers', but none are generated; set --config.eval.answers=label or "
             "--config.eval.answers=exact."
         )
-    try:
-        re.compile(optim.freeze)
-    except re.error as error:
-        yield f"optim.freeze {optim.freeze!r} is not a regular expression: {error}."
+    for name, pattern in (
+        ("optim.freeze", optim.freeze),
+        ("adapter.targets", config.adapter.targets),
+        ("adapter.train", config.adapter.train),
+    ):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"{name} {pattern!r} is not a regular expression: {error}."
+    yield from _adapter_problems(config)
     sizes = [item for item in walk(config.mesh, "mesh.") if item.value == -1]
     if len(sizes) > 1:
         yield f"Only one mesh axis can be -1, not {', '.join(item.path for item in sizes)}."
     for item in walk(config.mesh, "mesh."):
         if item.value < -1:
             yield f"{item.path} is {item.value}; expected a device count, 0 or -1."
+
+
+def _adapter_problems(config: RunConfig) -> Iterator[str]:
+    adapter = config.adapter
+    problems: list[str] = []
+    for name in ("ranks", "alphas"):
+        with collected(problems):
+            numbers_by_pattern(f"adapter.{name}", getattr(adapter, name))
+    yield from problems
+    if adapter.added_rows and not config.model.add_tokens:
+        yield (
+            "adapter.added_rows trains the rows of added tokens, but model.add_tokens is empty; "
+            "name them, or leave the key out."
+        )
+    changed = [
+        item.path
+        for item in walk(adapter)
+        if item.value != item.default and item.path not in ("train", "added_rows", "ranks")
+    ]
+    if changed and not (adapter.rank or adapter.ranks):
+        yield (
+            f"adapter.{changed[0]} is set, but adapter.rank is 0: there is no adapter. Set "
+            "--config.adapter.rank=16, or leave the key out."
+        )
 
 
 def _held_out_problems(config: RunConfig) -> list[str]:

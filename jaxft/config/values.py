@@ -87,3 +87,24 @@ def compiler_options(text: str) -> dict[str, str | bool]:
             )
         options[name] = {"true": True, "false": False}.get(value.lower(), value)
     return options
+
+
+def numbers_by_pattern(key: str, text: str) -> dict[str, float]:
+    """Reads keys such as 'attn=16,mlp=8': numbers by regular expression, in their order.
+
+    Raises:
+      ConfigError: For what is not of this form.
+    """
+    found: dict[str, float] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        pattern, _, number = part.rpartition("=")
+        if not pattern or not re.fullmatch(r"\d+(\.\d+)?([eE]-?\d+)?", number):
+            raise ConfigError(f"{key} has {part!r}; expected 'pattern=number', comma-separated.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{key}: {pattern!r} is not a regular expression: {error}."
+            ) from error
+        found[pattern] = float(number)
+    return found

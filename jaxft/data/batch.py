@@ -36,7 +36,7 @@ class Batch(Mapping[str, Any]):
 
     Rows of preferences have two more: `labels`, float32, is 1 in a preferred answer's document,
     -1 in a rejected one's and 0 in one that is neither; `units`, int32, numbers the documents that
-    belong together from 1.
+    belong together from 1. A step adds `seeds`, uint32, where adapters have dropout.
     """
 
     tokens: Any

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from jaxft.models import activations
 from jaxft.models.attention import attend, causal_mask, masked_attention, row_attention, row_mask
@@ -17,7 +17,20 @@ from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.layers import AttentionFn, Embedding, LayerInputs, Linear, Routing, make_norm
 from jaxft.models.module import Params, merge, split, stack
 from jaxft.models.rope import document_lengths, rotary_tables
+from jaxft.models.weights import Noise, dropout_from
 from jaxft.sharding.rules import constrain
+
+
+class LayerIndex(NamedTuple):
+    """The place of layers in the model.
+
+    Attributes:
+      kinds: int32 `[L]`, index of each one's kind.
+      numbers: int32 `[L]`, number of each one, from 0.
+    """
+
+    kinds: Any
+    numbers: Any
 
 
 class KVCache(NamedTuple):
@@ -83,15 +96,22 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
+        seeds: UInt32[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """Returns the normalised residual stream that `logits` reads, in the compute dtype.
+
+        Args:
+          tokens: Ids.
+          positions: Within documents.
+          segments: Number of the document, 0 on padding.
+          seeds: Of each token, for the dropout of adapters; None for none.
 
         Returns:
           It, and what the routers of all layers did, `[L, …]`, or None without experts.
         """
-        kinds = jnp.asarray(self.config.pattern, jnp.int32)
         x = self.embedded(tokens, positions)
-        x, routing = self.through(split(self.layers)[1], kinds, x, positions, segments)
+        layers = split(self.layers)[1]
+        x, routing = self.through(layers, self.index, x, positions, segments, seeds)
         return self.norm(x), routing
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -104,9 +124,15 @@ class Decoder(nnx.Module):
         return constrain(logits, "batch", "seq", "act_vocab")
 
     @property
+    def index(self) -> LayerIndex:
+        """Kind and number of every layer."""
+        kinds = jnp.asarray(self.config.pattern, jnp.int32)
+        return LayerIndex(kinds, jnp.arange(self.config.layers, dtype=jnp.int32))
+
+    @property
     def head_table(self) -> Float[Array, "V D"]:
         """The weight that logits are made with, a tied one included."""
-        return (self.embed if self.head is None else self.head).w[...]
+        return (self.embed if self.head is None else self.head).table()
 
     def init_cache(self, limits: Int[Array, " B"], slots: int) -> KVCache:
         """Allocates an empty cache.
@@ -156,7 +182,7 @@ class Decoder(nnx.Module):
         inputs = self._inputs_by_kind(positions, lengths, segments, attention_of)
         x, (k, v), _ = self._scan(
             split(self.layers)[1],
-            jnp.asarray(c.pattern, jnp.int32),
+            self.index,
             self.embedded(tokens, positions),
             inputs,
             (cache.k, cache.v),
@@ -177,19 +203,21 @@ class Decoder(nnx.Module):
     def through(
         self,
         layers: Params,
-        kinds: Int[Array, " L"],
+        index: LayerIndex,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
+        seeds: UInt32[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """Returns the residual stream after some layers, and what their routers did.
 
         Args:
           layers: Parameters of these layers, paths as in one layer, each array with an axis L.
-          kinds: Index of each one's kind.
+          index: Kind and number of each.
           x: The residual stream before them.
           positions: Within documents.
           segments: Number of the document, 0 on padding.
+          seeds: Of each token, for the dropout of adapters; None for none.
         """
         of_kind = _attention_by_kind(self.config, segments, self.numerics.attention)
 
@@ -199,7 +227,7 @@ class Decoder(nnx.Module):
         inputs = self._inputs_by_kind(
             positions, document_lengths(positions, segments), segments, attention_of
         )
-        x, _, routing = self._scan(layers, kinds, x, inputs, None)
+        x, _, routing = self._scan(layers, index, x, inputs, None, seeds)
         return x, routing
 
     def _inputs_by_kind(
@@ -218,22 +246,24 @@ class Decoder(nnx.Module):
     def _scan(
         self,
         layers: Params,
-        kinds: Array,
+        index: LayerIndex,
         x: Array,
         inputs: Callable[[Array], LayerInputs],
         caches: Any,
+        seeds: Array | None = None,
     ) -> tuple[Array, Any, Routing | None]:
         graphdef, _ = split(self.layers)
 
-        def layer(x: Array, scanned: tuple[Params, Any, Array]) -> tuple[Array, Any]:
-            params, cache, kind = scanned
+        def layer(x: Array, scanned: tuple[Params, Any, LayerIndex]) -> tuple[Array, Any]:
+            params, cache, (kind, number) = scanned
             x = checkpoint_name(x, activations.INPUTS)
-            x, cache, routing = merge(graphdef, params)(x, inputs(kind), cache)
+            with dropout_from(None if seeds is None else Noise(seeds, number)):
+                x, cache, routing = merge(graphdef, params)(x, inputs(kind), cache)
             return x, (cache, routing)
 
         with self.precision():
             remat = _remat(layer, self.numerics)
-            x, (caches, routing) = jax.lax.scan(remat, x, (layers, caches, kinds))
+            x, (caches, routing) = jax.lax.scan(remat, x, (layers, caches, index))
         return x, caches, routing
 
     def precision(self) -> contextlib.AbstractContextManager:

@@ -18,28 +18,83 @@ from jaxft.sharding.rules import Placement
 Gating = Callable[[Array, Array], Array]
 
 
-class ExpertWeights(NamedTuple):
-    """Weights of all experts in the compute dtype; biases are None where there are none.
+@jax.tree_util.register_pytree_with_keys_class
+class Projection:
+    """One projection of all experts in the compute dtype.
 
     Attributes:
-      gate: `[E, F, D]`.
-      up: `[E, F, D]`.
-      down: `[E, D, F]`.
-      gate_bias: `[E, F]`.
-      up_bias: `[E, F]`.
-      down_bias: `[E, D]`.
+      axes: Names of the weight's dimensions, `(experts, outputs, inputs)`.
+      w: `[E, out, in]`.
+      b: Bias `[E, out]`, or None.
+      lora_a: Adapter's `[E, r, in]`, or None.
+      lora_b: Adapter's `[E, out, r]`, scaled.
+      start_a: Pair that is subtracted, `[E, r, in]`, or None.
+      start_b: The other one, `[E, out, r]`, scaled.
     """
 
-    gate: Any
-    up: Any
-    down: Any
-    gate_bias: Any
-    up_bias: Any
-    down_bias: Any
+    _LEAVES = ("w", "b", "lora_a", "lora_b", "start_a", "start_b")
+
+    def __init__(self, axes: tuple[str, ...], **arrays: Any):
+        self.axes = axes
+        for leaf in self._LEAVES:
+            setattr(self, leaf, arrays.get(leaf))
+
+    w: Any
+    b: Any
+    lora_a: Any
+    lora_b: Any
+    start_a: Any
+    start_b: Any
+
+    def axes_of(self, leaf: str) -> tuple[str, ...]:
+        """Names of the dimensions of a leaf."""
+        experts, outputs, inputs = self.axes
+        narrow = (experts, "rank", inputs) if leaf.endswith("_a") else (experts, outputs, "rank")
+        return {"w": self.axes, "b": (experts, outputs)}.get(leaf, narrow)
+
+    def leaves(self) -> dict[str, Any]:
+        """The leaves that are there, by name."""
+        return {leaf: x for leaf in self._LEAVES if (x := getattr(self, leaf)) is not None}
+
+    def applied(self, product: Callable[[Any, Any], Array], x: Any) -> Array:
+        """Returns products with the weight and its adapter, without the bias.
+
+        Args:
+          product: Of tokens with a matrix of each expert.
+          x: Tokens, as `product` takes them.
+        """
+        out = product(x, self.w)
+        if self.lora_a is not None:
+            out = out + product(product(x, self.lora_a), self.lora_b)
+        if self.start_a is not None:
+            out = out - product(product(x, self.start_a), self.start_b)
+        return out
+
+    def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
+        """Returns the leaves with their names, as jax asks of a pytree."""
+        leaves = self.leaves()
+        keyed = tuple((jax.tree_util.GetAttrKey(name), x) for name, x in leaves.items())
+        return keyed, (self.axes, tuple(leaves))
+
+    @classmethod
+    def tree_unflatten(cls, form: tuple, leaves: Any) -> "Projection":
+        """Returns the projection that was flattened, with other leaves."""
+        axes, names = form
+        return cls(axes, **dict(zip(names, leaves, strict=True)))
 
 
-_INWARD, _OUTWARD = ("experts", "mlp", "embed"), ("experts", "embed", "mlp")
-AXES = ExpertWeights(_INWARD, _INWARD, _OUTWARD, _INWARD[:2], _INWARD[:2], _OUTWARD[:2])
+class ExpertWeights(NamedTuple):
+    """The three projections of a gated feed-forward part, of all experts.
+
+    Attributes:
+      gate: Projection from D to F.
+      up: Second projection from D to F.
+      down: Projection from F to D.
+    """
+
+    gate: Projection
+    up: Projection
+    down: Projection
 
 
 class Peers(NamedTuple):
@@ -79,22 +134,17 @@ def on_devices(
     """
     if placement is None:
         return apply(x, chosen, mix, weights, Peers())
-    plans = ExpertWeights(
-        *(
-            w if w is None else plan_weight(axes, w.shape, x.shape[:2])
-            for w, axes in zip(weights, AXES, strict=True)
-        )
-    )
-    if plans.down_bias is not None:
-        plans = plans._replace(down_bias=_whole(plans.down_bias))
-    axes, hidden, *_ = plans.gate.held
+    plans = ExpertWeights(*(_planned(projection, x.shape[:2]) for projection in weights))
+    if plans.down.b is not None:
+        plans.down.b = _whole(plans.down.b)
+    axes, hidden, *_ = plans.gate.w.held
     peers = Peers(
         axes,
         math.prod(placement.mesh.shape[name] for name in axes),
         # XLA has this collective for TPU and GPU alone.
         ragged=placement.mesh.devices.flat[0].platform != "cpu",
     )
-    rows, positions = plans.gate.tokens
+    rows, positions = plans.gate.w.tokens
     # Positions of the residual stream may be split further than those of tokens are here.
     shared = tuple(name for name in placement.split("stream_seq") if name not in positions)
     tokens, stream = P(rows, positions), P(rows, (*positions, *shared))
@@ -104,11 +154,11 @@ def on_devices(
     ) -> Array:
         if shared:
             x = jax.lax.all_gather(x, shared, axis=1, tiled=True)
-        whole = ExpertWeights(*map(_gathered, plans, parts, weights))
-        if hidden and whole.down_bias is not None:
+        whole = jax.tree.map(_gathered, plans, parts, weights, is_leaf=_is_plan)
+        if hidden and whole.down.b is not None:
             # The outputs of these devices are added up: the bias counts once.
             first = jax.lax.axis_index(hidden) == 0
-            whole = whole._replace(down_bias=jnp.where(first, whole.down_bias, 0))
+            whole.down.b = jnp.where(first, whole.down.b, 0)
         out = apply(x, chosen, mix, whole, peers)
         if not hidden:
             return out
@@ -118,10 +168,10 @@ def on_devices(
         return jax.lax.psum(out, hidden)
 
     of_parts, of_weights = (
-        ExpertWeights(*(plan if plan is None else spec(plan) for plan in plans))
+        jax.tree.map(spec, plans, is_leaf=_is_plan)
         for spec in (lambda plan: plan.of_gradient, lambda plan: plan.of_weight)
     )
-    return plans.gate.map(
+    return plans.gate.w.map(
         # Gathered weights are not kept for the backward pass, which gathers them again.
         jax.checkpoint(local, policy=_not_gathered, prevent_cse=False),
         (stream, tokens, tokens, of_parts, of_weights),
@@ -131,6 +181,18 @@ def on_devices(
 
 def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "all_gather"
+
+
+def _planned(projection: Projection, tokens: tuple[int, ...]) -> Projection:
+    plans = {
+        leaf: plan_weight(projection.axes_of(leaf), x.shape, tokens)
+        for leaf, x in projection.leaves().items()
+    }
+    return Projection(projection.axes, **plans)
+
+
+def _is_plan(node: Any) -> bool:
+    return isinstance(node, WeightPlan)
 
 
 def _whole(plan: WeightPlan) -> WeightPlan:
@@ -143,10 +205,8 @@ def _whole(plan: WeightPlan) -> WeightPlan:
     return plan._replace(held=nothing, gathered=gathered, scattered=scattered)
 
 
-def _gathered(plan: WeightPlan | None, part: Array | None, w: Array | None) -> Array | None:
+def _gathered(plan: WeightPlan, part: Array, w: Array) -> Array:
     """Gathers a weight in a `shard_map`; its gradient goes to `part`, cut as gradients are."""
-    if plan is None or part is None or w is None:
-        return None
 
     @jax.custom_vjp
     def whole(part: Array, w: Array) -> Array:
@@ -171,7 +231,7 @@ def in_slots(
     gating: Gating,
 ) -> Float[Array, "B T D"]:
     """Tokens in a bounded number of slots of each expert; float32."""
-    (rows, length, embed), count = x.shape, peers.count * weights.gate.shape[0]
+    (rows, length, embed), count = x.shape, peers.count * weights.gate.w.shape[0]
     row = jnp.arange(rows)[:, None, None]
     token = jnp.broadcast_to(jnp.arange(length)[None, :, None], slots.shape)
     # An empty slot reads the zero after the last token; the slot after the last takes what is
@@ -179,16 +239,20 @@ def in_slots(
     source = jnp.full((rows, count * capacity + 1), length).at[row, slots].set(token)[:, :-1]
     taken = jnp.take_along_axis(_with_zero(x), source[..., None], axis=1)
     taken = peers.all_to_all(taken.reshape(rows, count, capacity, embed), 1, 0)
-    gate = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.gate), MLP)
-    up = checkpoint_name(jnp.einsum("becd,efd->becf", taken, weights.up), MLP)
-    if weights.gate_bias is not None:
-        gate += weights.gate_bias[None, :, None]
-        up += weights.up_bias[None, :, None]
-    out = jnp.einsum("becf,edf->becd", gating(gate, up), weights.down)
+
+    def product(x: Array, w: Array) -> Array:
+        return jnp.einsum("becd,efd->becf", x, w)
+
+    gate = checkpoint_name(weights.gate.applied(product, taken), MLP)
+    up = checkpoint_name(weights.up.applied(product, taken), MLP)
+    if weights.gate.b is not None:
+        gate += weights.gate.b[None, :, None]
+        up += weights.up.b[None, :, None]
+    out = weights.down.applied(product, gating(gate, up))
     out = peers.all_to_all(checkpoint_name(out, MLP), 0, 1)
     out = _with_zero(out.reshape(rows, count * capacity, embed))
     back = jnp.take_along_axis(out, slots.reshape(rows, -1, 1), axis=1)
-    return _mixed(back.reshape(*slots.shape, embed), slots // capacity, mix, weights.down_bias)
+    return _mixed(back.reshape(*slots.shape, embed), slots // capacity, mix, weights.down.b)
 
 
 def grouped(
@@ -204,7 +268,7 @@ def grouped(
 
     Experts are numbered from 0 to E - 1; E stands for none.
     """
-    (rows, length, k), here = experts.shape, weights.gate.shape[0]
+    (rows, length, k), here = experts.shape, weights.gate.w.shape[0]
     of_copy = experts.reshape(-1)
     order = jnp.argsort(of_copy)
     sizes = jnp.bincount(of_copy, length=peers.count * here).astype(jnp.int32)
@@ -218,7 +282,7 @@ def grouped(
         out = _by_expert(copies, sizes, weights, gating)
     # Back to where the tokens were: the inverse of a permutation is its argsort.
     out = out[jnp.argsort(order)].reshape(rows, length, k, -1)
-    return _mixed(out, experts, mix, weights.down_bias)
+    return _mixed(out, experts, mix, weights.down.b)
 
 
 def _by_expert(
@@ -228,15 +292,18 @@ def _by_expert(
     used = jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes)
     expert = jnp.repeat(jnp.arange(sizes.size), sizes, total_repeat_length=x.shape[0])
 
-    def product(x: Array, w: Array, b: Array | None) -> Array:
-        out = checkpoint_name(jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT), MLP)
+    def product(x: Array, w: Array) -> Array:
         # What a product leaves in rows of no group is not defined.
-        return jnp.where(used, out if b is None else out + b[expert], 0)
+        return jnp.where(used, jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT), 0)
+
+    def through(projection: Projection, x: Array, b: Array | None) -> Array:
+        out = checkpoint_name(projection.applied(product, x), MLP)
+        return out if b is None else jnp.where(used, out + b[expert], 0)
 
     x = jnp.where(used, x, 0)
-    gate = product(x, weights.gate, weights.gate_bias)
-    up = product(x, weights.up, weights.up_bias)
-    return product(gating(gate, up), weights.down, None)
+    gate = through(weights.gate, x, weights.gate.b)
+    up = through(weights.up, x, weights.up.b)
+    return through(weights.down, gating(gate, up), None)
 
 
 # [tokens, in] x [experts, out, in] -> [tokens, out], tokens in consecutive groups.

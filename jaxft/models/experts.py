@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig, ExpertsConfig, Numerics
 from jaxft.models.dispatch import (
-    AXES,
     ExpertWeights,
     Gating,
+    Projection,
     grouped,
     in_slots,
     on_devices,
@@ -22,6 +22,7 @@ from jaxft.models.dispatch import (
 )
 from jaxft.models.layers import Linear, Routing
 from jaxft.models.module import Param
+from jaxft.models.weights import Weight
 from jaxft.sharding.rules import Placement, active_placement
 
 
@@ -44,13 +45,25 @@ class Routes(NamedTuple):
     probabilities: Float[Array, "B T E"]
 
 
-class ExpertLinear(nnx.Module):
+class ExpertLinear(Weight):
     """One projection for each expert, `[E, outputs, inputs]`, with a bias `[E, outputs]`."""
 
     def __init__(self, *shape: int, axes, dtype, scale: float, rngs: nnx.Rngs, bias: bool):
-        value = jax.random.normal(rngs.params(), shape, jnp.float32) * scale
-        self.w = Param(value.astype(dtype), axes=axes)
+        super().__init__(shape, axes=axes, inputs=1, lead=1, dtype=dtype, scale=scale, rngs=rngs)
         self.b = Param(jnp.zeros(shape[:2], dtype), axes=axes[:2]) if bias else None
+
+    def projection(self, dtype: Any) -> Projection:
+        """Returns its arrays as tokens meet them, in `dtype`."""
+        arrays = {"w": self.value(dtype)}
+        if self.b is not None:
+            arrays["b"] = self.b[...].astype(dtype)
+        if self.site is not None:
+            arrays["lora_a"] = self.lora_a[...].astype(dtype)
+            arrays["lora_b"] = (self.lora_b[...] * self.site.scale).astype(dtype)
+            if self.site.start:
+                arrays["start_a"] = self.start_a[...].astype(dtype)
+                arrays["start_b"] = (self.start_b[...] * self.site.scale).astype(dtype)
+        return Projection(self.axes, **arrays)
 
 
 def tokens_of_expert(experts: ExpertsConfig, capacity: float, length: int) -> int:
@@ -102,9 +115,9 @@ class Experts(nnx.Module):
             "bias": bias,
         }
         self.router = Linear((e,), (d,), axes=("router", "embed"), **kwargs)
-        self.gate = ExpertLinear(e, f, d, axes=AXES.gate, **kwargs)
-        self.up = ExpertLinear(e, f, d, axes=AXES.up, **kwargs)
-        self.down = ExpertLinear(e, d, f, axes=AXES.down, **kwargs)
+        self.gate = ExpertLinear(e, f, d, axes=("experts", "mlp", "embed"), **kwargs)
+        self.up = ExpertLinear(e, f, d, axes=("experts", "mlp", "embed"), **kwargs)
+        self.down = ExpertLinear(e, d, f, axes=("experts", "embed", "mlp"), **kwargs)
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
@@ -139,11 +152,7 @@ class Experts(nnx.Module):
         return Routes(experts, weights, probabilities)
 
     def _weights(self, dtype: Any) -> ExpertWeights:
-        layers = self.gate, self.up, self.down
-        return ExpertWeights(
-            *(layer.w[...].astype(dtype) for layer in layers),
-            *(None if layer.b is None else layer.b[...].astype(dtype) for layer in layers),
-        )
+        return ExpertWeights(*(p.projection(dtype) for p in (self.gate, self.up, self.down)))
 
     def _routing(self, routes: Routes, real: Array, kept: Array) -> Routing:
         counted = real.astype(jnp.float32)

@@ -1,5 +1,6 @@
 """The table of model families: config.json names one; adding one is its file and a line here."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from flax import nnx
 
 from jaxft.errors import ModelError
 from jaxft.hf.rules import Naming
+from jaxft.models.adapters import NOTHING, Adaptation, attach
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.decoder import Decoder
 from jaxft.models.module import AbstractModel, abstract_model
@@ -41,11 +43,13 @@ class Architecture:
       config: Shape of the decoder.
       block: Builds one layer.
       naming: Names and layouts in Hugging Face files.
+      adaptation: Adapters and further parts that are learnt; nothing by default.
     """
 
     config: DecoderConfig
     block: Callable[..., nnx.Module]
     naming: Naming
+    adaptation: Adaptation = NOTHING
 
     @property
     def head_path(self) -> str:
@@ -57,11 +61,24 @@ class Architecture:
 
         A tied table counts as the head.
         """
-        return path != "positions.w" and (path != "embed.w" or self.config.tied)
+        looked_up = {"positions.w", "embed.rows", *(() if self.config.tied else ("embed.w",))}
+        return path not in looked_up
 
     def build(self, numerics: Numerics) -> Callable[[nnx.Rngs], Decoder]:
         """Returns the function that makes the module from random keys."""
-        return lambda rngs: Decoder(self.config, numerics, block=self.block, rngs=rngs)
+
+        def make(rngs: nnx.Rngs) -> Decoder:
+            model = Decoder(self.config, numerics, block=self.block, rngs=rngs)
+            if self.adaptation:
+                attach(model, self.adaptation, numerics.compute_dtype)
+            return model
+
+        return make
+
+    @property
+    def plain(self) -> "Architecture":
+        """The model without what is learnt beside it."""
+        return dataclasses.replace(self, adaptation=NOTHING)
 
     def abstract(self, numerics: Numerics) -> AbstractModel:
         """Returns structure, shapes, dtypes and axes, without memory."""

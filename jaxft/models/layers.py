@@ -13,7 +13,8 @@ from jaxft.models import activations
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.module import Param
 from jaxft.models.rope import rotate
-from jaxft.sharding.reduce import look_up, project
+from jaxft.models.weights import Weight
+from jaxft.sharding.reduce import look_up
 from jaxft.sharding.rules import constrain
 
 # Maps q, k, v, a layer's cache and its sinks to the output and the cache with k and v added.
@@ -50,7 +51,7 @@ class Routing(NamedTuple):
     dropped: Any
 
 
-class Linear(nnx.Module):
+class Linear(Weight):
     """A projection between groups of named dimensions, such as D to (N, H).
 
     The weight is `[*outputs, *inputs]`, the order of Hugging Face files: importing copies it as it
@@ -68,31 +69,33 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
     ):
-        self.axes, self.inputs = axes, len(inputs)
-        value = jax.random.normal(rngs.params(), (*outputs, *inputs), jnp.float32) * scale
-        self.w = Param(value.astype(dtype), axes=axes)
+        shape = (*outputs, *inputs)
+        super().__init__(shape, axes=axes, inputs=len(inputs), dtype=dtype, scale=scale, rngs=rngs)
         self.b = Param(jnp.zeros(outputs, dtype), axes=axes[: len(outputs)]) if bias else None
 
     def __call__(self, x: Array) -> Array:
         """Contracts the last dimensions of `x` with the last of the weight, in `x`'s dtype."""
-        w = self.w[...].astype(x.dtype)
-        out = project(x, w, axes=self.axes, inputs=self.inputs)
+        out = self.apply(x)
         return out if self.b is None else out + _broadcast(self.b[...].astype(x.dtype), out.ndim)
 
 
-class Embedding(nnx.Module):
+class Embedding(Weight):
     """A vector for each token or position, `[rows, D]`."""
 
     def __init__(
         self, rows: int, embed: int, *, dtype, scale: float, rngs: nnx.Rngs, axis: str = "vocab"
     ):
-        self.axes = (axis, "embed")
-        value = jax.random.normal(rngs.params(), (rows, embed), jnp.float32) * scale
-        self.w = Param(value.astype(dtype), axes=self.axes)
+        shape, axes = (rows, embed), (axis, "embed")
+        super().__init__(shape, axes=axes, inputs=1, dtype=dtype, scale=scale, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Looks rows up, in `dtype`."""
-        return look_up(self.w[...], tokens, axes=self.axes, dtype=dtype)
+        found = look_up(self.w[...], tokens, axes=self.axes, dtype=dtype)
+        if self.rows is None:
+            return found
+        is_row = tokens[..., None] == jnp.asarray(self.added)[None, None]
+        learnt = jnp.einsum("btn,nd->btd", is_row.astype(dtype), self.rows[...].astype(dtype))
+        return jnp.where(jnp.any(is_row, axis=-1, keepdims=True), learnt, found)
 
 
 class RMSNorm(nnx.Module):

@@ -4,7 +4,7 @@ Everything outside sees a hashable `graphdef` and flat dicts `{dotted path: arra
 functions take without a detour through Python objects.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,28 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -
     for _, variable in nnx.to_flat_state(nnx.state(module)):
         variable.set_metadata(axes=("layers", *variable.get_metadata()["axes"]))
     return module
+
+
+def optional(param: Param | None = None) -> Any:
+    """Returns what an attribute must hold that is a parameter now or later."""
+    return nnx.data(param)
+
+
+def modules_in(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """Yields the parts of a module with their dotted paths."""
+    return ((_dotted(path), part) for path, part in nnx.iter_modules(module))
+
+
+def cast(module: nnx.Module, dtype: Any, which: Callable[[str], bool]) -> None:
+    """Changes the type of the parameters whose path is chosen."""
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        if which(_dotted(path)):
+            variable.set_value(variable.get_value().astype(dtype))
+
+
+def without_memory(build: Callable[[nnx.Rngs], nnx.Module]) -> Any:
+    """Returns the module that `build` makes, whose parameters are shapes alone."""
+    return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
 
 
 def _dotted(path: tuple) -> str:

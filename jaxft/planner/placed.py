@@ -56,7 +56,7 @@ class Placed:
         flash: bool = True,
     ):
         self.placement, self.abstract, self.length = placement, abstract, length
-        self.trainable, _ = partition(abstract.params, freeze)
+        self.trainable = partition(abstract.params, freeze).trainable
         self.flash = flash
 
     @functools.cached_property

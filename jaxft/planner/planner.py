@@ -24,8 +24,9 @@ from jaxft.planner.prices import Prices
 from jaxft.planner.reading import Reading, estimated_time, exchanges, notes, step_time
 from jaxft.planner.timeline import Rates, Simulator, Timeline
 from jaxft.planner.topology import Topology
+from jaxft.training.compilation import refused_options
 from jaxft.training.flops import Learning, training_flops
-from jaxft.training.program import Program, make_placement, refused_options
+from jaxft.training.program import Program, make_placement
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,12 +24,12 @@ from jaxft.programs.model import Model
 from jaxft.programs.reference import Reference, read_start, read_start_note
 from jaxft.programs.weights import load_weights
 from jaxft.sharding.rules import Placement
+from jaxft.training.compilation import use_compilation_cache
 from jaxft.training.program import (
     Evaluator,
     build_evaluator,
     make_placement,
     most_in_a_row,
-    use_compilation_cache,
 )
 from jaxft.workdir.checkpoint import Checkpoints
 from jaxft.workdir.source import Source, find_source, is_run
@@ -342,8 +342,9 @@ def _reference(task: _Task, evaluator: Evaluator, sets: Mapping[str, HeldOut]) -
     )
     description = read_description(source, config)
     _check_reference(task, description, config.model.path)
-    load = functools.partial(read_start, config, evaluator, source, description)
-    return Reference(config, evaluator, load, sets, noted)
+    bare = evaluator.bare
+    load = functools.partial(read_start, config, bare, source, description)
+    return Reference(config, bare, load, sets, noted=noted)
 
 
 def _check_reference(task: _Task, description: Description, name: str) -> None:

@@ -7,10 +7,9 @@ on: rows, weights, the model's shape, how it is computed and where.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +23,11 @@ from jaxft.config import RunConfig, to_dict
 from jaxft.data import cache
 from jaxft.errors import CheckpointError
 from jaxft.files import write_json
+from jaxft.models.adapters import start_values
 from jaxft.models.module import Params, init_params
 from jaxft.programs.description import Description
 from jaxft.programs.held_out import HeldOut, score_rows
-from jaxft.programs.weights import load_weights
+from jaxft.programs.weights import digest_of, load_weights
 from jaxft.training.program import Evaluator
 from jaxft.workdir.source import Source
 
@@ -66,9 +66,10 @@ class Reference:
 
     Attributes:
       config: The run's; `model` describes the starting weights.
-      evaluator: Scores rows.
+      evaluator: Scores rows; of the model without adapters, as all start from that.
       load: Returns the starting weights, on their devices.
       sets: Rows that get their log-probabilities as a column, by name.
+      own: Paths of the weights that the training step needs a copy of.
       noted: Note of the run's start, if it goes on; None where nothing is known.
     """
 
@@ -76,22 +77,24 @@ class Reference:
     evaluator: Evaluator
     load: Callable[[], Params]
     sets: Mapping[str, HeldOut]
+    own: Collection[str] = ()
     noted: Start | None = None
 
     def begin(self, params: Params, record: Path) -> Params:
         """Scores rows with the starting weights, and notes which these are.
 
         Args:
-          params: The starting weights.
+          params: The starting weights, perhaps with adapters.
           record: File of the workdir that it is noted in.
 
         Returns:
-          A copy of the weights if the training step needs one; else nothing.
+          A copy of the weights that the training step needs one of.
         """
+        params = {path: params[path] for path in self.evaluator.abstract.params}
         digest = digest_of(params)
         self._note(digest, record)
         self._attach(digest, lambda: params)
-        return jax.tree.map(jnp.copy, params) if self.is_fixed else {}
+        return {path: jnp.copy(params[path]) for path in self.own}
 
     def resume(self, record: Path) -> Params:
         """Does what `begin` does, for a run that goes on.
@@ -99,10 +102,10 @@ class Reference:
         Raises:
           CheckpointError: If `load` does not return the weights that the run was started with.
         """
-        digest, loaded = self.attach(wanted=self.is_fixed)
+        digest, loaded = self.attach(wanted=bool(self.own))
         if self.noted is None:
             self._note(digest, record)
-        return loaded
+        return {path: loaded[path] for path in self.own}
 
     def attach(self, *, wanted: bool = False) -> tuple[str, Params]:
         """Gives rows their column, and reads the starting weights only where they are needed.
@@ -130,17 +133,11 @@ class Reference:
         self._attach(digest, load)
         return digest, loaded if wanted else {}
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the training step computes the log-probabilities itself."""
-        return self.config.objective.uses_reference == "fixed"
-
     def _note(self, digest: str, record: Path) -> None:
         model = self.config.model
-        folder = Path(model.path).expanduser()
-        path = str(folder.absolute()) if folder.exists() else model.path
         if distributed.is_first():
-            write_json(record, Start(digest, model.dtypes, path)._asdict())
+            start = Start(digest, model.dtypes, found_anywhere(model.path))
+            write_json(record, start._asdict())
 
     def _check(self, found: str, noted: str) -> None:
         if noted and found != noted:
@@ -227,10 +224,20 @@ def read_start(
     config: RunConfig, evaluator: Evaluator, source: Source, description: Description
 ) -> Params:
     """Returns the weights of step 0, from a model or from chance."""
+    adaptation = evaluator.architecture.adaptation
     if config.model.random_init:
-        build_model = evaluator.architecture.build(evaluator.numerics)
+        build_model = evaluator.architecture.plain.build(evaluator.numerics)
         seed = config.train.seed
-        return jax.jit(lambda: init_params(build_model, seed), out_shardings=evaluator.shardings)()
+        bare = evaluator.bare
+
+        def make() -> Params:
+            params = init_params(build_model, seed)
+            return {path: x.astype(bare.abstract.params[path].dtype) for path, x in params.items()}
+
+        params = jax.jit(make, out_shardings=bare.shardings)()
+        return params | start_values(
+            bare.abstract.graphdef, params, adaptation, evaluator.abstract_params, seed=seed
+        )
     return load_weights(
         source,
         evaluator.architecture,
@@ -238,7 +245,14 @@ def read_start(
         evaluator.shardings,
         tokenizer=description.tokenizer,
         new_tokens=description.new_tokens,
+        seed=config.train.seed,
     )
+
+
+def found_anywhere(path: str) -> str:
+    """Returns the absolute path of a folder, or a repository id as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.exists() else path
 
 
 def _spread(held_out: HeldOut, scores: np.ndarray) -> np.ndarray:
@@ -248,28 +262,3 @@ def _spread(held_out: HeldOut, scores: np.ndarray) -> np.ndarray:
     whole = np.full((len(held_out.rows), scores.shape[1]), np.nan, np.float32)
     whole[np.asarray(held_out.numbers)] = scores
     return whole
-
-
-def digest_of(params: Params) -> str:
-    """Returns a hash of all bits of some weights, the same for every placement.
-
-    Each parameter's 32-bit words are multiplied by odd numbers of their places and added up modulo
-    2**32: a sum that no order changes.
-    """
-    sums = jax.device_get(_checksums(params))
-    text = json.dumps({path: [int(x) for x in sums[path]] for path in sorted(sums)})
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@jax.jit
-def _checksums(params: Params) -> dict[str, Any]:
-    def checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        words = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for dimension, size in enumerate(x.shape):
-            along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension)
-            place = place * jnp.uint32(size) + along
-        mixed = words * (2 * place + 1)
-        return jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(words ^ place, dtype=jnp.uint32)
-
-    return {path: checksum(x) for path, x in params.items()}

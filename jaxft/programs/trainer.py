@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from jaxft import console, data, distributed
 from jaxft.config import RunConfig, to_dict
 from jaxft.data import BatchIterator, TokenRows
 from jaxft.distributed.signals import StopRequest, stop_on_signals
+from jaxft.errors import CheckpointError
 from jaxft.models.attention import check_backend
 from jaxft.models.module import Params
 from jaxft.programs import announcements, capacity, folder, patience, run_data
@@ -23,11 +25,13 @@ from jaxft.programs.advice import warn
 from jaxft.programs.answers import read_sample_prompts
 from jaxft.programs.description import read_description
 from jaxft.programs.held_out import HeldOut
-from jaxft.programs.reference import Reference, read_start, read_start_note
+from jaxft.programs.reference import Reference, found_anywhere, read_start, read_start_note
 from jaxft.programs.session import Session
+from jaxft.programs.weights import digest_of, dtypes_of
 from jaxft.reporting.progress import TrainProgress
 from jaxft.reporting.report import write_report
 from jaxft.sharding.rules import Placement
+from jaxft.training.compilation import use_compilation_cache
 from jaxft.training.program import (
     Evaluator,
     Program,
@@ -36,10 +40,10 @@ from jaxft.training.program import (
     check_run,
     make_placement,
     put,
-    use_compilation_cache,
 )
 from jaxft.training.state import TrainState, init_state
 from jaxft.training.step import StepFigures
+from jaxft.workdir.adapter_note import AdapterNote, read_note
 from jaxft.workdir.checkpoint import Checkpoints, Progress
 from jaxft.workdir.lock import Lock
 from jaxft.workdir.metrics import MetricsWriter, require_wandb
@@ -174,10 +178,12 @@ def _train(
         folder.check_same_data(reached, iterator, workdir)
         if start < iterator.steps:
             folder.begin(workdir, config, lock)
-    load = functools.partial(read_start, config, evaluator, source, description)
-    reference = _make_reference(config, evaluator, workdir, load, rows, held_out)
+    load = functools.partial(read_start, config, source=source, description=description)
+    reference = _make_reference(config, program, workdir, load, rows, held_out)
     with console.phase("Weights") as phase:
-        fixed, state = _read_weights(config, program, load, reference, checkpoints, workdir, start)
+        fixed, state, note = _read_weights(
+            config, program, load, reference, checkpoints, workdir, start
+        )
         origin = "random" if config.model.random_init else config.model.path
         phase.detail(f"checkpoint of step {start}" if start else origin)
     if not start:
@@ -185,6 +191,8 @@ def _train(
             folder.keep_model_files(
                 workdir, config, source, architecture, tokenizer, is_chat=rows.is_chat
             )
+            if note is not None:
+                dataclasses.replace(note, new_tokens=description.new_tokens).write(workdir.model)
         distributed.barrier("model files")
     if start < iterator.steps:
         folder.list_skipped(workdir, sets)
@@ -251,28 +259,56 @@ def _make_iterator(
 def _read_weights(
     config: RunConfig,
     program: Program,
-    load: Callable[[], Params],
+    load: Callable[[Evaluator], Params],
     reference: Reference | None,
     checkpoints: Checkpoints,
     workdir: Workdir,
     start: int,
-) -> tuple[Params, TrainState]:
-    """Returns the reference's weights, if the step needs them, and the state to go on from."""
+) -> tuple[Params, TrainState, AdapterNote | None]:
+    """Returns the reference's own weights, the state to go on from, and a new adapter's note."""
+    adaptation = program.evaluator.architecture.adaptation
     if start:
         fixed = reference.resume(workdir.reference) if reference else {}
-        return fixed, checkpoints.restore(program.state, start)[0]
-    params = load()
+        base: Params = {}
+        if program.state.base:
+            params = load(program.evaluator.bare)
+            _check_base(config, params, read_note(workdir.model))
+            base = {path: params[path] for path in program.state.base}
+        return fixed, checkpoints.restore(program.state, start, base)[0], None
+    params = load(program.evaluator)
+    note = None
+    if adaptation:
+        plain = {path: params[path] for path in program.evaluator.plain.params}
+        path = found_anywhere(config.model.path)
+        note = AdapterNote(
+            adaptation, path, config.model.revision, digest_of(plain), dtypes_of(plain)
+        )
     fixed = reference.begin(params, workdir.reference) if reference else {}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-    make = functools.partial(init_state, optimizer=program.optimizer, freeze=config.optim.freeze)
-    return fixed, jax.jit(make, donate_argnums=0, out_shardings=shardings)(params)
+    make = functools.partial(
+        init_state,
+        optimizer=program.optimizer,
+        freeze=config.optim.freeze,
+        adaptation=adaptation,
+    )
+    return fixed, jax.jit(make, donate_argnums=0, out_shardings=shardings)(params), note
+
+
+def _check_base(config: RunConfig, params: Params, note: AdapterNote | None) -> None:
+    """Raises CheckpointError if an adapter was trained on other weights."""
+    same_dtypes = note is not None and note.dtypes == dtypes_of(params)
+    if note is not None and same_dtypes and digest_of(params) != note.digest:
+        raise CheckpointError(
+            f"The weights of model.path {config.model.path} are not those that the run's adapter "
+            "was started on. Restore them, or start a run in another folder."
+        )
 
 
 def _make_reference(
     config: RunConfig,
-    evaluator: Evaluator,
+    program: Program,
     workdir: Workdir,
-    load: Callable[[], Params],
+    load: Callable[[Evaluator], Params],
     rows: TokenRows,
     held_out: Mapping[str, HeldOut],
 ) -> Reference | None:
@@ -282,7 +318,9 @@ def _make_reference(
     if config.objective.uses_reference == "cached":
         sets["train"] = HeldOut(rows, range(len(rows)), None)
     noted = read_start_note(workdir.reference) if workdir.resumed else None
-    return Reference(config, evaluator, load, sets, noted)
+    bare = program.evaluator.bare
+    own = tuple(program.fixed)
+    return Reference(config, bare, functools.partial(load, bare), sets, own, noted)
 
 
 def _has_all_steps(config: RunConfig, reached: Progress) -> bool:

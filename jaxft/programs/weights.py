@@ -1,5 +1,7 @@
 """Weights of a model, from files or a checkpoint to the devices that hold them."""
 
+import hashlib
+import json
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,11 +12,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxft.errors import ModelError, OutOfMemoryError
+from jaxft.errors import CheckpointError, ModelError, OutOfMemoryError
 from jaxft.formatting import format_bytes
 from jaxft.hardware.devices import room
 from jaxft.hf.load import load_params
 from jaxft.hf.rules import expand
+from jaxft.models.adapters import is_beside, start_values
+from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel, Params
 from jaxft.models.vocabulary import grow, with_vocab_size
@@ -50,8 +54,12 @@ def load_weights(
     *,
     tokenizer: Any = None,
     new_tokens: Collection[int] = (),
+    seed: int = 0,
 ) -> Params:
     """Reads weights from safetensors or from a checkpoint, each device its own part.
+
+    Where the architecture has adapters, those of a run are read beside the weights that they belong
+    to; for another source they start.
 
     Tables that are smaller in the files than the architecture says grow by mean rows.
 
@@ -63,39 +71,84 @@ def load_weights(
       tokenizer: Means are those of the rows of its tokens; of all rows if absent.
       new_tokens: Ids of tokens that were just added: they get mean rows, too, where the files have
         rows for them, which no training has touched.
+      seed: Of adapters that start.
 
     Raises:
       ModelError: If they cannot be read, or hold values that are not finite.
-      CheckpointError: If a checkpoint cannot be read.
+      CheckpointError: If a checkpoint cannot be read, or an adapter's model has changed.
     """
-    params = _read_weights(source, architecture, abstract, shardings, tokenizer, new_tokens)
+    target = {
+        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[path])
+        for path, spec in abstract.params.items()
+    }
+    plain = {path: spec for path, spec in target.items() if not is_beside(path)}
+    axes, adaptation = abstract.axes, architecture.adaptation
+    if source.note is None:
+        params = _read_weights(source, architecture, plain, axes, tokenizer, new_tokens)
+        if adaptation:
+            graphdef = architecture.plain.abstract(make_numerics("float32")).graphdef
+            params |= start_values(graphdef, params, adaptation, target, seed=seed)
+    else:
+        kept = {path: spec for path, spec in target.items() if adaptation.is_kept(path)}
+        params = _read_checkpoint(source, kept)
+        if not adaptation.whole:
+            params = read_base(source, architecture, plain, axes, tokenizer) | params
     _refuse_not_finite(params, architecture, source)
     return params
+
+
+def read_base(
+    source: Source,
+    architecture: Architecture,
+    target: Mapping[str, jax.ShapeDtypeStruct],
+    axes: Mapping[str, tuple[str, ...]],
+    tokenizer: Any,
+) -> Params:
+    """Reads the weights that a run's adapter was made for.
+
+    Raises:
+      CheckpointError: If they are others than the run had.
+    """
+    note = source.note
+    assert note is not None
+    params = _read_weights(source.base, architecture, target, axes, tokenizer, note.new_tokens)
+    if dtypes_of(params) == note.dtypes and digest_of(params) != note.digest:
+        raise CheckpointError(
+            f"The weights of {note.base} are not those that the adapter of {source.name} was "
+            "trained on. Restore them."
+        )
+    return params
+
+
+def dtypes_of(params: Params) -> str:
+    """Returns the types in which weights are held, for a digest that depends on them."""
+    return ",".join(sorted({value.dtype.name for value in params.values()}))
 
 
 def _read_weights(
     source: Source,
     architecture: Architecture,
-    abstract: AbstractModel,
-    shardings: Mapping[str, jax.sharding.Sharding],
+    target: Mapping[str, jax.ShapeDtypeStruct],
+    axes: Mapping[str, tuple[str, ...]],
     tokenizer: Any,
     new_tokens: Collection[int],
 ) -> Params:
-    target = {
-        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[path])
-        for path, spec in abstract.params.items()
-    }
     if source.checkpoints is None:
         stored = source.architecture.config.vocab
         params = load_params(
             source.folder,
             architecture.naming,
-            with_vocab_size(target, abstract.axes, stored),
+            with_vocab_size(target, axes, stored),
         )
         known = None
         if tokenizer is not None:
             known = set(tokenizer.get_vocab().values()).difference(new_tokens)
-        return grow(params, target, abstract.axes, known=known, new=new_tokens)
+        return grow(params, target, axes, known=known, new=new_tokens)
+    return _read_checkpoint(source, target)
+
+
+def _read_checkpoint(source: Source, target: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    assert source.checkpoints is not None
     checkpoints = Checkpoints(source.checkpoints, read_only=True)
     try:
         return checkpoints.restore_params(target, source.step)
@@ -140,3 +193,28 @@ def _not_finite(params: Params) -> dict[str, np.ndarray]:
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
     flags = jax.jit(find, out_shardings=sharding)(params)
     return {path: np.asarray(value) for path, value in flags.items()}
+
+
+def digest_of(params: Params) -> str:
+    """Returns a hash of all bits of some weights, the same for every placement.
+
+    Each parameter's 32-bit words are multiplied by odd numbers of their places and added up modulo
+    2**32: a sum that no order changes.
+    """
+    sums = jax.device_get(_checksums(params))
+    text = json.dumps({path: [int(x) for x in sums[path]] for path in sorted(sums)})
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@jax.jit
+def _checksums(params: Params) -> dict[str, Any]:
+    def checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        words = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for dimension, size in enumerate(x.shape):
+            along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension)
+            place = place * jnp.uint32(size) + along
+        mixed = words * (2 * place + 1)
+        return jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(words ^ place, dtype=jnp.uint32)
+
+    return {path: checksum(x) for path, x in params.items()}

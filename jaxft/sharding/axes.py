@@ -18,6 +18,8 @@ WEIGHT_AXES = {
     "positions": "rows of a table of learnt positions",
     "experts": "E, experts of a layer",
     "router": "E, outputs of the router: small, so named apart from `experts`",
+    "rank": "r, between the two matrices of an adapter; never split",
+    "rows": "rows of a table that are learnt apart; few, never split",
     "norm": "D, scale of a normalisation: small, so named apart from `embed`",
 }
 ACTIVATION_AXES = {
@@ -34,6 +36,7 @@ ACTIVATION_AXES = {
     "act_experts": "E of experts and their tokens where they meet",
     "turns": "inputs that a stage of a pipeline keeps; never split",
     "act_router": "E of the router's scores",
+    "act_rank": "r of what an adapter's first matrix makes",
 }
 AXES = {**WEIGHT_AXES, **ACTIVATION_AXES}
 # The dimension of an activation that a dimension of a weight is multiplied with, or makes.
@@ -46,6 +49,7 @@ ACTIVATION_OF = {
     "vocab": "act_vocab",
     "experts": "act_experts",
     "router": "act_router",
+    "rank": "act_rank",
 }
 
 

@@ -229,7 +229,7 @@ def _product(x: Array, w: Array, inputs: int) -> Array:
 
 
 def look_up(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, axes: tuple[str, str], dtype: Any
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, axes: tuple[str, ...], dtype: Any
 ) -> Float[Array, "B T D"]:
     """Returns a row of the table for each token, in `dtype`.
 

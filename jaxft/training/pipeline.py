@@ -24,13 +24,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxft.data.batch import Batch
-from jaxft.models.decoder import Decoder
+from jaxft.models.decoder import Decoder, LayerIndex
 from jaxft.models.layers import Routing
 from jaxft.models.module import Params, merge
 from jaxft.sharding.rules import Placement, place
 from jaxft.training.objectives.bound import Judged
 
 _LAYERS = "layers."
+_TOKENS = ("batch", "seq")
 
 
 class _Arrived:
@@ -43,7 +44,7 @@ class _Arrived:
         self.head_table = model.head_table
 
     def hidden(
-        self, tokens: Array, positions: Array, segments: Array
+        self, tokens: Array, positions: Array, segments: Array, seeds: Array | None = None
     ) -> tuple[Array, Routing | None]:
         """Returns what came out of the last stage, normalised.
 
@@ -84,8 +85,7 @@ class _Stages:
         self.count = placement.mesh.shape[self.axis]
         self.layers, self.rest = _parted(params, self.count)
         self.template: Decoder = merge(graphdef, params)
-        pattern = jnp.asarray(self.template.config.pattern, jnp.int32)
-        self.kinds = pattern.reshape(self.count, -1)
+        self.index = jax.tree.map(lambda x: x.reshape(self.count, -1), self.template.index)
 
     def model(self, rest: Params) -> Decoder:
         """Returns the model for what lies outside its layers."""
@@ -95,13 +95,13 @@ class _Stages:
         """Returns one micro-batch; the first or last one for an index beyond."""
         return jax.tree.map(lambda x: x[jnp.clip(index, 0, x.shape[0] - 1)], self.batch)
 
-    def micros(self, indices: Array) -> tuple[Array, Array]:
-        """Returns positions and segments of the micro-batch at each stage, `[S, B, T]`."""
-        positions, segments = (
-            self.staged(jnp.take(x, indices, axis=0, mode="clip"), "batch", "seq")
-            for x in (self.batch.positions, self.batch.segments)
-        )
-        return positions, segments
+    def micros(self, indices: Array) -> dict[str, Array]:
+        """Returns what layers read of the micro-batch at each stage, `[S, B, T]`."""
+        return {
+            name: self.staged(jnp.take(self.batch[name], indices, axis=0, mode="clip"), *_TOKENS)
+            for name in ("positions", "segments", "seeds")
+            if name in self.batch
+        }
 
     def staged(self, x: Array, *axes: str) -> Array:
         """Places an array with a leading axis of stages."""
@@ -121,7 +121,7 @@ class _Stages:
 
     def run(self, layers: Params, x: Array, indices: Array) -> tuple[Array, Routing | None]:
         """Runs each stage on its own input; routing is of each layer, `[S, L / S, …]`."""
-        return self._vmap(self._stage)(layers, x, *self.micros(indices), self.kinds)
+        return self._vmap(self._stage)(layers, x, self.micros(indices), self.index)
 
     def pull(
         self, layers: Params, fixed: Params, x: Array, indices: Array, d: _Stream
@@ -137,7 +137,7 @@ class _Stages:
         """
 
         def of_stage(
-            layers: Params, fixed: Params, x: Array, d: _Stream, *inputs: Array
+            layers: Params, fixed: Params, x: Array, d: _Stream, *inputs: Any
         ) -> tuple[Params, Array]:
             def forward(layers: Params, x: Array) -> _Stream:
                 x, routing = self._stage({**layers, **fixed}, x, *inputs)
@@ -145,12 +145,12 @@ class _Stages:
 
             return jax.vjp(forward, layers, x)[1](d)
 
-        return self._vmap(of_stage)(layers, fixed, x, d, *self.micros(indices), self.kinds)
+        return self._vmap(of_stage)(layers, fixed, x, d, self.micros(indices), self.index)
 
     def _stage(
-        self, layers: Params, x: Array, positions: Array, segments: Array, kinds: Array
+        self, layers: Params, x: Array, columns: dict[str, Array], index: LayerIndex
     ) -> tuple[Array, Routing | None]:
-        return self.template.through(layers, kinds, x, positions, segments)
+        return self.template.through(layers, index, x, **columns)
 
     def _vmap(self, function: Callable) -> Callable:
         return jax.vmap(function, spmd_axis_name=self.axis)

@@ -5,13 +5,11 @@ know what it would cost compiles it.
 """
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,12 +27,13 @@ from jaxft.models.module import AbstractModel
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, load_strategy
 from jaxft.training.checks import check_length, check_rows, check_strategy, check_weights
+from jaxft.training.compilation import refused_options
 from jaxft.training.evaluation_step import make_eval_step, make_score_step, make_whole_step
 from jaxft.training.flops import Learning
 from jaxft.training.objectives.bound import BoundObjective, bind
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import TrainState, abstract_state, partition
-from jaxft.training.step import make_train_step
+from jaxft.training.step import ReferenceModel, make_train_step
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,26 @@ class Evaluator:
         names = jax.eval_shape(self.whole_step, self.abstract_params, batch)
         return batch.with_columns(**{name: make(dtype=np.float32) for name in names})
 
+    @functools.cached_property
+    def bare(self) -> "Evaluator":
+        """The evaluator of the same model without what is learnt beside it."""
+        if not self.architecture.adaptation:
+            return self
+        plain = self.plain
+        params = {path: self.abstract.params[path] for path in plain.params}
+        return dataclasses.replace(
+            self,
+            architecture=self.architecture.plain,
+            abstract=dataclasses.replace(plain, params=params),
+            shardings={path: self.shardings[path] for path in params},
+            eval_step=make_eval_step(plain.graphdef, self.objective, placement=self.placement),
+        )
+
+    @functools.cached_property
+    def plain(self) -> AbstractModel:
+        """The model without what is learnt beside it."""
+        return self.architecture.plain.abstract(self.numerics)
+
     @property
     def parameters(self) -> int:
         """Number of parameters; a tied table counts once."""
@@ -157,8 +176,8 @@ class Program:
       optimizer: optax transformation.
       state: Abstract `TrainState` with shardings.
       gradients: Sharding of each trained parameter's gradient, as the optimizer reads it.
-      fixed: Abstract parameters of the reference, where the step computes its log-probabilities;
-        else empty.
+      fixed: Abstract parameters that the reference has of its own, where the step computes its
+        log-probabilities; else empty.
       batch: Abstract `Batch` of `[A, B, T]` arrays with shardings.
       train_step: `(state, fixed, batch) -> (state, StepFigures)`, donating the state.
       compiler_options: Options of the compiler for it, by name.
@@ -188,17 +207,6 @@ class Program:
         """
         with refused_options():
             return (lowered or self.lower()).compile(compiler_options=self.compiler_options)
-
-
-@contextlib.contextmanager
-def refused_options() -> Iterator[None]:
-    """Turns what the compiler says of `train.compiler_options` into a ConfigError."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" in str(error) or "While setting option" in str(error):
-            raise ConfigError(f"train.compiler_options: {error}") from error
-        raise
 
 
 def make_placement(config: RunConfig, devices: Sequence[Any] | None = None) -> Placement:
@@ -292,7 +300,7 @@ def check_run(config: RunConfig, evaluator: Evaluator, *, steps: int) -> None:
     abstract, placement = evaluator.abstract, evaluator.placement
     for rules in (placement.moment_rules, placement.gradient_rules):
         placement.shardings(abstract.params, abstract.axes, rules=rules)
-    partition(abstract.params, config.optim.freeze)
+    partition(abstract.params, config.optim.freeze, evaluator.architecture.adaptation)
 
 
 def _check_steps(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
@@ -335,13 +343,13 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         evaluator.shardings,
         optimizer,
         config.optim.freeze,
+        evaluator.architecture.adaptation,
         placement=placement,
         moments=of_moments,
     )
     gradients = {path: of_gradients[path] for path in state.trainable}
     shape = (train.accumulation, train.batch_size // train.accumulation, config.data.max_length)
-    uses_reference = config.objective.uses_reference
-    fixed = evaluator.abstract_params if uses_reference == "fixed" else {}
+    fixed, reference = _reference_of(config, evaluator, state)
     batch = Batch(
         **{
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.micro_batches)
@@ -361,9 +369,23 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         fixed=fixed,
         gradients=gradients,
         windows=[evaluator.architecture.config.kinds[k].window for k in pattern],
+        reference=reference,
+        dropout_seed=train.seed if config.adapter.dropout else None,
     )
     options = compiler_options(train.compiler_options)
     return Program(evaluator, optimizer, state, gradients, fixed, batch, step, options)
+
+
+def _reference_of(
+    config: RunConfig, evaluator: Evaluator, state: TrainState
+) -> tuple[dict[str, Any], ReferenceModel | None]:
+    """Returns what the reference has of its own, without memory, and its model."""
+    if config.objective.uses_reference != "fixed":
+        return {}, None
+    plain = evaluator.plain
+    model = ReferenceModel(plain.graphdef, tuple(plain.params))
+    params = evaluator.abstract_params
+    return {path: params[path] for path in model.paths if path in state.trainable}, model
 
 
 def column_dtypes(config: RunConfig) -> dict[str, Any]:
@@ -408,13 +430,3 @@ def _put_column(
 
     shape = (*column.shape[:-2], rows, column.shape[-1])
     return jax.make_array_from_callback(shape, sharding, part)
-
-
-def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs on disk between runs; `off` keeps none."""
-    if folder == "off":
-        jax.config.update("jax_compilation_cache_dir", None)
-        return
-    path = Path(folder or "~/.cache/jaxft/xla").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

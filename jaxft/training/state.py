@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxft.errors import ConfigError
+from jaxft.models.adapters import NOTHING, Adaptation
 from jaxft.models.module import Params
 from jaxft.sharding.rules import Placement
 
@@ -24,44 +25,74 @@ class TrainState:
       trainable: `{path: array}` that the optimizer changes.
       frozen: `{path: array}` that it does not; disjoint from `trainable`.
       opt_state: optax's state over `trainable`.
+      base: `{path: array}` of the model that adapters are made for; it does not change, and is
+        read from where it came from: no checkpoint holds it.
     """
 
     step: Any
     trainable: Any
     frozen: Any
     opt_state: Any
+    base: Any = field(default_factory=dict)
 
     @property
     def params(self) -> Params:
         """All parameters of the model."""
+        return {**self.trainable, **self.frozen, **self.base}
+
+    @property
+    def saved(self) -> Params:
+        """All parameters that a checkpoint holds."""
         return {**self.trainable, **self.frozen}
 
 
-def partition(params: Mapping[str, Any], freeze: str) -> tuple[dict[str, Any], dict[str, Any]]:
+class Parts(NamedTuple):
+    """The parameters of a model by what becomes of them, as the attributes of `TrainState`."""
+
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+    base: dict[str, Any]
+
+
+def partition(params: Mapping[str, Any], freeze: str, adaptation: Adaptation = NOTHING) -> Parts:
     """Separates what trains from what does not.
 
     Args:
       params: `{path: anything}`.
       freeze: Regular expression searched in paths; empty freezes nothing.
+      adaptation: What is learnt beside the model; without it all of the model is.
 
     Raises:
       ConfigError: If it matches no path, or all.
     """
-    frozen = {path for path in params if freeze and re.search(freeze, path)}
+    learnt, kept = (
+        {path for path in params if not adaptation or belongs(path)}
+        for belongs in (adaptation.is_learnt, adaptation.is_kept)
+    )
+    frozen = {path for path in learnt if freeze and re.search(freeze, path)}
     if freeze and not frozen:
-        raise ConfigError(
-            f"optim.freeze {freeze!r} matches no parameter; paths are {', '.join(params)}."
-        )
-    if len(frozen) == len(params):
+        told = ", ".join(sorted(learnt))
+        raise ConfigError(f"optim.freeze {freeze!r} matches no parameter; paths are {told}.")
+    trained = learnt - frozen
+    if not trained:
         raise ConfigError(f"optim.freeze {freeze!r} matches every parameter; nothing would train.")
-    trainable = {path: value for path, value in params.items() if path not in frozen}
-    return trainable, {path: params[path] for path in frozen}
+    return Parts(
+        {path: value for path, value in params.items() if path in trained},
+        {path: value for path, value in params.items() if path in kept - trained},
+        {path: value for path, value in params.items() if path not in kept},
+    )
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, freeze: str) -> TrainState:
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    freeze: str,
+    adaptation: Adaptation = NOTHING,
+) -> TrainState:
     """Returns the state at step 0; jit it, donating `params`, to allocate moments in place."""
-    trainable, frozen = partition(params, freeze)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+    trainable, frozen, base = partition(params, freeze, adaptation)
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, trainable, frozen, optimizer.init(trainable), base)
 
 
 def owner_of(
@@ -84,6 +115,7 @@ def abstract_state(
     shardings: Mapping[str, Any],
     optimizer: optax.GradientTransformation,
     freeze: str,
+    adaptation: Adaptation = NOTHING,
     *,
     placement: Placement,
     moments: Mapping[str, Any] | None = None,
@@ -95,12 +127,13 @@ def abstract_state(
       shardings: `{path: sharding}` of parameters.
       optimizer: Makes the optimizer's state.
       freeze: As in `partition`.
+      adaptation: As in `partition`.
       placement: Gives the sharding of what belongs to no parameter, such as counters.
       moments: `{path: sharding}` of optimizer state that belongs to a parameter (same path, same
         shape); that of the parameter if absent.
     """
     moments = shardings if moments is None else moments
-    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, freeze), dict(params))
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, freeze, adaptation), dict(params))
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         owner = owner_of(path, leaf, params)

@@ -42,6 +42,25 @@ class StepFigures(NamedTuple):
     largest: dict[str, Any]
 
 
+class ReferenceModel(NamedTuple):
+    """The model that preferences are compared with: the starting weights.
+
+    What never changes it shares with the model that learns: with adapters it is the same weights
+    without them.
+
+    Attributes:
+      graphdef: Structure of the model.
+      paths: Paths of all its parameters.
+    """
+
+    graphdef: Any
+    paths: tuple[str, ...]
+
+    def params(self, fixed: Params, params: Params) -> Params:
+        """Returns its parameters: those it has of its own, and the others of the learner."""
+        return {path: fixed[path] if path in fixed else params[path] for path in self.paths}
+
+
 def make_train_step(
     graphdef: Any,
     objective: BoundObjective,
@@ -53,6 +72,8 @@ def make_train_step(
     fixed: Mapping[str, Any],
     gradients: Mapping[str, Any],
     windows: Sequence[int],
+    reference: ReferenceModel | None = None,
+    dropout_seed: int | None = None,
 ) -> Any:
     """Returns `step(state, fixed, batch) -> (state, StepFigures)`, jitted, with the state donated.
 
@@ -63,24 +84,31 @@ def make_train_step(
       schedule: Learning rate by step, reported with the figures.
       placement: Active while the step is traced.
       abstract_state: Gives the shardings that the state keeps.
-      fixed: Abstract parameters of the reference; empty if its log-probabilities are a column of
-        the batch, or not needed.
+      fixed: Abstract parameters that the reference has of its own.
       gradients: Sharding of the gradient of each trained parameter.
       windows: Of each layer, 0 for none; only the count of attention's work depends on them.
+      reference: The model that the objective compares with; None if its log-probabilities are a
+        column of the batch, or not needed.
+      dropout_seed: Of the masks of adapters; None where they have no dropout.
     """
 
     def step(state: TrainState, fixed: Params, batch: Batch) -> tuple[TrainState, StepFigures]:
         with placement.activate():
             rows = in_slots(batch, placement)
-            rows = complete(
-                graphdef, objective, rows, fixed=fixed, params=state.params, placement=placement
-            )
+            if reference is not None:
+                others = reference.params(fixed, state.params)
+                made = map_micros(reference.graphdef, objective.log_probs, others, rows, placement)
+                rows = rows.with_columns(reference=jax.lax.stop_gradient(made))
+            rows = complete(graphdef, objective, rows, params=state.params, placement=placement)
+            if dropout_seed is not None:
+                key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+                rows = rows.with_columns(seeds=jax.random.bits(key, rows.tokens.shape, jnp.uint32))
             if placement.split("layers"):
                 sums, judged = pipeline.accumulate(
                     graphdef,
                     objective.judge,
                     state.trainable,
-                    state.frozen,
+                    {**state.frozen, **state.base},
                     rows,
                     placement=placement,
                     shardings=gradients,
@@ -99,7 +127,8 @@ def make_train_step(
                 "grad_norm": norm,
             }
         )
-        return TrainState(state.step + 1, trainable, state.frozen, opt_state), figures
+        state = TrainState(state.step + 1, trainable, state.frozen, opt_state, state.base)
+        return state, figures
 
     shardings, of_fixed = (
         jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (abstract_state, dict(fixed))
@@ -117,23 +146,18 @@ def complete(
     objective: BoundObjective,
     batch: Batch,
     *,
-    fixed: Params,
     params: Params,
     placement: Placement,
 ) -> Batch:
-    """Adds the columns that models make of a step's micro-batches, without gradients.
+    """Adds the columns that the model makes of a step's micro-batches, without gradients.
 
     Args:
       graphdef: Structure of the model.
       objective: Says which columns it needs.
       batch: `[A, B, T]`.
-      fixed: Parameters of the reference; empty if its column is there or not needed.
       params: Those of the model that learns.
       placement: As the step's.
     """
-    if fixed:
-        log_probs = map_micros(graphdef, objective.log_probs, fixed, batch, placement)
-        batch = batch.with_columns(reference=log_probs)
     if objective.objective.whole is not None:
         found = map_micros(graphdef, objective.whole, params, batch, placement)
         batch = with_ratios(batch, jax.tree.map(jnp.sum, found))
@@ -185,7 +209,7 @@ def _accumulate(
 
     def gradients_of(micro: Batch) -> tuple[Params, Judged]:
         def total(trainable: Params) -> tuple[jax.Array, Judged]:
-            judged = judge(merge(graphdef, {**trainable, **state.frozen}), micro)
+            judged = judge(merge(graphdef, {**state.params, **trainable}), micro)
             return judged.minimised, judged
 
         (_, judged), gradients = jax.value_and_grad(total, has_aux=True)(state.trainable)

@@ -214,7 +214,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(
-                        state.params, save_args={k: _chunks(v) for k, v in state.params.items()}
+                        state.saved, save_args={k: _chunks(v) for k, v in state.saved.items()}
                     ),
                     optimizer=ocp.args.StandardSave(state.opt_state),
                     progress=ocp.args.JsonSave(progress_to_json(progress)),
@@ -247,16 +247,19 @@ class Checkpoints:
             with contextlib.suppress(CheckpointError):
                 self.close()
 
-    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, Progress]:
+    def restore(
+        self, abstract: TrainState, step: int, base: Mapping[str, jax.Array] | None = None
+    ) -> tuple[TrainState, Progress]:
         """Returns state and progress of a checkpoint, on any mesh.
 
         Args:
           abstract: Shapes, dtypes and the shardings to restore into.
           step: One of `steps()`.
+          base: Parameters that no checkpoint holds.
         """
         items = self._read(
             step,
-            params=ocp.args.StandardRestore(abstract.params),
+            params=ocp.args.StandardRestore(abstract.saved),
             optimizer=ocp.args.StandardRestore(abstract.opt_state),
             progress=ocp.args.JsonRestore(),
         )
@@ -268,6 +271,7 @@ class Checkpoints:
             trainable={path: params[path] for path in abstract.trainable},
             frozen={path: params[path] for path in abstract.frozen},
             opt_state=items["optimizer"],
+            base=dict(base or {}),
         )
         return state, progress_from_json(items["progress"])
 
@@ -332,7 +336,7 @@ class Checkpoints:
         """
         if not distributed.is_first():
             return  # The disk is the same one, and one answer is enough.
-        arrays = jax.tree.leaves((state.params, state.opt_state))
+        arrays = jax.tree.leaves((state.saved, state.opt_state))
         size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
         need = max(count - len(self.steps()), 1) * size
         free = shutil.disk_usage(self.folder).free

@@ -1,14 +1,16 @@
 """The origin of a model: a Hugging Face folder or id, or a run and one of its checkpoints."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxft.config import ModelConfig
-from jaxft.errors import CheckpointError, ConfigError
+from jaxft.errors import CheckpointError, ConfigError, ModelError
 from jaxft.hf.folder import ModelFolder
 from jaxft.hf.hub import resolve
 from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.workdir.adapter_note import AdapterNote, read_note
 from jaxft.workdir.checkpoint import Checkpoints
 
 
@@ -39,7 +41,30 @@ class Source:
     @functools.cached_property
     def architecture(self) -> Architecture:
         """Shape and naming of the stored model; raises ModelError if it is not supported."""
-        return architecture_from_hf(self.described.config)
+        found = architecture_from_hf(self.described.config)
+        if self.note is None:
+            return found
+        return dataclasses.replace(found, adaptation=self.note.adaptation)
+
+    @functools.cached_property
+    def note(self) -> AdapterNote | None:
+        """The adapter of a run that trained one, without its values."""
+        return None if self.checkpoints is None else read_note(self.folder)
+
+    @functools.cached_property
+    def base(self) -> "Source":
+        """The model that the run's adapter is made for.
+
+        Raises:
+          CheckpointError: If it is not where it was.
+        """
+        assert self.note is not None
+        try:
+            return find_source(self.note.base, revision=self.note.revision)
+        except (ModelError, ConfigError) as error:
+            raise CheckpointError(
+                f"{self.name} is an adapter of {self.note.base}, which cannot be read: {error}"
+            ) from error
 
     @property
     def name(self) -> str:

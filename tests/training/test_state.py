@@ -1,5 +1,7 @@
 """What trains and what does not, and where it is placed."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,7 +11,9 @@ from jax.tree_util import DictKey, GetAttrKey
 
 from jaxft.config import from_dict
 from jaxft.errors import ConfigError
+from jaxft.models.adapters import Adaptation
 from jaxft.models.families import reaches_layers
+from jaxft.models.weights import Site
 from jaxft.training.program import make_placement
 from jaxft.training.state import abstract_state, init_state, owner_of, partition
 
@@ -21,9 +25,27 @@ SHAPES = {
 
 
 def test_a_pattern_separates_what_trains_from_what_does_not():
-    assert partition(PARAMS, "") == (PARAMS, {})
-    trainable, frozen = partition(PARAMS, r"^embed|mlp")
+    assert partition(PARAMS, "") == (PARAMS, {}, {})
+    trainable, frozen, base = partition(PARAMS, r"^embed|mlp")
     assert (trainable, frozen) == ({"norm.scale": 3}, {"embed.w": 1, "layers.mlp.up.w": 2})
+    assert not base
+
+
+def test_adapters_train_beside_a_base_that_no_checkpoint_holds():
+    params = PARAMS | {"layers.mlp.up.lora_a": 4, "layers.mlp.up.start_a": 5}
+    adaptation = Adaptation({"layers.mlp.up": Site(2, 4)}, trained="norm")
+    trainable, frozen, base = partition(params, "", adaptation)
+    assert trainable == {"layers.mlp.up.lora_a": 4, "norm.scale": 3}
+    assert frozen == {"layers.mlp.up.start_a": 5}
+    assert base == {"embed.w": 1, "layers.mlp.up.w": 2}
+    assert partition(params, "lora_a", adaptation).frozen.keys() == {
+        "layers.mlp.up.lora_a",
+        "layers.mlp.up.start_a",
+    }
+    with pytest.raises(ConfigError, match=r"'embed' matches no parameter; paths are layers\."):
+        partition(params, "embed", adaptation)
+    whole = partition(params, "", dataclasses.replace(adaptation, whole=True))
+    assert not whole.base and whole.frozen.keys() >= base.keys()
 
 
 def test_a_pattern_that_matches_nothing_or_everything_is_refused():

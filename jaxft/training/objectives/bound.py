@@ -51,7 +51,9 @@ class _Scored:
 
     def scores(self, batch: Batch) -> Scores:
         """Returns the scores of all targets, and keeps what routers did."""
-        hidden, self.routing = self._model.hidden(batch.tokens, batch.positions, batch.segments)
+        hidden, self.routing = self._model.hidden(
+            batch.tokens, batch.positions, batch.segments, batch.get("seeds")
+        )
         return token_scores(self._model, hidden, batch.targets, chunk=self._chunk)
 
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from jaxft.models.config import DecoderConfig
 from jaxft.models.layers import Routing
@@ -24,6 +24,7 @@ class Predictor(Protocol):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
+        seeds: UInt32[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """Returns the normalised residual stream, and what the routers of all layers did."""
         ...

@@ -1,0 +1,62 @@
+"""The adapters that a run asks for, on the model that it has."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxft.config import AdapterConfig
+from jaxft.config.values import numbers_by_pattern
+from jaxft.errors import ConfigError
+from jaxft.models.adapters import Adaptation, choose_sites, weights_in
+from jaxft.models.config import make_numerics
+from jaxft.models.families import Architecture
+from jaxft.models.module import without_memory
+
+
+def adapted(
+    architecture: Architecture,
+    config: AdapterConfig,
+    *,
+    added: Sequence[int] = (),
+    whole: bool = False,
+) -> Architecture:
+    """Returns the model with what is learnt beside it; the same one if the run trains all of it.
+
+    Args:
+      architecture: Of the model.
+      config: What the run asks for.
+      added: Ids of the tokens of `model.add_tokens`.
+      whole: Whether checkpoints hold the model's own weights too.
+
+    Raises:
+      ConfigError: If it asks for what the model does not have.
+    """
+    if not config.is_used:
+        return architecture
+    model = without_memory(architecture.build(make_numerics("float32")))
+    names: dict[str, list[str]] = {}
+    for rule in architecture.naming.rules:
+        names.setdefault(rule.ours.rpartition(".")[0], []).append(rule.theirs)
+    sites = {}
+    if config.rank or config.ranks:
+        ranks = numbers_by_pattern("adapter.ranks", config.ranks)
+        sites = choose_sites(
+            weights_in(model),
+            names,
+            targets=config.targets,
+            rank=config.rank,
+            alpha=config.alpha,
+            ranks={pattern: int(rank) for pattern, rank in ranks.items()},
+            alphas=numbers_by_pattern("adapter.alphas", config.alphas),
+            rslora=config.scaling == "rslora",
+            magnitude=config.dora,
+            dropout=config.dropout,
+            start=config.start,
+        )
+    rows = tuple(added) if config.added_rows else ()
+    adaptation = Adaptation(sites, config.start, rows, config.train, whole)
+    paths = architecture.abstract(make_numerics("float32")).params
+    if config.train and not any(adaptation.is_learnt(path) for path in paths):
+        raise ConfigError(
+            f"adapter.train {config.train!r} matches no parameter; paths are {', '.join(paths)}."
+        )
+    return dataclasses.replace(architecture, adaptation=adaptation)
