@@ -1,4 +1,4 @@
-"""What jaxft exports, read by transformers 4 and 5, and by PyTorch."""
+"""What jaxft exports, read by transformers 4 and 5, PyTorch and PEFT."""
 
 import json
 import os
@@ -11,9 +11,21 @@ import numpy as np
 import pytest
 
 import jaxft
+from jaxft.hf.peft.adapter import Adapter
+from jaxft.hf.peft.write import write_adapter
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer
 from jaxft.programs.generate import generate_tokens
+from tests.adapters import (
+    add_rest,
+    bare_model,
+    linear_sites,
+    logits_of,
+    merged,
+    random_adapter,
+    shapes_of,
+)
+from tests.oracle.cases import FAMILY_CASES, write_folder
 from tests.oracle.read_tokenizer import describe
 from tests.tiny_run import tiny_config
 
@@ -80,6 +92,51 @@ def test_a_real_model_gives_the_same_logits_and_text_in_transformers(oracle, sha
     source = shared / "models/stories260K"
     folder = jaxft.export(source, tmp_path / "out")
     check(oracle, jaxft.load(source), folder, tmp_path)
+
+
+def adapters_to_read() -> dict[str, tuple[str, Adapter]]:
+    """Returns `{name: (case of a model, adapter)}`, each kind of adapter for each family."""
+    found: dict[str, tuple[str, Adapter]] = {}
+    for family, cases in FAMILY_CASES.items():
+        tiny = bare_model(cases[0])
+        sites = linear_sites(tiny)
+        ranks = {site: 1 + number % 3 for number, site in enumerate(sites)}
+        made = {
+            "all": random_adapter(tiny, dict.fromkeys(sites, 3)),
+            "ranks": random_adapter(tiny, ranks, pissa=True, rslora=True),
+            "some": random_adapter(tiny, {"layers.mlp.up": 2, "layers.attn.k": 1}),
+        }
+        if tiny.architecture.config.experts is None:
+            made["dora"] = random_adapter(tiny, ranks, dora=True)
+        tables = ["embed"] if tiny.architecture.config.tied else ["embed", "head"]
+        made["rows"] = add_rest(tiny, tables, [], tokens=(9, 3, 5))
+        norms = [path for path in tiny.params if path.split(".")[-2] == "norm"]
+        made["whole"] = add_rest(tiny, [], [*norms, *(f"{table}.w" for table in tables)])
+        found |= {f"{family}_{kind}": (cases[0], adapter) for kind, adapter in made.items()}
+    return found
+
+
+@pytest.mark.slow(seconds=120)
+def test_adapters_give_the_same_logits_in_peft(oracle, tmp_path):
+    if subprocess.run([oracle, "-c", "import peft"], capture_output=True).returncode:
+        pytest.skip("JAXFT_ORACLE_PYTHON has no peft")
+    made = adapters_to_read()
+    for name, (case, adapter) in made.items():
+        for part in ("base", "adapter"):
+            (tmp_path / name / part).mkdir(parents=True)
+        write_folder(case, tmp_path / name / "base")
+        tiny = bare_model(case)
+        naming, shapes = tiny.architecture.naming, shapes_of(tiny)
+        write_adapter(tmp_path / name / "adapter", adapter, naming, shapes)
+        np.save(tmp_path / name / "tokens.npy", np.random.default_rng(0).integers(60, size=(1, 16)))
+    script = Path(__file__).parent / "oracle/read_adapters.py"
+    subprocess.run([oracle, script, *(tmp_path / name for name in made)], check=True)
+    for name, (case, adapter) in made.items():
+        tiny, tokens = bare_model(case), np.load(tmp_path / name / "tokens.npy")
+        theirs = np.load(tmp_path / name / "logits.npy")
+        ours = logits_of(case)(merged(tiny, adapter), tokens)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, err_msg=name)
+        assert np.max(np.abs(logits_of(case)(tiny.params, tokens) - theirs)) > 1e-2, name
 
 
 TEMPLATE = (

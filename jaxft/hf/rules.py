@@ -86,6 +86,26 @@ class Rule:
             return None
         return self._letters.index(self._groups[0])
 
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        """Axes of theirs with outputs and inputs; None unless ours is `[lead…, *out, *in]` of two.
+
+        An axis of theirs before these two is one of our leading axes, such as that of experts.
+        """
+        lead = "".join(self._groups[:-2])
+        axes = len(self._groups) - 2, len(self._groups) - 1
+        for outputs, inputs in (axes, axes[::-1]):
+            if self._letters == lead + self._groups[outputs] + self._groups[inputs]:
+                return outputs, inputs
+        return None
+
+    def sides(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Returns the shape of ours in three: leading axes, outputs and inputs of a `matrix`."""
+        outputs, _ = self.matrix or (0, 0)
+        lead = sum(map(len, self._groups[:-2]))
+        end = lead + len(self._groups[outputs])
+        return shape[:lead], shape[lead:end], shape[end:]
+
     def name(self, index: tuple[int, ...]) -> str:
         """Returns the name of the tensor at an index along our leading axes."""
         name = self.theirs
@@ -130,12 +150,17 @@ class Naming:
       copies: `{name: other name}` of tensors that files may carry if they equal the other one, such
         as the head of a model with tied embeddings.
       prefix: Start of names that files may leave out, such as `transformer.`.
+      renamed: Names and layouts of weights in the models that transformers builds, where these
+        differ from the files, such as experts that lie in one tensor.
+      tables: Parameters whose rows are looked up.
     """
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
+    renamed: tuple[Rule, ...] = ()
+    tables: tuple[str, ...] = ()
 
     def is_known(self, name: str) -> bool:
         """Whether a tensor that no rule names may be in a file."""

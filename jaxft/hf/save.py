@@ -31,6 +31,10 @@ _STAMP = "unfinished.json"
 _ELEMENTS = 2**24
 
 
+# Type and shape of a tensor that is to be written.
+type Spec = tuple[np.dtype, tuple[int, ...]]
+
+
 class _NoRoomError(ModelError):
     """The disk is too small; what is written stays."""
 
@@ -179,7 +183,9 @@ def save_params(
     ]
     _check_room(folder, sum(_size(t, stored) for number in missing for t in shards[number]))
     for number in missing:
-        _write(folder / files[number], shards[number], params, stored)
+        shard = shards[number]
+        values = _values(shard, params, stored)
+        write_tensors(folder / files[number], _specs(shard, stored), values)
     if len(shards) > 1:
         weight_map = {
             t.name: file for file, shard in zip(files, shards, strict=True) for t in shard
@@ -230,44 +236,52 @@ def _file_names(count: int) -> list[str]:
 def _is_complete(file: Path, tensors: list[Tensor], stored: Mapping[str, np.dtype]) -> bool:
     if not file.is_file():
         return False
-    header = _header(tensors, stored)
+    header = _header(_specs(tensors, stored))
     with file.open("rb") as stream:
         same = stream.read(len(header)) == header
     return same and file.stat().st_size == len(header) + sum(_size(t, stored) for t in tensors)
 
 
-def _header(tensors: list[Tensor], stored: Mapping[str, np.dtype]) -> bytes:
+def _specs(tensors: list[Tensor], stored: Mapping[str, np.dtype]) -> dict[str, Spec]:
+    return {tensor.name: (stored[tensor.name], tensor.shape) for tensor in tensors}
+
+
+def _header(specs: Mapping[str, Spec]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for tensor in tensors:
-        end = start + _size(tensor, stored)
-        header[tensor.name] = {
-            "dtype": _WORDS[stored[tensor.name]],
-            "shape": tensor.shape,
-            "data_offsets": [start, end],
-        }
+    for name, (dtype, shape) in specs.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _WORDS[dtype], "shape": shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(
-    file: Path,
-    tensors: list[Tensor],
-    params: Mapping[str, Readable],
-    stored: Mapping[str, np.dtype],
-) -> None:
+def write_tensors(file: Path, specs: Mapping[str, Spec], values: Iterable[np.ndarray]) -> None:
+    """Writes a safetensors file, which appears when it is complete.
+
+    Args:
+      file: Its name ends with a suffix, in whose place `.unfinished` stands until the end.
+      specs: `{tensor name: (dtype, shape)}`; wide types first keep every tensor aligned.
+      values: Of the tensors in this order, whole or some rows at a time, in these types.
+    """
     unfinished = file.with_suffix(".unfinished")
     with unfinished.open("wb") as stream:
-        stream.write(_header(tensors, stored))
-        for tensor in tensors:
-            for rows in _rows(tensor, params):
-                values = _cast(rows, stored[tensor.name], tensor.name)
-                stream.write(values.reshape(-1).view(np.uint8).data)
+        stream.write(_header(specs))
+        for some in values:
+            stream.write(np.ascontiguousarray(some).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.rename(file)
+
+
+def _values(
+    tensors: list[Tensor], params: Mapping[str, Readable], stored: Mapping[str, np.dtype]
+) -> Iterator[np.ndarray]:
+    for tensor in tensors:
+        for rows in _rows(tensor, params):
+            yield _cast(rows, stored[tensor.name], tensor.name)
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

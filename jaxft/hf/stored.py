@@ -73,7 +73,7 @@ def named_as(
 
 def _scan(folder: Path) -> tuple[dict[str, Entry | None], list[str]]:
     if (folder / SINGLE).is_file():
-        return _scan_file(folder / SINGLE)
+        return scan_file(folder / SINGLE)
     if not (folder / INDEX).is_file():
         raise ModelError(_no_weights(folder))
     names = read_json(folder / INDEX).get("weight_map")
@@ -83,7 +83,7 @@ def _scan(folder: Path) -> tuple[dict[str, Entry | None], list[str]]:
     problems, lost = [], []
     for shard in sorted(set(names.values())):
         if (folder / shard).is_file():
-            stored[shard], broken = _scan_file(folder / shard)
+            stored[shard], broken = scan_file(folder / shard)
             problems += broken
         else:
             stored[shard] = {}
@@ -99,7 +99,8 @@ def _scan(folder: Path) -> tuple[dict[str, Entry | None], list[str]]:
     return {name: stored[shard].get(name) for name, shard in names.items()}, problems
 
 
-def _scan_file(file: Path) -> tuple[dict[str, Entry | None], list[str]]:
+def scan_file(file: Path) -> tuple[dict[str, Entry | None], list[str]]:
+    """Returns the tensors of one safetensors file by its header, and what is wrong with it."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)

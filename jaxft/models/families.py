@@ -119,7 +119,12 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         config=decoder,
         block=family.Block,
         naming=Naming(
-            tuple(rules.values()), family.HF_IGNORED, copies, getattr(family, "HF_PREFIX", "")
+            tuple(rules.values()),
+            ignored=family.HF_IGNORED,
+            copies=copies,
+            prefix=getattr(family, "HF_PREFIX", ""),
+            renamed=getattr(family, "HF_RENAMED", ()),
+            tables=("embed.w", "positions.w"),
         ),
     )
 

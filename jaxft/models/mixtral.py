@@ -9,7 +9,7 @@ from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.experts import Experts
 from jaxft.models.fields import Fields
 from jaxft.models.layers import ResidualBlock, SelfAttention
-from jaxft.models.naming import ATTENTION, BODY, PRE_NORMS
+from jaxft.models.naming import ATTENTION, BODY, FUSED_EXPERTS, PRE_NORMS
 
 
 class Block(ResidualBlock):
@@ -41,3 +41,4 @@ HF_RULES = (
     Rule("layers.mlp.down.w", _MOE + "experts.{expert}.w2.weight", "d f -> d f"),
 )
 HF_IGNORED = ()
+HF_RENAMED = FUSED_EXPERTS

@@ -39,3 +39,11 @@ GATED_MLP = (
     Rule("layers.mlp.up.w", _LAYER + "mlp.up_proj.weight", "f d -> f d"),
     Rule("layers.mlp.down.w", _LAYER + "mlp.down_proj.weight", "d f -> d f"),
 )
+# What models of transformers 5 make of experts that files keep apart, and how they call the router.
+_EXPERTS = _LAYER + "mlp.experts."
+FUSED_EXPERTS = (
+    Rule("layers.mlp.router.w", _LAYER + "mlp.gate.weight", "e d -> e d"),
+    Rule("layers.mlp.gate.w", _EXPERTS + "gate_up_proj", "e (+ f) d -> e f d"),
+    Rule("layers.mlp.up.w", _EXPERTS + "gate_up_proj", "e (+ f) d -> e f d"),
+    Rule("layers.mlp.down.w", _EXPERTS + "down_proj", "e d f -> e d f"),
+)

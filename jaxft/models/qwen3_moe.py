@@ -9,7 +9,7 @@ from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.experts import Experts
 from jaxft.models.fields import Fields
 from jaxft.models.layers import ResidualBlock, SelfAttention
-from jaxft.models.naming import ATTENTION, BODY, HEAD_NORMS, PRE_NORMS
+from jaxft.models.naming import ATTENTION, BODY, FUSED_EXPERTS, HEAD_NORMS, PRE_NORMS
 
 
 class Block(ResidualBlock):
@@ -54,3 +54,4 @@ HF_RULES = (
     Rule("layers.mlp.down.w", _MLP + "experts.{expert}.down_proj.weight", "d f -> d f"),
 )
 HF_IGNORED = ()
+HF_RENAMED = FUSED_EXPERTS
