@@ -102,7 +102,7 @@ def adapters_to_read() -> dict[str, tuple[str, Adapter]]:
         sites = linear_sites(tiny)
         ranks = {site: 1 + number % 3 for number, site in enumerate(sites)}
         made = {
-            "all": random_adapter(tiny, dict.fromkeys(sites, 3)),
+            "all": random_adapter(tiny, dict.fromkeys(sites, 3), dropout=0.1),
             "ranks": random_adapter(tiny, ranks, pissa=True, rslora=True),
             "some": random_adapter(tiny, {"layers.mlp.up": 2, "layers.attn.k": 1}),
         }

@@ -68,8 +68,11 @@ def test_what_is_written_is_read_again_as_it_was(family, tmp_path):
         base="someone/model",
         revision="main",
     )
-    written(tiny, adapter, tmp_path)
+    config, _ = written(tiny, adapter, tmp_path)
     found = read(tiny, tmp_path)
+    if tiny.architecture.config.experts:  # PEFT refuses to load experts with dropout
+        assert config["lora_dropout"] == 0
+        adapter = dataclasses.replace(adapter, dropout=0.0)
     assert_equal(found, adapter)
     assert found.alphas == adapter.alphas
 

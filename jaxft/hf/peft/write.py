@@ -73,11 +73,14 @@ class _Content:
         self._whole = [t for t in expand(naming.rules, shapes) if _paths(t) & whole]
         sites = adapter.owners("lora_b")
         modules = find_modules(naming, naming.rules, shapes)
-        adapted = sites | _partners(sites, naming.renamed)
+        partners = _partners(sites, naming.renamed)
+        adapted = sites | partners
         self._modules = [module for module in modules if adapted & set(module.sites)]
         if problems := [*self._homeless(sites), *self._torn(), *self._halves()]:
             raise ModelError(problems)
         parameters = [module.name for module in self._modules if module.is_parameter]
+        # PEFT loads no dropout of experts; it matters in training alone.
+        self._dropout = 0.0 if parameters or partners else adapter.dropout
         self._named = name_pairs(self._modules, parameters)
         self._rank = max(
             sum(self._width(site) for site in module.sites) for module in self._modules
@@ -131,7 +134,7 @@ class _Content:
             "inference_mode": True,
             "init_lora_weights": True,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "lora_dropout": adapter.dropout,
+            "lora_dropout": self._dropout,
             "modules_to_save": sorted(
                 {module_name(t.name) for t in self._whole if self._as_base(t.name) == t.name}
             )
