@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import ObjectiveConfig, from_dict
+from jaxft.config import AdapterConfig, ObjectiveConfig, from_dict
 from jaxft.data.batch import COLUMNS, STANDARD, Batch
 from jaxft.hf.rules import expand
+from jaxft.models.adapters import start_values
 from jaxft.models.config import Numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
+from jaxft.training.adaptation import adapted
 from jaxft.training.objectives.bound import Judged, bind
 from jaxft.training.program import Program, build, build_evaluator, make_placement, put
 from jaxft.training.state import TrainState, init_state
@@ -61,6 +63,19 @@ def load_tiny(case: str, numerics: Numerics | None = None, **changes: Any) -> Ti
         for path, spec in abstract.params.items()
     }
     return Tiny(architecture, abstract, params)
+
+
+def with_adapters(tiny: Tiny, *, added: Sequence[int] = (), **keys: Any) -> Tiny:
+    """Returns a model with adapters that start as a run's do, but move the model at once."""
+    architecture = adapted(tiny.architecture, AdapterConfig(**keys), added=added)
+    abstract = architecture.abstract(Numerics())
+    adaptation, plain = architecture.adaptation, tiny.abstract.graphdef
+    leaves = start_values(plain, tiny.params, adaptation, abstract.params, seed=0)
+    for path, value in leaves.items():
+        if path.endswith("lora_b"):
+            random = np.random.RandomState(len(path))
+            leaves[path] = value + jnp.asarray(random.normal(size=value.shape) * 0.1, value.dtype)
+    return Tiny(architecture, abstract, tiny.params | leaves)
 
 
 @dataclass(frozen=True)
@@ -131,7 +146,8 @@ def make_program(tiny: Tiny, devices: int = 1, *, max_units: int = 1, **changes:
 
 def start(program: Program, params: Params, freeze: str = "") -> TrainState:
     """Returns the first state, on the program's devices; `params` are copied."""
-    state = init_state(jax.tree.map(jnp.copy, params), program.optimizer, freeze)
+    adaptation = program.evaluator.architecture.adaptation
+    state = init_state(jax.tree.map(jnp.copy, params), program.optimizer, freeze, adaptation)
     return jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), state, program.state)
 
 

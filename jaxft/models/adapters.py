@@ -42,6 +42,11 @@ class Adaptation:
         """Whether anything is learnt in this way."""
         return bool(self.sites or self.rows or self.trained)
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a training step needs seeds for masks."""
+        return any(site.dropout for site in self.sites.values())
+
     def is_learnt(self, path: str) -> bool:
         """Whether a parameter has gradients."""
         leaf = path.rpartition(".")[2]

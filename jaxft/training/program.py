@@ -370,7 +370,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         gradients=gradients,
         windows=[evaluator.architecture.config.kinds[k].window for k in pattern],
         reference=reference,
-        dropout_seed=train.seed if config.adapter.dropout else None,
+        dropout_seed=train.seed if evaluator.architecture.adaptation.has_dropout else None,
     )
     options = compiler_options(train.compiler_options)
     return Program(evaluator, optimizer, state, gradients, fixed, batch, step, options)

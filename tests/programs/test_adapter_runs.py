@@ -1,0 +1,49 @@
+"""Runs that learn an adapter: resumed bit for bit, with checkpoints that hold it alone."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxft.errors import CheckpointError
+from jaxft.programs.trainer import train
+from jaxft.workdir.adapter_note import read_note
+from tests.tiny_run import assert_same_arrays, read_arrays, read_records, tiny_config
+
+KEYS = {
+    "model__add_tokens": "<one>,<two>",
+    "data__control_tokens": "keep",
+    "adapter__rank": 4,
+    "adapter__dropout": 0.2,
+    "adapter__dora": True,
+    "adapter__start": "pissa",
+    "adapter__train": "^norm",
+    "adapter__added_rows": True,
+    "train__save_every": 2,
+}
+
+
+def test_a_run_goes_on_bit_for_bit_and_refuses_another_base(tmp_path):
+    whole = tiny_config(tmp_path, "whole", train__steps=4, **KEYS)
+    train(whole)
+    parts = tiny_config(tmp_path, "parts", train__steps=2, **KEYS)
+    train(parts)
+    parts.train.steps = 4
+    train(parts, resume=True)
+    checkpoint = tmp_path / "parts" / "checkpoints" / "4"
+    assert_same_arrays(checkpoint, tmp_path / "whole" / "checkpoints" / "4")
+    kept = {name for name in read_arrays(checkpoint) if name.startswith("params")}
+    assert not [name for name in kept if name.endswith(".w']")]
+    assert {"params['embed.rows']", "params['head.rows']", "params['norm.scale']"} <= kept
+    losses = [record["loss"] for record in read_records(tmp_path / "parts" / "metrics.jsonl")]
+    assert losses == [r["loss"] for r in read_records(tmp_path / "whole" / "metrics.jsonl")]
+    note = read_note(tmp_path / "parts" / "model")
+    assert note is not None and note.base == str(tmp_path / "base")
+    assert len(note.adaptation.sites) == 7 and len(note.adaptation.rows) == 2
+
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name] + np.float32(0.01)}, file, {"format": "pt"})
+    parts.train.steps = 6
+    with pytest.raises(CheckpointError, match=r"not those that the run's adapter was started on"):
+        train(parts, resume=True)
