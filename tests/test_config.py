@@ -125,7 +125,7 @@ def test_unknown_keys_come_with_the_nearest_known_one():
     assert "Did you mean 'optim.learning_rate'?" in unknown_key("learning_rate")
     assert "'train.batch_size' or 'eval.batch_size'?" in unknown_key("batch_size")
     assert "mesh has stage, data" in unknown_key("mesh")
-    assert "optim has learning_rate, schedule" in unknown_key("optim.lr")
+    assert "optim has name, learning_rate, schedule" in unknown_key("optim.lr")
     assert "Did you mean 'strategy'?" in unknown_key("stratgy")
     with pytest.raises(ConfigError, match="workdir"):
         from_dict({"train.workdirr": "x"})

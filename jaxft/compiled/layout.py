@@ -25,8 +25,8 @@ from jaxft.errors import ConfigError
 from jaxft.formatting import format_bytes
 from jaxft.models.families import Architecture
 from jaxft.sharding.rules import Placement, as_names
+from jaxft.training.optimizers.placing import owner_of
 from jaxft.training.program import Program, build, build_evaluator, make_placement
-from jaxft.training.state import owner_of
 from jaxft.workdir.source import find_architecture
 
 # An array of this size that every device holds whole is worth a rule that splits it: of the models
@@ -283,7 +283,7 @@ def _by_parameter(
     owned: dict[str, list[Any]] = {}
     others = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        owner = owner_of(path, leaf, params)
+        owner = owner_of(path, params)
         (owned.setdefault(owner, []) if owner else others).append(leaf)
     return owned, others
 

@@ -2,6 +2,7 @@
 
 from jaxft.config.adapter import AdapterConfig
 from jaxft.config.keys import Item, key, to_dict, walk
+from jaxft.config.optim import OptimConfig
 from jaxft.config.run import RunConfig, from_dict, unknown_key
 from jaxft.config.sections import (
     FORMATS,
@@ -13,7 +14,6 @@ from jaxft.config.sections import (
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
-    OptimConfig,
     TrainConfig,
 )
 from jaxft.config.text import describe, to_yaml, yaml_value

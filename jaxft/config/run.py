@@ -7,13 +7,13 @@ from typing import Any
 
 from jaxft.config.adapter import AdapterConfig
 from jaxft.config.keys import key, to_dict, walk
+from jaxft.config.optim import OptimConfig
 from jaxft.config.sections import (
     DataConfig,
     EvalConfig,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
-    OptimConfig,
     TrainConfig,
 )
 from jaxft.config.values import (
@@ -63,6 +63,7 @@ class RunConfig:
         problems = [problem for item in items for problem in item.problems()]
         if all(item.is_typed for item in items):
             problems += self.objective.problems()
+            problems += self.optim.problems()
             problems += _combination_problems(self)
             problems += _training_problems(self) if training else []
         if problems:

@@ -304,33 +304,6 @@ def _group_of(objective: str) -> str:
 
 
 @dataclass(kw_only=True, slots=True)
-class OptimConfig:
-    """Learning rate, AdamW, clipping and freezing."""
-
-    learning_rate: float = key(1e-5, "Peak learning rate.", minimum=0)
-    schedule: str = key(
-        "cosine",
-        "Course after warm-up; 'wsd' is warm-up, stable, decay.",
-        choices=("constant", "linear", "cosine", "wsd"),
-    )
-    warmup_steps: int = key(0, "Steps of linear warm-up from zero.", minimum=0)
-    decay_fraction: float = key(
-        0.2, "For 'wsd': share of all steps spent in the decay.", minimum=0, maximum=1
-    )
-    final_ratio: float = key(
-        0.0, "Last learning rate as a share of the peak.", minimum=0, maximum=1
-    )
-    weight_decay: float = key(0.01, "AdamW decay; never on norms and biases.", minimum=0)
-    beta1: float = key(0.9, "Decay of the first moment.", minimum=0, maximum=0.999999)
-    beta2: float = key(0.95, "Decay of the second moment.", minimum=0, maximum=0.999999)
-    epsilon: float = key(1e-8, "Added to the root of the second moment.", minimum=1e-30)
-    clip_norm: float = key(1.0, "Largest global gradient norm; 0: no clipping.", minimum=0)
-    freeze: str = key(
-        "", "Regular expression searched in parameter paths; what matches is not trained."
-    )
-
-
-@dataclass(kw_only=True, slots=True)
 class MeshConfig:
     """Devices along each axis of the mesh; `stage` is of pipeline parallelism."""
 

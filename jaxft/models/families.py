@@ -99,6 +99,11 @@ def after_layers(trainable: Iterable[str]) -> bool:
     return any(path.startswith("norm.") for path in trainable)
 
 
+def precedes_layers(path: str) -> bool:
+    """Returns whether a parameter is of what layers start from: tables of tokens and positions."""
+    return path.startswith(("embed.", "positions."))
+
+
 def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     """Reads config.json.
 

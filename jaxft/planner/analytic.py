@@ -196,9 +196,11 @@ class _Run(Footprint):
             **{f"{WAIT} {network}": seconds for network, seconds in slow.items()},
         }
         spent[MATMUL] += self._seconds_without_gradients()
+        once = self.placed.orthogonalised() if self.config.optim.name == "muon" else 0.0
+        spent[MATMUL] += once / products
         # What travels to the host does so beside all else.
         spent[f"{WAIT} {TO_HOST}"] = max(0.0, to_host - sum(spent.values()))
-        flops = self.passes * sum(work)
+        flops = self.passes * sum(work) + once
         return Estimate(
             kinds=kinds,
             host=host,
@@ -306,7 +308,7 @@ class _Run(Footprint):
         repeated = self.config.model.remat not in ("none", "dots") or self.stages > 1
         runs = 1 + self.back * (1 + repeated)
         logits = 4 * 4 * self.tokens * self._vocab()
-        state = 2 * self.placed.parameters + 4 * self.placed.moments
+        state = 2 * self.placed.parameters + 2 * self.optimizer
         sums = 3 * self.placed.gradients
         return self.tokens * self.layers * runs * of_token, (logits + sums) * self.passes + state
 

@@ -72,6 +72,11 @@ class Footprint:
         self.offloaded = names.offloaded(config.model.remat, config.model.offload)
         self.again = self._again()
 
+    @functools.cached_property
+    def optimizer(self) -> int:
+        """Bytes of the optimizer's state on a device."""
+        return self.placed.optimizer(self.config.optim)
+
     def _size_experts(self, capacity: float) -> None:
         """Sets the experts that a token takes, and room for how many times as many."""
         experts = self.model.experts
@@ -140,7 +145,7 @@ class Footprint:
         gradients = self.placed.gradients
         kinds = {
             "parameters": self.placed.parameters,
-            "optimizer": 2 * self.placed.moments,
+            "optimizer": self.optimizer,
             "reference": self.placed.parameters * (self.objective.uses_reference == "fixed"),
             "batch": self._batch_bytes() * self.passes,
             "gradients": gradients * (summed + (1 if self.passes > 1 else 0)),

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from jaxft.compiled.layout import cpu_devices
-from jaxft.config import RunConfig
+from jaxft.config import OptimConfig, RunConfig
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, reaches_layers
@@ -16,6 +17,9 @@ from jaxft.models.module import AbstractModel
 from jaxft.planner.topology import Topology
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, as_names
+from jaxft.training.optim import make_optimizer
+from jaxft.training.optimizers.muon import TURNS, is_muons, layers_over, matrix_shape
+from jaxft.training.optimizers.placing import sharding_of
 from jaxft.training.state import partition
 
 
@@ -69,10 +73,31 @@ class Placed:
         """Bytes of gradients on a device, in the parameters' type."""
         return self._held(self.trainable, self.placement.gradient_rules)
 
-    @functools.cached_property
-    def moments(self) -> int:
-        """Bytes of one of the optimizer's two moments on a device."""
-        return self._held(self.trainable, self.placement.moment_rules)
+    def optimizer(self, config: OptimConfig) -> int:
+        """Returns bytes of the optimizer's state on a device."""
+        optimizer = make_optimizer(config, optax.constant_schedule(0.0), self.abstract)
+        shardings = self.placement.shardings(
+            self.trainable, self.abstract.axes, rules=self.placement.moment_rules
+        )
+        total = 0
+        state = jax.eval_shape(optimizer.init, self.trainable)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            placed = sharding_of(path, leaf, self.trainable, shardings, self.placement)
+            total += math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        return total
+
+    def orthogonalised(self) -> float:
+        """Returns the FLOPs with which Muon makes its matrices orthogonal on a device."""
+        total = 0.0
+        for path, spec in self.trainable.items():
+            axes = self.abstract.axes[path]
+            if is_muons(axes):
+                *stacked, outputs, inputs = matrix_shape(axes, spec.shape)
+                short, long = sorted((outputs, inputs))
+                over = layers_over(self.placement, stacked[0])
+                parts = math.prod(self.placement.mesh.shape[name] for name in over)
+                total += math.prod(stacked) / parts * TURNS * short**2 * (4 * long + 2 * short)
+        return total
 
     def _held(
         self, params: Mapping[str, jax.ShapeDtypeStruct], rules: Mapping[str, Any] | None = None

@@ -91,11 +91,12 @@ class Session:
     def evaluate(self, state: TrainState) -> float | None:
         """Evaluates and records held-out data; returns the score of validation data, if any."""
         score = None
+        params = state.evaluated
         for name, held_out in self.held_out.items():
             evaluator = self._evaluators[name]
             result = evaluate_rows(
                 evaluator,
-                state.params,
+                params,
                 held_out,
                 batch_size=self.config.eval.batch_size or self.config.train.batch_size,
             )
@@ -112,7 +113,7 @@ class Session:
                 score = result.loss.value
                 self.counts = patience.count_loss(self.counts, score)
                 if self.prompts is not None:
-                    answers = self._answer(state, self.prompts)
+                    answers = self._answer(params, self.prompts, step=record["step"])
                     record |= answers.record()
                     text += f", {answers.summary}"
                     if self.config.eval.best == "answers":
@@ -123,14 +124,14 @@ class Session:
             self.counts = patience.count_score(self.counts, score, self.config.eval.minimum_change)
         return score
 
-    def _answer(self, state: TrainState, prompts: Prompts) -> Answers:
+    def _answer(self, params: Params, prompts: Prompts, *, step: int) -> Answers:
         """Generates answers; the first time it says what that costs."""
         start = time.monotonic()
         with console.phase("Answers") as phase:
-            answers = answer(self.config, self._model(state.params), prompts)
+            answers = answer(self.config, self._model(params), prompts)
             phase.detail(f"{len(prompts.rows):,} of {prompts.of_rows:,} rows")
         seconds = format_duration(time.monotonic() - start)
-        if not int(state.step):
+        if not step:
             console.log(
                 f"Answers to {len(prompts.rows):,} rows took {seconds}, compiling included, and "
                 "are generated at each evaluation. --config.eval.answer_rows sets their number."
@@ -268,8 +269,9 @@ class Session:
         """
         if self.has_samples(step):
             return
-        params = state.params
-        if step != int(state.step):
+        if step == int(state.step):
+            params = state.evaluated
+        else:
             for array in jax.tree.leaves(state):
                 array.delete()
             with console.phase(f"Weights of step {step}, the best"):

@@ -222,7 +222,7 @@ def _train(
         if not start:
             session.evaluate(state)
             if not session.has_samples(0):
-                session.write_samples(state.params, 0)
+                session.write_samples(state.evaluated, 0)
         with stop_on_signals() as stop:
             state, reason = _loop(session, step, state, fixed, start, stop)
         done = int(state.step)

@@ -3,6 +3,8 @@
 Weights and activations have different names, so that a strategy can place them differently.
 """
 
+from typing import NamedTuple
+
 from jaxft.errors import ConfigError, nearest
 
 # letter: B batch, T query length, S key length, D embed, N query heads, K key/value heads,
@@ -51,6 +53,30 @@ ACTIVATION_OF = {
     "router": "act_router",
     "rank": "act_rank",
 }
+
+
+class Dimensions(NamedTuple):
+    """Numbers of dimensions of a weight by kind, in their order.
+
+    Attributes:
+      lead: Number of dimensions that stack weights: layers, and experts.
+      outputs: Number of those that a product makes, or that a vector has.
+      inputs: Number of those that a product sums over; 0 of a vector, such as a norm's scale.
+    """
+
+    lead: int
+    outputs: int
+    inputs: int
+
+
+def dimensions(axes: tuple[str, ...]) -> Dimensions:
+    """Returns what the dimensions of a weight are, `[lead…, *outputs, *inputs]`."""
+    lead = 0
+    while lead < len(axes) - 1 and axes[lead] in ("layers", "experts"):
+        lead += 1
+    own = axes[lead:]
+    outputs = 2 if own[1:2] == ("head_dim",) else 1  # heads and their size are one
+    return Dimensions(lead, outputs, len(own) - outputs)
 
 
 def check_axes(names: tuple[str, ...], where: str) -> None:

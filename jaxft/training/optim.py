@@ -1,14 +1,21 @@
-"""AdamW, its schedule, its decay mask and its clipping, all from optax."""
+"""A run's optimizer: clipping, direction, decay, learning rates and averages, one after another."""
 
-import re
+from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxft.config import OptimConfig
-
-# Scales of norms, biases, sinks: decay would pull them to zero without a regularising effect.
-_NOT_DECAYED = re.compile(r"\.(scale|b|sinks)$")
+from jaxft.models.module import AbstractModel
+from jaxft.sharding.axes import dimensions
+from jaxft.training.optimizers.adafactor import scale_by_adafactor
+from jaxft.training.optimizers.averages import schedule_free, with_average
+from jaxft.training.optimizers.moments import store_moments, stored_types
+from jaxft.training.optimizers.muon import is_muons, orthogonalise
+from jaxft.training.optimizers.rates import factors
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -35,22 +42,82 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns global-norm clipping followed by AdamW (Loshchilov and Hutter, arXiv:1711.05101).
+def make_optimizer(
+    config: OptimConfig, schedule: optax.Schedule, model: AbstractModel
+) -> optax.GradientTransformation:
+    """Returns what turns gradients into updates; it computes in float32.
 
-    Decay is decoupled and scaled by the learning rate; it leaves norms and biases alone.
+    Decay is decoupled (Loshchilov and Hutter, arXiv:1711.05101) and scaled by the learning rate; it
+    leaves vectors alone, such as norms and biases: it would pull them to zero without a
+    regularising effect.
+
+    Args:
+      config: The run's.
+      schedule: From `make_schedule`.
+      model: Gives shape, dtype and axes of each parameter.
+
+    Raises:
+      ConfigError: If a pattern of rates matches no parameter.
     """
+
+    def decayed(params: Any) -> dict[str, bool]:
+        return {path: dimensions(model.axes[path]).inputs > 0 for path in params}
+
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adamw = optax.adamw(
-        schedule,
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=_decayed,
+    types = stored_types(model.params, model.axes, config.moments)
+    found = factors(config, model)
+    step = optax.chain(
+        store_moments(_direction(config, model), types),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(schedule),
+        *([_scale_by(found)] if found else []),
     )
-    return optax.chain(clip, adamw)
+    if config.name == "schedule_free":
+        step = schedule_free(step, schedule, config.beta1)
+    chain = optax.chain(clip, step)
+    return _in_float32(with_average(chain, config.ema) if config.ema else chain)
 
 
-def _decayed(params: Any) -> dict[str, bool]:
-    return {path: not _NOT_DECAYED.search(path) for path in params}
+def _direction(config: OptimConfig, model: AbstractModel) -> optax.GradientTransformation:
+    """Returns the optimizer's own part: from gradients to directions of steps."""
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    match config.name:
+        case "adamw":
+            return adam
+        case "adafactor":
+            return scale_by_adafactor(model.axes)
+        case "lion":
+            return optax.scale_by_lion(b1=config.beta1, b2=config.beta2)
+        case "sgd":
+            return optax.trace(config.momentum)
+        case "schedule_free":
+            return optax.scale_by_rms(
+                config.beta2, eps=config.epsilon, eps_in_sqrt=False, bias_correction=True
+            )
+    labels = {path: "muon" if is_muons(axes) else "adamw" for path, axes in model.axes.items()}
+    muon = optax.chain(optax.trace(config.momentum, nesterov=True), orthogonalise(model.axes))
+    return optax.partition(
+        {"muon": muon, "adamw": adam}, lambda params: {path: labels[path] for path in params}
+    )
+
+
+def _scale_by(found: Mapping[str, float | np.ndarray]) -> optax.GradientTransformation:
+    """Multiplies updates of some parameters by factors."""
+
+    def change(updates: Any, params: Any) -> Any:
+        del params
+        return {path: value * found.get(path, 1.0) for path, value in updates.items()}
+
+    return optax.stateless(change)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Gives a transformation gradients and parameters in float32, whatever they are kept in."""
+
+    def widened(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(widened(updates), state, widened(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(widened(params)), update)

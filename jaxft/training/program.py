@@ -333,7 +333,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         )
     _check_steps(config, evaluator, steps)
     schedule = make_schedule(config.optim, steps)
-    optimizer = make_optimizer(config.optim, schedule)
+    optimizer = make_optimizer(config.optim, schedule, abstract)
     of_moments, of_gradients = (
         placement.shardings(abstract.params, abstract.axes, rules=rules)
         for rules in (placement.moment_rules, placement.gradient_rules)

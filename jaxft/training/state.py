@@ -13,6 +13,8 @@ from jaxft.errors import ConfigError
 from jaxft.models.adapters import NOTHING, Adaptation
 from jaxft.models.module import Params
 from jaxft.sharding.rules import Placement
+from jaxft.training.optimizers.averages import evaluated, is_averaged
+from jaxft.training.optimizers.placing import sharding_of
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +46,16 @@ class TrainState:
     def saved(self) -> Params:
         """All parameters that a checkpoint holds."""
         return {**self.trainable, **self.frozen}
+
+    @property
+    def evaluated(self) -> Params:
+        """All parameters as they are evaluated and exported: an average in place of what trains."""
+        return {**self.params, **evaluated(self.trainable, self.opt_state)}
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether what is evaluated differs from what trains."""
+        return is_averaged(self.opt_state)
 
 
 class Parts(NamedTuple):
@@ -95,21 +107,6 @@ def init_state(
     return TrainState(step, trainable, frozen, optimizer.init(trainable), base)
 
 
-def owner_of(
-    path: tuple, leaf: jax.ShapeDtypeStruct, params: Mapping[str, jax.ShapeDtypeStruct]
-) -> str:
-    """Returns the parameter that a leaf of the state belongs to; empty if to none.
-
-    Args:
-      path: Of the leaf, as `jax.tree_util` gives it; it ends with the parameter's.
-      leaf: It has the parameter's shape.
-      params: `{path: shape}`.
-    """
-    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-    owner = names[-1] if names else ""
-    return owner if owner in params and params[owner].shape == leaf.shape else ""
-
-
 def abstract_state(
     params: Mapping[str, jax.ShapeDtypeStruct],
     shardings: Mapping[str, Any],
@@ -129,17 +126,19 @@ def abstract_state(
       freeze: As in `partition`.
       adaptation: As in `partition`.
       placement: Gives the sharding of what belongs to no parameter, such as counters.
-      moments: `{path: sharding}` of optimizer state that belongs to a parameter (same path, same
-        shape); that of the parameter if absent.
+      moments: `{path: sharding}` of optimizer state that belongs to a parameter and has its shape;
+        that of the parameter if absent.
+
+    Raises:
+      ConfigError: If a part of the optimizer's state cannot be placed.
     """
     moments = shardings if moments is None else moments
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer, freeze, adaptation), dict(params))
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        owner = owner_of(path, leaf, params)
         is_moment = path[0] == jax.tree_util.GetAttrKey("opt_state")
         placed = moments if is_moment else shardings
-        sharding = placed[owner] if owner else placement.replicated
+        sharding = sharding_of(path, leaf, params, placed, placement)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, shapes)

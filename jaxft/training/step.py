@@ -14,6 +14,7 @@ from jaxft.models.module import Params, merge
 from jaxft.sharding.rules import Placement, place
 from jaxft.training import pipeline
 from jaxft.training.objectives.bound import BoundObjective, Judged
+from jaxft.training.optimizers.rounding import apply_updates
 from jaxft.training.state import TrainState
 
 
@@ -118,8 +119,9 @@ def make_train_step(
         # A batch of prompts alone has no trained token: its gradient is zero, not 0 / 0.
         scale = 1.0 / jnp.maximum(judged.terms.weight, 1.0)
         normalised = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), sums, state.trainable)
-        updates, opt_state = optimizer.update(normalised, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        with placement.activate():
+            updates, opt_state = optimizer.update(normalised, state.opt_state, state.trainable)
+        trainable = apply_updates(state.trainable, updates, state.step)
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), normalised))
         figures = _figures(judged, batch, windows)._replace(
             latest={

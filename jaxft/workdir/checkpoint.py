@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import (  # pyright: ignore[reportMiss
 from jaxft import distributed
 from jaxft.errors import CheckpointError
 from jaxft.formatting import format_storage
+from jaxft.training.optimizers.averages import evaluated
 from jaxft.training.state import TrainState
 
 # Where a checkpoint is moved before it is deleted.
@@ -148,7 +149,7 @@ class Checkpoints:
             self._manager = _Manager(
                 self.folder,
                 options=options,
-                item_names=("params", "optimizer", "progress", "config"),
+                item_names=("params", "trained", "optimizer", "progress", "config"),
             )
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot be used: {error}.") from error
@@ -209,13 +210,16 @@ class Checkpoints:
             return
         self.wait()
         self.check_space(state, count=1)
+        params = state.saved | evaluated(state.trainable, state.opt_state)
+        raw = {"trained": ocp.args.StandardSave(state.trainable)} if state.is_averaged else {}
         with self._explained(step):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(
-                        state.saved, save_args={k: _chunks(v) for k, v in state.saved.items()}
+                        params, save_args={k: _chunks(v) for k, v in params.items()}
                     ),
+                    **raw,
                     optimizer=ocp.args.StandardSave(state.opt_state),
                     progress=ocp.args.JsonSave(progress_to_json(progress)),
                     config=ocp.args.JsonSave(dict(config)),
@@ -257,18 +261,22 @@ class Checkpoints:
           step: One of `steps()`.
           base: Parameters that no checkpoint holds.
         """
+        kept = abstract.trainable if abstract.is_averaged else {}
+        raw = {"trained": ocp.args.StandardRestore(kept)} if kept else {}
         items = self._read(
             step,
+            **raw,
             params=ocp.args.StandardRestore(abstract.saved),
             optimizer=ocp.args.StandardRestore(abstract.opt_state),
             progress=ocp.args.JsonRestore(),
         )
         params = items["params"]
+        trained = items["trained"] if kept else params
         state = TrainState(
             step=jax.make_array_from_callback(
                 (), abstract.step.sharding, lambda _: np.asarray(step, np.int32)
             ),
-            trainable={path: params[path] for path in abstract.trainable},
+            trainable={path: trained[path] for path in abstract.trainable},
             frozen={path: params[path] for path in abstract.frozen},
             opt_state=items["optimizer"],
             base=dict(base or {}),
@@ -336,7 +344,8 @@ class Checkpoints:
         """
         if not distributed.is_first():
             return  # The disk is the same one, and one answer is enough.
-        arrays = jax.tree.leaves((state.saved, state.opt_state))
+        raw = state.trainable if state.is_averaged else {}
+        arrays = jax.tree.leaves((state.saved, raw, state.opt_state))
         size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
         need = max(count - len(self.steps()), 1) * size
         free = shutil.disk_usage(self.folder).free

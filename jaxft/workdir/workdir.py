@@ -23,7 +23,17 @@ from jaxft.hardware.devices import host_memory_total
 from jaxft.workdir.lock import Lock, hold
 
 # Keys on which "the run goes on where it stopped" depends; others may change and are reported.
-_FIXED = ("model.", "data.", "objective.", "train.seed", "train.batch_size", "optim.freeze")
+_FIXED = (
+    "model.",
+    "data.",
+    "objective.",
+    "train.seed",
+    "train.batch_size",
+    "optim.freeze",
+    "optim.name",
+    "optim.moments",
+    "optim.ema",
+)
 _FREE = (
     "model.attention",
     "model.remat",

@@ -72,8 +72,8 @@ def test_bytes_and_copies_are_those_of_arrays_on_devices(strategy):
     config = config_of(strategy)
     placement = make_placement(config)
     found = described(config, TINY, placement=placement)
-    optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1))
     abstract = TINY.abstract(make_numerics("mixed"))
+    optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1), abstract)
     zeros = {path: np.zeros(spec.shape, np.float32) for path, spec in abstract.params.items()}
     state = init_state(zeros, optimizer, "")
     first = placement.mesh.devices.flat[0]

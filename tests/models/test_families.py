@@ -261,7 +261,6 @@ def published_config(shared: Path, name: str) -> dict:
 
 def test_published_models_build_their_state_with_their_size_and_allocate_nothing(shared):
     placement = make_placement(RunConfig(strategy="fsdp"))
-    optimizer = make_optimizer(OptimConfig(), lambda step: 1e-5)
     sizes = load_published_sizes()
     configs = {name: published_config(shared, name) for name in sizes}
     assert {config["model_type"] for config in configs.values()} == FAMILIES.keys()
@@ -271,6 +270,7 @@ def test_published_models_build_their_state_with_their_size_and_allocate_nothing
         abstract = architecture_from_hf(config).abstract(make_numerics("mixed"))
         assert all(isinstance(spec, jax.ShapeDtypeStruct) for spec in abstract.params.values())
         found[name] = sum(spec.size for spec in abstract.params.values())
+        optimizer = make_optimizer(OptimConfig(), lambda step: 1e-5, abstract)
         shardings = placement.shardings(abstract.params, abstract.axes)
         state = abstract_state(abstract.params, shardings, optimizer, "", placement=placement)
         moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.shape)

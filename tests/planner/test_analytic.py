@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jaxft.compiled.collectives import _WIRE
@@ -444,3 +445,47 @@ def test_a_reference_that_is_kept_takes_memory_and_time_and_a_cached_one_a_colum
     assert cached.kinds["batch"] > fixed.kinds["batch"]
     # A forward pass more, beside one forward, one again and two backward.
     assert 1.2 < fixed.seconds / cached.seconds < 1.5
+
+
+OPTIMIZERS = {
+    "adamw": {},
+    "bfloat16": {"moments": "bfloat16"},
+    "int8": {"moments": "int8"},
+    "ema": {"ema": 0.9},
+    "adafactor": {"name": "adafactor"},
+    "lion": {"name": "lion"},
+    "muon": {"name": "muon"},
+    "sgd": {"name": "sgd"},
+    "schedule_free": {"name": "schedule_free", "schedule": "constant"},
+}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp_tp", "zero1"])
+def test_memory_of_each_optimizer_is_that_of_the_programs_state(strategy):
+    for name, keys in OPTIMIZERS.items():
+        if (strategy, name) == ("zero1", "int8"):
+            continue  # its four blocks of the stream do not go over eight devices
+        config = config_of(strategy)
+        config.train.batch_size, config.data.max_length = 16, 32
+        for key, value in keys.items():
+            setattr(config.optim, key, value)
+        architecture = small("llama")
+        placement = make_placement(config)
+        program = make_program(config, architecture, placement=placement)
+        held = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(program.state.opt_state)
+        )
+        abstract = architecture.abstract(make_numerics(config.model.dtypes))
+        assert Placed(placement, abstract, 32).optimizer(config.optim) == held, name
+        assert estimate(config, architecture).kinds["optimizer"] == held, name
+
+
+def test_muon_works_on_layers_that_devices_share_out():
+    config = single("fsdp")
+    plain = estimate(config).flops
+    config.optim.name = "muon"
+    d, f, kv = 4096, 14336, 1024
+    sizes = [(d, d)] * 2 + [(kv, d)] * 2 + [(d, f)] * 3
+    expected = 32 / 8 * sum(5 * (4 * a * a * b + 2 * a**3) for a, b in sizes)
+    assert estimate(config).flops - plain == pytest.approx(expected)

@@ -2,11 +2,13 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxft.config import OptimConfig
+from jaxft.models.module import AbstractModel
 from jaxft.training.optim import make_optimizer, make_schedule
 
 PEAK, STEPS = 2.0, 50
@@ -55,12 +57,14 @@ def test_a_decay_of_less_than_a_step_leaves_all_steps_at_the_peak():
     assert float(schedule(STEPS)) == pytest.approx(0.1 * PEAK)
 
 
+AXES = {"norm.scale": ("norm",), "q.b": ("heads",), "q.w": ("heads", "embed")}
 PARAMS = {"norm.scale": jnp.full(3, 2.0), "q.b": jnp.full(3, 2.0), "q.w": jnp.full((2, 3), 2.0)}
+MODEL = AbstractModel(None, jax.eval_shape(lambda: PARAMS), AXES)
 
 
 def updates(gradient: float, **changes):
     config = OptimConfig(**{"learning_rate": 0.1, "epsilon": 1.0, "weight_decay": 0.0} | changes)
-    optimizer = make_optimizer(config, make_schedule(config, 10))
+    optimizer = make_optimizer(config, make_schedule(config, 10), MODEL)
     gradients = {path: jnp.full_like(value, gradient) for path, value in PARAMS.items()}
     return optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)[0]
 

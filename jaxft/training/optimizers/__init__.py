@@ -1,0 +1,1 @@
+"""Optimizers: the parts that optax has not, or not by the axes of our weights."""

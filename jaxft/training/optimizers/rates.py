@@ -1,0 +1,54 @@
+"""Factors of the learning rate, by pattern, by layer and by the part of an adapter."""
+
+import re
+
+import numpy as np
+
+from jaxft.config import OptimConfig
+from jaxft.errors import ConfigError
+from jaxft.models.families import precedes_layers
+from jaxft.models.module import AbstractModel
+
+
+def factors(config: OptimConfig, model: AbstractModel) -> dict[str, float | np.ndarray]:
+    """Returns `{path: factor}` of parameters whose rate is not the run's.
+
+    Of stacked layers a factor is float32 `[L, 1…]`.
+
+    Args:
+      config: Its `rates`, `layer_decay` and `lora_plus` multiply.
+      model: Gives the parameters.
+
+    Raises:
+      ConfigError: If a pattern matches no parameter, or `lora_plus` is set without adapters.
+    """
+    patterns = config.factors()
+    unmatched = [p for p in patterns if not any(re.search(p, path) for path in model.params)]
+    problems = [f"optim.rates {pattern!r} matches no parameter." for pattern in unmatched]
+    if config.lora_plus != 1 and not any(path.endswith(".lora_b") for path in model.params):
+        problems.append("optim.lora_plus is set, but the model has no adapters; leave it out.")
+    if problems:
+        paths = f"Paths are {', '.join(model.params)}."
+        raise ConfigError([f"{problem} {paths}" for problem in problems])
+    found = {}
+    for path in model.params:
+        factor = next((f for p, f in patterns.items() if re.search(p, path)), 1.0)
+        if path.endswith(".lora_b"):
+            factor *= config.lora_plus
+        by_layer = factor * _of_layer(path, config.layer_decay, model)
+        if np.any(by_layer != 1):
+            found[path] = by_layer
+    return found
+
+
+def _of_layer(path: str, decay: float, model: AbstractModel) -> float | np.ndarray:
+    """Returns the power of the decay that a parameter's distance from the top makes."""
+    axes, shape = model.axes[path], model.params[path].shape
+    if axes[0] == "layers":
+        layers = shape[0]
+        powers = np.float32(decay) ** np.arange(layers, 0, -1, dtype=np.float32)
+        return powers.reshape(layers, *(1,) * (len(shape) - 1))
+    if not precedes_layers(path):
+        return 1.0
+    stacks = [model.params[p].shape[0] for p, names in model.axes.items() if names[0] == "layers"]
+    return decay ** (1 + max(stacks, default=0))
