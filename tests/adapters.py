@@ -11,7 +11,10 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxft.hf.peft.adapter import Adapter
-from jaxft.models.module import merge
+from jaxft.models.adapters import Adaptation
+from jaxft.models.config import Numerics
+from jaxft.models.module import AbstractModel, merge
+from jaxft.models.weights import Site
 from tests.tiny import Tiny, load_tiny
 
 
@@ -22,9 +25,8 @@ def bare_model(case: str) -> Tiny:
 
 
 @functools.cache
-def logits_of(case: str) -> Callable[..., Array]:
-    """Returns what computes a case's logits `[B, T, V]` of parameters and tokens `[B, T]`."""
-    graphdef = bare_model(case).abstract.graphdef
+def logits_of(graphdef: Any) -> Callable[..., Array]:
+    """Returns what computes a model's logits `[B, T, V]` of parameters and tokens `[B, T]`."""
 
     @jax.jit
     def forward(params, tokens):
@@ -95,7 +97,7 @@ def merged(tiny: Tiny, adapter: Adapter) -> dict[str, Any]:
     """
     params = {path: np.array(value, np.float64) for path, value in tiny.params.items()}
     for path in adapter.whole():
-        params[path] = adapter.arrays[path]
+        params[path] = np.array(adapter.arrays[path], np.float64)
     for table in adapter.owners("rows"):
         params[f"{table}.w"][list(adapter.tokens)] = adapter.arrays[f"{table}.rows"]
     for site in adapter.owners("lora_b"):
@@ -104,6 +106,26 @@ def merged(tiny: Tiny, adapter: Adapter) -> dict[str, Any]:
             params[f"{site}.w"] *= per_output(tiny, site, magnitude, params[f"{site}.w"])
     specs = tiny.abstract.params
     return {path: jnp.asarray(value, specs[path].dtype) for path, value in params.items()}
+
+
+def adapted(tiny: Tiny, adapter: Adapter) -> tuple[AbstractModel, dict[str, Any]]:
+    """Returns the model with leaves for an adapter, and the values of all parameters."""
+    sites = {
+        site: Site(
+            adapter.rank(site),
+            alpha,
+            adapter.rslora,
+            magnitude=f"{site}.magnitude" in adapter.arrays,
+            start=f"{site}.start_a" in adapter.arrays,
+        )
+        for site, alpha in adapter.alphas.items()
+    }
+    adaptation = Adaptation(sites, rows=adapter.tokens)
+    architecture = dataclasses.replace(tiny.architecture, adaptation=adaptation)
+    abstract = architecture.abstract(Numerics())
+    params = {**tiny.params, **adapter.arrays}
+    assert params.keys() == abstract.params.keys()
+    return abstract, {path: jnp.asarray(value) for path, value in params.items()}
 
 
 def update(tiny: Tiny, adapter: Adapter, site: str) -> np.ndarray:

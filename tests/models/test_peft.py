@@ -5,26 +5,36 @@ import pytest
 
 from jaxft.hf.peft.read import read_adapter
 from jaxft.models.families import FAMILIES
-from tests.adapters import bare_model, logits_of, merged, shapes_of
+from tests.adapters import adapted, bare_model, logits_of, merged, shapes_of
 from tests.oracle.adapter_cases import MAKINGS, load_made
 from tests.oracle.cases import CASES
 
-# A model is compiled once for all of its adapters.
-IN_SHORT = ("llama", "phi3", "gpt2")
-BY_PEFT = [
-    pytest.param(name, marks=[pytest.mark.slow(seconds=3)] * (not name.startswith(IN_SHORT)))
-    for name in MAKINGS
-]
+
+def marked(short: tuple[str, ...]) -> list:
+    """Returns the names of all adapters; those that do not begin so take long."""
+    long = pytest.mark.slow(seconds=4)
+    return [pytest.param(name, marks=[] if name.startswith(short) else [long]) for name in MAKINGS]
 
 
 def test_peft_made_an_adapter_of_every_family():
     assert {CASES[making.case]["model_type"] for making in MAKINGS.values()} == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", BY_PEFT)
-def test_an_adapter_made_by_peft_gives_its_logits(name, tmp_path):
+# A model is compiled once for all adapters that are merged into it.
+@pytest.mark.parametrize("name", marked(("llama", "phi3", "gpt2")))
+def test_an_adapter_made_by_peft_gives_its_logits_when_it_is_merged(name, tmp_path):
     made = load_made(name)
     tiny = bare_model(made.case)
     adapter = read_adapter(made.write(tmp_path), tiny.architecture.naming, shapes_of(tiny))
-    logits = logits_of(made.case)(merged(tiny, adapter), made.tokens)
+    logits = logits_of(tiny.abstract.graphdef)(merged(tiny, adapter), made.tokens)
+    np.testing.assert_allclose(logits, made.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", marked(("llama_dora", "llama_head")))
+def test_an_adapter_made_by_peft_gives_its_logits_beside_the_model(name, tmp_path):
+    made = load_made(name)
+    tiny = bare_model(made.case)
+    adapter = read_adapter(made.write(tmp_path), tiny.architecture.naming, shapes_of(tiny))
+    abstract, params = adapted(tiny, adapter)
+    logits = logits_of(abstract.graphdef)(params, made.tokens)
     np.testing.assert_allclose(logits, made.logits, atol=1e-4)
