@@ -826,3 +826,23 @@ def test_a_run_on_parts_of_sources_is_resumed_bit_for_bit_and_lists_what_it_left
     assert answers is not None
     # A fifth of 50 and of 20 rows, of which a pass takes 10 and, for a quarter, 3.
     assert len(answers.right) == 13
+
+
+@pytest.mark.slow(seconds=15)
+def test_the_average_of_weights_is_what_is_evaluated_exported_and_resumed(
+    home, config, monkeypatch
+):
+    changes = {"optim__ema": 0.9, "optim__learning_rate": 0.01, "train__steps": 3}
+    changes |= {"data__validation": held_out(home), "train__eval_every": 3, "train__save_every": 1}
+    whole, parts = config("averaged", **changes), config("averaged_parts", **changes)
+    result = train(whole)
+    checkpoint = result.workdir / "checkpoints/3"
+    arrays = read_arrays(checkpoint)
+    [average] = [name for name in arrays if name.endswith("['average']['embed.w']")]
+    np.testing.assert_array_equal(arrays["params['embed.w']"], arrays[average])
+    crash(monkeypatch, parts, step=3)
+    resumed = train(parts, resume=True)
+    assert_same_arrays(resumed.workdir / "checkpoints/3", checkpoint)
+    evaluated = read_records(result.workdir / "eval.jsonl")[-1]["loss"]
+    found = jaxft.evaluate(whole, checkpoint)["validation"]
+    assert found.sums.loss.value == pytest.approx(evaluated, rel=1e-5)

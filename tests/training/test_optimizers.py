@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxft.training.optimizers.rounding import apply_updates, round_stochastical
 from jaxft.training.program import make_placement
 from jaxft.training.state import TrainState, abstract_state, init_state
 from jaxft.workdir.checkpoint import Checkpoints, Progress
+from tests.oracle import optimizers as oracle
 
 AXES = {
     "embed.w": ("vocab", "embed"),
@@ -128,6 +130,25 @@ def test_adafactor_is_that_of_the_unstacked_matrices():
         optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0)
     )
     assert_unstacked_equal(scale_by_adafactor(AXES), theirs)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_steps_are_those_of_published_optimizers(name):
+    """Of transformers' Adafactor, and of torch's Muon, which multiplies in bfloat16."""
+    axes = {"layers.w": ("layers", "mlp", "embed")}
+    params = {"layers.w": oracle.gradient(0)[None]}
+    model = AbstractModel(None, jax.eval_shape(lambda: params), axes)
+    config = OptimConfig(name=name, clip_norm=0.0, weight_decay=oracle.DECAY)
+    optimizer = make_optimizer(config, optax.constant_schedule(oracle.RATE), model)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for step in range(1, 1 + oracle.STEPS):
+        gradients = {"layers.w": oracle.gradient(step)[None]}
+        updates, state = update(gradients, state, params)
+        params = jax.tree.map(np.add, params, updates)
+    with np.load(Path(oracle.__file__).with_suffix(".npz")) as stored:
+        found, expected = params["layers.w"][0], stored[name]
+        atol = oracle.RATE * (1e-4 if name == "adafactor" else 0.05)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
 
 def test_muon_makes_each_matrix_orthogonal_and_as_large_as_steps_of_adamw():
