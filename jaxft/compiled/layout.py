@@ -197,7 +197,7 @@ def describe_run(
         a training run would be refused.
     """
     placement = make_placement(config, devices)
-    architecture = find_architecture(config.model)
+    architecture = find_architecture(config)
     if devices is not None and not compiled and config.model.attention in ("splash", "cudnn"):
         # Made-up devices have no kernels; where arrays live is the same with others.
         config = with_any_attention(config)

@@ -18,7 +18,7 @@ from jaxft.models import activations as names
 from jaxft.models.families import Architecture
 from jaxft.planner.footprint import Footprint
 from jaxft.planner.kernels import efficiency, mean_visible_pairs
-from jaxft.planner.placed import Placed
+from jaxft.planner.placed import Placed, Weight
 from jaxft.planner.timeline import ATTENTION, DCN, ICI, MATMUL, MEMORY, TO_HOST, WAIT, Rates
 from jaxft.planner.topology import Topology
 from jaxft.sharding.reduce import WeightPlan
@@ -261,10 +261,13 @@ class _Run(Footprint):
     def _work(self) -> _Work:
         """Returns the FLOPs of weights and of attention on one device in a micro-batch."""
         products = self._products()
-        forward = sum(products.values())
+        forward, beside = sum(products.values()), self._beside()
         # Gradients of what products read, and of weights that are trained.
         layer = forward * (1 + self.back * (1 + self._trained_share()))
         layer += sum(products[name] for name in self.again - {names.ATTENTION})
+        layer += sum(m * (1 + self.back * (1 + trained)) for m, trained in beside)
+        forward += sum(m for m, _ in beside)
+        layer += sum(m for m, _ in beside) * bool(self.again)
         # Forward, its logits once more, and two gradients.
         head = 1 + self.learns * (1 + self.back + self.placed.head.trained)
         # The kernels of flash attention make scores once more for the gradients.
@@ -282,15 +285,28 @@ class _Run(Footprint):
             attention=2 * attention * pairs * self.layers,
         )
 
-    def _trained_share(self) -> float:
-        """Returns the share of multiplications in layers whose weights have a gradient."""
+    def _met(self, weight: Weight) -> float:
+        """Returns the numbers of a layer's weight that a token is multiplied with."""
         experts = self.model.experts
-        met = self.chosen / experts.count if experts else 1.0
-        sizes = [
-            (math.prod(weight.shape) * (met if weight.routed else 1.0), weight.trained)
-            for weight in self.placed.weights
-        ]
+        met = self.chosen / experts.count if experts and weight.routed else 1.0
+        return math.prod(weight.shape) * met
+
+    def _trained_share(self) -> float:
+        """Returns the share of the model's own weights, as tokens meet them, with a gradient."""
+        sizes = [(self._met(w), w.trained) for w in self.placed.weights if not w.beside]
         return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+
+    def _beside(self) -> list[tuple[float, bool]]:
+        """Returns multiplications of each token with adapters of one layer, and which train.
+
+        Experts lie along the devices that tokens travel between, each of which has its share.
+        """
+        found = []
+        for weight in self.placed.weights:
+            if weight.beside:
+                cut = weight.plan.held[weight.routed :]
+                found.append((self._met(weight) / self._parts(cut), weight.trained))
+        return found
 
     def _layer_seconds(self, work: _Work) -> float:
         """Returns seconds that layers take for one micro-batch."""

@@ -74,7 +74,7 @@ def plan(
     made_up = [topology for topology in topologies if not topology.can_compile]
     if made_up:
         _make_up_devices(made_up, larger=request.remedies and not request.search)
-    architecture = find_architecture(config.model)
+    architecture = find_architecture(config)
     planner = Planner(architecture=architecture, prices=prices, cache=request.cache)
     plans: list[Plan] = []
     searches: list[Search] = []

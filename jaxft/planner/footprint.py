@@ -146,7 +146,7 @@ class Footprint:
         kinds = {
             "parameters": self.placed.parameters,
             "optimizer": self.optimizer,
-            "reference": self.placed.parameters * (self.objective.uses_reference == "fixed"),
+            "reference": self.placed.reference * (self.objective.uses_reference == "fixed"),
             "batch": self._batch_bytes() * self.passes,
             "gradients": gradients * (summed + (1 if self.passes > 1 else 0)),
             "activations": kept,
@@ -157,7 +157,9 @@ class Footprint:
         }
         # What the head has in hand is gone when layers run backward: the fuller moment counts.
         head = self._vocab() * self.model.embed
-        at_head = {"logits": self._logits_bytes() + 4 * head, "weights": head * self.itemsize}
+        # Its gradient is summed in float32.
+        gradient = 4 * head * self.placed.head.trained
+        at_head = {"logits": self._logits_bytes() + gradient, "weights": head * self.itemsize}
         in_layers = {"weights": self._layer_weights(), "temporaries": self._layer_working_set()}
         kinds |= max(at_head, in_layers, key=lambda moment: sum(moment.values()))
         return {kind: round(size) for kind, size in kinds.items()}, round(host)

@@ -1,7 +1,7 @@
 """A device's memory by what it is for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from jaxft.hardware.chips import Chip
@@ -62,7 +62,8 @@ def memory_of(
     held: Mapping[str, int],
     chip: Chip,
     *,
-    parameters: Mapping[str, tuple[int, ...]],
+    trained: Collection[tuple[int, ...]],
+    fixed: Collection[tuple[int, ...]],
     batch: int,
     architecture: DecoderConfig,
 ) -> Memory:
@@ -73,7 +74,8 @@ def memory_of(
       peak: Its fullest moment.
       held: Bytes of parameters, gradients, optimizer state and reference on one device.
       chip: One device's.
-      parameters: Shape of what a device holds of each parameter.
+      trained: Shapes of what a device holds of parameters that train.
+      fixed: Shapes of what it holds of the others.
       batch: Bytes of what a device holds of the batch.
       architecture: Of the model.
     """
@@ -87,9 +89,8 @@ def memory_of(
     kinds["padding"] = max(0, allocation.arguments - sum(kinds.values()))
     kinds["program"] = allocation.program
     found = dict.fromkeys(KINDS, 0)
-    shapes = set(parameters.values())
     for buffer in peak.buffers:
-        found[_kind(buffer, shapes, architecture)] += buffer.bytes
+        found[_kind(buffer, trained, fixed, architecture)] += buffer.bytes
     inside = max(0, allocation.total - allocation.arguments - allocation.program)
     total = sum(found.values())
     # What the walk misses is room that the allocator leaves; what it counts twice is scaled away.
@@ -115,15 +116,23 @@ def memory_without_program(compiled: Compiled, held: Mapping[str, int], chip: Ch
     return Memory(limit=compiled.available or chip.limit, used=compiled.needed, kinds=kinds)
 
 
-def _kind(buffer: Buffer, shapes: set[tuple[int, ...]], architecture: DecoderConfig) -> str:
+def _kind(
+    buffer: Buffer,
+    trained: Collection[tuple[int, ...]],
+    fixed: Collection[tuple[int, ...]],
+    architecture: DecoderConfig,
+) -> str:
     """Names a buffer by its shape, which is that of a parameter, of a stack or of logits."""
     sizes = tuple(size for size in buffer.sizes if size > 1)
-    own = {tuple(size for size in shape if size > 1) for shape in shapes}
+    own, layer = _sizes(trained)
     if sizes in own:
         return "gradients"
-    layer = {tuple(s for s in shape[1:] if s > 1) for shape in shapes if len(shape) > 1}
     if sizes in layer:
         return "gradients" if "transpose" in buffer.origin else "weights"
+    own_fixed, layer_fixed = _sizes(fixed)
+    own, layer = own | own_fixed, layer | layer_fixed
+    if sizes in own_fixed | layer_fixed:
+        return "weights"
     if len(sizes) >= 3 and buffer.sizes[0] == architecture.layers:
         return "activations"
     if _is_gathered(sizes, own | layer, architecture):
@@ -131,6 +140,14 @@ def _kind(buffer: Buffer, shapes: set[tuple[int, ...]], architecture: DecoderCon
     if architecture.vocab in sizes:
         return "logits"
     return "temporaries"
+
+
+def _sizes(
+    shapes: Collection[tuple[int, ...]],
+) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+    """Returns sizes other than 1 of arrays, and of those that hold many layers one layer's."""
+    own = {tuple(size for size in shape if size > 1) for shape in shapes}
+    return own, {tuple(s for s in shape[1:] if s > 1) for shape in shapes if len(shape) > 1}
 
 
 def _is_gathered(

@@ -10,6 +10,7 @@ import optax
 
 from jaxft.compiled.layout import cpu_devices
 from jaxft.config import OptimConfig, RunConfig
+from jaxft.models.adapters import NOTHING, Adaptation, is_beside
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, reaches_layers
@@ -31,12 +32,14 @@ class Weight(NamedTuple):
       plan: The way devices hold, gather and reduce it.
       trained: Whether it has a gradient.
       routed: Whether it is of all experts, of which a token meets a few.
+      beside: Whether it is of an adapter.
     """
 
     shape: tuple[int, ...]
     plan: WeightPlan
     trained: bool
     routed: bool = False
+    beside: bool = False
 
 
 class Placed:
@@ -47,6 +50,7 @@ class Placed:
       abstract: The model.
       length: Positions of a row.
       freeze: As `optim.freeze`: what it matches has no gradient and no moments.
+      adaptation: What is learnt beside the model; without it all of the model is.
       flash: Whether attention's scores are made a block at a time, and not of whole rows.
     """
 
@@ -56,11 +60,12 @@ class Placed:
         abstract: AbstractModel,
         length: int,
         freeze: str = "",
+        adaptation: Adaptation = NOTHING,
         *,
         flash: bool = True,
     ):
         self.placement, self.abstract, self.length = placement, abstract, length
-        self.trainable = partition(abstract.params, freeze).trainable
+        self.trainable = partition(abstract.params, freeze, adaptation).trainable
         self.flash = flash
 
     @functools.cached_property
@@ -99,6 +104,11 @@ class Placed:
                 total += math.prod(stacked) / parts * TURNS * short**2 * (4 * long + 2 * short)
         return total
 
+    @functools.cached_property
+    def reference(self) -> int:
+        """Bytes of the model's own weights that train, as they were, on a device."""
+        return self._held({p: spec for p, spec in self.trainable.items() if not is_beside(p)})
+
     def _held(
         self, params: Mapping[str, jax.ShapeDtypeStruct], rules: Mapping[str, Any] | None = None
     ) -> int:
@@ -110,9 +120,15 @@ class Placed:
 
     @functools.cached_property
     def weights(self) -> list[Weight]:
-        """Each weight of one layer."""
+        """Each weight of one layer, and each matrix of its adapter."""
         return [
-            Weight(shape, self._plan(axes[1:], shape), path in self.trainable, "experts" in axes)
+            Weight(
+                shape,
+                self._plan(axes[1:], shape),
+                path in self.trainable,
+                "experts" in axes,
+                is_beside(path),
+            )
             for path, axes in self.abstract.axes.items()
             if axes[0] == "layers" and len(axes) >= 3
             for shape in [tuple(self.abstract.params[path].shape)[1:]]
@@ -123,12 +139,18 @@ class Placed:
         """The head, which may be the embedding's table too."""
         path = "head.w" if "head.w" in self.abstract.params else "embed.w"
         shape = tuple(self.abstract.params[path].shape)
-        return Weight(shape, self._plan(("vocab", "embed"), shape), path in self.trainable)
+        trained = self._has_gradient(path)
+        return Weight(shape, self._plan(("vocab", "embed"), shape), trained)
 
     @property
     def trains_embedding(self) -> bool:
         """Whether the table of embeddings has a gradient."""
-        return "embed.w" in self.trainable
+        return self._has_gradient("embed.w")
+
+    def _has_gradient(self, table: str) -> bool:
+        """Whether a table has one: what is learnt beside it is made part of it first."""
+        site = table.rpartition(".")[0]
+        return any(path.rpartition(".")[0] == site for path in self.trainable)
 
     @property
     def reaches_layers(self) -> bool:
@@ -208,7 +230,11 @@ def attention_on(
 
 
 def place(
-    config: RunConfig, placement: Placement, abstract: AbstractModel, attention: Choice
+    config: RunConfig,
+    architecture: Architecture,
+    placement: Placement,
+    abstract: AbstractModel,
+    attention: Choice,
 ) -> Placed:
     """Returns what estimates of a run need of the model on a mesh, with a back end of attention."""
     return Placed(
@@ -216,6 +242,7 @@ def place(
         abstract,
         config.data.max_length,
         config.optim.freeze,
+        architecture.adaptation,
         # Rows that are split go round in a ring, a block at a time.
         flash=attention.backend != "xla",
     )

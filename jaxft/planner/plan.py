@@ -134,6 +134,7 @@ class Plan:
     Attributes:
       model: Path or name.
       parameters: Number of parameters.
+      trained: Number of those that train.
       topology: The slice.
       strategy: Name of the strategy.
       mesh: Devices along each axis.
@@ -154,6 +155,7 @@ class Plan:
 
     model: str
     parameters: int
+    trained: int
     topology: Topology
     strategy: str
     mesh: dict[str, int]
@@ -215,6 +217,11 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_jsonable(item) for item in value]
     return value
+
+
+def said_to_train(plan: Plan) -> str:
+    """Returns how many parameters train, to follow the number of all; nothing if all do."""
+    return f", of which {plan.trained:,} train" if plan.trained < plan.parameters else ""
 
 
 def describe_shape(topology: Topology) -> str:

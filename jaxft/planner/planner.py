@@ -79,16 +79,17 @@ class Planner:
             return Plan(**common, memory=memory, work=work)
         found = self._read(compiled.text, topology, program)
         time = step_time(found, topology) if topology.chip.bfloat16 else None
-        shapes = {
-            path: leaf.sharding.shard_shape(leaf.shape)
-            for path, leaf in program.state.params.items()
-        }
+        trained, fixed = (
+            {leaf.sharding.shard_shape(leaf.shape) for leaf in leaves.values()}
+            for leaves in (program.state.trainable, program.state.frozen | program.state.base)
+        )
         memory = memory_of(
             compiled,
             peak_of(found.module),
             held,
             topology.chip.core,
-            parameters=shapes,
+            trained=trained,
+            fixed=fixed - trained,
             batch=_bytes_per_device(program.batch),
             architecture=self.architecture.config,
         )
@@ -124,7 +125,7 @@ class Planner:
         program = make_program(with_any_attention(config), self.architecture, placement=placement)
         choice = attention_on(config, self.architecture, topology, placement)
         abstract = program.evaluator.abstract
-        placed = place(config, placement, abstract, choice)
+        placed = place(config, self.architecture, placement, abstract, choice)
         estimator = Estimator(architecture=self.architecture, topology=topology, rates=self.rates)
         found = estimator.estimate(config, placed)
         needed = self._needed(config, program)
@@ -277,6 +278,7 @@ def _header(config: RunConfig, topology: Topology, program: Program) -> dict[str
     return {
         "model": config.model.path,
         "parameters": program.evaluator.parameters,
+        "trained": sum(math.prod(leaf.shape) for leaf in program.state.trainable.values()),
         "topology": topology,
         "strategy": placement.name,
         "mesh": dict(placement.mesh.shape),

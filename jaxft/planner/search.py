@@ -167,7 +167,7 @@ def _placed(
     if signature in signatures:
         return None
     signatures.add(signature)
-    return place(config, placement, abstract, attention)
+    return place(config, architecture, placement, abstract, attention)
 
 
 def _signature(placement: Placement, abstract: AbstractModel) -> tuple:

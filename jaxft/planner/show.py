@@ -11,7 +11,7 @@ from jaxft.console import make_table, stdout
 from jaxft.formatting import format_bytes, format_seconds
 from jaxft.hardware.chips import Chip, Switch
 from jaxft.planner.candidates import Candidate, Search
-from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape
+from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape, said_to_train
 from jaxft.planner.timeline import ICI
 
 # Rows of a search that are shown; all are in its JSON.
@@ -31,7 +31,7 @@ def print_plan(plan: Plan) -> None:
     """Prints what a run would cost: facts of the compiled program first, then estimates."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     _say(
-        f"[bold]{escape(plan.model)}[/bold]: {plan.parameters:,} parameters, "
+        f"[bold]{escape(plan.model)}[/bold]: {plan.parameters:,} parameters{said_to_train(plan)}, "
         f"{escape(plan.strategy)} on {describe_shape(plan.topology)} ({mesh})"
     )
     _say(_verdict(plan))

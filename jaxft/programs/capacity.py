@@ -79,7 +79,7 @@ class Estimates:
             check_strategy(config, self._architecture, placement)
             abstract = self._architecture.abstract(make_numerics(model.dtypes))
             choice = attention_on(config, self._architecture, self._topology, placement)
-            self._placed[key] = place(config, placement, abstract, choice)
+            self._placed[key] = place(config, self._architecture, placement, abstract, choice)
         return self._placed[key]
 
 
@@ -201,7 +201,7 @@ def explained(task: Task, config: RunConfig) -> Iterator[None]:
 
 def _explain(task: Task, config: RunConfig) -> str:
     try:
-        estimates = Estimates(find_architecture(config.model))
+        estimates = Estimates(find_architecture(config))
         kinds, found = task.kinds(config, estimates), here(config)
     except JaxftError:
         return ""

@@ -5,11 +5,12 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxft.config import ModelConfig
+from jaxft.config import RunConfig
 from jaxft.errors import CheckpointError, ConfigError, ModelError
 from jaxft.hf.folder import ModelFolder
 from jaxft.hf.hub import resolve
 from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.training.adaptation import adapted
 from jaxft.workdir.adapter_note import AdapterNote, read_note
 from jaxft.workdir.checkpoint import Checkpoints
 
@@ -137,10 +138,19 @@ def find_source(
     return Source(path / "model", folder, number, str(path), choice)
 
 
-def find_architecture(config: ModelConfig) -> Architecture:
-    """Reads the model's config.json, from a folder or the hub; no weights are needed.
+def find_architecture(config: RunConfig) -> Architecture:
+    """Reads a run's model from its config.json, of a folder or the hub; no weights are needed.
+
+    What the run learns beside the model is part of it. As no tokenizer is read, added tokens have
+    the first ids, and the tables no rows more.
 
     Raises:
       ModelError: If there is no such model, or it is not supported.
+      ConfigError: If the run's adapter cannot be.
     """
-    return find_source(config.path, revision=config.revision, weights=False).architecture
+    model = config.model
+    found = find_source(model.path, revision=model.revision, weights=False).architecture
+    if found.adaptation:
+        return found
+    added = range(len(model.added_tokens))
+    return adapted(found, config.adapter, added=added, whole=model.random_init)

@@ -11,7 +11,7 @@ import pytest
 from jaxft.compiled.collectives import _WIRE
 from jaxft.compiled.hlo import Module
 from jaxft.compiled.layout import describe, make_program
-from jaxft.config import RunConfig
+from jaxft.config import AdapterConfig, RunConfig
 from jaxft.errors import ConfigError
 from jaxft.hardware.chips import chip_named
 from jaxft.models.config import make_numerics
@@ -20,6 +20,7 @@ from jaxft.planner.analytic import Estimate, Estimator, Evaluation, Exchanged
 from jaxft.planner.cost import totals
 from jaxft.planner.placed import Placed
 from jaxft.planner.topology import Topology
+from jaxft.training.adaptation import adapted
 from jaxft.training.program import make_placement
 from tests.oracle.cases import CASES, FAMILY_CASES
 from tests.strategies import BUILT_IN, FOR_EXPERTS
@@ -40,7 +41,7 @@ def estimate(
     placement = make_placement(config)
     abstract = architecture.abstract(make_numerics(config.model.dtypes))
     length, freeze = config.data.max_length, config.optim.freeze
-    placed = Placed(placement, abstract, length, freeze, flash=flash)
+    placed = Placed(placement, abstract, length, freeze, architecture.adaptation, flash=flash)
     return Estimator(architecture=architecture, topology=topology).estimate(config, placed)
 
 
@@ -179,6 +180,10 @@ def small_run(remat: str, *, freeze: str = "", capacity: float = 0.0, **keys: An
     return config
 
 
+TP = "llama", {"strategy": "fsdp_tp", "mesh__tensor": 2}
+EP = "mixtral", {"strategy": "ep", "mesh__expert": 4, "capacity": 1.0}
+
+
 def compiled_flops(config: RunConfig, architecture: Architecture) -> float:
     """Of matrix products in the program for eight CPU devices, on one of them."""
     program = make_program(config, architecture, placement=make_placement(config))
@@ -234,6 +239,21 @@ def test_of_what_is_frozen_nothing_is_exchanged_or_kept():
     assert sent("embed|layers", "all-gather") - head == (sent("", "all-gather") - head) / 2
     found = estimate(small_run("none", freeze="embed|layers"), small("llama"))
     assert found.kinds["activations"] == 0
+
+
+@pytest.mark.parametrize(("family", "keys"), [TP, EP])
+def test_an_adapter_takes_what_it_takes_compiled(family, keys):
+    config = small_run("full", **keys)
+    architecture = adapted(small(family), AdapterConfig(rank=16))
+    program = make_program(config, architecture, placement=make_placement(config))
+    compiled, found = program.compile(), estimate(config, architecture, flash=False)
+    kinds = found.kinds
+    held = kinds["parameters"] + kinds["optimizer"] + kinds["batch"]
+    memory = compiled.memory_analysis()
+    assert held == pytest.approx(memory.argument_size_in_bytes, abs=64)  # but for counters
+    assert kinds["optimizer"] == pytest.approx(2 * kinds["gradients"], abs=64)
+    flops = totals(Module(compiled.as_text()), lambda *_: None)[0]
+    assert found.flops - MERGED == pytest.approx(flops, rel=5e-3)
 
 
 def test_a_stage_runs_forward_again_and_keeps_inputs_alone():

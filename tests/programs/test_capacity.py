@@ -50,7 +50,7 @@ def config(home, tmp_path):
 
 def compiled_bytes(config):
     """What the compiler says that a training step takes on a device."""
-    architecture = find_architecture(config.model)
+    architecture = find_architecture(config)
     program = make_program(config, architecture, placement=make_placement(config))
     memory = program.compile().memory_analysis()
     apart = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -58,12 +58,12 @@ def compiled_bytes(config):
 
 
 def estimated_bytes(config, task=TRAINING):
-    return sum(task.kinds(config, Estimates(find_architecture(config.model))).values())
+    return sum(task.kinds(config, Estimates(find_architecture(config))).values())
 
 
 def changes_for(config, limit, task=TRAINING):
     """The changes with which a run fits into so many bytes."""
-    estimates = Estimates(find_architecture(config.model))
+    estimates = Estimates(find_architecture(config))
     kinds = task.kinds(config, estimates)
     assert sum(kinds.values()) > limit
     return find_changes(task, config, estimates, kinds, Room(limit, limit, "this machine"))
@@ -143,7 +143,7 @@ def test_what_is_held_throughout_is_refused_and_what_may_not_fit_is_warned_of(
     config, monkeypatch, capfd
 ):
     run = config(train__batch_size=64, train__steps=2)
-    kinds = TRAINING.kinds(run, Estimates(find_architecture(run.model)))
+    kinds = TRAINING.kinds(run, Estimates(find_architecture(run)))
     has(monkeypatch, kinds["parameters"] + kinds["optimizer"] - 1)
     with pytest.raises(OutOfMemoryError, match="parameters and optimizer alone take"):
         train(run)
@@ -293,6 +293,6 @@ def test_evaluation_is_estimated_beside_the_optimizers_state(config, home):
     run = config(eval__batch_size=4096)
     alone = estimated_bytes(run)
     run.data.validation = str(home / "held_out.jsonl")
-    kinds = TRAINING.kinds(run, Estimates(find_architecture(run.model)))
-    tested = EVALUATION.kinds(run, Estimates(find_architecture(run.model)))
+    kinds = TRAINING.kinds(run, Estimates(find_architecture(run)))
+    tested = EVALUATION.kinds(run, Estimates(find_architecture(run)))
     assert sum(kinds.values()) == sum(tested.values()) + kinds["optimizer"] > alone

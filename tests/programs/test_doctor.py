@@ -207,7 +207,7 @@ def test_what_a_run_takes_is_held_against_the_memory_that_is_here(tmp_path, mode
     config.data.max_length = 64
     (check,) = check_run_memory(config)
     assert check.status == "ok" and "on a device by estimate (" in check.detail
-    whole = capacity.judge(config, find_architecture(config.model)).bytes
+    whole = capacity.judge(config, find_architecture(config)).bytes
     check = check_memory(config, monkeypatch, 2 * whole, whole - 1)
     assert check.status == "warning" and "now in use" in check.detail
     check = check_memory(config, monkeypatch, whole - 1, whole - 1)

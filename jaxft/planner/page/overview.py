@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from jaxft.formatting import format_bytes, format_count, format_seconds
 from jaxft.planner.page.parts import fit_words, interval, money, percent
-from jaxft.planner.plan import Plan, describe_shape
+from jaxft.planner.plan import Plan, describe_shape, said_to_train
 from jaxft.reporting.pages import Tile
 
 
@@ -57,7 +57,8 @@ def tiles_of(plan: Plan) -> Iterator[Tile]:
     note += f"{format_bytes(memory.used)}{of}{source}"
     yield Tile("Memory", verdict.capitalize(), note, lead=True, bad=not plan.fits)
     yield from _speed_tiles(plan)
-    yield Tile("Parameters", format_count(plan.parameters), f"{plan.parameters:,}")
+    count = f"{plan.parameters:,}{said_to_train(plan)}"
+    yield Tile("Parameters", format_count(plan.parameters), count)
     names = [describe_shape(topology), topology.sold_as and f"sold as {topology.sold_as}"]
     if topology.device_count != topology.chips:
         names.append(f"{topology.device_count:,} devices")
