@@ -71,7 +71,7 @@ def _as_fp8(w: np.ndarray, block: int) -> np.ndarray:
 
 def _stored(kind: str) -> Callable[[np.ndarray], np.ndarray]:
     return lambda w: np.asarray(
-        quantised.decode(*quantised.encode(jnp.asarray(w), kind), jnp.float32)
+        quantised.decode(*quantised.encode(jnp.asarray(w), kind, block=_BLOCK), jnp.float32)
     )
 
 

@@ -3,8 +3,10 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -27,33 +29,60 @@ type Box = tuple[slice, ...]
 type Sources = dict[tuple[int, ...], tuple[Part, Stored]]
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A parameter that is held in another form than files have it.
+
+    Attributes:
+      leaves: `{dotted path: shape, dtype and sharding}` of the arrays that stand for it. Their
+        dimensions are its own, the last one in coarser steps or not, and all are split alike; the
+        first has its shape.
+      encode: Maps any part of it that is whole along the last dimension, or one of the parts that
+        this is split into, to that part of each leaf, in their order.
+    """
+
+    leaves: Mapping[str, jax.ShapeDtypeStruct]
+    encode: Callable[[jax.Array], tuple[jax.Array, ...]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return next(iter(self.leaves.values())).shape
+
+
 def load_params(
     folder: Path,
     naming: Naming,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
+    encoded: Mapping[str, Encoded] = MappingProxyType({}),
 ) -> dict[str, jax.Array]:
     """Reads the parameters of a model into their shardings.
 
     Everything is checked from the headers before the first parameter is allocated. Then only what
     this host's devices need is read, once, however many of them need it. On CPUs the memory that
     is read into is the arrays' own. For accelerators the host holds three pieces of a parameter of
-    at most 128 MiB each, and 8 MiB for each of four reading threads.
+    at most 128 MiB each, and 8 MiB for each of four reading threads. What is encoded passes through
+    such pieces on every kind of device, and is never there as a whole before.
 
     Args:
       folder: Holds model.safetensors, or its shards with model.safetensors.index.json.
       naming: The model's.
       abstract: `{dotted path: shape, dtype to cast to, and sharding}`; a sharding of None is the
         first device.
+      encoded: Further parameters by path, which are encoded piece by piece.
 
     Raises:
       ModelError: With every missing, unexpected or wrongly shaped tensor and every broken file.
     """
-    shapes = {path: spec.shape for path, spec in abstract.items()}
+    shapes = {path: spec.shape for path, spec in {**abstract, **encoded}.items()}
     sources = _find(folder, naming, shapes)
     with Reader() as reader:
-        return {
+        params = {
             path: _load(reader, spec, sources[path]) for path, spec in _with_shardings(abstract)
         }
+        for path, parameter in encoded.items():
+            params |= _load_encoded(reader, parameter, sources[path])
+    return params
 
 
 def read_slices(
@@ -150,12 +179,16 @@ def _with_shardings(
         yield path, jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
 
-def _load(reader: Reader, spec: jax.ShapeDtypeStruct, sources: Sources) -> jax.Array:
+def _boxes_of(spec: jax.ShapeDtypeStruct) -> tuple[list[Box], list[list[Any]]]:
+    """Returns the parts of an array that devices of this process hold, and the devices of each."""
     devices_of: dict[Box, list[Any]] = {}
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
         devices_of.setdefault(_box(index or (), spec.shape), []).append(device)
-    boxes = list(devices_of)
-    owners = list(devices_of.values())
+    return list(devices_of), list(devices_of.values())
+
+
+def _load(reader: Reader, spec: jax.ShapeDtypeStruct, sources: Sources) -> jax.Array:
+    boxes, owners = _boxes_of(spec)
     if _have_host_memory(spec.sharding.addressable_devices):
         # Nobody writes into these again: JAX takes them over without a copy.
         values = _read_boxes(reader, boxes, spec.dtype, sources)
@@ -165,8 +198,21 @@ def _load(reader: Reader, spec: jax.ShapeDtypeStruct, sources: Sources) -> jax.A
             for device in devices
         ]
     else:
-        arrays = _stage(reader, boxes, owners, spec.dtype, sources)
+        [arrays] = _stage(reader, boxes, owners, spec.dtype, sources)
     return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, arrays)
+
+
+def _load_encoded(reader: Reader, parameter: Encoded, sources: Sources) -> dict[str, jax.Array]:
+    leaves = dict(_with_shardings(parameter.leaves))
+    boxes, owners = _boxes_of(next(iter(leaves.values())))
+    dtypes = {DTYPES[stored.dtype] for _, stored in sources.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    encode = jax.jit(parameter.encode)
+    found = _stage(reader, boxes, owners, dtype, sources, encode)
+    return {
+        path: jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, arrays)
+        for (path, spec), arrays in zip(leaves.items(), found, strict=True)
+    }
 
 
 def _have_host_memory(devices: Iterable[Any]) -> bool:
@@ -192,41 +238,70 @@ def _read_boxes(
     return values
 
 
+def _as_it_is(x: Any) -> tuple[Any, ...]:
+    return (x,)
+
+
 def _stage(
     reader: Reader,
     boxes: Sequence[Box],
     devices_of: Sequence[Sequence[Any]],
     dtype: Any,
     sources: Sources,
-) -> list[jax.Array]:
-    """Returns an array for each device of each box, made from pieces that pass through the host.
+    encode: Callable[[Any], tuple[Any, ...]] = _as_it_is,
+) -> list[list[jax.Array]]:
+    """Returns arrays for each device of each box, made from pieces that pass through the host.
 
-    The next piece is read while the last one is on its way.
+    The next piece is read while the last one is on its way. Pieces are encoded on one device, so
+    that the encoding is compiled once.
+
+    Returns:
+      For each array that `encode` makes of a piece, one for each device.
     """
-    arrays: list[list[jax.Array]] = [[] for _ in boxes]
+    arrays: list[list[tuple[jax.Array, ...]]] = [[] for _ in boxes]
     for piece, takers in _pieces(boxes, np.dtype(dtype).itemsize):
         staged = np.empty(_shape(piece), dtype)
         reader.run(_tasks(sources, piece, staged))
         jax.block_until_ready(arrays)
         for number, here, there in takers:
-            values = np.ascontiguousarray(staged[there])
-            shape = _shape(boxes[number])
-            if values.shape == shape:
-                arrays[number] = [jax.device_put(values, d) for d in devices_of[number]]
+            values = encode(np.ascontiguousarray(staged[there]))
+            devices = devices_of[number]
+            if _shape(here) == _shape(boxes[number]):
+                arrays[number] = [jax.device_put(values, device) for device in devices]
                 continue
             if not arrays[number]:
-                arrays[number] = [jnp.zeros(shape, dtype, device=d) for d in devices_of[number]]
+                shapes = _whole_shapes(values, _shape(here), _shape(boxes[number]))
+                arrays[number] = [
+                    tuple(
+                        jnp.zeros(shape, value.dtype, device=device)
+                        for shape, value in zip(shapes, values, strict=True)
+                    )
+                    for device in devices
+                ]
             start = tuple(np.int32(part.start) for part in here)
             arrays[number] = [
                 _update(array, jax.device_put(values, device), start)
-                for array, device in zip(arrays[number], devices_of[number], strict=True)
+                for array, device in zip(arrays[number], devices, strict=True)
             ]
-    return [array for copies in arrays for array in copies]
+    return [list(leaf) for leaf in zip(*itertools.chain.from_iterable(arrays), strict=True)]
+
+
+def _whole_shapes(
+    values: tuple[Any, ...], part: tuple[int, ...], whole: tuple[int, ...]
+) -> list[tuple[int, ...]]:
+    """Returns the shapes of arrays of which `values` are a part of the shape `part`."""
+    assert all(value.shape == part for value in values) or part[-1] == whole[-1]
+    return [(*whole[:-1], value.shape[-1] * whole[-1] // part[-1]) for value in values]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _update(array: jax.Array, values: jax.Array, start: tuple[Any, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(array, values, start)
+def _update(
+    arrays: tuple[jax.Array, ...], values: tuple[jax.Array, ...], start: tuple[Any, ...]
+) -> tuple[jax.Array, ...]:
+    return tuple(
+        jax.lax.dynamic_update_slice(array, value, start)
+        for array, value in zip(arrays, values, strict=True)
+    )
 
 
 def _tasks(sources: Sources, box: Box, out: np.ndarray) -> Iterator[Task]:

@@ -45,6 +45,16 @@ _BLOCK = 64
 _PARTS = 8
 
 
+def is_leaf(path: str) -> bool:
+    """Whether a parameter stands for a weight together with another one."""
+    return path.rpartition(".")[2] in ("codes", "scales")
+
+
+def weight_of(path: str) -> str:
+    """Returns the path of the weight that a leaf stands for; of any other parameter its own."""
+    return f"{path.rpartition('.')[0]}.w" if is_leaf(path) else path
+
+
 def block_size(size: int) -> int:
     """Returns how many neighbours along a dimension of this size share a scale: 64, or fewer.
 
@@ -74,16 +84,21 @@ def abstract(
 
 
 def encode(
-    w: Float[Array, "*outputs inputs"], kind: str
+    w: Float[Array, "*outputs inputs"], kind: str, *, block: int
 ) -> tuple[Num[Array, "*outputs inputs"], Float[Array, "*outputs blocks"]]:
     """Returns codes and scales of a weight, or of any part of it that has whole blocks.
 
     Each number gets the code whose value is the nearest, with the scale as it is stored. Scales
     bring the largest magnitude of a block to the last code; of `int4`, which has one more negative
     code than positive ones, to that code, so that the scale has the opposite sign of that number.
+
+    Args:
+      w: The weight, or the part.
+      kind: One of `DTYPES`.
+      block: `block_size` of the last dimension of the whole weight.
     """
     shape = w.shape
-    blocks = w.astype(jnp.float32).reshape(*shape[:-1], -1, block_size(shape[-1]))
+    blocks = w.astype(jnp.float32).reshape(*shape[:-1], -1, block)
     scales = _scales(blocks, kind).astype(SCALES_DTYPE)
     divisor = jnp.where(scales == 0, 1, scales).astype(jnp.float32)
     return _codes(blocks / divisor[..., None], kind).reshape(shape), scales
@@ -146,7 +161,7 @@ def _spread(scales: Array, size: int) -> Array:
     blocks = scales.shape[-1]
 
     def by_product(scales: Array) -> Array:
-        block_of = jnp.arange(size) // (size // blocks)
+        block_of = jnp.arange(size)[None] // (size // blocks)
         ones = (block_of == jnp.arange(blocks)[:, None]).astype(scales.dtype)
         return jnp.matmul(scales, ones, preferred_element_type=jnp.float32)
 

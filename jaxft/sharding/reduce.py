@@ -6,7 +6,7 @@ reduce-scatter. Here the sum is spelt out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,11 @@ class WeightPlan(NamedTuple):
     def of_weight(self) -> P:
         """Placement of the weight where it enters a `shard_map`."""
         return _spec(self.held, self.gathered)
+
+    @property
+    def of_held(self) -> P:
+        """Placement of what a device needs of the weight."""
+        return P(*self.held)
 
     @property
     def of_gradient(self) -> P:
@@ -221,6 +226,49 @@ def project(x: Array, w: Array, *, axes: tuple[str, ...], inputs: int) -> Array:
 
     product.defvjp(lambda x, w: (_product(x, w, inputs), (x, w)), backward)
     return product(x, w)
+
+
+def project_decoded(
+    x: Array,
+    stored: tuple[Array, ...],
+    decode: Callable[..., Array],
+    *,
+    axes: tuple[str, ...],
+    inputs: int,
+) -> Array:
+    """Does what `project` does, with a weight that is stored in codes and has no gradient.
+
+    What is stored travels between devices, and it alone is kept for the backward pass, which
+    decodes it again whatever a layer keeps.
+
+    Args:
+      x: `[B, T, *inputs]`.
+      stored: Arrays that stand for the weight, with its dimensions in its order, each split like
+        it; the first has its shape.
+      decode: Makes the weight, or a part of it from the same part of each, in the type of `x`.
+      axes: Names of the dimensions of the weight.
+      inputs: How many of them are inputs.
+    """
+    plan = plan_weight(axes, stored[0].shape, x.shape[:2])
+    precision = jax.config.jax_default_matmul_precision
+
+    def value(stored: tuple[Array, ...]) -> Array:
+        def local(*parts: Array) -> Array:
+            return decode(*map(plan.gather, parts))
+
+        return plan.map(local, (plan.of_weight,) * len(stored), plan.of_held)(*stored)
+
+    @jax.custom_vjp
+    def product(x: Array, stored: tuple[Array, ...]) -> Array:
+        return _product(x, value(stored), inputs)
+
+    def backward(stored: tuple[Array, ...], dy: Array) -> tuple[Array, None]:
+        contracted = tuple(range(2, dy.ndim)), tuple(range(len(axes) - inputs))
+        with jax.default_matmul_precision(precision):
+            return jax.lax.dot_general(dy, value(stored), (contracted, ((), ()))), None
+
+    product.defvjp(lambda x, stored: (product(x, stored), stored), backward)
+    return product(x, stored)
 
 
 def _product(x: Array, w: Array, inputs: int) -> Array:

@@ -21,6 +21,7 @@ from jaxft.hf.folder import read_config
 from jaxft.hf.load import load_params
 from jaxft.hf.rules import Naming, Rule
 from jaxft.hf.stored import tensor_dtypes
+from jaxft.models import quantised
 from tests.oracle.cases import CASES, MXFP4, tensors_of, write_folder
 
 BLOCK = "model.layers.{layer}."
@@ -300,6 +301,40 @@ AXES = {
     ),
     "none": lambda ndim: PartitionSpec(),
 }
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_what_is_encoded_passes_in_small_pieces_and_is_what_the_whole_gives(
+    tmp_path, woven, small, axes
+):
+    mesh, sizes = Mesh(np.array(jax.devices()).reshape(2, 4), ("layers", "fsdp")), []
+
+    def encode(x: jax.Array) -> tuple[jax.Array, ...]:
+        sizes.append(x.size * x.dtype.itemsize)
+        return quantised.encode(x, "nf4", block=2)
+
+    abstract = specs_of({"plain": woven.pop("plain")}, mesh=mesh, axes=AXES[axes])
+    encoded = {}
+    for path, value in woven.items():
+        leaves = {"codes": (value.shape, jnp.uint4), "scales": ((*value.shape[:-1], 4), None)}
+        sharding = NamedSharding(mesh, AXES[axes](value.ndim))
+        specs = {
+            f"{path}.{leaf}": jax.ShapeDtypeStruct(
+                shape, dtype or quantised.SCALES_DTYPE, sharding=sharding
+            )
+            for leaf, (shape, dtype) in leaves.items()
+        }
+        encoded[path] = load.Encoded(specs, encode)
+    params = load_params(tmp_path, Naming(SHARED_RULES), abstract, encoded)
+    assert set(params) == {"plain", *(f"{p}.{n}" for p in woven for n in ("codes", "scales"))}
+    for path, value in woven.items():
+        whole = quantised.encode(jnp.asarray(value), "nf4", block=2)
+        for leaf, wanted in zip(("codes", "scales"), whole, strict=True):
+            found = params[f"{path}.{leaf}"]
+            assert found.sharding == NamedSharding(mesh, AXES[axes](value.ndim))
+            assert found.dtype == wanted.dtype
+            np.testing.assert_array_equal(found, wanted, err_msg=f"{path}.{leaf}")
+    assert max(sizes) <= load._STAGED
 
 
 @pytest.mark.parametrize("axes", AXES)

@@ -22,7 +22,7 @@ def test_nf4_has_the_published_levels(oracle):
 
 
 def test_nf4_encodes_and_decodes_as_bitsandbytes_does(oracle):
-    codes, scales = quantised.encode(jnp.asarray(oracle["w"]), "nf4")
+    codes, scales = quantised.encode(jnp.asarray(oracle["w"]), "nf4", block=64)
     np.testing.assert_array_equal(np.asarray(codes).astype(np.uint8), oracle["codes"])
     np.testing.assert_array_equal(np.asarray(scales).astype(np.float32), oracle["scales"])
     values = quantised.decode(codes, scales, jnp.float32)
@@ -34,7 +34,7 @@ def test_leaves_are_what_their_shapes_say_and_lose_no_more_than_expected(kind):
     shape, axes = (2, 4, 128), ("heads", "head_dim", "embed")
     w = jax.random.normal(jax.random.key(0), shape, jnp.float32)
     w = w.at[0, 0].set(0).at[0, 1].mul(1e-6).at[0, 2].mul(1e6)
-    codes, scales = quantised.encode(w, kind)
+    codes, scales = quantised.encode(w, kind, block=64)
     leaves = quantised.abstract(shape, axes, kind)
     found = {"codes": codes, "scales": scales}
     assert {name: (x.shape, x.dtype) for name, x in found.items()} == {
@@ -53,7 +53,7 @@ def test_leaves_are_what_their_shapes_say_and_lose_no_more_than_expected(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_number_gets_the_nearest_value(kind):
     w = jax.random.normal(jax.random.key(1), (4, 64), jnp.float32)
-    codes, scales = quantised.encode(w, kind)
+    codes, scales = quantised.encode(w, kind, block=64)
     if kind == "fp8":
         every = jnp.arange(256, dtype=jnp.uint8).view(codes.dtype)
         every = every[jnp.isfinite(every.astype(jnp.float32))]
@@ -76,10 +76,11 @@ def test_blocks_have_64_numbers_or_the_most_that_fill_a_dimension_and_its_parts(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_a_weight_are_encoded_as_in_the_whole(kind):
-    w = jax.random.normal(jax.random.key(2), (3, 512), jnp.float32)
-    codes, scales = quantised.encode(w, kind)
-    blocks = scales.shape[-1] // 4
-    for part in range(4):
-        of_part = quantised.encode(w[1:, part * 128 : (part + 1) * 128], kind)
-        np.testing.assert_array_equal(of_part[0], codes[1:, part * 128 : (part + 1) * 128])
-        np.testing.assert_array_equal(of_part[1], scales[1:, part * blocks : (part + 1) * blocks])
+    w, block = jax.random.normal(jax.random.key(2), (3, 2880), jnp.float32), 60
+    assert quantised.block_size(2880) == block != quantised.block_size(360)
+    codes, scales = quantised.encode(w, kind, block=block)
+    for part in range(8):
+        here = slice(part * 360, (part + 1) * 360)
+        of_part = quantised.encode(w[1:, here], kind, block=block)
+        np.testing.assert_array_equal(of_part[0], codes[1:, here])
+        np.testing.assert_array_equal(of_part[1], scales[1:, part * 6 : (part + 1) * 6])

@@ -60,6 +60,54 @@ def test_a_product_and_its_gradients_do_not_depend_on_placement(name, axes, shap
     assert relative_error(found, value_and_gradients(product, None, x, w)) < 1e-5
 
 
+def stored_weight(shape) -> tuple[np.ndarray, np.ndarray]:
+    codes = np.random.RandomState(1).randint(-9, 9, shape).astype(np.int8)
+    return codes, 0.1 * normal(*shape[:-1], shape[-1] // 2, seed=2)
+
+
+def decode(codes, scales):
+    return codes.astype(jnp.float32) * jnp.repeat(scales, 2, axis=-1)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_tp", "fsdp_cp"])
+@pytest.mark.parametrize(("axes", "shape", "inputs"), WEIGHTS)
+def test_a_product_with_what_is_decoded_does_not_depend_on_placement(name, axes, shape, inputs):
+    x, (codes, scales) = normal(8, 8, *shape[-inputs:]), stored_weight(shape)
+
+    def product(x, bias):
+        out = reduce.project_decoded(x, (codes, scales), decode, axes=axes, inputs=inputs)
+        return out + bias
+
+    def plain(x, bias):
+        w = decode(codes, scales)
+        return reduce.project(x, w, axes=axes, inputs=inputs) + bias
+
+    bias = normal(*shape[:-inputs])[None, None]
+    # The sum itself is small beside its parts; the bias has the gradient of each output.
+    _, found = value_and_gradients(product, place(name), x, bias)
+    _, expected = value_and_gradients(plain, None, x, bias)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_what_is_stored_travels_and_is_kept_and_not_what_is_decoded():
+    placement, (axes, shape, inputs) = place("fsdp"), WEIGHTS[0]
+    sharding = NamedSharding(placement.mesh, P(None, None, "fsdp"))
+    stored = tuple(jax.device_put(part, sharding) for part in stored_weight(shape))
+    x = jax.device_put(normal(8, 8, shape[-1]), NamedSharding(placement.mesh, P("fsdp")))
+
+    def output(x, stored):
+        with placement.activate():
+            return reduce.project_decoded(x, stored, decode, axes=axes, inputs=inputs)
+
+    kept = jax.eval_shape(lambda x: jax.vjp(lambda x: output(x, stored), x)[1], x)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(kept) if leaf.shape == shape} <= {"int8"}
+    gradient = jax.jit(jax.grad(lambda x, stored: jnp.sum(jnp.sin(output(x, stored)))))
+    text = gradient.lower(x, stored).compile().as_text()
+    gathers = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
+    codes, scales = ",".join(map(str, shape)), ",".join(map(str, (*shape[:-1], shape[-1] // 2)))
+    assert set(gathers) == {("s8", codes), ("f32", scales)}
+
+
 @pytest.mark.parametrize("name", ["zero2", "fsdp_tp", "fsdp_cp", "pp"])
 def test_looking_rows_up_and_its_gradient_do_not_depend_on_placement(name):
     tokens = np.random.RandomState(0).randint(0, 32, (8, 8)).astype(np.int32)
