@@ -38,3 +38,12 @@ def test_the_fine_tuned_loss_is_the_reference_implementations(shared):
     )
     assert found.returncode == 0, found.stderr
     assert '"data": "banking77"' in found.stdout
+
+
+@pytest.mark.real_data(seconds=300)
+def test_adapters_learn_beside_quantised_weights_what_they_learn_beside_exact_ones(shared):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "benchmarks.quantised_losses", str(shared)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count('"quantise"') == 5

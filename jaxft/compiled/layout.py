@@ -23,6 +23,7 @@ from jaxft.config import RunConfig
 from jaxft.console import make_table, stdout
 from jaxft.errors import ConfigError
 from jaxft.formatting import format_bytes
+from jaxft.hardware.devices import array_bytes
 from jaxft.models.families import Architecture
 from jaxft.sharding.rules import Placement, as_names
 from jaxft.training.optimizers.placing import owner_of
@@ -255,7 +256,7 @@ def describe(program: Program, *, model: str) -> Description:
             )
             for path, spec in abstract.params.items()
         ),
-        counters=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in counters),
+        counters=sum(array_bytes(leaf.shape, leaf.dtype) for leaf in counters),
     )
 
 
@@ -289,7 +290,6 @@ def _by_parameter(
 
 
 def _layout(spec: Any, sharding: jax.sharding.NamedSharding) -> Layout:
-    itemsize = np.dtype(spec.dtype).itemsize
     entries = (*sharding.spec, *(None,) * (len(spec.shape) - len(sharding.spec)))
     axes = tuple(
         tuple(name for name in as_names(entry) if sharding.mesh.shape[name] > 1)
@@ -300,8 +300,8 @@ def _layout(spec: Any, sharding: jax.sharding.NamedSharding) -> Layout:
         shape=tuple(spec.shape),
         dtype=np.dtype(spec.dtype).name,
         spec=axes,
-        bytes=math.prod(spec.shape) * itemsize,
-        bytes_per_device=math.prod(sharding.shard_shape(spec.shape)) * itemsize,
+        bytes=array_bytes(spec.shape, spec.dtype),
+        bytes_per_device=array_bytes(sharding.shard_shape(spec.shape), spec.dtype),
         copies=sharding.mesh.size // parts,
     )
 

@@ -220,6 +220,11 @@ def _adapter_problems(config: RunConfig) -> Iterator[str]:
         with collected(problems):
             numbers_by_pattern(f"adapter.{name}", getattr(adapter, name))
     yield from problems
+    if config.model.quantise and not adapter.is_used:
+        yield (
+            f"model.quantise is {config.model.quantise!r}, but nothing learns beside the quantised "
+            "weights, which cannot train. Set --config.adapter.rank=16, or leave the key out."
+        )
     if adapter.added_rows and not config.model.add_tokens:
         yield (
             "adapter.added_rows trains the rows of added tokens, but model.add_tokens is empty; "

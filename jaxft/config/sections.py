@@ -48,6 +48,13 @@ class ModelConfig:
         "'mixed': float32 master parameters and bfloat16 compute; or all in the named type.",
         choices=("mixed", "float32", "bfloat16"),
     )
+    quantise: str = key(
+        "",
+        "Type in which the weights of the layers are held while adapters learn beside them: 'nf4' "
+        "and 'int4' take 4.25 bits for each, 'int8' and 'fp8' 8.25; empty: that of computing. "
+        "They are encoded as they are read.",
+        choices=("", "nf4", "int4", "int8", "fp8"),
+    )
     attention: str = key(
         "auto",
         "Attention back end; 'auto' prints what it chose for the device.",

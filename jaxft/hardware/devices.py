@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import math
 import os
 import re
 import resource
@@ -79,6 +80,11 @@ def peak_flops(device_kind: str, dtype: Any) -> float | None:
     if chip is None or name not in ("bfloat16", "float16", "float32"):
         return None
     return chip.core.peak(name)
+
+
+def array_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Returns the bytes of an array on a device, where two numbers of 4 bits share one."""
+    return math.ceil(math.prod(shape) * jax.dtypes.itemsize_bits(dtype) / 8)
 
 
 def device_memory(device: Any) -> MemoryUse | None:

@@ -11,90 +11,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.models.activations import MLP
+from jaxft.models.expert_weights import ExpertWeights, Projection
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement
 
 # Maps gate and up projections of the same shape to the hidden activation.
 Gating = Callable[[Array, Array], Array]
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class Projection:
-    """One projection of all experts in the compute dtype.
-
-    Attributes:
-      axes: Names of the weight's dimensions, `(experts, outputs, inputs)`.
-      w: `[E, out, in]`.
-      b: Bias `[E, out]`, or None.
-      lora_a: Adapter's `[E, r, in]`, or None.
-      lora_b: Adapter's `[E, out, r]`, scaled.
-      start_a: Pair that is subtracted, `[E, r, in]`, or None.
-      start_b: The other one, `[E, out, r]`, scaled.
-    """
-
-    _LEAVES = ("w", "b", "lora_a", "lora_b", "start_a", "start_b")
-
-    def __init__(self, axes: tuple[str, ...], **arrays: Any):
-        self.axes = axes
-        for leaf in self._LEAVES:
-            setattr(self, leaf, arrays.get(leaf))
-
-    w: Any
-    b: Any
-    lora_a: Any
-    lora_b: Any
-    start_a: Any
-    start_b: Any
-
-    def axes_of(self, leaf: str) -> tuple[str, ...]:
-        """Names of the dimensions of a leaf."""
-        experts, outputs, inputs = self.axes
-        narrow = (experts, "rank", inputs) if leaf.endswith("_a") else (experts, outputs, "rank")
-        return {"w": self.axes, "b": (experts, outputs)}.get(leaf, narrow)
-
-    def leaves(self) -> dict[str, Any]:
-        """The leaves that are there, by name."""
-        return {leaf: x for leaf in self._LEAVES if (x := getattr(self, leaf)) is not None}
-
-    def applied(self, product: Callable[[Any, Any], Array], x: Any) -> Array:
-        """Returns products with the weight and its adapter, without the bias.
-
-        Args:
-          product: Of tokens with a matrix of each expert.
-          x: Tokens, as `product` takes them.
-        """
-        out = product(x, self.w)
-        if self.lora_a is not None:
-            out = out + product(product(x, self.lora_a), self.lora_b)
-        if self.start_a is not None:
-            out = out - product(product(x, self.start_a), self.start_b)
-        return out
-
-    def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
-        """Returns the leaves with their names, as jax asks of a pytree."""
-        leaves = self.leaves()
-        keyed = tuple((jax.tree_util.GetAttrKey(name), x) for name, x in leaves.items())
-        return keyed, (self.axes, tuple(leaves))
-
-    @classmethod
-    def tree_unflatten(cls, form: tuple, leaves: Any) -> "Projection":
-        """Returns the projection that was flattened, with other leaves."""
-        axes, names = form
-        return cls(axes, **dict(zip(names, leaves, strict=True)))
-
-
-class ExpertWeights(NamedTuple):
-    """The three projections of a gated feed-forward part, of all experts.
-
-    Attributes:
-      gate: Projection from D to F.
-      up: Second projection from D to F.
-      down: Projection from F to D.
-    """
-
-    gate: Projection
-    up: Projection
-    down: Projection
 
 
 class Peers(NamedTuple):
@@ -137,14 +59,14 @@ def on_devices(
     plans = ExpertWeights(*(_planned(projection, x.shape[:2]) for projection in weights))
     if plans.down.b is not None:
         plans.down.b = _whole(plans.down.b)
-    axes, hidden, *_ = plans.gate.w.held
+    axes, hidden, *_ = plans.gate.matrix.held
     peers = Peers(
         axes,
         math.prod(placement.mesh.shape[name] for name in axes),
         # XLA has this collective for TPU and GPU alone.
         ragged=placement.mesh.devices.flat[0].platform != "cpu",
     )
-    rows, positions = plans.gate.w.tokens
+    rows, positions = plans.gate.matrix.tokens
     # Positions of the residual stream may be split further than those of tokens are here.
     shared = tuple(name for name in placement.split("stream_seq") if name not in positions)
     tokens, stream = P(rows, positions), P(rows, (*positions, *shared))
@@ -171,7 +93,7 @@ def on_devices(
         jax.tree.map(spec, plans, is_leaf=_is_plan)
         for spec in (lambda plan: plan.of_gradient, lambda plan: plan.of_weight)
     )
-    return plans.gate.w.map(
+    return plans.gate.matrix.map(
         # Gathered weights are not kept for the backward pass, which gathers them again.
         jax.checkpoint(local, policy=_not_gathered, prevent_cse=False),
         (stream, tokens, tokens, of_parts, of_weights),
@@ -180,7 +102,8 @@ def on_devices(
 
 
 def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name != "all_gather"
+    # What has no gradient is gathered inside the function that says how its gradient would be made.
+    return primitive.name not in ("all_gather", "custom_vjp_call")
 
 
 def _planned(projection: Projection, tokens: tuple[int, ...]) -> Projection:
@@ -231,7 +154,7 @@ def in_slots(
     gating: Gating,
 ) -> Float[Array, "B T D"]:
     """Tokens in a bounded number of slots of each expert; float32."""
-    (rows, length, embed), count = x.shape, peers.count * weights.gate.w.shape[0]
+    (rows, length, embed), count = x.shape, peers.count * weights.gate.matrix.shape[0]
     row = jnp.arange(rows)[:, None, None]
     token = jnp.broadcast_to(jnp.arange(length)[None, :, None], slots.shape)
     # An empty slot reads the zero after the last token; the slot after the last takes what is
@@ -268,7 +191,7 @@ def grouped(
 
     Experts are numbered from 0 to E - 1; E stands for none.
     """
-    (rows, length, k), here = experts.shape, weights.gate.w.shape[0]
+    (rows, length, k), here = experts.shape, weights.gate.matrix.shape[0]
     of_copy = experts.reshape(-1)
     order = jnp.argsort(of_copy)
     sizes = jnp.bincount(of_copy, length=peers.count * here).astype(jnp.int32)
@@ -292,12 +215,12 @@ def _by_expert(
     used = jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes)
     expert = jnp.repeat(jnp.arange(sizes.size), sizes, total_repeat_length=x.shape[0])
 
-    def product(x: Array, w: Array) -> Array:
+    def product(x: Array, w: Array, sizes: Array, used: Array) -> Array:
         # What a product leaves in rows of no group is not defined.
         return jnp.where(used, jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT), 0)
 
     def through(projection: Projection, x: Array, b: Array | None) -> Array:
-        out = checkpoint_name(projection.applied(product, x), MLP)
+        out = checkpoint_name(projection.applied(product, x, sizes, used), MLP)
         return out if b is None else jnp.where(used, out + b[expert], 0)
 
     x = jnp.where(used, x, 0)

@@ -12,14 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig, ExpertsConfig, Numerics
 from jaxft.models.dispatch import (
-    ExpertWeights,
     Gating,
-    Projection,
     grouped,
     in_slots,
     on_devices,
     slots_of,
 )
+from jaxft.models.expert_weights import ExpertWeights, Projection
 from jaxft.models.layers import Linear, Routing
 from jaxft.models.module import Param
 from jaxft.models.weights import Weight
@@ -54,7 +53,10 @@ class ExpertLinear(Weight):
 
     def projection(self, dtype: Any) -> Projection:
         """Returns its arrays as tokens meet them, in `dtype`."""
-        arrays = {"w": self.value(dtype)}
+        if self.codes is None:
+            arrays = {"w": self.value(dtype)}
+        else:
+            arrays = {"codes": self.codes[...], "scales": self.scales[...]}
         if self.b is not None:
             arrays["b"] = self.b[...].astype(dtype)
         if self.site is not None:

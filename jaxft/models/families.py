@@ -14,6 +14,7 @@ from jaxft.models.adapters import NOTHING, Adaptation, attach
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.decoder import Decoder
 from jaxft.models.module import AbstractModel, abstract_model
+from jaxft.models.weights import quantise_blocks
 
 # model_type in config.json: module.
 FAMILIES = {
@@ -44,12 +45,14 @@ class Architecture:
       block: Builds one layer.
       naming: Names and layouts in Hugging Face files.
       adaptation: Adapters and further parts that are learnt; nothing by default.
+      quantise: Kind of `models/quantised.py` in which the layers' weights are held; empty for none.
     """
 
     config: DecoderConfig
     block: Callable[..., nnx.Module]
     naming: Naming
     adaptation: Adaptation = NOTHING
+    quantise: str = ""
 
     @property
     def head_path(self) -> str:
@@ -62,7 +65,7 @@ class Architecture:
         A tied table counts as the head.
         """
         looked_up = {"positions.w", "embed.rows", *(() if self.config.tied else ("embed.w",))}
-        return path not in looked_up
+        return path not in looked_up and not path.endswith(".scales")
 
     def build(self, numerics: Numerics) -> Callable[[nnx.Rngs], Decoder]:
         """Returns the function that makes the module from random keys."""
@@ -71,6 +74,8 @@ class Architecture:
             model = Decoder(self.config, numerics, block=self.block, rngs=rngs)
             if self.adaptation:
                 attach(model, self.adaptation, numerics.compute_dtype)
+            if self.quantise:
+                quantise_blocks(model, self.quantise)
             return model
 
         return make

@@ -8,6 +8,7 @@ over layers slices each of them and copies none.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
-from jaxft.models.module import Param, optional
-from jaxft.sharding.reduce import project
+from jaxft.models.module import Param, modules_in, optional
+from jaxft.models.quantised import block_size, decode, encode
+from jaxft.sharding.reduce import project, project_decoded
 
 # Leaves of an adapter; the starting pair is subtracted and never trains.
 TRAINED_LEAVES = ("lora_a", "lora_b", "magnitude", "rows")
@@ -104,11 +106,14 @@ class Weight(nnx.Module):
     ):
         self.axes, self.inputs, self.lead = axes, inputs, lead
         value = jax.random.normal(rngs.params(), shape, jnp.float32) * scale
-        self.w = Param(value.astype(dtype), axes=axes)
+        self.w: Any = optional(Param(value.astype(dtype), axes=axes))
         self.site: Site | None = None
         self.number = 0
         self.added: tuple[int, ...] = ()
         # Declared as data, so that parameters can take their place.
+        # What stands for the matrix where the model is quantised.
+        self.codes: Any = optional()
+        self.scales: Any = optional()
         self.lora_a: Any = optional()
         self.lora_b: Any = optional()
         self.magnitude: Any = optional()
@@ -128,7 +133,16 @@ class Weight(nnx.Module):
 
     def value(self, dtype: Any) -> Array:
         """Returns the matrix as it is stored, without what is learnt beside it, in `dtype`."""
-        return self.w[...].astype(dtype)
+        if self.codes is None:
+            return self.w[...].astype(dtype)
+        return decode(self.codes[...], self.scales[...], dtype)
+
+    def quantise(self, kind: str) -> None:
+        """Puts codes and scales in the place of the matrix; see `models/quantised.py`."""
+        w, axes = self.w[...], self.w.get_metadata()["axes"]
+        codes, scales = encode(w, kind, block=block_size(w.shape[-1]))
+        self.w = optional()
+        self.codes, self.scales = (optional(Param(x, axes=axes)) for x in (codes, scales))
 
     def table(self) -> Float[Array, "V D"]:
         """Returns the rows of a table, those that are learnt apart and an adapter's part included.
@@ -155,8 +169,7 @@ class Weight(nnx.Module):
         Returns:
           `[B, T, *outputs]`.
         """
-        w = self.value(x.dtype)
-        out = project(x, w, axes=self.axes, inputs=self.inputs)
+        out = self._product(x)
         if self.site is None:
             return out
         dropped = _dropped(x, self.site.dropout, self.number)
@@ -164,10 +177,21 @@ class Weight(nnx.Module):
         if self.site.start:
             out = out - self._low_rank(x, self.start_a, self.start_b)
         if self.site.magnitude:
-            norm = jax.lax.stop_gradient(self._norm(w))
+            norm = jax.lax.stop_gradient(self._norm(self.value(x.dtype)))
             factor = self.magnitude[...].astype(jnp.float32) / norm
             out = out * factor.astype(x.dtype)[None, None]
         return out
+
+    def _product(self, x: Array) -> Array:
+        if self.codes is None:
+            return project(x, self.value(x.dtype), axes=self.axes, inputs=self.inputs)
+        return project_decoded(
+            x,
+            (self.codes[...], self.scales[...]),
+            functools.partial(decode, dtype=x.dtype),
+            axes=self.axes,
+            inputs=self.inputs,
+        )
 
     def _low_rank(self, x: Array, a: Param, b: Param) -> Array:
         assert self.site is not None
@@ -185,6 +209,13 @@ class Weight(nnx.Module):
         assert self.site is not None
         w32, a, b = (x.astype(jnp.float32) for x in (w, self.lora_a[...], self.lora_b[...]))
         return row_norm(w32, a, b, scale=self.site.scale, inputs=self.inputs)
+
+
+def quantise_blocks(module: nnx.Module, kind: str) -> None:
+    """Quantises what the layers of a model multiply with, but routers."""
+    for path, part in modules_in(module):
+        if isinstance(part, Weight) and path.startswith("layers.") and "router" not in part.axes:
+            part.quantise(kind)
 
 
 def row_norm(

@@ -367,7 +367,8 @@ class _Run(Footprint):
         uses.append((head, self.passes, 1))
         for weight, times, gathers in uses:
             plan = weight.plan
-            whole = math.prod(weight.shape) * self.itemsize / self._parts(plan.held)
+            size = weight.stored or math.prod(weight.shape) * self.itemsize
+            whole = size / self._parts(plan.held)
             gathered = tuple(name for group in plan.gathered for name in group)
             add("all-gather", gathered, gathers * whole * times)
             if self.learns and weight.trained:

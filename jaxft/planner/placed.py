@@ -10,11 +10,13 @@ import optax
 
 from jaxft.compiled.layout import cpu_devices
 from jaxft.config import OptimConfig, RunConfig
+from jaxft.hardware.devices import array_bytes
 from jaxft.models.adapters import NOTHING, Adaptation, is_beside
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, reaches_layers
 from jaxft.models.module import AbstractModel
+from jaxft.models.quantised import is_leaf
 from jaxft.planner.topology import Topology
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, as_names
@@ -33,6 +35,7 @@ class Weight(NamedTuple):
       trained: Whether it has a gradient.
       routed: Whether it is of all experts, of which a token meets a few.
       beside: Whether it is of an adapter.
+      stored: Bytes of the codes and scales that travel in its place; None if it travels itself.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +43,7 @@ class Weight(NamedTuple):
     trained: bool
     routed: bool = False
     beside: bool = False
+    stored: int | None = None
 
 
 class Placed:
@@ -114,7 +118,7 @@ class Placed:
     ) -> int:
         shardings = self.placement.shardings(params, self.abstract.axes, rules=rules)
         return sum(
-            math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
+            array_bytes(shardings[path].shard_shape(spec.shape), spec.dtype)
             for path, spec in params.items()
         )
 
@@ -128,11 +132,26 @@ class Placed:
                 path in self.trainable,
                 "experts" in axes,
                 is_beside(path),
+                self._stored(path),
             )
-            for path, axes in self.abstract.axes.items()
+            for path, axes in self._axes.items()
             if axes[0] == "layers" and len(axes) >= 3
             for shape in [tuple(self.abstract.params[path].shape)[1:]]
         ]
+
+    @property
+    def _axes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the dimensions of each parameter, one for codes and scales together."""
+        axes = self.abstract.axes
+        return {path: names for path, names in axes.items() if not path.endswith(".scales")}
+
+    def _stored(self, path: str) -> int | None:
+        """Returns the bytes of one layer's codes and scales, of a weight that has them."""
+        if not is_leaf(path):
+            return None
+        leaves = path, f"{path.rpartition('.')[0]}.scales"
+        specs = [self.abstract.params[leaf] for leaf in leaves]
+        return sum(array_bytes(spec.shape[1:], spec.dtype) for spec in specs)
 
     @functools.cached_property
     def head(self) -> Weight:
@@ -160,7 +179,7 @@ class Placed:
     @functools.cached_property
     def expansions(self) -> int:
         """Number of products that lead to the feed-forward part's hidden width: two if gated."""
-        wide = sum({"layers", "mlp", "embed"} <= set(axes) for axes in self.abstract.axes.values())
+        wide = sum({"layers", "mlp", "embed"} <= set(axes) for axes in self._axes.values())
         return wide - 1  # one leads back
 
     @functools.cached_property

@@ -10,6 +10,7 @@ from jaxft.compiled.collectives import Reader
 from jaxft.compiled.hlo import Module
 from jaxft.compiled.layout import describe, make_program, with_any_attention
 from jaxft.config import RunConfig, to_dict
+from jaxft.hardware.devices import array_bytes
 from jaxft.models.families import Architecture
 from jaxft.planner.analytic import Estimator
 from jaxft.planner.compilation import Compiled, compile_lowered
@@ -322,8 +323,7 @@ def model_flops(
 def _bytes_per_device(arrays: Mapping[str, Any]) -> int:
     """Returns what one device holds of some abstract arrays."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in arrays.values()
+        array_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in arrays.values()
     )
 
 

@@ -1,8 +1,8 @@
 """Weights of a model, from files or a checkpoint to the devices that hold them."""
 
+import functools
 import hashlib
 import json
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,9 +14,10 @@ from jaxtyping import Array
 
 from jaxft.errors import CheckpointError, ModelError, OutOfMemoryError
 from jaxft.formatting import format_bytes
-from jaxft.hardware.devices import room
-from jaxft.hf.load import load_params
+from jaxft.hardware.devices import array_bytes, room
+from jaxft.hf.load import Encoded, load_params
 from jaxft.hf.rules import expand
+from jaxft.models import quantised
 from jaxft.models.adapters import is_beside, start_values
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
@@ -31,7 +32,7 @@ def refuse_what_does_not_fit(
 ) -> None:
     """Raises OutOfMemoryError, before they are read, for weights that no device here can hold."""
     held = sum(
-        math.prod(shardings[path].shard_shape(spec.shape)) * spec.dtype.itemsize
+        array_bytes(shardings[path].shard_shape(spec.shape), spec.dtype)
         for path, spec in abstract.params.items()
     )
     found = room(list(next(iter(shardings.values())).addressable_devices))
@@ -133,18 +134,45 @@ def _read_weights(
     tokenizer: Any,
     new_tokens: Collection[int],
 ) -> Params:
+    encoded = _encoded(architecture, target)
+    dense = {path: spec for path, spec in target.items() if not quantised.is_leaf(path)}
     if source.checkpoints is None:
         stored = source.architecture.config.vocab
         params = load_params(
-            source.folder,
-            architecture.naming,
-            with_vocab_size(target, axes, stored),
+            source.folder, architecture.naming, with_vocab_size(dense, axes, stored), encoded
         )
         known = None
         if tokenizer is not None:
             known = set(tokenizer.get_vocab().values()).difference(new_tokens)
         return grow(params, target, axes, known=known, new=new_tokens)
-    return _read_checkpoint(source, target)
+    params = _read_checkpoint(source, dense)
+    for path, parameter in encoded.items():
+        # One at a time: the model is never there as a whole in another form.
+        like = next(iter(parameter.leaves.values()))
+        spec = jax.ShapeDtypeStruct(like.shape, jnp.bfloat16, sharding=like.sharding)
+        [w] = _read_checkpoint(source, {path: spec}).values()
+        shardings = tuple(leaf.sharding for leaf in parameter.leaves.values())
+        found = jax.jit(parameter.encode, out_shardings=shardings)(w)
+        params |= dict(zip(parameter.leaves, found, strict=True))
+    return params
+
+
+def _encoded(
+    architecture: Architecture, target: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Encoded]:
+    """Returns the weights that are held in codes, by the paths that files know them by."""
+    found = {}
+    for path, spec in target.items():
+        site, _, leaf = path.rpartition(".")
+        if leaf == "codes":
+            encode = functools.partial(
+                quantised.encode,
+                kind=architecture.quantise,
+                block=quantised.block_size(spec.shape[-1]),
+            )
+            scales = f"{site}.scales"
+            found[f"{site}.w"] = Encoded({path: spec, scales: target[scales]}, encode)
+    return found
 
 
 def _read_checkpoint(source: Source, target: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
@@ -158,14 +186,19 @@ def _read_checkpoint(source: Source, target: Mapping[str, jax.ShapeDtypeStruct])
 
 def _refuse_not_finite(params: Params, architecture: Architecture, source: Source) -> None:
     """Raises ModelError with the tensors, by their names in files, that hold NaN or infinities."""
-    bad = {path: flags for path, flags in _not_finite(params).items() if flags.any()}
+    found = _not_finite({path: x for path, x in params.items() if not is_beside(path)})
+    # A number that is not finite makes the scale of its block so.
+    bad = {quantised.weight_of(path): flags for path, flags in found.items() if flags.any()}
     if not bad:
         return
+    shapes = {
+        quantised.weight_of(path): params[path].shape
+        for path in found
+        if not path.endswith(".scales")
+    }
     names = [
         tensor.name
-        for tensor in expand(
-            architecture.naming.rules, {path: x.shape for path, x in params.items()}
-        )
+        for tensor in expand(architecture.naming.rules, shapes)
         if any(
             part.rule.ours in bad and bad[part.rule.ours][part.index[:1]].any()
             for part in tensor.parts

@@ -60,3 +60,26 @@ def adapted(
             f"adapter.train {config.train!r} matches no parameter; paths are {', '.join(paths)}."
         )
     return dataclasses.replace(architecture, adaptation=adaptation)
+
+
+def quantised(architecture: Architecture, kind: str) -> Architecture:
+    """Returns the model with the weights of its layers in codes; the same one for no kind.
+
+    Raises:
+      ConfigError: If one of them trains itself.
+    """
+    if not kind:
+        return architecture
+    found = dataclasses.replace(architecture, quantise=kind)
+    dense, coded = (
+        part.abstract(make_numerics("float32")).params for part in (architecture, found)
+    )
+    adaptation = architecture.adaptation
+    learnt = [path for path in dense if path not in coded and adaptation.is_learnt(path)]
+    if learnt:
+        raise ConfigError(
+            f"adapter.train {adaptation.trained!r} matches {', '.join(learnt)}, which "
+            f"model.quantise {kind!r} holds in codes that cannot train. Give them adapters by "
+            "adapter.targets, or leave model.quantise out."
+        )
+    return found

@@ -136,7 +136,11 @@ class Evaluator:
     @property
     def parameters(self) -> int:
         """Number of parameters; a tied table counts once."""
-        return sum(math.prod(spec.shape) for spec in self.abstract.params.values())
+        return sum(
+            math.prod(spec.shape)
+            for path, spec in self.abstract.params.items()
+            if not path.endswith(".scales")
+        )
 
     @property
     def multiplied_parameters(self) -> int:

@@ -27,6 +27,7 @@ from jaxft.errors import CheckpointError
 from jaxft.formatting import format_storage
 from jaxft.training.optimizers.averages import evaluated
 from jaxft.training.state import TrainState
+from jaxft.workdir import narrow
 
 # Where a checkpoint is moved before it is deleted.
 _REMOVED = "removed"
@@ -210,7 +211,7 @@ class Checkpoints:
             return
         self.wait()
         self.check_space(state, count=1)
-        params = state.saved | evaluated(state.trainable, state.opt_state)
+        params = narrow.widened(state.saved | evaluated(state.trainable, state.opt_state))
         raw = {"trained": ocp.args.StandardSave(state.trainable)} if state.is_averaged else {}
         with self._explained(step):
             self._manager.save(
@@ -266,11 +267,11 @@ class Checkpoints:
         items = self._read(
             step,
             **raw,
-            params=ocp.args.StandardRestore(abstract.saved),
+            params=narrow.asked(abstract.saved),
             optimizer=ocp.args.StandardRestore(abstract.opt_state),
             progress=ocp.args.JsonRestore(),
         )
-        params = items["params"]
+        params = narrow.narrowed(items["params"], abstract.saved)
         trained = items["trained"] if kept else params
         state = TrainState(
             step=jax.make_array_from_callback(
@@ -287,7 +288,7 @@ class Checkpoints:
         self, abstract: Mapping[str, jax.ShapeDtypeStruct], step: int
     ) -> dict[str, jax.Array]:
         """Returns the parameters alone, into the shardings and dtypes of `abstract`."""
-        return self._read(step, params=ocp.args.StandardRestore(dict(abstract)))["params"]
+        return narrow.narrowed(self._read(step, params=narrow.asked(abstract))["params"], abstract)
 
     def open_params(self, shapes: Mapping[str, tuple[int, ...]], step: int) -> dict[str, "Stored"]:
         """Returns parameters that are read later and in parts, into the host's memory.
