@@ -54,6 +54,10 @@ def shardings(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Shows what a run would cost; 1 if nothing fits."""
+    if options.fit:
+        return _fit(options)
+    if options.chip:
+        raise ConfigError("--chip is for --fit; name slices with --topology.")
     topologies = listed(options.topology or [])
     if not topologies:
         raise ConfigError("Name one or more slices: --topology=v5e:4x4. See `jaxft plan --help`.")
@@ -105,6 +109,28 @@ def plan(options: argparse.Namespace) -> int:
     if options.output:
         print(f"Wrote {command.write_config(options.output, config, searches[0])}.")
     return 0 if plans and all(plan.fits for plan in plans) else 1
+
+
+def _fit(options: argparse.Namespace) -> int:
+    """Shows the smallest slices on which a model can be tuned; 1 if there are none."""
+    others = ("topology", "strategy", "search", "output", "html")
+    unused = [name for name in others if getattr(options, name)]
+    if unused:
+        raise ConfigError(f"--fit looks at slices itself; leave --{unused[0]} out, or --fit.")
+    options.overrides = [*options.overrides, f"--config.model.path={options.fit}"]
+    config = config_of(options)
+    from jaxft.compiled.layout import check_outputs
+    from jaxft.console import log
+    from jaxft.planner import command, show
+    from jaxft.planner.topology import use_compiler_alone
+
+    check_outputs(json=options.json)
+    use_compiler_alone()
+    found = command.fits(config, listed(options.chip or []), prices=options.prices, on_log=log)
+    show.print_fits(options.fit, found)
+    if options.json:
+        write_json(options.json, show.record_fits(found))
+    return 0 if any(fit.plan for fit in found) else 1
 
 
 def doctor(options: argparse.Namespace) -> int:

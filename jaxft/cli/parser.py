@@ -176,6 +176,15 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--strategy", action="append", metavar="NAME", help="repeatable; default: the config's"
     )
+    plan.add_argument(
+        "--fit",
+        default="",
+        metavar="MODEL",
+        help="the smallest slices for full and LoRA tuning of a model, by estimate",
+    )
+    plan.add_argument(
+        "--chip", action="append", metavar="NAME", help="for --fit; repeatable; default: several"
+    )
     plan.add_argument("--search", action="store_true", help="look for the fastest way to run")
     plan.add_argument("--no_eval", action="store_true", help="leave the evaluation step out")
     plan.add_argument(

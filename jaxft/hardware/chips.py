@@ -167,7 +167,8 @@ def _gpu(
         sources=(
             "NVIDIA data sheet, without the factor two of structured sparsity",
             "dcn: InfiniBand of one network card a GPU, 400 Gb/s (200 with A100), as Azure's ND "
-            "machines have; host: PCIe 5 x16 (4 with A100), of GB200 NVLink-C2C, from memory",
+            "machines have, of L4 an eighth of AWS g6.48xlarge's 100 Gb/s; host: PCIe 5 x16 (4 "
+            "with A100 and L4), of GB200 NVLink-C2C, from memory",
             "product_share: about 720 of 989 TFLOP/s on H100, taken for all "
             "(newsletter.semianalysis.com, MI300X vs H100 vs H200, 2024-12)",
         ),
@@ -414,7 +415,21 @@ CHIPS: tuple[Chip, ...] = (
     _gpu("a800", r"\bA800\b", 312, 80),
     _gpu("l40s", r"\bL40S\b", 362, 48),
     _gpu("l40", r"\bL40\b", 181, 48),
-    _gpu("l4", r"\bL4\b", 121, 24),
+    _gpu(
+        "l4",
+        r"\bL4\b",
+        121,
+        24,
+        single=30.3 * _TERA,
+        int8=242 * _TERA,
+        float8=242 * _TERA,
+        bandwidth=300 * _GIGA,
+        # No NVLink: by PCIe 4 x16, through the host.
+        network=Switch(size=8, link=32 * _GIGA),
+        dcn=1.56 * _GIGA,
+        host=32 * _GIGA,
+        capability="8.9",
+    ),
     _gpu("a10g", r"\bA10G\b", 70, 24),
     _gpu("a10", r"\bA10\b", 125, 24),
     _gpu("a30", r"\bA30\b", 165, 24),

@@ -14,6 +14,7 @@ from jaxft.errors import ConfigError, JaxftError, collected
 from jaxft.files import write_text
 from jaxft.formatting import format_bytes
 from jaxft.planner.candidates import Candidate, Search, with_flags
+from jaxft.planner.fits import Fit, find_fits
 from jaxft.planner.plan import Plan
 from jaxft.planner.planner import Planner
 from jaxft.planner.prices import read_prices
@@ -85,6 +86,17 @@ def plan(
         else:
             plans += _planned(config, topology, planner, request, on_log)
     return plans, searches
+
+
+def fits(
+    config: RunConfig,
+    chips: Sequence[str],
+    *,
+    prices: str = "",
+    on_log: Callable[[str], None] = lambda text: None,
+) -> list[Fit]:
+    """Returns the smallest slice of each chip for each way to tune; as `find_fits`."""
+    return find_fits(config, find_architecture, read_prices(prices), chips, on_log=on_log)
 
 
 def _check_strategies(config: RunConfig, request: Request) -> None:

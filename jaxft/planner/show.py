@@ -11,6 +11,7 @@ from jaxft.console import make_table, stdout
 from jaxft.formatting import format_bytes, format_seconds
 from jaxft.hardware.chips import Chip, Switch
 from jaxft.planner.candidates import Candidate, Search
+from jaxft.planner.fits import Fit
 from jaxft.planner.plan import SCHEMA, Plan, StepTime, describe_shape, said_to_train
 from jaxft.planner.timeline import ICI
 
@@ -236,6 +237,65 @@ def _rate(candidate: Candidate) -> str:
     if plan is None or plan.speed is None:
         return ""
     return f"{plan.speed.tokens_per_second_per_chip:,.0f}"
+
+
+def print_fits(model: str, fits: Sequence[Fit]) -> None:
+    """Prints the smallest slice of each chip for each way to tune a model."""
+    settings = next((fit.plan.settings for fit in fits if fit.plan), {})
+    rows = f", rows of {settings['data.max_length']:,} tokens" if settings else ""
+    _say(f"[bold]{escape(model)}[/bold]{rows}: the smallest slice of each chip.")
+    currencies = {fit.plan.speed.currency for fit in fits if fit.plan and fit.plan.speed}
+    price = f"{'/'.join(sorted(currencies)) or 'price'}/M tokens"
+    columns = ["tuning", "slice", "memory", "of", "kept", "rows", "tokens/s/chip", price]
+    table = make_table(columns, left=2)
+    for fit in fits:
+        table.add_row(*_fit_cells(fit))
+    stdout.print(table)
+    for method, plan in {fit.method: fit.plan for fit in fits if fit.plan}.items():
+        _say(f"{method}: {plan.parameters:,} parameters{said_to_train(plan)}.")
+    for fit in fits:
+        if fit.plan is None:
+            _say(f"[dim]{fit.method} on {fit.chip}: {escape(fit.reason)}[/dim]")
+    _say(
+        "[dim]All are estimates in closed form; none was compiled. Let the compiler say what one "
+        "takes: jaxft plan --topology=SLICE, with the flags of --json.[/dim]"
+    )
+
+
+def _fit_cells(fit: Fit) -> list[str]:
+    plan = fit.plan
+    if plan is None:
+        return [fit.method, fit.chip, "", "", "", "", "does not fit", ""]
+    speed = plan.speed
+    micro = fit.flags["train.accumulation"]
+    rows = f"{fit.flags['train.batch_size']}" + (f" in {micro}" if micro > 1 else "")
+    return [
+        fit.method,
+        plan.topology.sold_as or plan.topology.name,
+        format_bytes(plan.memory.used),
+        format_bytes(plan.memory.limit),
+        fit.flags["model.remat"],
+        rows,
+        f"{speed.tokens_per_second_per_chip:,.0f}" if speed else "",
+        f"{speed.price_per_million_tokens:.3g}" if speed and speed.price_per_hour else "",
+    ]
+
+
+def record_fits(fits: Sequence[Fit]) -> dict[str, Any]:
+    """Returns the fits for JSON."""
+    return {
+        "schema": SCHEMA,
+        "fits": [
+            {
+                "method": fit.method,
+                "chip": fit.chip,
+                "flags": fit.flags,
+                "reason": fit.reason,
+                "plan": fit.plan and fit.plan.record(),
+            }
+            for fit in fits
+        ],
+    }
 
 
 def record(plans: Sequence[Plan], searches: Sequence[Search] = ()) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jaxft.planner import command
 from jaxft.planner.analytic import Estimator
 from jaxft.planner.candidates import Search, with_flags
 from jaxft.planner.compilation import _key
+from jaxft.planner.fits import _smallest
 from jaxft.planner.memory import KINDS
 from jaxft.planner.placed import Placed
 from jaxft.planner.plan import SCHEMA, Plan
@@ -521,3 +522,38 @@ def test_an_eval_step_that_does_not_fit_is_said_on_the_page_and_not_mended(folde
     page = file.read_text()
     assert "on a device and does not fit" in page
     assert "What would make it fit" not in page
+
+
+def test_the_smallest_slices_are_listed_for_each_way_to_tune(folder, tmp_path, capsys):
+    chips = ["--chip=h100", "--chip=l4"]
+    keys = ["--config.data.max_length=64", "--config.train.batch_size=8", "--config.adapter.rank=4"]
+    assert cli.main(["plan", f"--fit={folder}", *chips, *keys, f"--json={tmp_path / 'f'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "none was compiled" in printed and "h100:1" in printed
+    found = json.loads((tmp_path / "f").read_text())["fits"]
+    assert [fit["method"] for fit in found] == ["full", "full", "LoRA", "LoRA"]
+    assert [fit["chip"] for fit in found][::2] == ["h100"] * 2  # as l4 has no price
+    full, low = (fit["plan"] for fit in found[::2])
+    assert full["trained"] == full["parameters"] > low["trained"] > 0
+    assert low["memory"]["kinds"]["parameters"] < full["memory"]["kinds"]["parameters"]
+    prices = [plan["speed"]["price_per_million_tokens"] for plan in (full, low)]
+    assert prices[1] < prices[0]
+    assert cli.main(["plan", f"--fit={folder}", "--chip=h100x"]) == 2
+    assert "Did you mean 'h100'?" in capsys.readouterr().err
+
+
+def test_a_smaller_slice_than_the_smallest_does_not_fit():
+    config, chip = run(train__batch_size=8), parse("h100:1").chip
+    fewest = [
+        min(c.estimate_bytes for c in _of(config, n) if c.estimate and not c.flags["model.offload"])
+        for n in (1, 2)
+    ]
+    narrow = dataclasses.replace(chip, usable=fewest[1])
+    assert fewest[1] < fewest[0]
+    found = _smallest("full", config, narrow, planner())
+    assert found.plan is not None and found.plan.topology.chips == 2
+    assert found.plan.memory.used <= fewest[1]
+
+
+def _of(config: RunConfig, count: int) -> list[Any]:
+    return estimate_all(config, parse(f"h100:{count}"), planner(), names=["fsdp"])
