@@ -22,7 +22,7 @@ from jaxft.planner.candidates import with_flags
 from jaxft.planner.planner import Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.topology import parse, use_compiler_alone
-from jaxft.training.adaptation import adapted
+from jaxft.training.adaptation import adapted, quantised
 from jaxft.workdir.workdir import environment
 
 _LENGTH, _RANK = 4096, 16
@@ -36,6 +36,7 @@ class Case:
       title: Of the model.
       folder: That holds its config.json.
       slice: Where it runs.
+      quantise: As `model.quantise`; empty: the base is bfloat16.
       rows: Rows of one device in a step.
       flags: Further keys.
     """
@@ -43,19 +44,41 @@ class Case:
     title: str
     folder: str
     slice: str
+    quantise: str = ""
     rows: int = 1
     flags: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
         """What tells it from the others."""
-        return f"{self.title}, LoRA, {self.slice}"
+        method = f"QLoRA ({self.quantise})" if self.quantise else "LoRA"
+        return f"{self.title}, {method}, {self.slice}"
 
 
 _EIGHT = "meta-llama--Meta-Llama-3.1-8B"
+_SEVENTY = "meta-llama--Meta-Llama-3.1-70B"
 CASES = (
     Case(title="Llama-3.1-8B", folder=_EIGHT, slice="v5e-4"),
     Case(title="Llama-3.1-8B", folder=_EIGHT, slice="v6e-1"),
+    Case(title="Llama-3.1-8B", folder=_EIGHT, slice="v5e-1", quantise="nf4"),
+    Case(title="Llama-3.1-70B", folder=_SEVENTY, slice="v5e-8", quantise="nf4"),
+    Case(title="Llama-3.1-70B", folder=_SEVENTY, slice="v6e-4", quantise="nf4"),
+    Case(
+        title="Qwen3-30B-A3B",
+        folder="Qwen--Qwen3-30B-A3B",
+        slice="v5e-4",
+        quantise="nf4",
+        flags=(("model.expert_capacity", 1.25),),
+    ),
+    Case(
+        title="gpt-oss-120b",
+        folder="openai--gpt-oss-120b",
+        slice="v6e-8",
+        quantise="nf4",
+        flags=(("model.expert_capacity", 1.25),),
+    ),
+    Case(title="Llama-3.1-8B", folder=_EIGHT, slice="l4:1", quantise="nf4"),
+    Case(title="Llama-3.1-70B", folder=_SEVENTY, slice="h200:1", quantise="nf4"),
 )
 
 
@@ -66,12 +89,13 @@ def plan(case: Case, models: Path) -> dict[str, Any]:
         "model.path": case.title,
         "adapter.rank": _RANK,
         "data.max_length": _LENGTH,
+        "model.quantise": case.quantise,
         "train.batch_size": case.rows * topology.device_count,
         **dict(case.flags),
     }
     config = with_flags(RunConfig(), {"strategy": "fsdp", **keys})
     architecture = architecture_from_hf(read_config(models / case.folder))
-    architecture = adapted(architecture, config.adapter)
+    architecture = quantised(adapted(architecture, config.adapter), config.model.quantise)
     planner = Planner(architecture=architecture, prices=read_prices())
     found = planner.make(config, topology)
     record = found.record()
@@ -79,6 +103,7 @@ def plan(case: Case, models: Path) -> dict[str, Any]:
     return {
         "name": case.name,
         "model": case.title,
+        "quantise": case.quantise,
         "slice": case.slice,
         "keys": keys,
         **{name: record[name] for name in kept},
@@ -93,7 +118,7 @@ def row(line: dict[str, Any]) -> str:
     memory, time, speed = line["memory"], line["time"], line["speed"]
     cells = [
         line["model"],
-        "LoRA, bfloat16",
+        f"QLoRA, {line['quantise']}" if line["quantise"] else "LoRA, bfloat16",
         f"`{line['slice']}`",
         f"{line['keys']['train.batch_size']}",
         f"{format_bytes(memory['used'])} of {format_bytes(memory['limit'])}",

@@ -180,7 +180,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         "--fit",
         default="",
         metavar="MODEL",
-        help="the smallest slices for full and LoRA tuning of a model, by estimate",
+        help="the smallest slices for full, LoRA and QLoRA tuning of a model, by estimate",
     )
     plan.add_argument(
         "--chip", action="append", metavar="NAME", help="for --fit; repeatable; default: several"

@@ -23,7 +23,11 @@ from jaxft.planner.topology import Topology, sold_shape
 
 DEFAULT_CHIPS = ("v5e", "v5p", "v6e", "l4", "a100", "h100", "h200", "b200")
 # Ways to tune, by the keys that a config has if it does not say them itself.
-METHODS: dict[str, dict[str, Any]] = {"full": {"adapter.rank": 0}, "LoRA": {"adapter.rank": 16}}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"adapter.rank": 0, "model.quantise": ""},
+    "LoRA": {"adapter.rank": 16, "model.quantise": ""},
+    "QLoRA": {"adapter.rank": 16, "model.quantise": "nf4"},
+}
 # Most devices that are looked at: a slice of v5e, a cluster of 32 machines.
 _MOST = 256
 
@@ -60,8 +64,8 @@ def find_fits(
     All devices hold a part of the weights (`fsdp`), and rows of their own.
 
     Args:
-      config: The run's; its row length, dtypes and optimizer stay, and its adapter's rank where a
-        way to tune has adapters.
+      config: The run's; its row length, dtypes and optimizer stay, and its adapter's rank and
+        the type of its quantised weights where a way to tune has them.
       architecture_of: Reads the model of a config.
       prices: Prices of chips.
       chips: Names; empty for `DEFAULT_CHIPS`.
@@ -88,7 +92,7 @@ def find_fits(
 
 def _chosen(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
     """Returns the keys of a way to tune, with the config's own value of what it has at all."""
-    own = {"adapter.rank": config.adapter.rank}
+    own = {"adapter.rank": config.adapter.rank, "model.quantise": config.model.quantise}
     return {key: value and (own[key] or value) for key, value in keys.items()}
 
 

@@ -10,7 +10,7 @@ from jaxft.errors import CheckpointError, ConfigError, ModelError
 from jaxft.hf.folder import ModelFolder
 from jaxft.hf.hub import resolve
 from jaxft.models.families import Architecture, architecture_from_hf
-from jaxft.training.adaptation import adapted
+from jaxft.training.adaptation import adapted, quantised
 from jaxft.workdir.adapter_note import AdapterNote, read_note
 from jaxft.workdir.checkpoint import Checkpoints
 
@@ -141,8 +141,8 @@ def find_source(
 def find_architecture(config: RunConfig) -> Architecture:
     """Reads a run's model from its config.json, of a folder or the hub; no weights are needed.
 
-    What the run learns beside the model is part of it. As no tokenizer is read, added tokens have
-    the first ids, and the tables no rows more.
+    What the run learns beside the model is part of it, and the type that holds its weights. As no
+    tokenizer is read, added tokens have the first ids, and the tables no rows more.
 
     Raises:
       ModelError: If there is no such model, or it is not supported.
@@ -150,7 +150,7 @@ def find_architecture(config: RunConfig) -> Architecture:
     """
     model = config.model
     found = find_source(model.path, revision=model.revision, weights=False).architecture
-    if found.adaptation:
-        return found
-    added = range(len(model.added_tokens))
-    return adapted(found, config.adapter, added=added, whole=model.random_init)
+    if not found.adaptation:
+        added = range(len(model.added_tokens))
+        found = adapted(found, config.adapter, added=added, whole=model.random_init)
+    return quantised(found, model.quantise)

@@ -531,11 +531,12 @@ def test_the_smallest_slices_are_listed_for_each_way_to_tune(folder, tmp_path, c
     printed = capsys.readouterr().out
     assert "none was compiled" in printed and "h100:1" in printed
     found = json.loads((tmp_path / "f").read_text())["fits"]
-    assert [fit["method"] for fit in found] == ["full", "full", "LoRA", "LoRA"]
-    assert [fit["chip"] for fit in found][::2] == ["h100"] * 2  # as l4 has no price
-    full, low = (fit["plan"] for fit in found[::2])
+    assert [fit["method"] for fit in found] == [m for m in ("full", "LoRA", "QLoRA") for _ in "12"]
+    assert [fit["chip"] for fit in found][::2] == ["h100"] * 3  # as l4 has no price
+    full, low, quantised = (fit["plan"] for fit in found[::2])
     assert full["trained"] == full["parameters"] > low["trained"] > 0
-    assert low["memory"]["kinds"]["parameters"] < full["memory"]["kinds"]["parameters"]
+    memory = [plan["memory"]["kinds"]["parameters"] for plan in (full, low, quantised)]
+    assert memory[2] < memory[1] < memory[0]
     prices = [plan["speed"]["price_per_million_tokens"] for plan in (full, low)]
     assert prices[1] < prices[0]
     assert cli.main(["plan", f"--fit={folder}", "--chip=h100x"]) == 2
