@@ -32,7 +32,7 @@ HEAVY = "jax jaxlib flax optax orbax transformers datasets grain jinja2 rich".sp
 NNX_ANYWHERE = {"Module", "Rngs", "List"}
 NNX_IN_MODULE_PY = NNX_ANYWHERE | set(
     "Param data split merge eval_shape graphdef state to_flat_state from_flat_state "
-    "to_pure_dict replace_by_pure_dict".split()
+    "to_pure_dict replace_by_pure_dict iter_modules".split()
 )
 
 

@@ -1,6 +1,5 @@
 """Looks over the machine before a run: each check is one line with what to do about it."""
 
-import dataclasses
 import glob
 import importlib.metadata
 import importlib.util
@@ -22,7 +21,6 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from packaging.requirements import Requirement
@@ -31,17 +29,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxft.config import OptimConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.errors import JaxftError
 from jaxft.formatting import format_bytes, format_storage
 from jaxft.hardware.chips import chip_of
 from jaxft.hardware.devices import LIBTPU_LOCK, device_memory, host_memory_total, lock_holder
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
-from jaxft.models.module import AbstractModel
 from jaxft.programs import capacity
-from jaxft.training.optim import make_optimizer
-from jaxft.training.state import init_state
+from jaxft.programs.storage import checkpoint_bytes
+from jaxft.training.adaptation import adapted
 
 Status = Literal["ok", "warning", "error"]
 
@@ -277,12 +274,13 @@ def check_disk(config: RunConfig | None) -> Iterator[Check]:
         advice = "A checkpoint of a model of 1 billion parameters takes 12 GB." if low else ""
         yield Check("disk", "warning" if low else "ok", detail, advice)
         return
-    model = _abstract_model(config)
-    if model is None:
+    architecture = _architecture(config)
+    if architecture is None:
         detail += "; the model's size is unknown, as its config.json is not on this machine"
         yield Check("disk", "ok", detail)
         return
-    needed = checkpoint_bytes(model, config.optim, keep_last=config.train.keep_last)
+    needed = checkpoint_bytes(config, architecture)
+    model = architecture.abstract(make_numerics(config.model.dtypes))
     count = sum(math.prod(parameter.shape) for parameter in model.params.values())
     detail += f"; checkpoints need up to {format_storage(needed)} ({count:,} parameters)"
     if needed <= free:
@@ -292,23 +290,6 @@ def check_disk(config: RunConfig | None) -> Iterator[Check]:
         "Free some space, name another --config.train.workdir, or lower --config.train.keep_last."
     )
     yield Check("disk", "error", detail, advice)
-
-
-def checkpoint_bytes(model: AbstractModel, optim: OptimConfig, *, keep_last: int) -> int:
-    """Returns the most that a run's checkpoints take at one time.
-
-    A checkpoint holds each parameter and the optimizer's state, as if none were frozen, and what
-    trains beside an average of it. The newest `keep_last`, the best, and the one being written
-    exist together.
-    """
-    # Rates take no memory, and may be of adapters, which are not here.
-    alike = dataclasses.replace(optim, rates="", lora_plus=1.0)
-    optimizer = make_optimizer(alike, optax.constant_schedule(0.0), model)
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, ""), model.params)
-    trained = state.trainable if state.is_averaged else {}
-    arrays = jax.tree.leaves((state.saved, trained, state.opt_state))
-    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays if array.shape)
-    return size * (keep_last + 2)
 
 
 def check_run_memory(config: RunConfig | None) -> Iterator[Check]:
@@ -335,14 +316,6 @@ def check_run_memory(config: RunConfig | None) -> Iterator[Check]:
         yield Check(name, "error", f"does not fit: {judged}", advice)
 
 
-def _abstract_model(config: RunConfig) -> AbstractModel | None:
-    """Returns the model that its config.json describes, if that is on this machine."""
-    architecture = _architecture(config)
-    if architecture is None:
-        return None
-    return architecture.abstract(make_numerics(config.model.dtypes))
-
-
 def _architecture(config: RunConfig) -> Architecture | None:
     path: Any = Path(config.model.path).expanduser() / "config.json"
     if not path.is_file():
@@ -354,7 +327,10 @@ def _architecture(config: RunConfig) -> Architecture | None:
             return None
         if not isinstance(path, str):
             return None
-    return architecture_from_hf(json.loads(Path(path).read_text(encoding="utf-8")))
+    found = architecture_from_hf(json.loads(Path(path).read_text(encoding="utf-8")))
+    # No tokenizer is read: as many rows as there are added tokens, whichever they are.
+    added = range(len(config.model.added_tokens))
+    return adapted(found, config.adapter, added=added, whole=config.model.random_init)
 
 
 def check_cache(folder: str) -> Iterator[Check]:

@@ -265,18 +265,18 @@ class Session:
     def write_samples_of_exported(self, state: TrainState, step: int) -> None:
         """Answers the prompts with the checkpoint that an export takes, maybe an earlier one.
 
-        The state is then deleted, which makes room for the other one's weights.
+        What the checkpoint holds is then deleted of the state, to make room for it.
         """
         if self.has_samples(step):
             return
         if step == int(state.step):
             params = state.evaluated
         else:
-            for array in jax.tree.leaves(state):
+            for array in jax.tree.leaves((state.saved, state.opt_state)):
                 array.delete()
             with console.phase(f"Weights of step {step}, the best"):
-                shapes: Any = self.program.state.params
-                params = self.checkpoints.restore_params(shapes, step)
+                shapes: Any = self.program.state.saved
+                params = {**self.checkpoints.restore_params(shapes, step), **state.base}
         self.write_samples(params, step)
 
     def has_samples(self, step: int) -> bool:

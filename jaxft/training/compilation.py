@@ -1,4 +1,4 @@
-"""How programs are compiled: the options that a run names, and where they are kept."""
+"""Compilation: the options that a run names, and where programs are kept."""
 
 import contextlib
 from collections.abc import Iterator

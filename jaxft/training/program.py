@@ -142,6 +142,11 @@ class Evaluator:
             if not path.endswith(".scales")
         )
 
+    def trained(self, freeze: str) -> int:
+        """Returns the number of parameters that learn, given `optim.freeze`."""
+        parts = partition(self.abstract.params, freeze, self.architecture.adaptation)
+        return sum(math.prod(spec.shape) for spec in parts.trainable.values())
+
     @property
     def multiplied_parameters(self) -> int:
         """Number of parameters that a token is multiplied with.

@@ -27,6 +27,7 @@ _FIXED = (
     "model.",
     "data.",
     "objective.",
+    "adapter.",
     "train.seed",
     "train.batch_size",
     "optim.freeze",

@@ -40,6 +40,11 @@ def test_a_run_goes_on_bit_for_bit_and_refuses_another_base(tmp_path):
     assert note is not None and note.base == str(tmp_path / "base")
     assert len(note.adaptation.sites) == 7 and len(note.adaptation.rows) == 2
 
+    parts.adapter.alpha = 99.0
+    with pytest.raises(CheckpointError, match=r"adapter\.alpha was 0\.0"):
+        train(parts, resume=True)
+    parts.adapter.alpha = 0.0
+
     file = tmp_path / "base" / "model.safetensors"
     tensors = load_file(file)
     name = "model.layers.1.mlp.up_proj.weight"

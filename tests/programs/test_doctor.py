@@ -9,12 +9,10 @@ import threading
 import time
 
 import jax
-import numpy as np
 import pytest
 
-from jaxft.config import OptimConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.hardware.devices import Room
-from jaxft.models.module import AbstractModel
 from jaxft.programs import capacity, doctor
 from jaxft.programs.doctor import (
     Check,
@@ -26,7 +24,6 @@ from jaxft.programs.doctor import (
     check_python,
     check_requirements,
     check_run_memory,
-    checkpoint_bytes,
     print_checks,
     run_doctor,
 )
@@ -155,19 +152,6 @@ def test_a_tpu_lock_held_by_another_process_is_named(tmp_path, monkeypatch):
     assert "JAX_PLATFORMS=cpu" in check.advice
     with path.open() as file:  # free again: the check itself leaves no lock behind
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_checkpoints_hold_parameters_and_two_moments_several_times():
-    parameters = {
-        "a": jax.ShapeDtypeStruct((3, 5), np.float32),
-        "b": jax.ShapeDtypeStruct((2,), "bfloat16"),
-    }
-    model = AbstractModel(None, parameters, {"a": ("mlp", "embed"), "b": ("norm",)})
-    size = 15 * 4 + 2 * 2
-    assert checkpoint_bytes(model, OptimConfig(), keep_last=2) == size * 3 * 4
-    # The average in float32, and what trains beside it.
-    averaged = checkpoint_bytes(model, OptimConfig(name="sgd", ema=0.9), keep_last=2)
-    assert averaged == (3 * size + 17 * 4) * 4
 
 
 def test_disk_is_held_against_the_checkpoints_of_the_model(tmp_path, model, monkeypatch):

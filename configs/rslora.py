@@ -1,0 +1,27 @@
+"""rsLoRA: adapters scaled by the root of their rank, for large ranks; see docs/tuning.md.
+
+jaxft train --config=configs/rslora.py --config.model.path=MODEL --config.data.train=ROWS
+
+Result with MODEL the 260,032 parameters of stories260K and ROWS the 1,100 instructions of
+rasbt-instruct, on 2 CPU cores in some minutes: see docs/tuning.md.
+"""
+
+from jaxft.config import RunConfig
+
+
+def get_config() -> RunConfig:
+    config = RunConfig()
+    config.model.dtypes = "float32"  # for a CPU; on a TPU or GPU the default, mixed, is right
+
+    config.data.validation = "15%"
+    config.data.max_length = 512
+
+    config.adapter.rank = 8
+    config.adapter.scaling = "rslora"  # larger by sqrt(rank), so that the rate is smaller
+    config.optim.learning_rate = 5e-3  # for 260,032 parameters; 2e-5 to 5e-5 for billions
+    config.optim.warmup_steps = 20
+
+    config.train.workdir = "runs/rslora"
+    config.train.epochs = 5
+    config.train.batch_size = 8
+    return config
