@@ -15,9 +15,12 @@ def data(options: argparse.Namespace) -> int:
     from jaxft.data.inspect import inspect
     from jaxft.programs.description import context_of, load_model_tokenizer
     from jaxft.programs.evaluation import named_sources
-    from jaxft.workdir.source import find_source
+    from jaxft.workdir.source import find_source, find_start
 
-    source = find_source(config.model.path, revision=config.model.revision, weights=False)
+    if config.adapter.path:
+        source = find_start(config, weights=False)
+    else:
+        source = find_source(config.model.path, revision=config.model.revision, weights=False)
     tokenizer, _ = load_model_tokenizer(source, config.model)
     held_out = config.data.validation or config.eval.datasets or config.eval.retention
     sources = named_sources(config) if held_out else {}

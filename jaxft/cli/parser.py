@@ -81,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, paired")
     evaluate.add_argument("--output", default="", metavar="FILE", help="write results as JSON too")
     _add_step(evaluate)
+    _add_base(evaluate)
     _add_processes(evaluate)
 
     generate = command(
@@ -98,15 +99,25 @@ def make_parser() -> argparse.ArgumentParser:
     chat = command("chat", talking.chat, "Talk with a model in the terminal.", config=False)
     _add_model(chat, max_new_tokens=1024)
 
-    export = command("export", running.export, "Write a Hugging Face folder.", config=False)
-    export.add_argument("--checkpoint", required=True, metavar="PATH", help="workdir or checkpoint")
+    export = command(
+        "export", running.export, "Write a Hugging Face folder, or an adapter's.", config=False
+    )
+    export.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="workdir, checkpoint or adapter"
+    )
     export.add_argument("--output", required=True, metavar="FOLDER", help="where the model goes")
     export.add_argument(
         "--dtype", default="", help="of every tensor, such as bfloat16; default: as stored"
     )
+    export.add_argument(
+        "--merge",
+        action="store_true",
+        help="write the whole model with its adapter in it; default: the adapter, as PEFT has it",
+    )
     export.add_argument("--overwrite", action="store_true", help="replace the folder")
     export.add_argument("--verify", action="store_true", help="load it again, compare logits")
     _add_step(export)
+    _add_base(export)
 
     convert = command(
         "convert",
@@ -143,7 +154,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    parser.add_argument("--model", required=True, metavar="PATH", help="folder, id or workdir")
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="folder, id, adapter or workdir"
+    )
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     parser.add_argument("--tools", default="", metavar="FILE", help="JSON list of functions")
     parser.add_argument(
@@ -164,6 +177,7 @@ def _add_model(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
         help="bfloat16 takes half the memory",
     )
     _add_step(parser)
+    _add_base(parser)
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -214,6 +228,15 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", default="best", help="checkpoint of a workdir: best (default), latest or a number"
+    )
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        default="",
+        metavar="PATH",
+        help="model that an adapter is made for; default: as the adapter names it",
     )
 
 

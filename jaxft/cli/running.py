@@ -66,10 +66,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     if distributed.is_first():
         check_outputs(output=options.output)
     if options.compare:
-        a, b = evaluation.evaluate_pair(config, *options.compare, step=options.step)
+        a, b = evaluation.evaluate_pair(
+            config, *options.compare, step=options.step, base=options.base
+        )
         results, differences = {"a": a, "b": b}, compare(a, b)
     else:
-        results = {"results": evaluation.evaluate(config, options.checkpoint, step=options.step)}
+        found = evaluation.evaluate(
+            config, options.checkpoint, step=options.step, base=options.base
+        )
+        results = {"results": found}
         differences = None
     if not distributed.is_first():
         return
@@ -94,6 +99,8 @@ def export(options: argparse.Namespace) -> int:
         options.checkpoint,
         options.output,
         step=options.step,
+        base=options.base,
+        merge=options.merge,
         dtype=options.dtype,
         overwrite=options.overwrite,
         verify=options.verify,

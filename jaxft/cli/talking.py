@@ -26,7 +26,7 @@ def generate(options: argparse.Namespace) -> int:
     if not options.raw and not options.messages:
         asked = questions.from_prompts(texts, system=options.system, tools=tools)
     sampling = _sampling(options)
-    model = jaxft.load(options.model, step=options.step, dtypes=options.dtypes)
+    model = jaxft.load(options.model, step=options.step, base=options.base, dtypes=options.dtypes)
     needs_template = options.messages or options.system or tools
     template = getattr(model.tokenizer, "chat_template", None)  # there may be no tokenizer
     if options.raw or not (template or needs_template):
@@ -60,7 +60,7 @@ def chat(options: argparse.Namespace) -> int:
 
     tools = questions.read_tools(options.tools) if options.tools else None
     sampling = _sampling(options)
-    model = jaxft.load(options.model, step=options.step, dtypes=options.dtypes)
+    model = jaxft.load(options.model, step=options.step, base=options.base, dtypes=options.dtypes)
     terminal.run(
         terminal.Chat(
             model,

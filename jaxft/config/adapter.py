@@ -15,6 +15,11 @@ class AdapterConfig:
         minimum=0,
         maximum=65536,
     )
+    path: str = key(
+        "",
+        "Run, or folder in PEFT's format, of an adapter of model.path that training goes on from; "
+        "rank, alpha and all else but dropout are those of the adapter.",
+    )
     alpha: float = key(
         0.0,
         "Numerator of their scale, which is alpha / rank; 0: twice the rank.",
@@ -56,4 +61,4 @@ class AdapterConfig:
     @property
     def is_used(self) -> bool:
         """Whether something is learnt beside the model, and not all of it."""
-        return bool(self.rank or self.ranks or self.train or self.added_rows)
+        return bool(self.path or self.rank or self.ranks or self.train or self.added_rows)

@@ -235,6 +235,17 @@ def _adapter_problems(config: RunConfig) -> Iterator[str]:
         for item in walk(adapter)
         if item.value != item.default and item.path not in ("train", "added_rows", "ranks")
     ]
+    if adapter.path:
+        changed = [name for name in changed if name not in ("path", "dropout")]
+        changed += [name for name in ("train", "added_rows", "ranks") if getattr(adapter, name)]
+        if changed:
+            yield (
+                f"adapter.{changed[0]} is set, but adapter.path names an adapter that has its own. "
+                "Leave one of the two out."
+            )
+        if config.model.random_init:
+            yield "adapter.path is an adapter of a trained model; leave model.random_init out."
+        return
     if changed and not (adapter.rank or adapter.ranks):
         yield (
             f"adapter.{changed[0]} is set, but adapter.rank is 0: there is no adapter. Set "

@@ -20,9 +20,11 @@ class ModelFolder:
 
     Attributes:
       path: The folder.
+      other_tokenizer: Folder that holds the tokenizer, if it is another one.
     """
 
     path: Path
+    other_tokenizer: Path | None = None
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -36,9 +38,14 @@ class ModelFolder:
         return read_json(file) if file.is_file() else {}
 
     @property
+    def tokenizer_path(self) -> Path:
+        """The folder of the tokenizer."""
+        return self.other_tokenizer or self.path
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether the folder holds the files of a tokenizer."""
-        return has_tokenizer(self.path)
+        return has_tokenizer(self.tokenizer_path)
 
     def load_tokenizer(self) -> Any:
         """Returns the tokenizer, None if the folder has none.
@@ -46,7 +53,7 @@ class ModelFolder:
         Raises:
           ModelError: If its files cannot be read.
         """
-        return load_tokenizer(self.path) if self.has_tokenizer else None
+        return load_tokenizer(self.tokenizer_path) if self.has_tokenizer else None
 
     def stop_ids(self, tokenizer: Any) -> tuple[int, ...]:
         """Returns the tokens that end an answer by the tokenizer and both config files, sorted."""

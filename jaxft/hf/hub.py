@@ -19,8 +19,16 @@ from jaxft.errors import ModelError, searched
 from jaxft.hf.kinds import explain_other_kind, gguf_hint
 from jaxft.hf.read import Entry
 
-# Everything but weights: configs, tokenizers of every kind, chat templates.
-_SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "tokenizer.tiktoken"]
+# Everything but weights of models: configs, tokenizers of every kind, chat templates, adapters.
+_SMALL_FILES = [
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.tiktoken",
+    "adapter_model.safetensors",
+]
 _WEIGHTS = ["model.safetensors", "model-*.safetensors"]
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token from {}/settings/tokens"
 

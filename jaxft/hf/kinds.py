@@ -104,12 +104,8 @@ def _explain_adapter(source: str, content: str) -> str:
     target = f"{Path(source).name}-merged"
     return (
         f"{source} holds an adapter (adapter_config.json, such as LoRA), not a whole model"
-        f"{f': it belongs to {base!r}' if base else ''}. jaxft cannot read adapters yet. Merge it "
-        "once, where torch, transformers and peft are installed:\n"
-        '  python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import '
-        f"AutoTokenizer as T; M.from_pretrained({source!r}, dtype='auto').merge_and_unload()"
-        f".save_pretrained({target!r}); "
-        f'T.from_pretrained({base or "BASE"!r}).save_pretrained({target!r})"\n'
+        f"{f': it belongs to {base!r}' if base else ''}. Merge it into that first:\n"
+        f"  jaxft export --merge --checkpoint={source} --output={target}\n"
         f"and use the folder {target}."
     )
 

@@ -65,7 +65,8 @@ def atomic_folder(
 
     Args:
       output: The folder to appear.
-      overwrite: Replace a folder that is there; only one that holds a config.json is replaced.
+      overwrite: Replace a folder that is there; only one that holds a config.json, or that of an
+        adapter, is replaced.
       content: What is written, as JSON can hold it; None never goes on with an older folder.
 
     Raises:
@@ -341,7 +342,7 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
         raise ModelError(
             f"{output} exists and is not empty. Name another folder, or pass --overwrite."
         )
-    if not (output / "config.json").is_file():
+    if not any((output / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ModelError(
             f"{output} is not replaced: it has no config.json, so it is not an exported model. "
             "Name another folder."

@@ -297,14 +297,24 @@ def choose_sites(
         for pattern in patterns
         if not any(matches(pattern, path) for path in among)
     ]
-    for path, site in sites.items():
-        problems += _site_problems(path, weights[path], site, start)
+    problems += site_problems(sites, weights, start)
     if problems:
         raise ConfigError(problems)
     return {path: site for path, site in sites.items() if site.rank}
 
 
-def _site_problems(path: str, weight: Weight, site: Site, start: str) -> list[str]:
+def site_problems(
+    sites: Mapping[str, Site], weights: Mapping[str, Weight], start: str
+) -> list[str]:
+    """Returns what weights of a model cannot have of adapters that start in this way."""
+    return [
+        problem
+        for path, site in sites.items()
+        for problem in _problems_of(path, weights[path], site, start)
+    ]
+
+
+def _problems_of(path: str, weight: Weight, site: Site, start: str) -> list[str]:
     if not site.rank:
         return []
     problems = []

@@ -203,11 +203,16 @@ class Weight(nnx.Module):
     def _norm(self, w: Array) -> Array:
         """Returns the norm of each output's row of the weight with its adapter, `[*outputs]`.
 
-        From products of the low-rank parts, so that no matrix of the weight's size is made:
+        The pair that it began with is subtracted, as one of further ranks. From products of the
+        low-rank parts, so that no matrix of the weight's size is made:
         |w + s b A|² = |w|² + 2 s b·(A w) + s² b·(A Aᵀ) b.
         """
         assert self.site is not None
-        w32, a, b = (x.astype(jnp.float32) for x in (w, self.lora_a[...], self.lora_b[...]))
+        a, b = self.lora_a[...], self.lora_b[...]
+        if self.site.start:
+            a = jnp.concatenate([a, self.start_a[...].astype(a.dtype)])
+            b = jnp.concatenate([b, -self.start_b[...].astype(b.dtype)], axis=-1)
+        w32, a, b = (x.astype(jnp.float32) for x in (w, a, b))
         return row_norm(w32, a, b, scale=self.site.scale, inputs=self.inputs)
 
 

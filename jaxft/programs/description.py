@@ -15,7 +15,7 @@ from jaxft.hf.stored import tensor_dtypes
 from jaxft.hf.tokenizer import add_special_tokens, has_tokenizer, load_tokenizer
 from jaxft.models.families import Architecture
 from jaxft.models.vocabulary import tokens_beyond, with_rows_for
-from jaxft.training.adaptation import adapted, quantised
+from jaxft.training.adaptation import adapted, quantised, with_dropout
 from jaxft.workdir.source import Source
 
 # A tokenizer that shares fewer of its ids with the model's own is taken for another model's.
@@ -23,7 +23,7 @@ _SAME_IDS = 0.9
 
 
 def load_model_tokenizer(source: Source, config: ModelConfig) -> tuple[Any, list[int]]:
-    """Loads the tokenizer of a model as a run changes it; a checkpoint has its own already.
+    """Loads the tokenizer of a model as a run changes it; checkpoints and adapters have their own.
 
     Args:
       source: Its folder holds the tokenizer.
@@ -32,8 +32,8 @@ def load_model_tokenizer(source: Source, config: ModelConfig) -> tuple[Any, list
     Returns:
       The tokenizer, and the ids of the tokens that were added.
     """
-    if source.checkpoints is not None:
-        return load_tokenizer(source.folder), []
+    if source.checkpoints is not None or source.is_adapter:
+        return load_tokenizer(source.described.tokenizer_path), []
     other = config.tokenizer
     tokenizer = load_tokenizer(resolve(other, weights=False) if other else source.folder)
     if other and not config.random_init:
@@ -104,7 +104,11 @@ def read_description(source: Source, config: RunConfig) -> Description:
     architecture = grown(stored, tokenizer, random_init=config.model.random_init)
     if config.data.template:
         tokenizer.chat_template = resolve_template(tokenizer, config.data).text
-    if not source.architecture.adaptation:
+    if source.note is not None:
+        spare = source.note.new_tokens
+    if source.is_adapter:
+        architecture = with_dropout(architecture, config.adapter.dropout)
+    else:
         adapter, random_init = config.adapter, config.model.random_init
         named = tokenizer.convert_tokens_to_ids(config.model.added_tokens) if tokenizer else ()
         architecture = adapted(architecture, adapter, added=named, whole=random_init)
@@ -141,6 +145,8 @@ def hf_config(source: Source, architecture: Architecture) -> dict[str, Any]:
 
 def tensor_dtypes_of(source: Source) -> dict[str, str]:
     """Returns the type of each tensor in the files the weights came from; empty if from none."""
+    if source.is_peft and source.base is not None:
+        return tensor_dtypes_of(source.base)
     if source.checkpoints is None:
         return tensor_dtypes(source.folder)
     return read_json(source.folder / "tensor_dtypes.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft import console, data, distributed
-from jaxft.config import RunConfig, data_sets, from_dict, held_out_share, to_dict
+from jaxft.config import AdapterConfig, RunConfig, data_sets, from_dict, to_dict
 from jaxft.data import TokenRows
 from jaxft.data.units import NOUNS, units_of
 from jaxft.errors import ConfigError
@@ -18,6 +18,7 @@ from jaxft.models.attention import check_backend
 from jaxft.models.families import Architecture
 from jaxft.programs import capacity
 from jaxft.programs.answers import Answers, Prompts, answer, has_answers, read_prompts
+from jaxft.programs.as_trained import say_differences
 from jaxft.programs.description import Description, read_description
 from jaxft.programs.held_out import HeldOut, UnitSums, evaluate_rows, take_rows
 from jaxft.programs.model import Model
@@ -31,35 +32,8 @@ from jaxft.training.program import (
     make_placement,
     most_in_a_row,
 )
-from jaxft.workdir.checkpoint import Checkpoints
-from jaxft.workdir.source import Source, find_source, is_run
+from jaxft.workdir.source import Source, find_source, find_start, is_run
 from jaxft.workdir.workdir import Workdir
-
-# Keys on which it depends which rows a part of the training data holds out: they say which rows
-# there are, and what the content is by which they are chosen.
-_DECIDE_WHAT_IS_HELD_OUT = (
-    "data.validation",
-    "data.train",
-    "data.format",
-    "data.columns",
-    "data.text_split",
-    "data.bad_rows",
-    "data.control_tokens",
-    "train.seed",
-)
-_DECIDE_HOW_ROWS_ARE_READ = (
-    "format",
-    "columns",
-    "text_split",
-    "template",
-    "thinking",
-    "control_tokens",
-    "train_on",
-)
-
-
-# Keys of the objective that change no figure.
-_NOT_OF_A_LOSS = ("objective.chunk", "objective.balance", "objective.reference")
 
 
 class Compared(NamedTuple):
@@ -102,7 +76,7 @@ class Evaluation:
 
 
 def evaluate(
-    config: RunConfig, checkpoint: str | Path = "", *, step: str = "best"
+    config: RunConfig, checkpoint: str | Path = "", *, step: str = "best", base: str = ""
 ) -> dict[str, Evaluation]:
     """Evaluates a model on `data.validation`, `eval.datasets` and `eval.retention`.
 
@@ -110,6 +84,7 @@ def evaluate(
       config: Names the data and how it is read; it is not changed.
       checkpoint: Workdir, checkpoint, Hugging Face folder or id; empty: `model.path`.
       step: Which checkpoint of a workdir: `best`, `latest` or a number.
+      base: Model that an adapter is made for, where it is not the one that the adapter names.
 
     Returns:
       Results by data set name.
@@ -117,11 +92,11 @@ def evaluate(
     Raises:
       JaxftError: If model or data cannot be read.
     """
-    return _evaluate(_prepare(config, checkpoint, step))
+    return _evaluate(_prepare(config, checkpoint, step, base))
 
 
 def evaluate_pair(
-    config: RunConfig, a: str | Path, b: str | Path, *, step: str = "best"
+    config: RunConfig, a: str | Path, b: str | Path, *, step: str = "best", base: str = ""
 ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
     """Evaluates two models so that `compare` can pair their results.
 
@@ -133,10 +108,11 @@ def evaluate_pair(
       a: The first model, as `checkpoint` there.
       b: The second one.
       step: As for `evaluate`; of whichever of the two is a workdir.
+      base: As for `evaluate`, of both, which are adapters then.
     """
     has_steps = {path: is_run(path) for path in (a, b)}
     steps = [step if has_steps[path] or not any(has_steps.values()) else "best" for path in (a, b)]
-    tasks = [_prepare(config, path, step) for path, step in zip((a, b), steps, strict=True)]
+    tasks = [_prepare(config, path, step, base) for path, step in zip((a, b), steps, strict=True)]
     digests = [[rows.digest for rows in task.rows.values()] for task in tasks]
     if digests[0] != digests[1]:
         console.log(_how_other_tokens_are_compared(config), style="yellow")
@@ -166,7 +142,7 @@ class _Task:
 
     Attributes:
       config: Config of this evaluation, with `model.path` of its model.
-      base: `model.path` that the command was given.
+      reference: `model.path` that the command was given.
       source: Origin of the model.
       architecture: Shape of the model.
       tokenizer: Tokenizer of the model.
@@ -178,7 +154,7 @@ class _Task:
     """
 
     config: RunConfig
-    base: str
+    reference: str
     source: Source
     architecture: Architecture
     tokenizer: Any
@@ -189,24 +165,24 @@ class _Task:
     prompts: "dict[str, Prompts]"
 
 
-def _prepare(config: RunConfig, checkpoint: str | Path, step: str) -> _Task:
-    config, base = copy.deepcopy(config), config.model.path
+def _prepare(config: RunConfig, checkpoint: str | Path, step: str, base: str) -> _Task:
+    config, reference = copy.deepcopy(config), config.model.path
     config.model.path = str(checkpoint or config.model.path)
     distributed.require_joined()
     if not distributed.is_first():
         console.stderr.quiet = True
-    distributed.check_same("config", {**to_dict(config), "step": step})
+    distributed.check_same("config", {**to_dict(config), "step": step, "base": base})
     config.validate()
     sources = named_sources(config)
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)
     with console.phase("Model and tokenizer") as phase:
         revision = "" if checkpoint else config.model.revision
-        source = find_source(config.model.path, revision=revision, step=step)
+        source = find_source(config.model.path, revision=revision, step=step, base=base)
         phase.detail(source.name)
-        description = read_description(source, config)
+        description = read_description(source, _without_start(config))
         architecture, tokenizer = description.architecture, description.tokenizer
-        _say_differences(config, source)
+        say_differences(config, source)
     capacity.check(capacity.EVALUATION, config, architecture)
     with console.phase("Data"):
         rows = _read_rows(config, tokenizer, sources)
@@ -217,7 +193,7 @@ def _prepare(config: RunConfig, checkpoint: str | Path, step: str) -> _Task:
         }
     return _Task(
         config,
-        base,
+        reference,
         source,
         architecture,
         tokenizer,
@@ -320,31 +296,55 @@ def _reference(task: _Task, evaluator: Evaluator, sets: Mapping[str, HeldOut]) -
       ConfigError: If neither is known, or it reads or is shaped otherwise than the evaluated model.
     """
     config, noted = copy.deepcopy(task.config), None
-    config.model.path = task.base
+    config.model.path = task.reference
     if task.source.checkpoints is not None:
         run = Workdir(path=task.source.checkpoints.parent)
         start = read_start_note(run.reference)
-        if start is not None and task.base in ("", str(task.source.checkpoints.parent)):
+        if start is not None and task.reference in ("", str(task.source.checkpoints.parent)):
             trained = from_dict(json.loads(run.config.read_text(encoding="utf-8")))
             config.model = dataclasses.replace(
                 trained.model, path=start.model, dtypes=config.model.dtypes
             )
+            config.adapter.path = start.adapter
             config.train.seed, noted = trained.train.seed, start
     if not config.model.path:
         raise ConfigError(
             f"{config.objective.name} compares with the weights that training started from, which "
             f"{task.source.name} does not name. Name them with --config.model.path=…."
         )
-    source = find_source(
-        config.model.path,
-        revision=config.model.revision,
-        weights=not config.model.random_init,
-    )
-    description = read_description(source, config)
+    weights = not config.model.random_init
+    if config.adapter.path:
+        source = find_start(config, weights=weights)
+    else:
+        model = config.model
+        source = find_source(model.path, revision=model.revision, weights=weights)
+    description = read_description(source, _without_start(config))
     _check_reference(task, description, config.model.path)
-    bare = evaluator.bare
-    load = functools.partial(read_start, config, bare, source, description)
-    return Reference(config, bare, load, sets, noted=noted)
+    begun = _evaluator_of_start(task, evaluator, config, description)
+    load = functools.partial(read_start, config, begun, source, description)
+    return Reference(config, begun, load, sets, noted=noted)
+
+
+def _evaluator_of_start(
+    task: _Task, evaluator: Evaluator, config: RunConfig, description: Description
+) -> Evaluator:
+    """Returns what scores rows with the reference: a model, or one with an adapter."""
+    adaptation = description.architecture.adaptation
+    if not config.adapter.path or not adaptation:
+        return evaluator.bare
+    if adaptation == task.architecture.adaptation:
+        return evaluator
+    return build_evaluator(
+        config,
+        dataclasses.replace(task.architecture, adaptation=adaptation),
+        placement=task.placement,
+        **most_in_a_row(task.rows.values()),
+    )
+
+
+def _without_start(config: RunConfig) -> RunConfig:
+    """Returns a config by which no adapter starts: what is evaluated is there."""
+    return dataclasses.replace(config, adapter=AdapterConfig())
 
 
 def _check_reference(task: _Task, description: Description, name: str) -> None:
@@ -359,44 +359,6 @@ def _check_reference(task: _Task, description: Description, name: str) -> None:
     known, own = (tokenizer.get_vocab() for tokenizer in (description.tokenizer, task.tokenizer))
     if any(own.get(token) != number for token, number in known.items()):
         raise ConfigError(f"{told}their tokenizers give tokens different ids. {other}")
-
-
-def _say_differences(config: RunConfig, source: Source) -> None:
-    """Logs where a checkpoint was trained on data read in another way than it is evaluated on.
-
-    Raises:
-      ConfigError: If what is held out here is not what was held out in training.
-    """
-    if source.checkpoints is None:
-        return
-    checkpoints = Checkpoints(source.checkpoints, read_only=True)
-    trained = checkpoints.restore_config(source.step)
-    checkpoints.close()
-    here = to_dict(config)
-    _check_held_out(here, trained)
-    learnt = [n for n in here if n.startswith("objective.") and n not in _NOT_OF_A_LOSS]
-    for name in [*(f"data.{key}" for key in _DECIDE_HOW_ROWS_ARE_READ), *learnt]:
-        if trained.get(name, here[name]) != here[name]:
-            console.log(
-                f"{name} is {here[name]!r} here; the run was trained with {trained[name]!r}.",
-                style="yellow",
-            )
-
-
-def _check_held_out(here: dict[str, Any], trained: dict[str, Any]) -> None:
-    """Refuses a part of the training data that a run was, by other keys, trained on."""
-    if not held_out_share(here["data.validation"]):
-        return
-    changed = [
-        f"--config.{key}={trained[key]}"
-        for key in _DECIDE_WHAT_IS_HELD_OUT
-        if trained.get(key, here[key]) != here[key]
-    ]
-    if changed:
-        raise ConfigError(
-            f"The part {here['data.validation']} was held out of training only with the keys of "
-            f"the run. Evaluate it with {' '.join(changed)}, or on a file of its own."
-        )
 
 
 def named_sources(config: RunConfig) -> dict[str, str]:

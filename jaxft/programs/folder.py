@@ -125,8 +125,9 @@ def keep_model_files(
     try:
         folder.mkdir(exist_ok=True)
         for name in ("config.json", "generation_config.json"):
-            if (source.folder / name).is_file():
-                (folder / name).write_bytes((source.folder / name).read_bytes())
+            file = source.described.path / name
+            if file.is_file():
+                (folder / name).write_bytes(file.read_bytes())
         described = hf_config(source, architecture)
         if described != source.described.config:
             (folder / "config.json").write_text(as_json(described), encoding="utf-8")

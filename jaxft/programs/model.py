@@ -285,6 +285,7 @@ def load(
     *,
     revision: str = "",
     step: str = "best",
+    base: str | Path = "",
     dtypes: str = "float32",
     placement: Placement | None = None,
     device: Any = None,
@@ -292,9 +293,11 @@ def load(
     """Loads a model for inference, evaluation or export.
 
     Args:
-      path_or_repo_id: Hugging Face folder or repository id, or a run's workdir or checkpoint.
+      path_or_repo_id: Hugging Face folder or repository id of a model or of an adapter in PEFT's
+        format, or a run's workdir or checkpoint.
       revision: Branch, tag or commit of a repository id.
       step: Which checkpoint of a workdir: `best`, `latest` or a number.
+      base: Model that an adapter is made for, where it is not the one that the adapter names.
       dtypes: `float32`, `mixed` or `bfloat16` (half the memory of float32).
       placement: Shards the weights; one device holds them if absent.
       device: That one device; the first one by default.
@@ -303,7 +306,18 @@ def load(
       ModelError: If it cannot be found, is not supported or does not fit its config.json.
       CheckpointError: If a checkpoint cannot be read.
     """
-    source = find_source(path_or_repo_id, revision=revision, step=step)
+    source = find_source(path_or_repo_id, revision=revision, step=step, base=str(base))
+    return load_source(source, dtypes=dtypes, placement=placement, device=device)
+
+
+def load_source(
+    source: Source,
+    *,
+    dtypes: str = "float32",
+    placement: Placement | None = None,
+    device: Any = None,
+) -> Model:
+    """Does what `load` does, for a model that has been found."""
     stored = source.architecture
     tokenizer = source.described.load_tokenizer()
     architecture = grown(stored, tokenizer)

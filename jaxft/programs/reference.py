@@ -43,11 +43,13 @@ class Start(NamedTuple):
       weights: Digest of all their bits.
       dtypes: `model.dtypes` of the run, on which the digest depends.
       model: Absolute path of their folder, or repository id.
+      adapter: Absolute path of the adapter beside them, or its repository id; empty for none.
     """
 
     weights: str
     dtypes: str
     model: str
+    adapter: str = ""
 
 
 def read_start_note(file: Path) -> Start | None:
@@ -66,7 +68,7 @@ class Reference:
 
     Attributes:
       config: The run's; `model` describes the starting weights.
-      evaluator: Scores rows; of the model without adapters, as all start from that.
+      evaluator: Scores rows; of the model that training starts from.
       load: Returns the starting weights, on their devices.
       sets: Rows that get their log-probabilities as a column, by name.
       own: Paths of the weights that the training step needs a copy of.
@@ -90,6 +92,7 @@ class Reference:
         Returns:
           A copy of the weights that the training step needs one of.
         """
+        # An adapter that starts changes nothing: the reference is the model without.
         params = {path: params[path] for path in self.evaluator.abstract.params}
         digest = digest_of(params)
         self._note(digest, record)
@@ -136,7 +139,13 @@ class Reference:
     def _note(self, digest: str, record: Path) -> None:
         model = self.config.model
         if distributed.is_first():
-            start = Start(digest, model.dtypes, found_anywhere(model.path))
+            adapter = self.config.adapter.path
+            start = Start(
+                digest,
+                model.dtypes,
+                found_anywhere(model.path),
+                found_anywhere(adapter) if adapter else "",
+            )
             write_json(record, start._asdict())
 
     def _check(self, found: str, noted: str) -> None:
@@ -179,6 +188,7 @@ class Reference:
             "max_length": held_out.rows.max_length,
             "weights": digest,
             "architecture": repr(evaluator.architecture.config),
+            "adaptation": repr(evaluator.architecture.adaptation),
             "dtype": evaluator.numerics.compute_dtype.__name__,
             # Sums are rounded otherwise where they are made in other parts.
             "attention": evaluator.attention.backend,

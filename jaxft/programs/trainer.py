@@ -27,7 +27,7 @@ from jaxft.programs.description import read_description
 from jaxft.programs.held_out import HeldOut
 from jaxft.programs.reference import Reference, found_anywhere, read_start, read_start_note
 from jaxft.programs.session import Session
-from jaxft.programs.weights import digest_of, dtypes_of
+from jaxft.programs.weights import base_of, digest_of, dtypes_of
 from jaxft.reporting.progress import TrainProgress
 from jaxft.reporting.report import write_report
 from jaxft.sharding.rules import Placement
@@ -48,7 +48,7 @@ from jaxft.workdir.checkpoint import Checkpoints, Progress
 from jaxft.workdir.lock import Lock
 from jaxft.workdir.metrics import MetricsWriter, require_wandb
 from jaxft.workdir.periods import Periods, Sums
-from jaxft.workdir.source import find_source
+from jaxft.workdir.source import find_start
 from jaxft.workdir.workdir import Workdir, absolute, explained_files
 
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a signal
@@ -131,11 +131,7 @@ def _train(
     if _has_all_steps(config, reached) and folder.has_report(workdir, start):
         return _finished(config, workdir, start, reached, "end")
     with console.phase("Model and tokenizer"):
-        source = find_source(
-            config.model.path,
-            revision=config.model.revision,
-            weights=not config.model.random_init,
-        )
+        source = find_start(config, weights=not config.model.random_init)
         description = read_description(source, config)
         architecture, tokenizer = description.architecture, description.tokenizer
     evaluator = build_evaluator(config, architecture, placement=placement)
@@ -272,16 +268,16 @@ def _read_weights(
         base: Params = {}
         if program.state.base:
             params = load(program.evaluator.bare)
-            _check_base(config, params, read_note(workdir.model))
             base = {path: params[path] for path in program.state.base}
+            _check_base(config, base, read_note(workdir.model))
         return fixed, checkpoints.restore(program.state, start, base)[0], None
     params = load(program.evaluator)
     note = None
     if adaptation:
-        plain = {path: params[path] for path in program.evaluator.plain.params}
+        base = base_of(params, adaptation)
         path = found_anywhere(config.model.path)
         note = AdapterNote(
-            adaptation, path, config.model.revision, digest_of(plain), dtypes_of(plain)
+            adaptation, path, config.model.revision, digest_of(base), dtypes_of(base)
         )
     fixed = reference.begin(params, workdir.reference) if reference else {}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
@@ -294,10 +290,10 @@ def _read_weights(
     return fixed, jax.jit(make, donate_argnums=0, out_shardings=shardings)(params), note
 
 
-def _check_base(config: RunConfig, params: Params, note: AdapterNote | None) -> None:
+def _check_base(config: RunConfig, base: Params, note: AdapterNote | None) -> None:
     """Raises CheckpointError if an adapter was trained on other weights."""
-    same_dtypes = note is not None and note.dtypes == dtypes_of(params)
-    if note is not None and same_dtypes and digest_of(params) != note.digest:
+    same_dtypes = note is not None and note.dtypes == dtypes_of(base)
+    if note is not None and same_dtypes and digest_of(base) != note.digest:
         raise CheckpointError(
             f"The weights of model.path {config.model.path} are not those that the run's adapter "
             "was started on. Restore them, or start a run in another folder."
@@ -318,9 +314,9 @@ def _make_reference(
     if config.objective.uses_reference == "cached":
         sets["train"] = HeldOut(rows, range(len(rows)), None)
     noted = read_start_note(workdir.reference) if workdir.resumed else None
-    bare = program.evaluator.bare
+    start = program.evaluator.of_start(config)
     own = tuple(program.fixed)
-    return Reference(config, bare, functools.partial(load, bare), sets, own, noted)
+    return Reference(config, start, functools.partial(load, start), sets, own, noted)
 
 
 def _has_all_steps(config: RunConfig, reached: Progress) -> bool:

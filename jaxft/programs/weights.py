@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxft.hardware.devices import array_bytes, room
 from jaxft.hf.load import Encoded, load_params
 from jaxft.hf.rules import expand
 from jaxft.models import quantised
-from jaxft.models.adapters import is_beside, start_values
+from jaxft.models.adapters import Adaptation, is_beside, start_values
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel, Params
@@ -59,8 +60,8 @@ def load_weights(
 ) -> Params:
     """Reads weights from safetensors or from a checkpoint, each device its own part.
 
-    Where the architecture has adapters, those of a run are read beside the weights that they belong
-    to; for another source they start.
+    Where the architecture has adapters, those of the source are read beside the weights that they
+    belong to; for a whole model they start.
 
     Tables that are smaller in the files than the architecture says grow by mean rows.
 
@@ -84,18 +85,36 @@ def load_weights(
     }
     plain = {path: spec for path, spec in target.items() if not is_beside(path)}
     axes, adaptation = abstract.axes, architecture.adaptation
-    if source.note is None:
+    if not source.is_adapter:
         params = _read_weights(source, architecture, plain, axes, tokenizer, new_tokens)
         if adaptation:
-            graphdef = architecture.plain.abstract(make_numerics("float32")).graphdef
-            params |= start_values(graphdef, params, adaptation, target, seed=seed)
+            params |= _start(architecture, params, adaptation, target, seed)
+    elif source.base is None:
+        params = _read_checkpoint(source, target)
     else:
+        params = read_base(source, architecture, plain, axes, tokenizer)
         kept = {path: spec for path, spec in target.items() if adaptation.is_kept(path)}
-        params = _read_checkpoint(source, kept)
-        if not adaptation.whole:
-            params = read_base(source, architecture, plain, axes, tokenizer) | params
+        params |= _read_adapter(source, kept) if kept else {}
+        # Tables that PEFT's file has no rows for keep those of the base.
+        params |= _start(architecture, params, replace(adaptation, sites={}), target, seed)
     _refuse_not_finite(params, architecture, source)
     return params
+
+
+def _start(
+    architecture: Architecture,
+    params: Params,
+    adaptation: Adaptation,
+    target: Mapping[str, jax.ShapeDtypeStruct],
+    seed: int,
+) -> Params:
+    """Returns the leaves of adapters that no file has."""
+    wanted = {path: spec for path, spec in target.items() if path not in params}
+    if not wanted:
+        return {}
+    graphdef = architecture.plain.abstract(make_numerics("float32")).graphdef
+    plain = {path: value for path, value in params.items() if not is_beside(path)}
+    return start_values(graphdef, plain, adaptation, wanted, seed=seed)
 
 
 def read_base(
@@ -105,20 +124,45 @@ def read_base(
     axes: Mapping[str, tuple[str, ...]],
     tokenizer: Any,
 ) -> Params:
-    """Reads the weights that a run's adapter was made for.
+    """Reads the weights that an adapter is made for.
 
     Raises:
-      CheckpointError: If they are others than the run had.
+      CheckpointError: If they are others than a run had.
     """
     note = source.note
-    assert note is not None
-    params = _read_weights(source.base, architecture, target, axes, tokenizer, note.new_tokens)
-    if dtypes_of(params) == note.dtypes and digest_of(params) != note.digest:
+    assert source.base is not None
+    new_tokens = note.new_tokens if note is not None else ()
+    params = _read_weights(source.base, architecture, target, axes, tokenizer, new_tokens)
+    if note is None:
+        return params
+    base = base_of(params, note.adaptation)
+    if dtypes_of(base) == note.dtypes and digest_of(base) != note.digest:
         raise CheckpointError(
-            f"The weights of {note.base} are not those that the adapter of {source.name} was "
-            "trained on. Restore them."
+            f"The weights of {source.base.name} are not those that the adapter of {source.name} "
+            "was trained on. Restore them, or name the right ones with --base."
         )
     return params
+
+
+def _read_adapter(source: Source, target: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """Reads what a source holds of an adapter."""
+    if source.checkpoints is not None:
+        return _read_checkpoint(source, target)
+    arrays = source.adapter.arrays
+    return {
+        path: jax.make_array_from_callback(
+            spec.shape,
+            spec.sharding,
+            lambda index, path=path, dtype=spec.dtype: arrays[path][index].astype(dtype),
+        )
+        for path, spec in target.items()
+        if path in arrays
+    }
+
+
+def base_of(params: Params, adaptation: Adaptation) -> Params:
+    """Returns the weights that an adapter leaves as they are."""
+    return {path: value for path, value in params.items() if not adaptation.is_kept(path)}
 
 
 def dtypes_of(params: Params) -> str:

@@ -1,12 +1,12 @@
 """The adapters that a run asks for, on the model that it has."""
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jaxft.config import AdapterConfig
 from jaxft.config.values import numbers_by_pattern
 from jaxft.errors import ConfigError
-from jaxft.models.adapters import Adaptation, choose_sites, weights_in
+from jaxft.models.adapters import Adaptation, choose_sites, site_problems, weights_in
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import without_memory
@@ -59,7 +59,7 @@ def adapted(
         raise ConfigError(
             f"adapter.train {config.train!r} matches no parameter; paths are {', '.join(paths)}."
         )
-    return dataclasses.replace(architecture, adaptation=adaptation)
+    return replace(architecture, adaptation=adaptation)
 
 
 def quantised(architecture: Architecture, kind: str) -> Architecture:
@@ -70,7 +70,7 @@ def quantised(architecture: Architecture, kind: str) -> Architecture:
     """
     if not kind:
         return architecture
-    found = dataclasses.replace(architecture, quantise=kind)
+    found = replace(architecture, quantise=kind)
     dense, coded = (
         part.abstract(make_numerics("float32")).params for part in (architecture, found)
     )
@@ -83,3 +83,18 @@ def quantised(architecture: Architecture, kind: str) -> Architecture:
             "adapter.targets, or leave model.quantise out."
         )
     return found
+
+
+def with_dropout(architecture: Architecture, rate: float) -> Architecture:
+    """Returns a model whose adapters, which another run or program made, drop inputs as asked for.
+
+    Raises:
+      ConfigError: If one of them cannot.
+    """
+    adaptation = architecture.adaptation
+    sites = {path: replace(site, dropout=rate) for path, site in adaptation.sites.items()}
+    if rate:
+        weights = weights_in(without_memory(architecture.plain.build(make_numerics("float32"))))
+        if problems := site_problems(sites, weights, adaptation.start):
+            raise ConfigError(problems)
+    return replace(architecture, adaptation=replace(adaptation, sites=sites))

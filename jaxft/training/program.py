@@ -128,6 +128,13 @@ class Evaluator:
             eval_step=make_eval_step(plain.graphdef, self.objective, placement=self.placement),
         )
 
+    def of_start(self, config: RunConfig) -> "Evaluator":
+        """Returns the evaluator of what training begins with: no adapter has learnt anything yet.
+
+        A run that goes on from an adapter begins with that.
+        """
+        return self if config.adapter.path else self.bare
+
     @functools.cached_property
     def plain(self) -> AbstractModel:
         """The model without what is learnt beside it."""
@@ -391,8 +398,8 @@ def _reference_of(
     """Returns what the reference has of its own, without memory, and its model."""
     if config.objective.uses_reference != "fixed":
         return {}, None
-    plain = evaluator.plain
-    model = ReferenceModel(plain.graphdef, tuple(plain.params))
+    start = evaluator.of_start(config)
+    model = ReferenceModel(start.abstract.graphdef, tuple(start.abstract.params))
     params = evaluator.abstract_params
     return {path: params[path] for path in model.paths if path in state.trainable}, model
 

@@ -1,4 +1,7 @@
-"""The origin of a model: a Hugging Face folder or id, or a run and one of its checkpoints."""
+"""The origin of a model: a Hugging Face folder or id, or a run and one of its checkpoints.
+
+A folder or a run may hold an adapter alone: then the model that it is made for is found as well.
+"""
 
 import dataclasses
 import functools
@@ -7,9 +10,18 @@ from pathlib import Path
 
 from jaxft.config import RunConfig
 from jaxft.errors import CheckpointError, ConfigError, ModelError
-from jaxft.hf.folder import ModelFolder
+from jaxft.hf.folder import ModelFolder, read_json
 from jaxft.hf.hub import resolve
+from jaxft.hf.peft.adapter import Adapter
+from jaxft.hf.peft.fields import understand
+from jaxft.hf.peft.modules import CONFIG
+from jaxft.hf.peft.read import read_adapter
+from jaxft.hf.stored import INDEX, SINGLE
+from jaxft.hf.tokenizer import has_tokenizer
+from jaxft.models.adapter_files import adaptation_of
+from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.models.vocabulary import with_rows_for
 from jaxft.training.adaptation import adapted, quantised
 from jaxft.workdir.adapter_note import AdapterNote, read_note
 from jaxft.workdir.checkpoint import Checkpoints
@@ -20,12 +32,14 @@ class Source:
     """The origin of a model.
 
     Attributes:
-      folder: Hugging Face folder: of the model itself, or the one that a run keeps beside its
-        checkpoints, without weights.
+      folder: Hugging Face folder: of the model itself, the one that a run keeps beside its
+        checkpoints, without weights, or one of an adapter in PEFT's format.
       checkpoints: Folder of the run's checkpoints, if the weights are there.
       step: Step of the checkpoint.
       path: Path or id in the user's spelling.
       choice: Reason for this step, such as "the best".
+      revision: Branch, tag or commit that was asked for of a repository.
+      base: Model that an adapter is made for, and that is read from elsewhere.
     """
 
     folder: Path
@@ -33,39 +47,59 @@ class Source:
     step: int = 0
     path: str = ""
     choice: str = ""
+    revision: str = ""
+    base: "Source | None" = None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, and no whole model."""
+        return self.note is not None or self.is_peft
+
+    @property
+    def is_peft(self) -> bool:
+        """Whether it is the folder of an adapter in PEFT's format."""
+        weights = any((self.folder / name).is_file() for name in (SINGLE, INDEX))
+        return self.checkpoints is None and (self.folder / CONFIG).is_file() and not weights
 
     @functools.cached_property
     def described(self) -> ModelFolder:
-        """The small files of the folder, each read once."""
-        return ModelFolder(self.folder)
+        """The small files of the model, each read once; an adapter may have its own tokenizer."""
+        if not self.is_peft or self.base is None:
+            return ModelFolder(self.folder)
+        base = self.base.described
+        own = has_tokenizer(self.folder)
+        return ModelFolder(base.path, self.folder if own else base.tokenizer_path)
 
     @functools.cached_property
     def architecture(self) -> Architecture:
         """Shape and naming of the stored model; raises ModelError if it is not supported."""
-        found = architecture_from_hf(self.described.config)
+        found = self._whole
+        if self.is_peft:
+            return dataclasses.replace(found, adaptation=adaptation_of(self.adapter))
         if self.note is None:
             return found
         return dataclasses.replace(found, adaptation=self.note.adaptation)
 
     @functools.cached_property
+    def adapter(self) -> Adapter:
+        """The content of a folder in PEFT's format.
+
+        Raises:
+          ModelError: If it cannot be read, or is not an adapter of the base.
+        """
+        abstract = self._whole.abstract(make_numerics("float32"))
+        shapes = {path: spec.shape for path, spec in abstract.params.items()}
+        return read_adapter(self.folder, self._whole.naming, shapes)
+
+    @functools.cached_property
+    def _whole(self) -> Architecture:
+        found = architecture_from_hf(self.described.config)
+        return with_rows_for(found, self.described.load_tokenizer()) if self.is_peft else found
+
+    @functools.cached_property
     def note(self) -> AdapterNote | None:
         """The adapter of a run that trained one, without its values."""
         return None if self.checkpoints is None else read_note(self.folder)
-
-    @functools.cached_property
-    def base(self) -> "Source":
-        """The model that the run's adapter is made for.
-
-        Raises:
-          CheckpointError: If it is not where it was.
-        """
-        assert self.note is not None
-        try:
-            return find_source(self.note.base, revision=self.note.revision)
-        except (ModelError, ConfigError) as error:
-            raise CheckpointError(
-                f"{self.name} is an adapter of {self.note.base}, which cannot be read: {error}"
-            ) from error
 
     @property
     def name(self) -> str:
@@ -83,23 +117,113 @@ def is_run(path: str | Path) -> bool:
 
 
 def find_source(
-    path_or_repo_id: str | Path, *, revision: str = "", step: str = "best", weights: bool = True
+    path_or_repo_id: str | Path,
+    *,
+    revision: str = "",
+    step: str = "best",
+    weights: bool = True,
+    base: str = "",
 ) -> Source:
     """Tells a Hugging Face folder or id from a run's workdir or one of its checkpoints.
 
     Args:
-      path_or_repo_id: Folder with config.json and safetensors, repository id, workdir of a run,
-        or `workdir/checkpoints/120`.
+      path_or_repo_id: Folder with config.json and safetensors, folder of an adapter in PEFT's
+        format, repository id, workdir of a run, or `workdir/checkpoints/120`.
       revision: Branch, tag or commit of a repository id.
       step: For a workdir: `best` (lowest validation loss, the newest if none was evaluated),
         `latest`, or a number.
       weights: Whether a repository's weights are needed.
+      base: Model that an adapter is made for, where it is no longer the one that the adapter
+        names; found as `path_or_repo_id` is.
 
     Raises:
-      ConfigError: If a step is named of what has none.
+      ConfigError: If a step is named of what has none, or a base of what is a whole model.
       ModelError: If there is no such folder or repository.
       CheckpointError: If the workdir has no such checkpoint.
     """
+    found = _find_alone(path_or_repo_id, revision=revision, step=step, weights=weights)
+    if found.is_adapter and not (found.note and found.note.adaptation.whole):
+        return _with_base(found, base, "", weights=weights)
+    if base:
+        held = "holds all its weights" if found.is_adapter else "is a whole model and no adapter"
+        raise ConfigError(f"{found.name} {held}: it takes no other base ({base}).")
+    return found
+
+
+def find_start(config: RunConfig, *, weights: bool) -> Source:
+    """Returns the origin of the weights that a run starts with: a model, or an adapter beside it.
+
+    Args:
+      config: The run.
+      weights: Whether a repository's weights are needed.
+
+    Raises:
+      ConfigError: If `model.path` is an adapter, or `adapter.path` is none.
+      ModelError: If there is no such folder or repository, or the adapter is none of this model.
+      CheckpointError: If a workdir has no checkpoint.
+    """
+    model = config.model
+    if not config.adapter.path:
+        found = _find_alone(model.path, revision=model.revision, step="best", weights=weights)
+        if found.is_adapter:
+            raise ConfigError(
+                f"model.path {model.path} is an adapter, not a whole model. To train it further, "
+                f"set --config.adapter.path={model.path} and name its model by model.path. To "
+                "start from both as one model, merge them: "
+                f"jaxft export --merge --checkpoint={model.path} --output=FOLDER"
+            )
+        return found
+    found = _find_alone(config.adapter.path, revision="", step="best", weights=weights)
+    if not found.is_adapter:
+        raise ConfigError(
+            f"adapter.path {config.adapter.path} is a whole model, not an adapter. Name it by "
+            "--config.model.path=…, and set --config.adapter.rank=16 for an adapter that starts."
+        )
+    if found.note is not None and found.note.adaptation.whole:
+        raise ConfigError(
+            f"adapter.path {config.adapter.path} belongs to random weights that its run alone has. "
+            "Merge both, and name the result by model.path: "
+            f"jaxft export --merge --checkpoint={config.adapter.path} --output=FOLDER"
+        )
+    return _with_base(found, model.path, model.revision, weights=weights)
+
+
+def _with_base(found: Source, base: str, revision: str, *, weights: bool) -> Source:
+    """Returns an adapter with its model: the one that is named, else that which it names itself."""
+    if base:
+        source = _find_alone(base, revision=revision, step="best", weights=weights)
+    else:
+        base, revision = _named_base(found)
+        try:
+            source = _find_alone(base, revision=revision, step="best", weights=weights)
+        except (ModelError, ConfigError, CheckpointError) as error:
+            raise ModelError(
+                f"{found.name} is an adapter of {base}, which cannot be read: {error} If that "
+                "model is elsewhere now, name it with --base."
+            ) from error
+    if source.is_adapter:
+        raise ModelError(
+            f"{base}, the base of the adapter {found.name}, is an adapter itself. Merge it "
+            "(jaxft export --merge), and name the result with --base."
+        )
+    return dataclasses.replace(found, base=source)
+
+
+def _named_base(found: Source) -> tuple[str, str]:
+    """Returns name and revision of the model that an adapter says it is made for."""
+    if found.note is not None:
+        return found.note.base, found.note.revision
+    config = understand(read_json(found.folder / CONFIG))
+    if not config.base:
+        raise ModelError(
+            f"{found.name} is an adapter, and its {CONFIG} does not say of which model "
+            "(base_model_name_or_path). Name that with --base."
+        )
+    return config.base, config.revision
+
+
+def _find_alone(path_or_repo_id: str | Path, *, revision: str, step: str, weights: bool) -> Source:
+    """Returns a source without the model that it may be an adapter of."""
     path = Path(path_or_repo_id).expanduser()
     if path.name in ("", ".."):  # as in `--checkpoint=.` within the folder
         path = path.resolve()
@@ -117,7 +241,8 @@ def find_source(
                 f"{name} is not the folder of a run, so it has no step {step!r}. Leave --step out, "
                 "or name the run's workdir."
             )
-        return Source(resolve(name, revision=revision, weights=weights), path=name)
+        folder = resolve(name, revision=revision, weights=weights)
+        return Source(folder, path=name, revision=revision)
     folder = resolve(str(path), revision=revision) / "checkpoints"
     checkpoints = Checkpoints(folder, read_only=True)
     steps = checkpoints.steps()
@@ -149,7 +274,10 @@ def find_architecture(config: RunConfig) -> Architecture:
       ConfigError: If the run's adapter cannot be.
     """
     model = config.model
-    found = find_source(model.path, revision=model.revision, weights=False).architecture
+    if config.adapter.path:
+        found = find_start(config, weights=False).architecture
+    else:
+        found = find_source(model.path, revision=model.revision, weights=False).architecture
     if not found.adaptation:
         added = range(len(model.added_tokens))
         found = adapted(found, config.adapter, added=added, whole=model.random_init)

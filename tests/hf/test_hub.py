@@ -241,10 +241,8 @@ def test_no_network_is_explained(tmp_path):
     assert "Check the network" in answer
 
 
-def test_an_adapter_is_called_one(fetch):
-    answer = fetch("org/adapter")
-    assert "org/adapter holds an adapter" in answer
-    assert "Merge it" in answer
+def test_an_adapter_is_fetched_with_its_weights(fetch):
+    assert (Path(fetch("org/adapter")) / "adapter_model.safetensors").is_file()
 
 
 def test_pickled_weights_are_refused_with_the_conversion(fetch):

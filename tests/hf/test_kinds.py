@@ -33,17 +33,14 @@ def fill(folder: Path, *names: str, **contents: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("with_config", [False, True])
-def test_an_adapter_is_called_one_with_its_base_and_how_to_merge_it(tmp_path, with_config):
-    fill(tmp_path, "adapter_model.safetensors", "tokenizer.json", adapter_config=ADAPTER)
-    if with_config:
-        write_base(tmp_path / "base")
-        shutil.copyfile(tmp_path / "base/config.json", tmp_path / "config.json")
-    (tmp_path / "tokenizer.json").unlink()
-    text = said_of(tmp_path)
+def test_an_adapter_is_called_one_with_its_base_and_how_to_merge_it(tmp_path):
+    fill(tmp_path, "adapter_model.safetensors", adapter_config=ADAPTER)
+    with pytest.raises(ModelError) as caught:
+        read_config(tmp_path)
+    text = str(caught.value)
     assert text.startswith(f"{tmp_path} holds an adapter")
-    assert "belongs to 'org/base'. jaxft cannot read adapters yet. Merge it" in text
-    assert "merge_and_unload().save_pretrained" in text
+    assert "belongs to 'org/base'. Merge it into that first" in text
+    assert "jaxft export --merge --checkpoint=" in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,249 @@
+"""Adapters after training: evaluated, asked, exported and merged, and trained on."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jaxft
+from jaxft.errors import CheckpointError, ConfigError, ModelError
+from jaxft.programs.comparison import compare
+from jaxft.programs.evaluation import evaluate, evaluate_pair
+from tests.tiny_run import read_records, tiny_config
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("adapters")
+
+
+def adapter_config(home, workdir, **changes):
+    """Returns the config of a short run that learns an adapter."""
+    keys = {
+        "adapter__rank": 2,
+        "optim__learning_rate": 2e-2,
+        "data__validation": str(home / "held_out.jsonl"),
+    }
+    return tiny_config(home, workdir, **{**keys, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    """A run of every kind of leaf but a start: its config and its result."""
+    config = adapter_config(
+        home,
+        "run",
+        adapter__dora=True,
+        adapter__scaling="rslora",
+        adapter__ranks="mlp.down=3",
+        adapter__train="norm",
+        adapter__added_rows=True,
+        model__add_tokens="<new>",
+    )
+    return config, jaxft.train(config)
+
+
+def logits_of(model):
+    return np.asarray(model(np.arange(42).reshape(2, 21)))
+
+
+def test_the_adapter_of_a_run_is_evaluated_as_it_was_in_training(run):
+    config, result = run
+    last = read_records(result.workdir / "eval.jsonl")[-1]
+    found = evaluate(config, result.workdir, step="latest")["validation"].record()
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert evaluate(config)["validation"].record()["loss"] > found["loss"] + 0.1
+
+
+def test_a_run_with_an_adapter_is_loaded_and_asked(run, home):
+    _, result = run
+    tuned, base = jaxft.load(result.checkpoint), jaxft.load(home / "base")
+    assert np.max(np.abs(logits_of(tuned)[..., :64] - logits_of(base))) > 0.1
+    assert len(tuned.generate("say abc", max_new_tokens=3)) <= 3
+
+
+def test_a_base_that_has_moved_is_named(run, home, tmp_path):
+    _, result = run
+    shutil.copytree(result.workdir, tmp_path / "run")
+    moved = shutil.copytree(home / "base", tmp_path / "moved")
+    note = tmp_path / "run/model/adapter.json"
+    note.write_text(note.read_text().replace(str(home / "base"), str(tmp_path / "gone")))
+    with pytest.raises(ModelError, match=r"an adapter of .*gone, which cannot be read.*--base"):
+        jaxft.load(tmp_path / "run")
+    there = jaxft.load(tmp_path / "run", base=moved)
+    np.testing.assert_array_equal(logits_of(there), logits_of(jaxft.load(result.workdir)))
+
+
+def test_other_weights_in_the_place_of_the_base_are_noticed(run, home, tmp_path):
+    _, result = run
+    jaxft.export(home / "base", tmp_path / "other", dtype="bfloat16", on_log=lambda text: None)
+    with pytest.raises(CheckpointError, match=r"not those that the adapter of .* was trained on"):
+        jaxft.load(result.workdir, base=tmp_path / "other")
+
+
+def test_an_adapter_is_no_model_to_start_from(run, home):
+    _, result = run
+    config = tiny_config(home, "next", model__path=str(result.workdir))
+    with pytest.raises(ConfigError, match=r"an adapter, not a whole model.*adapter.path=") as error:
+        jaxft.train(config)
+    assert f"jaxft export --merge --checkpoint={result.workdir}" in str(error.value)
+
+
+def test_a_whole_model_takes_no_base(home):
+    with pytest.raises(ConfigError, match="is a whole model and no adapter"):
+        jaxft.load(home / "base", base=home / "base")
+
+
+@pytest.fixture(scope="module")
+def exported(run, home):
+    """The adapter of the run in PEFT's format, and what was said."""
+    lines: list[str] = []
+    folder = jaxft.export(run[1].workdir, home / "adapter", verify=True, on_log=lines.append)
+    return folder, lines
+
+
+def test_a_run_leaves_its_adapter_as_a_folder_that_is_loaded_again(run, exported, home):
+    _, result = run
+    folder, lines = exported
+    assert lines[-1].startswith("Verified: loaded the adapter again. Largest difference of logits")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(home / "base")
+    files = {file.name for file in folder.iterdir()}
+    assert files >= {"adapter_model.safetensors", "chat_template.jinja", "tokenizer.json"}
+    assert not files & {"config.json", "model.safetensors"}
+    tuned, again = jaxft.load(result.workdir), jaxft.load(folder)
+    np.testing.assert_allclose(logits_of(again), logits_of(tuned), atol=1e-4)
+    assert again.tokenizer.convert_tokens_to_ids("<new>") == 42
+
+
+def test_rows_of_added_tokens_that_did_not_train_go_with_the_adapter(run, tmp_path):
+    shutil.copytree(run[1].workdir, tmp_path / "run")
+    note = tmp_path / "run/model/adapter.json"
+    described = json.loads(note.read_text())
+    described["adaptation"]["rows"] = []
+    note.write_text(json.dumps(described))
+    folder = jaxft.export(tmp_path / "run", tmp_path / "out", on_log=lambda text: None)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert list(config["trainable_token_indices"].values()) == [[42], [42]]
+    written = load_file(folder / "adapter_model.safetensors")
+    [row] = written["base_model.model.lm_head.token_adapter.trainable_tokens_delta"]
+    known = load_file(run[1].workdir.parent / "base/model.safetensors")["lm_head.weight"][:42]
+    np.testing.assert_allclose(row, known.mean(0), atol=1e-6)
+
+
+def test_an_adapter_of_others_is_evaluated_on_a_named_base(run, exported, home, tmp_path):
+    config, result = run
+    folder = shutil.copytree(exported[0], tmp_path / "adapter")
+    described = json.loads((folder / "adapter_config.json").read_text())
+    described["base_model_name_or_path"] = None
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(ModelError, match=r"does not say of which model.*--base"):
+        evaluate(config, folder)
+    base = str(home / "base")
+    a, b = (evaluate(config, path, base=base)["validation"] for path in (folder, result.workdir))
+    assert a.sums.loss.value == pytest.approx(b.sums.loss.value, rel=1e-5)
+
+
+def test_two_adapters_of_one_base_are_compared(run, exported):
+    config, result = run
+    pair = evaluate_pair(config, exported[0], result.workdir, step="5")
+    difference = compare(*pair)["validation"].differences["loss"]
+    assert difference.high > difference.value > 0  # step 8 learnt more than step 5
+
+
+def test_an_adapter_is_merged_into_the_weights_of_its_base(run, exported, home, tmp_path):
+    _, result = run
+    lines: list[str] = []
+    out = jaxft.export(
+        result.workdir, tmp_path / "out", merge=True, verify=True, on_log=lines.append
+    )
+    assert "Each is equal once rounded to float32" in lines[-2]
+    assert lines[-1].startswith("Largest difference of logits, of 128 random tokens:")
+    tuned, whole = jaxft.load(result.workdir), jaxft.load(out)
+    np.testing.assert_allclose(logits_of(whole), logits_of(tuned), atol=1e-4)
+    before, after = (load_file(f / "model.safetensors") for f in (home / "base", out))
+    assert before.keys() == after.keys()
+    # What has no adapter is the base's own, the rows of other tokens too.
+    name = "model.embed_tokens.weight"
+    assert before[name][:42].tobytes() == after[name][:42].tobytes()
+    again = jaxft.export(exported[0], tmp_path / "again", merge=True, on_log=lambda text: None)
+    for name, tensor in load_file(again / "model.safetensors").items():
+        np.testing.assert_allclose(tensor, after[name], atol=1e-5)
+
+
+def test_a_merge_says_what_rounding_leaves_of_the_adapter(run, tmp_path):
+    lines: list[str] = []
+    jaxft.export(
+        run[1].workdir, tmp_path / "out", merge=True, dtype="bfloat16", on_log=lines.append
+    )
+    assert re.search(r"adapter adds to weights, (99|100)\.\d% is left once rounded", lines[-2])
+    assert "between the model with its adapter and the merged one" in lines[-1]
+
+
+def test_exports_that_cannot_be_are_refused(run, home, tmp_path):
+    with pytest.raises(ConfigError, match="a whole model: there is no adapter to merge"):
+        jaxft.export(home / "base", tmp_path / "out", merge=True)
+    with pytest.raises(ConfigError, match="--dtype is for --merge"):
+        jaxft.export(run[1].workdir, tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(ModelError, match="holds what is exported"):
+        jaxft.export(run[1].workdir, home, merge=True, overwrite=True)
+
+
+def test_training_goes_on_from_an_adapter_and_is_resumed(run, exported, home):
+    _, first = run
+    before = read_records(first.workdir / "eval.jsonl")[-1]
+    config = adapter_config(
+        home, "further", adapter__rank=0, adapter__path=str(exported[0]), train__steps=2
+    )
+    jaxft.train(config)
+    config.train.steps = 3
+    result = jaxft.train(config, resume=True)
+    start, *_, end = read_records(result.workdir / "eval.jsonl")
+    assert start["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert end["loss"] < start["loss"]
+    found = evaluate(config, result.workdir, step="latest")["validation"].record()
+    assert found["loss"] == pytest.approx(end["loss"], rel=1e-6)
+
+
+def test_preferences_are_compared_with_the_adapter_that_training_went_on_from(run, home):
+    rows = [{"prompt": f"say {n}", "chosen": "abc", "rejected": "cba"} for n in range(12)]
+    pairs = home / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = adapter_config(
+        home,
+        "preferred",
+        adapter__rank=0,
+        adapter__path=str(run[1].workdir),
+        objective__name="dpo",
+        data__train=str(pairs),
+        data__validation=str(pairs),
+        train__steps=2,
+    )
+    result = jaxft.train(config)
+    start, *_, end = read_records(result.workdir / "eval.jsonl")
+    assert start["loss"] == pytest.approx(np.log(2), abs=1e-6) and end["loss"] < start["loss"]
+    # Named by the config, or by the note of the run.
+    assert evaluate(config, result.workdir)["validation"].sums.loss.value == pytest.approx(
+        end["loss"]
+    )
+    config.model.path, config.adapter.path = str(result.workdir), ""
+    assert evaluate(config)["validation"].sums.loss.value == pytest.approx(end["loss"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"adapter__rank": 4}, "adapter.rank is set, but adapter.path names an adapter"),
+        ({"adapter__train": "norm"}, "adapter.train is set, but adapter.path"),
+        ({"model__random_init": True}, "leave model.random_init out"),
+        ({"adapter__path": "base"}, "is a whole model, not an adapter"),
+    ],
+)
+def test_an_adapter_to_go_on_from_has_its_own_keys(home, run, changes, said):
+    path = changes.get("adapter__path") or run[1].workdir
+    keys = {"adapter__rank": 0, **changes, "adapter__path": str(home / path)}
+    with pytest.raises(ConfigError, match=said):
+        jaxft.train(adapter_config(home, "refused", **keys))
