@@ -19,6 +19,7 @@ from jaxft.reporting.intervals import proportion
 
 FOLDER = Path("runs/demo")
 MAX_NEW_TOKENS = 12
+ADAPTER_RANK = 4
 QUESTIONS = (
     "I had a bad fall, and now I limp.",
     "Oh no, my angina is back.",
@@ -52,12 +53,38 @@ def main() -> None:
     _heading("4. Export to a Hugging Face folder, loaded again")
     exported = jaxft.export(run.checkpoint, FOLDER / "model", overwrite=True)
     _ask(exported)
+    _heading("5. The same task learnt by an adapter, while the model stays as it is")
+    adapter = _learn_adapter()
 
     _console.print(
         f"\nThe model is in [bold]{exported}[/], the run's curves in "
-        f"[bold]{Path(run.workdir) / 'report.html'}[/].\n"
+        f"[bold]{Path(run.workdir) / 'report.html'}[/], the adapter in [bold]{adapter}[/].\n"
         f"All of it took [bold]{time.monotonic() - start:.0f} s[/], every figure above included."
     )
+
+
+def _learn_adapter() -> Path:
+    """Trains low-rank adapters in one pass over the data; returns the exported folder."""
+    config = load_run("demo")
+    config.adapter.rank = ADAPTER_RANK
+    config.optim.learning_rate = 5e-3
+    config.train.epochs = 1
+    config.train.workdir = str(FOLDER / "adapter-run")
+    config.eval.retention = ""
+    config.eval.samples = 0
+    answers, config.eval.answers = config.eval.answers, "none"  # counted once, at the end
+    run = jaxft.train(config, overwrite=True)
+    if run.exit_code:
+        sys.exit(run.exit_code)
+    config.eval.answers = answers
+    found = jaxft.evaluate(config, checkpoint=run.checkpoint)["validation"]
+    folder = jaxft.export(run.checkpoint, FOLDER / "adapter", overwrite=True)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    _console.print(
+        f"An adapter of [bold]{size / 1000:.0f} kB[/] gets {_accuracy(found)} right, "
+        f"in half the passes over the data."
+    )
+    return folder
 
 
 def results_table(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> Table:
