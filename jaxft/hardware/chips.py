@@ -2,7 +2,7 @@
 
 All figures are of a chip, which is not always one jax device: `Chip.cores` says how many it is.
 Rates are in bytes or operations a second, sizes in bytes; 0 stands for what is not published or
-does not exist.
+does not exist. One file because it is one table, beside the few functions that look things up.
 """
 
 import re
