@@ -278,7 +278,7 @@ def choose_sites(
     sites = {
         path: Site(
             by_pattern(ranks, path, rank),
-            by_pattern(alphas, path, alpha or 2 * by_pattern(ranks, path, rank)),
+            float(by_pattern(alphas, path, alpha or 2 * by_pattern(ranks, path, rank))),
             rslora,
             magnitude,
             dropout,

@@ -103,7 +103,10 @@ def make_train_step(
             rows = complete(graphdef, objective, rows, params=state.params, placement=placement)
             if dropout_seed is not None:
                 key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-                rows = rows.with_columns(seeds=jax.random.bits(key, rows.tokens.shape, jnp.uint32))
+                # Of positions in their row's order, so that they do not depend on who holds them.
+                seeds = jax.random.bits(key, batch.tokens.shape, jnp.uint32)
+                seeds = in_slots(batch.with_columns(seeds=seeds), placement)["seeds"]
+                rows = rows.with_columns(seeds=seeds)
             if placement.split("layers"):
                 sums, judged = pipeline.accumulate(
                     graphdef,
