@@ -17,8 +17,13 @@ from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.hf.stored import tensor_dtypes
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
-from jaxft.models.vocabulary import with_rows_for
-from jaxft.programs.description import default_template, hf_config, stop_ids_of, tensor_dtypes_of
+from jaxft.programs.description import (
+    default_template,
+    grown,
+    hf_config,
+    stop_ids_of,
+    tensor_dtypes_of,
+)
 from jaxft.programs.merging import merged
 from jaxft.programs.opened import open_base, open_weights, read_adapter, with_added_rows
 from jaxft.programs.verification import judge_merged, verify_adapter
@@ -91,7 +96,7 @@ def export(
         return output
     described, stored = source.described, source.architecture
     tokenizer = described.load_tokenizer()
-    architecture = with_rows_for(stored, tokenizer)
+    architecture = grown(stored, tokenizer)
     config = hf_config(source, architecture)
     before = tensor_dtypes_of(source)
     dtypes = (dict.fromkeys(before, dtype) if dtype else before) or dtype or "float32"

@@ -127,6 +127,7 @@ def plan_of(**changes) -> Plan:
     values = {
         "model": NAME,
         "parameters": 8_030_261_248,
+        "trained": 8_030_261_248,
         "topology": parse("v6e-8"),
         "strategy": "fsdp",
         "mesh": {"data": 1, "fsdp": 8},
