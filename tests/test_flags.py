@@ -115,7 +115,7 @@ def test_keys_are_set_with_and_without_the_first_word():
         ("--learning_rate=2e-5", "Did you mean --config.optim.learning_rate=2e-5?"),
         ("--learning_rat=2e-5", "Did you mean --config.optim.learning_rate=2e-5?"),
         ("--batch_size=4", "--config.train.batch_size=4 or --config.eval.batch_size=4?"),
-        ("--path", "Did you mean --config.model.path?"),
+        ("--path", "Did you mean --config.model.path or --config.adapter.path?"),
         ("--resum", "Did you mean '--resume'?"),
         ("learning_rate=2", "Unknown argument 'learning_rate=2'."),
     ],
