@@ -5,6 +5,8 @@ so that codes and scales have the dimensions of the weight: they are stacked, sp
 gathered by the same axis names. A weight is decoded where it is used, in the compiled step.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -48,6 +50,13 @@ _PARTS = 8
 def is_leaf(path: str) -> bool:
     """Whether a parameter stands for a weight together with another one."""
     return path.rpartition(".")[2] in ("codes", "scales")
+
+
+def parameter_count(params: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Returns the number of parameters of a model; scales of codes are none."""
+    return sum(
+        math.prod(spec.shape) for path, spec in params.items() if not path.endswith(".scales")
+    )
 
 
 def weight_of(path: str) -> str:

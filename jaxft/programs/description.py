@@ -15,7 +15,7 @@ from jaxft.hf.stored import tensor_dtypes
 from jaxft.hf.tokenizer import add_special_tokens, has_tokenizer, load_tokenizer
 from jaxft.models.families import Architecture
 from jaxft.models.vocabulary import tokens_beyond, with_rows_for
-from jaxft.training.adaptation import adapted, quantised, with_dropout
+from jaxft.training.adaptation import as_run, with_dropout
 from jaxft.workdir.source import Source
 
 # A tokenizer that shares fewer of its ids with the model's own is taken for another model's.
@@ -108,11 +108,8 @@ def read_description(source: Source, config: RunConfig) -> Description:
         spare = source.note.new_tokens
     if source.is_adapter:
         architecture = with_dropout(architecture, config.adapter.dropout)
-    else:
-        adapter, random_init = config.adapter, config.model.random_init
-        named = tokenizer.convert_tokens_to_ids(config.model.added_tokens) if tokenizer else ()
-        architecture = adapted(architecture, adapter, added=named, whole=random_init)
-    return Description(quantised(architecture, config.model.quantise), tokenizer, spare)
+    named = tokenizer.convert_tokens_to_ids(config.model.added_tokens) if tokenizer else ()
+    return Description(as_run(architecture, config, named), tokenizer, spare)
 
 
 def grown(stored: Architecture, tokenizer: Any, *, random_init: bool = False) -> Architecture:

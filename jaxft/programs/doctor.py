@@ -4,7 +4,6 @@ import glob
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import shutil
@@ -36,9 +35,10 @@ from jaxft.hardware.chips import chip_of
 from jaxft.hardware.devices import LIBTPU_LOCK, device_memory, host_memory_total, lock_holder
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.models.quantised import parameter_count
 from jaxft.programs import capacity
 from jaxft.programs.storage import checkpoint_bytes
-from jaxft.training.adaptation import adapted
+from jaxft.training.adaptation import as_run
 
 Status = Literal["ok", "warning", "error"]
 
@@ -280,8 +280,7 @@ def check_disk(config: RunConfig | None) -> Iterator[Check]:
         yield Check("disk", "ok", detail)
         return
     needed = checkpoint_bytes(config, architecture)
-    model = architecture.abstract(make_numerics(config.model.dtypes))
-    count = sum(math.prod(parameter.shape) for parameter in model.params.values())
+    count = parameter_count(architecture.abstract(make_numerics(config.model.dtypes)).params)
     detail += f"; checkpoints need up to {format_storage(needed)} ({count:,} parameters)"
     if needed <= free:
         yield Check("disk", "ok", detail)
@@ -328,9 +327,7 @@ def _architecture(config: RunConfig) -> Architecture | None:
         if not isinstance(path, str):
             return None
     found = architecture_from_hf(json.loads(Path(path).read_text(encoding="utf-8")))
-    # No tokenizer is read: as many rows as there are added tokens, whichever they are.
-    added = range(len(config.model.added_tokens))
-    return adapted(found, config.adapter, added=added, whole=config.model.random_init)
+    return as_run(found, config)
 
 
 def check_cache(folder: str) -> Iterator[Check]:

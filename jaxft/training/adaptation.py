@@ -3,13 +3,34 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jaxft.config import AdapterConfig
+from jaxft.config import AdapterConfig, RunConfig
 from jaxft.config.values import numbers_by_pattern
 from jaxft.errors import ConfigError
 from jaxft.models.adapters import Adaptation, choose_sites, site_problems, weights_in
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import without_memory
+
+
+def as_run(
+    architecture: Architecture, config: RunConfig, added: Sequence[int] | None = None
+) -> Architecture:
+    """Returns a model as a run holds it: what is learnt beside it, and the type of its weights.
+
+    Args:
+      architecture: Of the model; adapters that it has already stay.
+      config: The run.
+      added: Ids of the tokens of `model.add_tokens`; where no tokenizer was read, they are taken to
+        have the first ids.
+
+    Raises:
+      ConfigError: If the run asks for what the model does not have.
+    """
+    model = config.model
+    if not architecture.adaptation:
+        added = range(len(model.added_tokens)) if added is None else added
+        architecture = adapted(architecture, config.adapter, added=added, whole=model.random_init)
+    return quantised(architecture, model.quantise)
 
 
 def adapted(

@@ -24,6 +24,7 @@ from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.families import Architecture, after_layers, reaches_layers
 from jaxft.models.module import AbstractModel
+from jaxft.models.quantised import parameter_count
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, load_strategy
 from jaxft.training.checks import check_length, check_rows, check_strategy, check_weights
@@ -143,11 +144,7 @@ class Evaluator:
     @property
     def parameters(self) -> int:
         """Number of parameters; a tied table counts once."""
-        return sum(
-            math.prod(spec.shape)
-            for path, spec in self.abstract.params.items()
-            if not path.endswith(".scales")
-        )
+        return parameter_count(self.abstract.params)
 
     def trained(self, freeze: str) -> int:
         """Returns the number of parameters that learn, given `optim.freeze`."""

@@ -22,7 +22,7 @@ from jaxft.models.adapter_files import adaptation_of
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.vocabulary import with_rows_for
-from jaxft.training.adaptation import adapted, quantised
+from jaxft.training.adaptation import as_run
 from jaxft.workdir.adapter_note import AdapterNote, read_note
 from jaxft.workdir.checkpoint import Checkpoints
 
@@ -278,7 +278,4 @@ def find_architecture(config: RunConfig) -> Architecture:
         found = find_start(config, weights=False).architecture
     else:
         found = find_source(model.path, revision=model.revision, weights=False).architecture
-    if not found.adaptation:
-        added = range(len(model.added_tokens))
-        found = adapted(found, config.adapter, added=added, whole=model.random_init)
-    return quantised(found, model.quantise)
+    return as_run(found, config)

@@ -13,6 +13,7 @@ import pytest
 
 from jaxft.config import RunConfig
 from jaxft.hardware.devices import Room
+from jaxft.models.config import Numerics
 from jaxft.programs import capacity, doctor
 from jaxft.programs.doctor import (
     Check,
@@ -167,6 +168,20 @@ def test_disk_is_held_against_the_checkpoints_of_the_model(tmp_path, model, monk
     (check,) = check_disk(config)
     assert check.status == "error"
     assert "train.keep_last" in check.advice
+
+
+def test_a_run_is_judged_with_the_codes_and_adapters_that_it_will_hold(model, monkeypatch):
+    config, judged = RunConfig(), []
+    config.model.path, config.model.quantise, config.adapter.rank = model[0], "nf4", 2
+    judge = capacity.judge
+    monkeypatch.setattr(capacity, "judge", lambda *given: judged.append(given[1]) or judge(*given))
+    assert list(check_run_memory(config))
+    found, planned = (a.abstract(Numerics()) for a in (judged[0], find_architecture(config)))
+    assert found.params == planned.params
+    assert any(path.endswith(".codes") for path in found.params)
+    (check,) = check_disk(config)
+    trained = sum(s.size for path, s in found.params.items() if ".lora" in path)
+    assert f"({model[1] + trained:,} parameters)" in check.detail
 
 
 def test_disk_of_a_model_that_is_not_here_is_only_reported(tmp_path):
