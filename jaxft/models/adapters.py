@@ -13,8 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxft.errors import ConfigError
+from jaxft.hf.peft.adapter import LEAVES, START_LEAVES, TRAINED_LEAVES
 from jaxft.models.module import Param, Params, cast, merge, modules_in, optional
-from jaxft.models.weights import START_LEAVES, TRAINED_LEAVES, Site, Weight
+from jaxft.models.weights import Site, Weight
 
 # Passes over the weight with which its largest singular vectors are found, and further columns.
 _PASSES, _OVERSAMPLED = 4, 8
@@ -62,7 +63,7 @@ NOTHING = Adaptation()
 
 def is_beside(path: str) -> bool:
     """Whether a parameter is a leaf of an adapter, which files of the model do not have."""
-    return path.rpartition(".")[2] in (*TRAINED_LEAVES, *START_LEAVES)
+    return path.rpartition(".")[2] in LEAVES
 
 
 def weights_in(module: nnx.Module) -> dict[str, Weight]:

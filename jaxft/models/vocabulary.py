@@ -63,6 +63,11 @@ def with_vocab_size(target: Abstract, axes: Axes, rows: int) -> dict[str, jax.Sh
     return {path: _resize(spec, axes[path], rows) for path, spec in target.items()}
 
 
+def rows_of_tokens(tokenizer: Any, new: Collection[int] = ()) -> set[int] | None:
+    """Returns the rows that belong to tokens but new ones; None without a tokenizer."""
+    return None if tokenizer is None else set(tokenizer.get_vocab().values()).difference(new)
+
+
 def grow(
     params: Params,
     target: Abstract,

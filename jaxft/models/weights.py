@@ -22,10 +22,6 @@ from jaxft.models.module import Param, modules_in, optional
 from jaxft.models.quantised import block_size, decode, encode
 from jaxft.sharding.reduce import project, project_decoded
 
-# Leaves of an adapter; the starting pair is subtracted and never trains.
-TRAINED_LEAVES = ("lora_a", "lora_b", "magnitude", "rows")
-START_LEAVES = ("start_a", "start_b")
-
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -110,8 +106,8 @@ class Weight(nnx.Module):
         self.site: Site | None = None
         self.number = 0
         self.added: tuple[int, ...] = ()
-        # Declared as data, so that parameters can take their place.
-        # What stands for the matrix where the model is quantised.
+        # Declared as data, so that parameters can take their place: first what stands for the
+        # matrix where the model is quantised, then the leaves of an adapter.
         self.codes: Any = optional()
         self.scales: Any = optional()
         self.lora_a: Any = optional()

@@ -18,9 +18,9 @@ def say_start(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     hosts = f" of {distributed.count()} hosts" if distributed.count() > 1 else ""
     trained = evaluator.trained(config.optim.freeze)
-    share = f", of which {trained:,} train," if trained < evaluator.parameters else ""
+    share = f", of which {trained:,} train" if trained < evaluator.parameters else ""
     console.log(
-        f"{evaluator.parameters:,} parameters in {config.model.dtypes}{share or ','} strategy "
+        f"{evaluator.parameters:,} parameters in {config.model.dtypes}{share}, strategy "
         f"{config.strategy} on {mesh.size} of {jax.device_count()} "
         f"{mesh.devices.flat[0].device_kind} devices{hosts} ({shape}), "
         f"attention {evaluator.attention.backend} ({evaluator.attention.reason}), "

@@ -51,8 +51,8 @@ def export(
 
     Of an adapter, only that is written, in PEFT's format, unless it is to be merged.
 
-    The weights go from file to file, a part of a tensor at a time; only a Hugging Face folder whose
-    tokenizer has tokens without a row is loaded as a whole. An export that was killed goes
+    The weights go from file to file, a part of a tensor at a time; only tables that grow, as the
+    tokenizer has tokens without a row, are read as a whole. An export that was killed goes
     on where it stopped when it is started again with the same arguments.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from jaxft.hf.peft.adapter import Adapter
+from jaxft.hf.peft.adapter import PAIRS, Adapter
 from jaxft.hf.save import Readable
 from jaxft.models.adapters import weights_in
 from jaxft.models.config import make_numerics
@@ -51,7 +51,7 @@ class Merged:
     def _with_pairs(self, before: np.ndarray, index: Index) -> np.ndarray:
         arrays, site = self._adapter.arrays, self._site
         after = before.copy()
-        for a, b, sign in (("lora_a", "lora_b", 1), ("start_a", "start_b", -1)):
+        for a, b, sign in PAIRS:
             if f"{site}.{a}" in arrays:
                 scale = np.float32(sign * self._adapter.scale(site))
                 after += scale * self._product(arrays[f"{site}.{a}"], arrays[f"{site}.{b}"], index)

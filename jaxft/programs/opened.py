@@ -15,7 +15,7 @@ from jaxft.hf.save import Readable
 from jaxft.models.adapter_files import adapter_of
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
-from jaxft.models.vocabulary import grow, tokens_beyond, with_vocab_size
+from jaxft.models.vocabulary import grow, rows_of_tokens, tokens_beyond, with_vocab_size
 from jaxft.programs.reference import found_anywhere
 from jaxft.workdir.checkpoint import Checkpoints
 from jaxft.workdir.source import Source
@@ -66,9 +66,7 @@ def open_weights(
             path: jax.ShapeDtypeStruct(target[path].shape, table.dtype, sharding=host)
             for path, table in tables.items()
         }
-        known = None
-        if tokenizer is not None:
-            known = set(tokenizer.get_vocab().values()).difference(new_tokens)
+        known = rows_of_tokens(tokenizer, new_tokens)
         grown = grow(tables, wanted, abstract.axes, known=known, new=new_tokens)
         yield params | {path: np.asarray(table) for path, table in grown.items()}
 

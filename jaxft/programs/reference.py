@@ -23,11 +23,10 @@ from jaxft.config import RunConfig, to_dict
 from jaxft.data import cache
 from jaxft.errors import CheckpointError
 from jaxft.files import write_json
-from jaxft.models.adapters import start_values
 from jaxft.models.module import Params, init_params
 from jaxft.programs.description import Description
 from jaxft.programs.held_out import HeldOut, score_rows
-from jaxft.programs.weights import digest_of, load_weights
+from jaxft.programs.weights import digest_of, load_weights, start_adapters
 from jaxft.training.program import Evaluator
 from jaxft.workdir.source import Source
 
@@ -245,9 +244,8 @@ def read_start(
             return {path: x.astype(bare.abstract.params[path].dtype) for path, x in params.items()}
 
         params = jax.jit(make, out_shardings=bare.shardings)()
-        return params | start_values(
-            bare.abstract.graphdef, params, adaptation, evaluator.abstract_params, seed=seed
-        )
+        architecture, target = evaluator.architecture, evaluator.abstract_params
+        return params | start_adapters(architecture, params, adaptation, target, seed)
     return load_weights(
         source,
         evaluator.architecture,

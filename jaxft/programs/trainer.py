@@ -27,7 +27,7 @@ from jaxft.programs.description import read_description
 from jaxft.programs.held_out import HeldOut
 from jaxft.programs.reference import Reference, found_anywhere, read_start, read_start_note
 from jaxft.programs.session import Session
-from jaxft.programs.weights import base_of, digest_of, dtypes_of
+from jaxft.programs.weights import base_of, digest_of, dtypes_of, is_another
 from jaxft.reporting.progress import TrainProgress
 from jaxft.reporting.report import write_report
 from jaxft.sharding.rules import Placement
@@ -269,7 +269,12 @@ def _read_weights(
         if program.state.base:
             params = load(program.evaluator.bare)
             base = {path: params[path] for path in program.state.base}
-            _check_base(config, base, read_note(workdir.model))
+            note = read_note(workdir.model)
+            if note is not None and is_another(base, note):
+                raise CheckpointError(
+                    f"The weights of model.path {config.model.path} are not those that the run's "
+                    "adapter was started on. Restore them, or start a run in another folder."
+                )
         return fixed, checkpoints.restore(program.state, start, base)[0], None
     params = load(program.evaluator)
     note = None
@@ -288,16 +293,6 @@ def _read_weights(
         adaptation=adaptation,
     )
     return fixed, jax.jit(make, donate_argnums=0, out_shardings=shardings)(params), note
-
-
-def _check_base(config: RunConfig, base: Params, note: AdapterNote | None) -> None:
-    """Raises CheckpointError if an adapter was trained on other weights."""
-    same_dtypes = note is not None and note.dtypes == dtypes_of(base)
-    if note is not None and same_dtypes and digest_of(base) != note.digest:
-        raise CheckpointError(
-            f"The weights of model.path {config.model.path} are not those that the run's adapter "
-            "was started on. Restore them, or start a run in another folder."
-        )
 
 
 def _make_reference(

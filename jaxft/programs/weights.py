@@ -23,7 +23,8 @@ from jaxft.models.adapters import Adaptation, is_beside, start_values
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel, Params
-from jaxft.models.vocabulary import grow, with_vocab_size
+from jaxft.models.vocabulary import grow, rows_of_tokens, with_vocab_size
+from jaxft.workdir.adapter_note import AdapterNote
 from jaxft.workdir.checkpoint import Checkpoints
 from jaxft.workdir.source import Source
 
@@ -88,7 +89,7 @@ def load_weights(
     if not source.is_adapter:
         params = _read_weights(source, architecture, plain, axes, tokenizer, new_tokens)
         if adaptation:
-            params |= _start(architecture, params, adaptation, target, seed)
+            params |= start_adapters(architecture, params, adaptation, target, seed)
     elif source.base is None:
         params = _read_checkpoint(source, target)
     else:
@@ -96,19 +97,27 @@ def load_weights(
         kept = {path: spec for path, spec in target.items() if adaptation.is_kept(path)}
         params |= _read_adapter(source, kept) if kept else {}
         # Tables that PEFT's file has no rows for keep those of the base.
-        params |= _start(architecture, params, replace(adaptation, sites={}), target, seed)
+        params |= start_adapters(architecture, params, replace(adaptation, sites={}), target, seed)
     _refuse_not_finite(params, architecture, source)
     return params
 
 
-def _start(
+def start_adapters(
     architecture: Architecture,
     params: Params,
     adaptation: Adaptation,
     target: Mapping[str, jax.ShapeDtypeStruct],
     seed: int,
 ) -> Params:
-    """Returns the leaves of adapters that no file has."""
+    """Returns the leaves of adapters that no file has.
+
+    Args:
+      architecture: Of the model.
+      params: What there is.
+      adaptation: What is learnt beside it.
+      target: Shape, dtype and sharding of all there shall be.
+      seed: Of the random values.
+    """
     wanted = {path: spec for path, spec in target.items() if path not in params}
     if not wanted:
         return {}
@@ -135,8 +144,7 @@ def read_base(
     params = _read_weights(source.base, architecture, target, axes, tokenizer, new_tokens)
     if note is None:
         return params
-    base = base_of(params, note.adaptation)
-    if dtypes_of(base) == note.dtypes and digest_of(base) != note.digest:
+    if is_another(base_of(params, note.adaptation), note):
         raise CheckpointError(
             f"The weights of {source.base.name} are not those that the adapter of {source.name} "
             "was trained on. Restore them, or name the right ones with --base."
@@ -165,6 +173,11 @@ def base_of(params: Params, adaptation: Adaptation) -> Params:
     return {path: value for path, value in params.items() if not adaptation.is_kept(path)}
 
 
+def is_another(base: Params, note: AdapterNote) -> bool:
+    """Whether weights are not those that an adapter was trained on; unknown in other types."""
+    return dtypes_of(base) == note.dtypes and digest_of(base) != note.digest
+
+
 def dtypes_of(params: Params) -> str:
     """Returns the types in which weights are held, for a digest that depends on them."""
     return ",".join(sorted({value.dtype.name for value in params.values()}))
@@ -185,9 +198,7 @@ def _read_weights(
         params = load_params(
             source.folder, architecture.naming, with_vocab_size(dense, axes, stored), encoded
         )
-        known = None
-        if tokenizer is not None:
-            known = set(tokenizer.get_vocab().values()).difference(new_tokens)
+        known = rows_of_tokens(tokenizer, new_tokens)
         return grow(params, target, axes, known=known, new=new_tokens)
     params = _read_checkpoint(source, dense)
     for path, parameter in encoded.items():

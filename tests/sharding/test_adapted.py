@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from jaxft.sharding.rules import load_strategy
+from jaxft.training.state import partition
 from tests.oracle.cases import CASES
 from tests.sharding.test_strategies import CASES as MODELS
-from tests.sharding.test_strategies import mesh_of
+from tests.sharding.test_strategies import LENGTH, mesh_of, run
 from tests.strategies import BUILT_IN, FOR_EXPERTS
 from tests.tiny import (
     Tiny,
@@ -24,7 +25,6 @@ from tests.tiny import (
 from tests.training.test_preferences_sharded import LENGTH as PAIR_LENGTH
 from tests.training.test_preferences_sharded import MOST_UNITS, PACKED, pack_units
 
-STEPS, LENGTH, ROWS = 3, 24, 16
 # Dropout and magnitudes are of dense layers; experts have neither.
 KEYS = {
     "llama": {"rank": 4, "dropout": 0.25, "dora": True, "train": "norm", "start": "pissa"},
@@ -37,25 +37,6 @@ IN_DEFAULT = (("fsdp_tp_sp", "llama"), ("fsdp_ep", "gpt_oss"))
 def load(family: str) -> Tiny:
     added = (3, 5) if KEYS[family].get("added_rows") else ()
     return with_adapters(load_tiny(MODELS[family]), added=added, **KEYS[family])
-
-
-def run(tiny: Tiny, devices: int, **changes) -> tuple:
-    program = make_program(
-        tiny,
-        devices,
-        data__max_length=LENGTH,
-        train__batch_size=ROWS,
-        train__accumulation=2,
-        optim__epsilon=1.0,
-        optim__learning_rate=0.1,
-        **changes,
-    )
-    state, records = start(program, tiny.params), []
-    for seed in range(STEPS):
-        rows = random_rows(ROWS, LENGTH, tiny.architecture.config.vocab, seed=seed)
-        state, metrics = program.train_step(state, {}, feed(program, rows))
-        records.append((metrics.ratios, metrics.latest))
-    return jax.device_get((state.trainable, state.base, records))
 
 
 @functools.cache
@@ -81,14 +62,14 @@ def test_steps_of_adapters_equal_those_of_one_device(strategy, family):
     sizes = mesh_of(strategy, tiny.architecture.config)
     mesh = {f"mesh__{axis}": size for axis, size in sizes.items()}
     devices = int(np.prod(list(sizes.values())))
-    trained, base, records = run(tiny, devices, strategy=strategy, **mesh)
-    expected, expected_base, expected_records = on_one_device(family)
+    params, records = run(tiny, devices, strategy=strategy, **mesh)
+    expected, expected_records = on_one_device(family)
     assert relative_error(records, expected_records) < 1e-5
-    assert relative_error(trained, expected) < 1e-5
-    start = {path: tiny.params[path] for path in trained}
-    assert relative_error(trained, jax.device_get(start)) > 0.01
-    for path, value in base.items():
-        np.testing.assert_array_equal(value, expected_base[path])
+    assert relative_error(params, expected) < 1e-5
+    trained, frozen, base = partition(params, "", tiny.architecture.adaptation)
+    assert relative_error(trained, {path: tiny.params[path] for path in trained}) > 0.01
+    for path, value in (frozen | base).items():
+        np.testing.assert_array_equal(value, expected[path])
         np.testing.assert_array_equal(value, tiny.params[path])
 
 

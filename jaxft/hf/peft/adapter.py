@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEAVES = ("lora_a", "lora_b", "start_a", "start_b", "magnitude", "rows")
+# Leaves that train, and those that an adapter began with, which are subtracted.
+TRAINED_LEAVES = ("lora_a", "lora_b", "magnitude", "rows")
+START_LEAVES = ("start_a", "start_b")
+LEAVES = (*TRAINED_LEAVES, *START_LEAVES)
+# Pairs of leaves that are multiplied, and the sign of their product.
+PAIRS = (("lora_a", "lora_b", 1), ("start_a", "start_b", -1))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxft.errors import ModelError
 from jaxft.files import write_json
-from jaxft.hf.peft.adapter import Adapter
+from jaxft.hf.peft.adapter import PAIRS, Adapter
 from jaxft.hf.peft.modules import (
     CONFIG,
     MAGNITUDE,
@@ -36,8 +36,6 @@ from jaxft.hf.rules import Naming, Rule, Tensor, expand
 from jaxft.hf.save import Spec, write_tensors
 
 _FLOAT32 = np.dtype(np.float32)
-# Leaves of pairs that are added and subtracted.
-_PAIRS = (("lora_a", "lora_b", 1), ("start_a", "start_b", -1))
 
 
 def write_adapter(
@@ -158,7 +156,7 @@ class _Content:
 
     def _width(self, site: str) -> int:
         """Returns how many rows of A a site needs, none if it has no pair."""
-        leaves = (self._adapter.arrays.get(f"{site}.{b}") for _, b, _ in _PAIRS)
+        leaves = (self._adapter.arrays.get(f"{site}.{b}") for _, b, _ in PAIRS)
         return sum(leaf.shape[-1] for leaf in leaves if leaf is not None)
 
     def _pair(self, module: Module) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +167,7 @@ class _Content:
         start = 0
         for part in module.tensor.parts:
             site = site_of(part.rule)
-            for name_a, name_b, sign in _PAIRS:
+            for name_a, name_b, sign in PAIRS:
                 if f"{site}.{name_a}" not in adapter.arrays:
                     continue
                 some_a = module.part_a(adapter.arrays[f"{site}.{name_a}"][part.index])
