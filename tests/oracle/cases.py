@@ -18,6 +18,8 @@ MXFP4 = FOLDER / "mxfp4.npz"
 NF4 = FOLDER / "nf4.npz"
 # Of preferences.py: `case/name` of inputs and `case/form/name` of results.
 PREFERENCES = FOLDER / "preferences.npz"
+# Of optimizers.py: what each leaves.
+OPTIMIZERS = FOLDER / "optimizers.npz"
 PUBLISHED_SIZES = FOLDER / "published_sizes.json"
 
 # Cases of one batch, by family; the trajectory is of ten.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.oracle import preferences, reference
+from tests.oracle import optimizers, preferences, reference
 from tests.oracle.adapter_cases import ADAPTERS
 from tests.oracle.cases import (
     CASES,
@@ -23,6 +23,7 @@ from tests.oracle.cases import (
     FOLDER,
     MXFP4,
     NF4,
+    OPTIMIZERS,
     PREFERENCES,
     PUBLISHED_SIZES,
     Case,
@@ -195,8 +196,11 @@ def check() -> list[str]:
         problems += differences("mxfp4", dict(stored), mxfp4())
     with np.load(PREFERENCES) as stored:
         problems += differences("preferences", dict(stored), preferences.compute())
+    with np.load(OPTIMIZERS) as stored:
+        problems += differences("optimizers", dict(stored), optimizers.compute())
     # The last two are made by nf4.py, of bitsandbytes, and adapters.py, of PEFT.
-    expected = {MXFP4.name, PREFERENCES.name, NF4.name, ADAPTERS.name}
+    single = [MXFP4, PREFERENCES, OPTIMIZERS, NF4, ADAPTERS]
+    expected = {path.name for path in single}
     expected |= {stored_path(name).name for name in CASES}
     problems += [
         f"{path.name}: belongs to no case"
@@ -219,6 +223,7 @@ def write() -> None:
         np.savez_compressed(stored_path(name), **labels, **case.arrays)
     np.savez_compressed(MXFP4, **mxfp4())
     np.savez_compressed(PREFERENCES, **preferences.compute())
+    np.savez_compressed(OPTIMIZERS, **optimizers.compute())
     if CONFIGS.is_dir():
         PUBLISHED_SIZES.write_text(json.dumps(published_sizes(), indent=2) + "\n")
 

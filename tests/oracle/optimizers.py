@@ -1,11 +1,8 @@
-"""Writes `optimizers.npz`: steps of published optimizers on a matrix.
+"""Steps of published optimizers on a matrix, with gradients that the tests use too.
 
-    python tests/oracle/optimizers.py
-
-Needs torch and transformers. Gradients are those of `gradient`, which the tests use too.
+`compute` gives what `tests/oracle/generate.py` stores in optimizers.npz; it needs torch and
+transformers.
 """
-
-from pathlib import Path
 
 import numpy as np
 
@@ -18,27 +15,24 @@ def gradient(step: int) -> np.ndarray:
     return np.random.default_rng(step).normal(size=SHAPE).astype(np.float32)
 
 
-def main() -> None:
-    """Runs each optimizer."""
+def compute() -> dict[str, np.ndarray]:
+    """Returns the matrix after all steps of each optimizer."""
     import torch
     from transformers.optimization import Adafactor
 
-    found = {}
     fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
-    for kind in ("adafactor", "muon"):
+    makers = {
+        "adafactor": lambda value: Adafactor([value], lr=RATE, weight_decay=DECAY, **fixed),
+        "muon": lambda value: torch.optim.Muon(
+            [value], lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
+        ),
+    }
+    found = {}
+    for kind, make in makers.items():
         value = torch.nn.Parameter(torch.from_numpy(gradient(0)))
-        if kind == "adafactor":
-            optimizer = Adafactor([value], lr=RATE, weight_decay=DECAY, **fixed)
-        else:
-            optimizer = torch.optim.Muon(
-                [value], lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
-            )
+        optimizer = make(value)
         for step in range(1, STEPS + 1):
             value.grad = torch.from_numpy(gradient(step))
             optimizer.step()
         found[kind] = value.detach().numpy()
-    np.savez(Path(__file__).with_suffix(".npz"), **found)
-
-
-if __name__ == "__main__":
-    main()
+    return found

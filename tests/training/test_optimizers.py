@@ -3,7 +3,6 @@
 import functools
 import itertools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from jaxft.training.program import make_placement
 from jaxft.training.state import TrainState, abstract_state, init_state
 from jaxft.workdir.checkpoint import Checkpoints, Progress
 from tests.oracle import optimizers as oracle
+from tests.oracle.cases import OPTIMIZERS
 
 AXES = {
     "embed.w": ("vocab", "embed"),
@@ -145,7 +145,7 @@ def test_steps_are_those_of_published_optimizers(name):
         gradients = {"layers.w": oracle.gradient(step)[None]}
         updates, state = update(gradients, state, params)
         params = jax.tree.map(np.add, params, updates)
-    with np.load(Path(oracle.__file__).with_suffix(".npz")) as stored:
+    with np.load(OPTIMIZERS) as stored:
         found, expected = params["layers.w"][0], stored[name]
         atol = oracle.RATE * (1e-4 if name == "adafactor" else 0.05)
         np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
