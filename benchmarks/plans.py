@@ -49,11 +49,6 @@ class Case:
 
 
 _LENGTH = 4096
-# Without it the compiler works on products of experts with weights in windows for a quarter of an
-# hour and more.
-_OPTIONS = {
-    ("qwen3-30b-a3b", "v6e:4x8"): "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
-}
 CASES = (
     Case(
         name="llama-3.1-8b",
@@ -87,7 +82,6 @@ def plans_of(case: Case, models: Path) -> list[Plan]:
         config = RunConfig(strategy=case.strategy)
         config.model.path, config.model.remat = case.title, case.remat
         config.model.expert_capacity = case.capacity
-        config.train.compiler_options = _OPTIONS.get((case.name, name), "")
         config.data.max_length = _LENGTH
         config.train.batch_size = rows * topology.device_count
         found.append(planner.plan(config, topology, evaluation=True))

@@ -36,6 +36,7 @@ from jaxft.planner.placed import Placed, estimated_devices
 from jaxft.planner.planner import Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.topology import Topology, parse, use_compiler_alone
+from jaxft.training.compiler_options import BY_CHIP
 from jaxft.training.program import make_placement
 from jaxft.workdir.workdir import environment
 
@@ -176,6 +177,7 @@ def main() -> None:
         cpu_devices(max(parse(run.topology).device_count for run in runs))
     else:
         use_compiler_alone()
+        BY_CHIP.clear()  # the published programs had their own options alone
     lines = []
     for run in runs:
         lines.append(predict(run, options.models))

@@ -171,7 +171,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     program = build(config, evaluator, steps=1000)
     started = time.monotonic()
-    step = program.lower().compile()
+    step = program.compile()
     compile_seconds = time.monotonic() - started
 
     build_model = architecture.build(evaluator.numerics)

@@ -345,7 +345,7 @@ class TrainConfig:
     )
     compiler_options: str = key(
         "",
-        "XLA's options for the training step, comma-separated: "
+        "XLA's options for the training step, on top of those of the chip, comma-separated: "
         "'xla_tpu_scoped_vmem_limit_kib=98304,xla_enable_async_all_gather=true'.",
     )
     wandb: str = key("", "Project that metrics also go to, if wandb is installed; empty: none.")

@@ -29,6 +29,7 @@ from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, load_strategy
 from jaxft.training.checks import check_length, check_rows, check_strategy, check_weights
 from jaxft.training.compilation import refused_options
+from jaxft.training.compiler_options import step_options
 from jaxft.training.evaluation_step import make_eval_step, make_score_step, make_whole_step
 from jaxft.training.flops import Learning
 from jaxft.training.objectives.bound import BoundObjective, bind
@@ -385,7 +386,8 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         reference=reference,
         dropout_seed=train.seed if evaluator.architecture.adaptation.has_dropout else None,
     )
-    options = compiler_options(train.compiler_options)
+    device = placement.mesh.local_devices[0]
+    options = step_options(device, compiler_options(train.compiler_options))
     return Program(evaluator, optimizer, state, gradients, fixed, batch, step, options)
 
 
