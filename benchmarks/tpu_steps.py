@@ -61,7 +61,8 @@ CASES = (
     Case(folder=_LLAMA, slice="v5p-64", length=8192, rows=2),
     Case(folder=_LLAMA, slice="v6e-16", length=4096, rows=2),
     Case(folder=_LLAMA, slice="2xv5e:4x4", length=4096, rows=1, strategy="hsdp"),
-    Case(folder=_QWEN, slice="v5p-64", length=4096, rows=2, capacity=1.25),
+    Case(folder=_QWEN, slice="v5p-64", length=4096, rows=4, capacity=1.25),
+    Case(folder=_MIXTRAL, slice="v5p-256", length=4096, rows=4, capacity=1.25),
 )
 
 

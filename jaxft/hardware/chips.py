@@ -87,6 +87,7 @@ class Chip:
       host: Rate to the host's memory, in one direction.
       clock: Cycles a second of the TensorCore, in which the TPU compiler estimates.
       lanes: Columns of a TPU's matrix unit.
+      offloads: Whether its SparseCores can gather and reduce-scatter beside the TensorCore.
       product_share: Share of the peak that large matrix products reach.
       host_memory: Memory of the host, the share of one chip in the largest machine sold.
       capability: Compute capability of an NVIDIA GPU that can be planned for.
@@ -109,6 +110,7 @@ class Chip:
     host: float = 0
     clock: float = 0
     lanes: int = 0
+    offloads: bool = False
     product_share: float = 1.0
     host_memory: int = 0
     capability: str = ""
@@ -267,6 +269,7 @@ CHIPS: tuple[Chip, ...] = (
         clock=1.75 * _GIGA,
         lanes=128,
         host_memory=112 * _GIB,
+        offloads=True,
         product_share=_V5E_PRODUCTS,
         sources=(
             "Google v5p page, which rounds 95.7 GiB that programs can have down to 95",
@@ -290,6 +293,7 @@ CHIPS: tuple[Chip, ...] = (
         clock=1.75 * _GIGA,
         lanes=256,
         host_memory=180 * _GIB,
+        offloads=True,
         product_share=0.78,
         sources=(
             "Google v6e page",

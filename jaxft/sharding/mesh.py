@@ -122,27 +122,35 @@ def rings(mesh: Mesh, axis: str) -> tuple[int, ...]:
     """Returns the sizes of an axis' parts that each lie along one dimension of a TPU's network.
 
     The last part is that of neighbours: of 8 x 8 chips on one axis the result is (8, 8). On other
-    devices, and where chips are not laid out so, an axis is one part.
+    devices, and where chips are not laid out so, an axis is one part: 16 chips of 4 x 4 are a ring.
     """
     index = [0] * len(mesh.axis_names)
     index[mesh.axis_names.index(axis)] = slice(None)  # pyright: ignore
-    return _lines([_coordinates(device) for device in mesh.devices[tuple(index)]])
+    coordinates = [_coordinates(device) for device in mesh.devices[tuple(index)]]
+    return _lines(coordinates) or (len(coordinates),)
 
 
 def _coordinates(device: Any) -> tuple[int, ...]:
     return (getattr(device, "slice_index", 0), *getattr(device, "coords", ()))
 
 
-def _lines(coordinates: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Cuts a sequence into equal parts of which the first differs in one coordinate alone."""
-    count, first = len(coordinates), coordinates[0]
-    changes = [
-        {i for i, (a, b) in enumerate(zip(first, other, strict=True)) if a != b}
-        for other in coordinates
-    ]
-    length = 1
-    while length < count and len(set.union(*changes[: length + 1])) == 1:
-        length += 1
-    if length in (1, count) or count % length:
+def _lines(coordinates: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Cuts a sequence into equal lines, and what lies across them likewise; None if it is no grid.
+
+    Along a line one coordinate changes.
+    """
+    count = len(coordinates)
+    length = next(n for n in range(count, 0, -1) if _is_line(coordinates[:n]))
+    if length == count:
         return (count,)
-    return (*_lines(coordinates[::length]), length)
+    if length == 1 or count % length:
+        return None
+    if not all(_is_line(coordinates[i : i + length]) for i in range(0, count, length)):
+        return None
+    across = {_lines(coordinates[i::length]) for i in range(length)}
+    sizes = across.pop()
+    return None if across or sizes is None else (*sizes, length)
+
+
+def _is_line(coordinates: Sequence[tuple[int, ...]]) -> bool:
+    return sum(len(set(values)) > 1 for values in zip(*coordinates, strict=True)) <= 1

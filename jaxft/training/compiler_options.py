@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from jaxft import console
-from jaxft.hardware.chips import chip_of
+from jaxft.hardware.chips import CHIPS, chip_of
 
 type Options = dict[str, str | bool]
 
@@ -24,17 +24,18 @@ _WHOLE_PRODUCTS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "10
 _SPARSE_CORES: Options = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    # Those over all chips of a slice, too, in which several dimensions of its network take part.
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
     # What is fused with products of the core is not left to SparseCores.
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": False,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
 }
 # By `Chip.name`. An option that others need stands before them.
 BY_CHIP: dict[str, Options] = {
-    "v4": _WHOLE_PRODUCTS,
-    "v5e": _WHOLE_PRODUCTS,
-    "v5p": _WHOLE_PRODUCTS | _SPARSE_CORES,
-    "v6e": _WHOLE_PRODUCTS | _SPARSE_CORES,
-    "tpu7x": _WHOLE_PRODUCTS,
+    chip.name: _WHOLE_PRODUCTS | (_SPARSE_CORES if chip.offloads else {})
+    for chip in CHIPS
+    if chip.is_tpu
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxft.hardware.chips import chip_named
 from jaxft.sharding import reduce
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, load_strategy
@@ -191,14 +192,26 @@ def test_a_gradient_is_reduced_as_its_placement_says(name, expected):
     assert found == expected
 
 
+def compiled_text(step, *arrays) -> str:
+    return step.lower(*arrays).compile().as_text()
+
+
+def as_if_by_hops(monkeypatch) -> None:
+    v5e = chip_named("v5e")
+    monkeypatch.setattr(reduce, "chip_of", lambda kind: v5e)
+
+
+@pytest.mark.parametrize("hops", [False, True])
 @pytest.mark.parametrize("sizes", [(8,), (2, 4), (4, 2), (2, 2, 2)])
 @pytest.mark.parametrize("dimension", [0, 1])
-def test_a_sum_along_rings_gives_each_device_its_part(monkeypatch, sizes, dimension):
+def test_a_sum_along_rings_gives_each_device_its_part(monkeypatch, sizes, dimension, hops):
     """Only TPUs tell their rings; the sum must be the same however they lie."""
     monkeypatch.setattr(reduce, "rings", lambda mesh, axis: sizes)
+    if hops:
+        as_if_by_hops(monkeypatch)
     strategy = load_strategy("zero2")
     placement = Placement("zero2", strategy, make_mesh({}, strategy, name="zero2"))
-    parts = normal(8, 16, 24)
+    parts = normal(8, *((16, 9), (9, 16))[dimension])  # ways round that carry 4 and 5
     spec = P("data", None) if dimension == 0 else P(None, "data")
     scattered = jax.shard_map(
         lambda x: reduce.reduce_scatter(x[0], "data", dimension, placement),
@@ -207,11 +220,17 @@ def test_a_sum_along_rings_gives_each_device_its_part(monkeypatch, sizes, dimens
         out_specs=spec,
         check_vma=False,
     )
-    np.testing.assert_allclose(jax.jit(scattered)(parts), parts.sum(0), rtol=1e-5, atol=1e-5)
+    step = jax.jit(scattered)
+    np.testing.assert_allclose(step(parts), parts.sum(0), rtol=1e-5, atol=1e-5)
+    found = set(re.findall(r"(collective-permute|reduce-scatter)\(", compiled_text(step, parts)))
+    assert found == {"collective-permute" if hops else "reduce-scatter"}
 
 
-def test_a_sum_along_rings_is_the_same_for_all_stages_of_a_pipeline(monkeypatch):
+@pytest.mark.parametrize("hops", [False, True])
+def test_a_sum_along_rings_is_the_same_for_all_stages_of_a_pipeline(monkeypatch, hops):
     monkeypatch.setattr(reduce, "rings", lambda mesh, axis: (2, 2))
+    if hops:
+        as_if_by_hops(monkeypatch)
     strategy = load_strategy("pp_fsdp_tp")
     sizes = {"stage": 2, "fsdp": 4}
     placement = Placement("pp_fsdp_tp", strategy, make_mesh(sizes, strategy, name="pp_fsdp_tp"))
