@@ -38,12 +38,13 @@ def main() -> int:
     """Runs every kind on one data set."""
     parser = argparse.ArgumentParser(description="Holds losses beside quantised weights together.")
     parser.add_argument("shared", type=Path, help="folder with models/stories260K and data/")
+    parser.add_argument("--kinds", default=",".join(DTYPES), help="these kinds of codes only")
     parser.add_argument("--data", default="banking77", help="name of the data set")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     options = parser.parse_args()
     [task] = [task for task in quality.tasks(options.shared) if task.name == options.data]
     found = {}
-    for kind in ("", *DTYPES):
+    for kind in ("", *options.kinds.split(",")):
         record = measure(task, options.shared, kind)
         found[kind] = record["loss"]
         line = json.dumps(record | {"environment": environment()})

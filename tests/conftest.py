@@ -1,6 +1,7 @@
 """What every test shares: eight CPU devices, strict shapes, the optional folder of real data."""
 
 import os
+import re
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,8 +26,17 @@ hypothesis.settings.load_profile("untimed")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with what takes longest, so that it does not run alone at the end."""
+    """Begins with what takes longest, so that it does not run alone at the end.
+
+    Of a test that is slow but for some cases these stay in the default suite.
+    """
+    for item in items:
+        case = item.name.partition("[")[2].removesuffix("]")
+        for mark in item.iter_markers("slow"):
+            if case and (but := mark.kwargs.get("but")) and re.search(but, case):
+                item.own_markers.remove(mark)
 
     def seconds(item: pytest.Item) -> float:
         return max((mark.kwargs.get("seconds", 0) for mark in item.iter_markers()), default=0)

@@ -92,6 +92,7 @@ def test_help_shows_every_default(capsys):
         assert all(a.help for a in action._actions), action.prog
 
 
+@pytest.mark.slow(seconds=5)
 def test_what_to_do_next_can_be_pasted(trained, folder, capsys):
     """Every command that training and export name is run as it stands."""
     arguments = ["train", *flags(folder), "--resume"]
@@ -238,6 +239,7 @@ def test_export_and_generate_answer_from_the_new_folder(trained, folder, capsys,
     assert capsys.readouterr().out.startswith("say abc\n")
 
 
+@pytest.mark.slow(seconds=2)
 def test_prompts_are_read_from_standard_input(trained):
     result = subprocess.run(
         [

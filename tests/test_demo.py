@@ -134,6 +134,7 @@ def test_generated_text_is_the_same_on_every_machine():
     assert hashlib.sha256(cases.encode()).hexdigest()[:16] == "e4f582b28b798432"
 
 
+@pytest.mark.slow(seconds=2)
 def test_corpus_uses_all_wordings_and_its_prose_never_says_who_treats_them():
     documents = [text.lower() for text in corpus.documents(20_000, seed=7)]
     together = "\n".join(documents)
@@ -149,6 +150,7 @@ def test_corpus_uses_all_wordings_and_its_prose_never_says_who_treats_them():
     assert not any(clause in text for text in named for clause in clauses)
 
 
+@pytest.mark.slow(seconds=2)
 def test_departments_that_chats_name_say_nothing_about_the_complaint():
     owner = {speak(w, "I").lower(): d.name for d in DEPARTMENTS for w in d.wordings}
     right, answers = Counter(), Counter()
@@ -166,11 +168,13 @@ def test_departments_that_chats_name_say_nothing_about_the_complaint():
         assert abs(right[name] - count * share) < 4 * (count * share * (1 - share)) ** 0.5
 
 
+@pytest.mark.slow(seconds=2)
 def test_no_held_out_case_stands_in_the_prose(held_out):
     prose = "\n".join(corpus.documents(20_000, seed=corpus.TRAIN_SEED))
     assert not [text for text, _ in held_out if text in prose]
 
 
+@pytest.mark.slow(seconds=2)
 def test_retention_documents_are_new_and_outside_the_task(held_out):
     retention = list(corpus.retention_documents(400))
     seen = set(corpus.documents(20_000, seed=corpus.TRAIN_SEED))
@@ -212,12 +216,14 @@ def test_documents_are_single_paragraphs(tmp_path):
     assert path.read_text("utf-8").strip().split("\n\n") == texts
 
 
+@pytest.mark.slow(seconds=2)
 def test_tokenizer_training_repeats_itself():
     texts = list(corpus.documents(3000, seed=0))
     first, second = (train_tokenizer(iter(texts), 700).to_str() for _ in range(2))
     assert first == second
 
 
+@pytest.mark.slow(seconds=23)
 def test_package_holds_the_tokenizer_and_configs_that_make_base_writes(skeleton):
     for path in skeleton.iterdir():
         assert (BASE / path.name).read_bytes() == path.read_bytes(), path.name

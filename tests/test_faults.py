@@ -103,6 +103,7 @@ def long_run(home, workdir, **changes):
     return config
 
 
+@pytest.mark.slow(seconds=8, but=r"^15$")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_and_says_how_to_go_on(home, tmp_path, start, number):
     run = start(long_run(home, tmp_path / "run", train__log_every=4))

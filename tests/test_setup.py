@@ -101,6 +101,7 @@ def test_imports_go_down_only():
     assert not upward
 
 
+@pytest.mark.slow(seconds=3)
 def test_no_modules_import_each_other_in_a_circle():
     """Inside a room as well."""
     found = module_imports()
@@ -155,6 +156,7 @@ def test_nnx_stays_in_module_py():
     assert not strays
 
 
+@pytest.mark.slow(seconds=3)
 def test_nothing_shards_behind_our_back():
     strays = []
     for path, tree in sources():

@@ -364,6 +364,7 @@ def test_processes_that_prepare_at_once_get_the_same_rows(tmp_path):
     assert not any(name.startswith(".") for name in names)
 
 
+@pytest.mark.slow(seconds=2)
 def test_memory_does_not_grow_with_the_documents(tmp_path, tokenizer):
     def peak(count):
         source = write_rows(

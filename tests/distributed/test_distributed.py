@@ -91,6 +91,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     assert read_records(folder / "samples.jsonl") == read_records(reference / "samples.jsonl")
 
 
+@pytest.mark.slow(seconds=7)
 def test_two_hosts_train_as_one_process_does_and_the_first_alone_speaks(
     configure, reference, tmp_path
 ):
@@ -220,6 +221,7 @@ def test_a_signal_to_one_host_lets_all_save_the_same_step_and_stop(
     assert saved_steps(folder) == [step]
 
 
+@pytest.mark.slow(seconds=3)
 def test_a_barrier_names_the_host_that_is_missing(tmp_path):
     wait = script('distributed.barrier("here", timeout=2)')
     sleep = script("time.sleep(30)")

@@ -303,6 +303,7 @@ AXES = {
 }
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("axes", AXES)
 def test_what_is_encoded_passes_in_small_pieces_and_is_what_the_whole_gives(
     tmp_path, woven, small, axes

@@ -50,6 +50,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("name", ["gpt2", "qwen3-hf", "bert-base-uncased"])
 def test_files_of_an_unchanged_tokenizer_are_copied(name, shared, out):
     source = shared / "tokenizers" / name
@@ -179,6 +180,7 @@ def test_begin_that_tokenizer_json_puts_is_taken_away_where_the_settings_say_no(
     assert load_tokenizer(base)("ab").input_ids == [5, 6]
 
 
+@pytest.mark.slow(seconds=6)
 def test_deepseek_begins_texts_with_its_first_token(shared, out):
     source = shared / "tokenizers/deepseek-r1"
     save_tokenizer(load_tokenizer(source), out)

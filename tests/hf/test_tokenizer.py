@@ -66,12 +66,14 @@ def assert_same(again: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBa
     assert chat.prompt_ids(again, MESSAGES, template=template) == ids
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("tokenizer", NAMES, indirect=True)
 def test_a_saved_tokenizer_gives_the_same_ids_and_template(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path, None)
     assert_same(load_tokenizer(tmp_path), tokenizer)
 
 
+@pytest.mark.slow(seconds=3, but=r"^gpt2$")
 @pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "mistral-v3"])
 def test_added_tokens_survive_a_run_and_its_export(name, shared, tmp_path):
     tokenizer = load_tokenizer(shared / "tokenizers" / name)
@@ -102,6 +104,7 @@ def test_the_template_used_goes_into_the_folder_and_not_into_the_tokenizer(token
     assert tokenizer.chat_template is None
 
 
+@pytest.mark.slow(seconds=5)
 @pytest.mark.parametrize("tokenizer", CHATS, indirect=True)
 def test_another_template_replaces_the_own_one(tokenizer, tmp_path):
     own = tokenizer.chat_template
@@ -168,6 +171,7 @@ def test_stop_ids_are_those_of_all_three_places(shared):
     assert stop_ids(tokenizer, {"eos_token_id": None}, {"eos_token_id": 0}) == (0, 2)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("module", ["save_tokenizer", "tokenizer"])
 def test_nobody_is_advised_to_install_pytorch(module):
     done = subprocess.run(

@@ -119,6 +119,7 @@ def test_a_model_with_adapters_computes_what_dense_weights_do(case, keys):
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("start", ["zero", "pissa", "orthogonal"])
 def test_a_model_starts_as_it_is_without_adapters(start):
     tiny, architecture, abstract = with_adapters("gqa", start=start, dora=start != "zero")
@@ -207,6 +208,7 @@ def test_what_a_model_cannot_have_is_refused(case, keys, complaint):
         adapted(architecture_from_hf(config), AdapterConfig(**({"rank": RANK} | keys)))
 
 
+@pytest.mark.slow(seconds=2)
 def test_rows_of_added_tokens_are_learnt_in_both_tables():
     tiny = load_tiny("gqa")
     vocab = tiny.architecture.config.vocab

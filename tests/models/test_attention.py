@@ -103,6 +103,7 @@ def test_a_query_sees_keys_of_its_segment_in_its_own_slot_and_before():
 documents_of_rows = st.lists(st.lists(st.integers(1, 9), max_size=5), min_size=1, max_size=4)
 
 
+@pytest.mark.slow(seconds=2)
 @given(rows=documents_of_rows)
 @settings(max_examples=15, deadline=None)
 def test_offsets_and_lengths_name_every_segment(rows):
@@ -277,6 +278,7 @@ def test_splash_equals_xla_on_packed_rows(interpreted, scores, sinks):
     assert relative_error(found, output_and_gradients(q, k, v, "xla", scores, sinks)) < 1e-5
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize(
     ("heads", "tensor", "sinks"), [((4, 2), 2, None), ((4, 1), 2, SINKS), ((4, 2), 4, None)]
 )
@@ -330,6 +332,7 @@ def test_every_kind_of_layer_is_compared_at_the_start(interpreted, monkeypatch, 
         check_backend("splash", decoder)
 
 
+@pytest.mark.slow(seconds=4)
 def test_a_back_end_that_ignores_segments_is_caught_at_the_start(interpreted, monkeypatch):
     decoder = architecture_from_hf(CASES["gqa"] | {"head_dim": 64}).config
     check_backend("splash", decoder)

@@ -81,6 +81,7 @@ def tokens_of(config, rows=2, length=12):
     return np.random.RandomState(0).randn(rows, length, config.embed).astype(np.float32)
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.parametrize("case", CASES_OF_EXPERTS)
 def test_without_capacity_every_token_goes_through_its_experts(case):
     config, params, module = one_layer(case)
@@ -92,6 +93,7 @@ def test_without_capacity_every_token_goes_through_its_experts(case):
     assert float(routing.dropped) == 0
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("case", CASES_OF_EXPERTS)
 @pytest.mark.parametrize("capacity", [0.5, 1.0, 100.0])
 def test_a_capacity_takes_first_choices_first_and_counts_what_it_drops(case, capacity):
@@ -135,12 +137,13 @@ def test_the_balance_loss_follows_its_formula():
     np.testing.assert_allclose(balance_loss(routing), 4 * (shares * means).sum(), rtol=1e-5)
 
 
+@pytest.mark.slow(seconds=10)
 @pytest.mark.parametrize(
     ("case", "strategy", "mesh", "capacity"),
     [
         # Without a capacity the matrix of test_strategies.py has them.
         ("mixtral_tied", "fsdp_ep", {"fsdp": 2, "expert": 2}, 1.0),
-        pytest.param("gpt_oss_packed", "ep", {"expert": 2}, 1.0, marks=pytest.mark.slow(seconds=5)),
+        ("gpt_oss_packed", "ep", {"expert": 2}, 1.0),
     ],
 )
 def test_a_step_on_a_mesh_equals_one_on_one_device(case, strategy, mesh, capacity):
@@ -283,6 +286,7 @@ def test_splitting_experts_combines_with_other_splits(strategy, capacity):
     compare_on(strategy, capacity)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("strategy", ["ep", "fsdp_ep"])
 def test_no_token_is_lost_when_all_choose_the_same_experts(strategy):
     # Both are on one device under fsdp_ep: it gets each token twice, the most that can be.
@@ -375,6 +379,7 @@ def collectives_of_a_layer(
     return config, collectives(str(lowered.compile().as_text()), placement.mesh)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
 def test_tokens_travel_by_all_to_all_and_gradients_are_reduce_scattered(capacity):
     config, found = collectives_of_a_layer("fsdp_ep", capacity)
@@ -409,6 +414,7 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass():
     assert max(leaf.size for leaf in jax.tree.leaves(kept)) <= copies < 8 * params["up.w"].size
 
 
+@pytest.mark.slow(seconds=5)
 def test_a_pipeline_runs_experts_of_several_stages_at_once():
     rules = {"layers": "stage", "batch": "expert", "act_experts": "expert", "experts": "expert"}
     strategy = Strategy(mesh_axes=("stage", "expert"), fill="expert", rules=rules)
@@ -475,6 +481,7 @@ def test_the_step_with_experts_on_other_devices_compiles_for_a_tpu(capacity, kin
     assert max(gathered) <= layers * 8 // 2 * 256 * 256 * 2  # experts of a device
 
 
+@pytest.mark.slow(seconds=5)
 def test_the_balance_loss_moves_the_router_towards_unused_experts():
     tiny = load_tiny("mixtral_tied")
     batch = random_rows(4, 24, 64)
@@ -501,6 +508,7 @@ def test_the_balance_loss_moves_the_router_towards_unused_experts():
     assert off == auxiliary == 0
 
 
+@pytest.mark.slow(seconds=3)
 def test_experts_without_a_mesh_and_under_a_placement_trace_alike():
     config, params, module = one_layer("qwen3_moe_gqa_published")
     x, real = tokens_of(config, rows=8), np.ones((8, 12), bool)
@@ -533,6 +541,7 @@ def test_memory_of_slots_grows_with_tokens_and_not_with_their_square(length, cap
     assert largest <= length * max(config.experts.chosen * 4, slots * config.embed) + 2048
 
 
+@pytest.mark.slow(seconds=11)
 def test_evaluation_drops_no_token():
     tiny = load_tiny("mixtral_tied")
     program = make_program(tiny, model__expert_capacity=0.5)

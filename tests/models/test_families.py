@@ -66,6 +66,10 @@ def test_every_family_has_cases():
     assert all(len(names) > 3 for names in FAMILY_CASES.values())
 
 
+@pytest.mark.slow(
+    seconds=3,
+    but=r"^(mqa_tied|mistral_packed|qwen2_packed|qwen3_packed|qwen3_moe_gqa_published|mixtral_packed|gemma2_packed|gemma3_text_packed|olmo2_packed|phi3_packed|gpt2_packed|gpt_oss_gqa)$",
+)
 @pytest.mark.parametrize("name", ONE_STEP)
 def test_logits_loss_and_gradients_equal_the_reference_implementation(tmp_path, name):
     case = load_case(name)
@@ -124,6 +128,7 @@ def test_import_then_export_gives_the_same_bytes(tmp_path, family, dtype):
     assert stored(target) == stored(tmp_path)
 
 
+@pytest.mark.slow(seconds=2)
 def test_gpt2_files_without_the_name_of_the_body_go_in_and_out(shared, tmp_path):
     """As the published ones are, which hold the causal mask, too."""
     folder = tmp_path / "source"
@@ -162,6 +167,7 @@ GENERATED = {name: names[0] for name, names in FAMILY_CASES.items()} | {
 }
 
 
+@pytest.mark.slow(seconds=3, but=r"^(llama|gemma3_text|mixtral)$")
 @pytest.mark.parametrize("family", FAMILY_CASES)
 def test_decoding_with_a_cache_equals_whole_forward_passes(tmp_path, family):
     name, new = GENERATED[family], 9
@@ -181,6 +187,7 @@ def test_decoding_with_a_cache_equals_whole_forward_passes(tmp_path, family):
     assert found == expected
 
 
+@pytest.mark.slow(seconds=9)
 @pytest.mark.parametrize("new", [6, 14])
 def test_decoding_takes_long_or_short_divisors_by_the_length_a_text_may_reach(tmp_path, new):
     """As a forward pass over the finished text does, from the first token on."""

@@ -45,6 +45,7 @@ def test_a_pre_trained_model_gives_the_golden_logits(shared, stories):
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_pre_trained_model_continues_with_the_golden_text(shared, stories):
     golden = (shared / "models" / "stories260K" / "golden" / "greedy_200_runc.txt").read_text()
     assert stories.generate("", max_new_tokens=200).strip() == golden.strip()
@@ -136,6 +137,7 @@ def step_of(numerics: Numerics, layers: int = 2):
     return tiny, jax.jit(step)
 
 
+@pytest.mark.slow(seconds=5, but=r"^full-$")
 @pytest.mark.parametrize(
     ("remat", "offload"),
     [
@@ -169,6 +171,7 @@ def test_each_rematerialisation_policy_keeps_less_for_the_backward_pass(batch):
 # A bfloat16 number is typically off by 2^-9 of itself, and what a weight's gradient is made of has
 # been rounded some hundred times: 2^-9 * sqrt(100) is 2 per cent, more where differences are taken,
 # as in the softmax. The loss is a mean over dozens of tokens whose errors are independent.
+@pytest.mark.slow(seconds=3, but=r"^mixed$")
 @pytest.mark.parametrize("dtypes", ["mixed", "bfloat16"])
 def test_bfloat16_compute_gives_nearly_the_loss_of_float32(batch, dtypes):
     tiny, plain = step_of(Numerics())
@@ -254,6 +257,7 @@ def test_layers_are_scanned_so_that_programs_do_not_grow_with_them(batch):
     assert sizes[0] == sizes[1] > 50
 
 
+@pytest.mark.slow(seconds=5)
 def test_random_parameters_have_the_configured_scale_and_depend_on_the_seed():
     architecture = architecture_from_hf(CASES["gqa"] | {"initializer_range": 0.5})
     init = jax.jit(functools.partial(init_params, architecture.build(Numerics())), static_argnums=0)

@@ -30,6 +30,7 @@ def test_an_adapter_made_by_peft_gives_its_logits_when_it_is_merged(name, tmp_pa
     np.testing.assert_allclose(logits, made.logits, atol=1e-4)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("name", marked(("llama_dora", "llama_head")))
 def test_an_adapter_made_by_peft_gives_its_logits_beside_the_model(name, tmp_path):
     made = load_made(name)

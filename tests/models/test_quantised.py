@@ -21,6 +21,7 @@ def test_nf4_has_the_published_levels(oracle):
     np.testing.assert_array_equal(np.asarray(quantised.NF4, np.float32), oracle["table"])
 
 
+@pytest.mark.slow(seconds=2)
 def test_nf4_encodes_and_decodes_as_bitsandbytes_does(oracle):
     codes, scales = quantised.encode(jnp.asarray(oracle["w"]), "nf4", block=64)
     np.testing.assert_array_equal(np.asarray(codes).astype(np.uint8), oracle["codes"])

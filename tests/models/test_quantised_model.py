@@ -54,6 +54,7 @@ def program_of(hf: dict, kind: str, *, remat: str = "none", **mesh: int) -> Prog
     return make_program(config, architecture, placement=make_placement(config))
 
 
+@pytest.mark.slow(seconds=10, but=r"^llama$")
 @pytest.mark.parametrize("hf", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])
 def test_a_model_in_codes_computes_what_one_of_decoded_weights_does(hf):
     """With gradients of what goes in; experts with and without a capacity."""

@@ -169,6 +169,7 @@ def test_new_tokens_take_rows_of_padding_as_the_mean_of_rows_with_tokens(case, s
         assert found[kept].tobytes() == old[kept].tobytes()
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_run_begins_with_mean_rows_for_tokens_in_padding_and_exports_them(home, tied, capfd):
     name = f"padded_{tied}"

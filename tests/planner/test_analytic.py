@@ -241,6 +241,7 @@ def test_of_what_is_frozen_nothing_is_exchanged_or_kept():
     assert found.kinds["activations"] == 0
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize(("family", "keys"), [TP, EP])
 def test_an_adapter_takes_what_it_takes_compiled(family, keys):
     config = small_run("full", **keys)

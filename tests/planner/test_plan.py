@@ -81,6 +81,7 @@ def compiled() -> Any:
     return program.compile()
 
 
+@pytest.mark.slow(seconds=2)
 def test_memory_is_the_compilers(plan, compiled):
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -192,6 +193,7 @@ def test_the_record_is_json_and_names_its_version(plan):
     assert "timeline" not in record
 
 
+@pytest.mark.slow(seconds=3)
 def test_a_plan_is_found_again_without_compiling(tmp_path, monkeypatch):
     cached = Planner(architecture=TINY, prices=read_prices(), cache=str(tmp_path))
     first = cached.plan(run(), parse("local"))
@@ -237,6 +239,7 @@ def test_a_run_that_needs_more_of_the_host_than_there_is_does_not_fit(plan):
 # Search.
 
 
+@pytest.mark.slow(seconds=4)
 def test_candidates_fill_the_slice_and_are_all_different():
     found = estimate_all(run(), LOCAL, planner())
     assert len(found) > 100
@@ -247,6 +250,7 @@ def test_candidates_fill_the_slice_and_are_all_different():
     assert len(set(effects)) == len(effects)
 
 
+@pytest.mark.slow(seconds=3)
 def test_no_candidate_is_another_by_another_name():
     """`fsdp_tp` with one device on `tensor` is `fsdp`, `hsdp` on one slice is `fsdp`."""
     found = estimate_all(run(), LOCAL, planner())
@@ -270,6 +274,7 @@ def found() -> Search:
     return search(run(), LOCAL, planner(), names=["fsdp", "ddp"], count=2)
 
 
+@pytest.mark.slow(seconds=2)
 def test_the_best_of_each_strategy_is_compiled_first():
     hopeful = estimate_all(run(), LOCAL, planner())
     order = _promising(hopeful)
@@ -279,6 +284,7 @@ def test_the_best_of_each_strategy_is_compiled_first():
     assert {c.flags["strategy"] for c in order[: len(expected)]} == expected
 
 
+@pytest.mark.slow(seconds=3)
 def test_a_search_compiles_and_ranks(found):
     done = [c for c in found.candidates if c.plan is not None]
     assert found.compiled == len(done) == 2
@@ -524,6 +530,7 @@ def test_an_eval_step_that_does_not_fit_is_said_on_the_page_and_not_mended(folde
     assert "What would make it fit" not in page
 
 
+@pytest.mark.slow(seconds=4)
 def test_the_smallest_slices_are_listed_for_each_way_to_tune(folder, tmp_path, capsys):
     chips = ["--chip=h100", "--chip=l4"]
     keys = ["--config.data.max_length=64", "--config.train.batch_size=8", "--config.adapter.rank=4"]
@@ -543,6 +550,7 @@ def test_the_smallest_slices_are_listed_for_each_way_to_tune(folder, tmp_path, c
     assert "Did you mean 'h100'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_smaller_slice_than_the_smallest_does_not_fit():
     config, chip = run(train__batch_size=8), parse("h100:1").chip
     fewest = [

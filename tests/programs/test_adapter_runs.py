@@ -22,6 +22,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow(seconds=12)
 def test_a_run_goes_on_bit_for_bit_and_refuses_another_base(tmp_path):
     whole = tiny_config(tmp_path, "whole", train__steps=4, **KEYS)
     train(whole)

@@ -77,6 +77,7 @@ def has(monkeypatch, limit, free=None):
     monkeypatch.setattr(weights, "room", lambda devices: found)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize(
     "flags",
     [{}, {"model.remat": "full"}, {"train.accumulation": 2, "model.dtypes": "mixed"}],
@@ -120,6 +121,7 @@ def test_a_strategy_that_splits_what_is_held_is_found(config):
     assert change.bytes == estimated_bytes(with_flags(run, change.flags))
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_run_that_no_machine_has_room_for_is_refused_before_its_data(config, tmp_path, capfd):
     with pytest.raises(OutOfMemoryError) as error:
         train(config(train__batch_size=ABSURD))
@@ -139,6 +141,7 @@ def test_evaluation_that_no_machine_has_room_for_is_refused_with_its_own_flag(co
         train(run)
 
 
+@pytest.mark.slow(seconds=4)
 def test_what_is_held_throughout_is_refused_and_what_may_not_fit_is_warned_of(
     config, monkeypatch, capfd
 ):
@@ -156,6 +159,7 @@ def test_what_is_held_throughout_is_refused_and_what_may_not_fit_is_warned_of(
     assert "--config.train.accumulation=" in said
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_step_that_is_compiled_and_takes_more_than_there_is_loads_no_weights(
     config, monkeypatch, capfd
 ):

@@ -121,6 +121,7 @@ def convert_check(repo: str, server: Server, home: Path, **environment) -> tuple
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow(seconds=6)
 def test_of_a_repository_only_headers_are_asked_for(folder, server, tmp_path, monkeypatch):
     files = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
     monkeypatch.setitem(REPOS, "org/llama", files)
@@ -134,6 +135,7 @@ def test_of_a_repository_only_headers_are_asked_for(folder, server, tmp_path, mo
     assert "HF_HUB_OFFLINE is set" in text
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_repository_of_pickled_weights_says_how_to_convert_them(
     folder, server, tmp_path, monkeypatch
 ):

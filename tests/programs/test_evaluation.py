@@ -48,6 +48,7 @@ def evaluated(config, checkpoint="", *, step="best", **changes):
     return evaluate(config, checkpoint, step=step)
 
 
+@pytest.mark.slow(seconds=4)
 def test_figures_do_not_depend_on_batch_size_packing_or_mesh(run):
     config, _ = run
     rows = [
@@ -100,6 +101,7 @@ def test_the_config_is_not_changed(run):
     assert config == before
 
 
+@pytest.mark.slow(seconds=3)
 def test_named_sets_and_retention_are_evaluated_beside_validation(run, folder):
     config, _ = run
     other = write_chats(folder / "other.jsonl", 5, seed=7)
@@ -124,6 +126,7 @@ def test_a_part_of_the_training_data_that_was_trained_on_is_refused(run):
     assert "validation" in evaluated(config, data__validation="20%")  # the model before
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_held_out_part_of_rows_that_are_read_otherwise_is_refused(folder):
     config = tiny_config(folder, "part", data__validation="20%", train__steps=2)
     result = jaxft.train(config)
@@ -195,6 +198,7 @@ def test_answers_are_compared_with_the_last_turn(run, folder, monkeypatch):
     assert exact.answers.right.tolist() == [False, True, False]
 
 
+@pytest.mark.slow(seconds=3)
 def test_generated_answers_are_those_of_each_prompt_alone(run):
     config, result = run
     answers = evaluated(config, result.checkpoint, eval__answers="exact", eval__max_new_tokens=6)[
@@ -291,6 +295,7 @@ def test_documents_on_one_line_of_a_file_are_paired_one_by_one(run, in_pairs, fo
     assert compare(*pair)["validation"].documents == 9
 
 
+@pytest.mark.slow(seconds=2)
 def test_answers_to_different_questions_are_not_paired(run, capfd):
     config, result = run
     answered = evaluated(config, result.checkpoint, eval__answers="exact")["validation"]
@@ -305,6 +310,7 @@ def test_answers_to_different_questions_are_not_paired(run, capfd):
     assert "were asked different questions" in " ".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.slow(seconds=2)
 def test_models_that_read_other_tokens_are_not_paired_by_rows(run, in_pairs):
     config, result = run
     for packing in ("documents", "stream"):
@@ -314,6 +320,7 @@ def test_models_that_read_other_tokens_are_not_paired_by_rows(run, in_pairs):
             compare(a, b)
 
 
+@pytest.mark.slow(seconds=2)
 def test_bytes_are_those_of_the_answers_and_do_not_depend_on_rows(run, folder):
     config, _ = run
     lines = (folder / "held_out.jsonl").read_text().splitlines()
@@ -325,6 +332,7 @@ def test_bytes_are_those_of_the_answers_and_do_not_depend_on_rows(run, folder):
         assert rows.estimates["bits_per_byte"].value == pytest.approx(bits)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("name", ["gpt2", "qwen3-hf", "mistral-v3"])
 def test_bytes_of_text_are_counted_across_tokens_that_split_letters(shared, tmp_path, name):
     tokenizer = load_tokenizer(shared / "tokenizers" / name)
@@ -342,6 +350,7 @@ def test_bytes_of_text_are_counted_across_tokens_that_split_letters(shared, tmp_
         assert count == len(text.encode()) - len(untrained.encode())
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_sample_of_rows_is_the_same_for_every_model_and_says_so(run, folder, capsys):
     config, result = run
     changes = {"eval__max_rows": 5, "data__validation": str(folder / "train.jsonl")}
@@ -359,6 +368,7 @@ def test_a_sample_of_rows_is_the_same_for_every_model_and_says_so(run, folder, c
     assert list(other.held_out.numbers) != list(a.held_out.numbers)
 
 
+@pytest.mark.slow(seconds=2)
 def test_answers_are_to_a_sample_of_rows_and_not_to_the_first(run, folder, capsys):
     config, result = run
     changes = {
@@ -432,6 +442,7 @@ def test_an_evaluation_says_which_checkpoint_it_took(run, folder, capsys):
     assert "data.max_length=48" in out
 
 
+@pytest.mark.slow(seconds=2)
 def test_tables_and_json_hold_the_figures(run, capsys):
     config, result = run
     changes = {"eval__retention": config.data.train, "eval__answers": "exact"}

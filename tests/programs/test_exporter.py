@@ -56,6 +56,7 @@ def test_an_untouched_model_leaves_as_it_came_byte_for_byte(base, tmp_path):
     )
 
 
+@pytest.mark.slow(seconds=2)
 def test_real_models_leave_as_they_came(shared, tmp_path):
     source = shared / "models/stories260K"
     output = jaxft.export(source, tmp_path / "out", verify=True, on_log=quiet)
@@ -97,6 +98,7 @@ def test_another_dtype_is_written_and_named(base, tmp_path):
     )
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("named", ["bfloat16", None])
 def test_random_weights_leave_in_the_type_that_config_json_names(tmp_path, named):
     config = tiny_config(tmp_path, train__steps=2, model__random_init=True)
@@ -199,6 +201,7 @@ exporter.export(sys.argv[1], sys.argv[2])
 
 
 # The sixth rename is the folder's: what it was made of is no longer said in it, so nothing is kept.
+@pytest.mark.slow(seconds=4, but=r"^3-2-2$")
 @pytest.mark.parametrize(("renames", "complete", "kept"), [(1, 0, 0), (3, 2, 2), (6, 5, 0)])
 def test_an_export_that_was_killed_goes_on_with_its_complete_files(
     base, tmp_path, monkeypatch, renames, complete, kept
@@ -238,6 +241,7 @@ def test_an_export_that_was_killed_goes_on_with_its_complete_files(
     }
 
 
+@pytest.mark.slow(seconds=6)
 def test_an_unfinished_export_of_other_weights_is_not_used(base, tmp_path, monkeypatch):
     from jaxft.programs import exporter
 
@@ -270,6 +274,7 @@ def test_a_tied_head_that_was_stored_twice_is_written_twice(base, tmp_path):
     np.testing.assert_array_equal(found["lm_head.weight"], tensors["lm_head.weight"])
 
 
+@pytest.mark.slow(seconds=5)
 def test_experts_in_mxfp4_are_written_unpacked(base, tmp_path):
     source = tmp_path / "packed"
     shutil.copytree(base, source)
@@ -317,6 +322,7 @@ def unpacked(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return values.reshape(*blocks.shape[:2], -1).swapaxes(1, 2).astype(np.float32)
 
 
+@pytest.mark.slow(seconds=2)
 def test_logits_of_the_export_are_those_of_the_model(base, tmp_path):
     tokens = np.arange(12).reshape(2, 6)
     output = jaxft.export(base, tmp_path / "out", on_log=quiet)

@@ -36,6 +36,7 @@ def generate(case: str, prompts, *, stop_ids=(), new: int = NEW, **sampling) -> 
     )
 
 
+@pytest.mark.slow(seconds=3, but=r"^gqa$")
 @pytest.mark.parametrize("case", SHAPES)
 def test_decoding_with_a_cache_equals_full_forward_passes(case):
     prompts = SHAPES[case]
@@ -52,12 +53,14 @@ def test_decoding_with_a_cache_equals_full_forward_passes(case):
     assert generate(case, prompts) == expected
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_prompt_is_continued_alike_alone_and_beside_others():
     prompts = SHAPES["gqa"]
     together = generate("gqa", prompts)
     assert [generate("gqa", [prompt])[0] for prompt in prompts] == together
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_row_ends_before_its_stop_token_and_the_others_go_on():
     prompts = SHAPES["gqa"]
     whole = generate("gqa", prompts)
@@ -70,11 +73,13 @@ def test_a_row_ends_before_its_stop_token_and_the_others_go_on():
     assert generate("gqa", prompts, stop_ids=first) == [[]] * len(prompts)
 
 
+@pytest.mark.slow(seconds=2)
 def test_one_new_token_is_the_first_of_many():
     prompts = SHAPES["gqa"]
     assert generate("gqa", prompts, new=1) == [ids[:1] for ids in generate("gqa", prompts)]
 
 
+@pytest.mark.slow(seconds=3)
 def test_a_seed_fixes_the_text_of_each_row_whatever_the_others_hold():
     prompts = SHAPES["gqa"]
     text = generate("gqa", prompts, temperature=1.0, seed=5)
@@ -112,6 +117,7 @@ def kept_probabilities(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarr
     return out / out.sum()
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.7), (5, 0.6), (0, 0.05), (100, 0.999), (1, 1.0)]
 )
@@ -122,6 +128,7 @@ def test_top_k_and_top_p_keep_what_their_definitions_keep(top_k, top_p):
     np.testing.assert_allclose(jax.nn.softmax(kept, axis=-1), expected, atol=1e-6)
 
 
+@pytest.mark.slow(seconds=7)
 def test_draws_have_the_distribution_of_the_filtered_logits():
     """Every row draws on its own; five standard deviations of a binomial count."""
     count, prompt, temperature, top_k, top_p = 1500, [1, 2, 3], 2.0, 8, 0.9

@@ -37,6 +37,7 @@ def test_tokens_out_of_range_or_shape_are_refused(model):
         model(np.zeros((1, 3)))
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_prompt_gives_a_text_and_a_batch_gives_a_list(model):
     chat = [{"role": "user", "content": "say abc"}]
     one = model.generate("say abc", max_new_tokens=4)
@@ -61,6 +62,7 @@ def test_a_prompt_that_cannot_be_answered_is_refused(model):
         model.generate("", max_new_tokens=1)
 
 
+@pytest.mark.slow(seconds=2)
 def test_dtypes_are_what_is_asked_for(model):
     half = jaxft.load(model.source.folder, dtypes="bfloat16")
     assert {array.dtype.name for array in half.params.values()} == {"bfloat16"}
@@ -82,6 +84,7 @@ def test_a_source_that_is_not_there_is_explained(tmp_path):
         find_source(tmp_path / "run")
 
 
+@pytest.mark.slow(seconds=4)
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)])
 def test_ids_without_a_token_are_never_generated(model, sampling):
     known = len(model.tokenizer)
@@ -99,6 +102,7 @@ def test_ids_without_a_token_are_never_generated(model, sampling):
     assert texts == model.generate_from_ids(prompts, max_new_tokens=5, sampling=sampling)
 
 
+@pytest.mark.slow(seconds=4)
 def test_a_text_is_continued_with_the_space_that_its_next_word_begins_with(shared):
     model = jaxft.load(shared / "models/stories260K")
     [prompt] = [model.prompt_ids("Once upon a time, there")]
@@ -146,6 +150,7 @@ def test_a_bad_config_is_what_is_reported_and_not_the_tokenizer(model, tmp_path,
         assert "tokenizer" not in str(caught.value)
 
 
+@pytest.mark.slow(seconds=6)
 def test_a_command_reads_what_describes_its_model_once(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, train__steps=2)
     config.data.validation = str(tmp_path / "held_out.jsonl")

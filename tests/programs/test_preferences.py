@@ -128,6 +128,7 @@ def test_a_run_whose_starting_weights_have_changed_is_not_resumed(config, monkey
         train(run, resume=True)
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_reference_of_other_weights_is_noticed_at_the_start(config, monkeypatch, tmp_path):
     def score(evaluator, params, held_out, *, batch_size):
         yield np.full((len(held_out.numbers), 80), -9.0, np.float32)
@@ -197,6 +198,7 @@ def test_evaluation_is_planned_with_the_columns_of_the_objective(name):
     program.evaluator.eval_step.lower(program.state.params, batch)
 
 
+@pytest.mark.slow(seconds=2)
 def test_the_first_step_is_held_to_what_must_hold_at_the_start(config, monkeypatch):
     run = config()
     run.data.validation = ""
@@ -205,6 +207,7 @@ def test_the_first_step_is_held_to_what_must_hold_at_the_start(config, monkeypat
         train(run)
 
 
+@pytest.mark.slow(seconds=7)
 def test_two_models_are_compared_by_pairs(home, config, capsys):
     run = config()
     result = train(run)
@@ -288,6 +291,7 @@ OBJECTIVE = Objective(keys=Keys, loss=loss, rows=rows)
 """
 
 
+@pytest.mark.slow(seconds=7)
 def test_an_objective_from_outside_the_package_is_one_file(home, config, tmp_path, monkeypatch):
     (tmp_path / "harsh.py").write_text(OBJECTIVE)
     monkeypatch.chdir(tmp_path)
@@ -486,6 +490,7 @@ def test_the_digest_of_weights_tells_content_and_not_placement():
     assert digest_of(params | {path: flat.reshape(value.shape)}) != digest
 
 
+@pytest.mark.slow(seconds=3)
 def test_a_run_warns_of_pairs_that_contradict_and_of_prompts_that_are_trained_on(
     home, config, tmp_path, capfd
 ):

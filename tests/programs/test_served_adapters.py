@@ -50,6 +50,7 @@ def logits_of(model):
     return np.asarray(model(np.arange(42).reshape(2, 21)))
 
 
+@pytest.mark.slow(seconds=8)
 def test_the_adapter_of_a_run_is_evaluated_as_it_was_in_training(run):
     config, result = run
     last = read_records(result.workdir / "eval.jsonl")[-1]
@@ -105,6 +106,7 @@ def exported(run, home):
     return folder, lines
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_run_leaves_its_adapter_as_a_folder_that_is_loaded_again(run, exported, home):
     _, result = run
     folder, lines = exported
@@ -134,6 +136,7 @@ def test_rows_of_added_tokens_that_did_not_train_go_with_the_adapter(run, tmp_pa
     np.testing.assert_allclose(row, known.mean(0), atol=1e-6)
 
 
+@pytest.mark.slow(seconds=3)
 def test_an_adapter_of_others_is_evaluated_on_a_named_base(run, exported, home, tmp_path):
     config, result = run
     folder = shutil.copytree(exported[0], tmp_path / "adapter")
@@ -147,6 +150,7 @@ def test_an_adapter_of_others_is_evaluated_on_a_named_base(run, exported, home, 
     assert a.sums.loss.value == pytest.approx(b.sums.loss.value, rel=1e-5)
 
 
+@pytest.mark.slow(seconds=4)
 def test_two_adapters_of_one_base_are_compared(run, exported):
     config, result = run
     pair = evaluate_pair(config, exported[0], result.workdir, step="5")
@@ -154,6 +158,7 @@ def test_two_adapters_of_one_base_are_compared(run, exported):
     assert difference.high > difference.value > 0  # step 8 learnt more than step 5
 
 
+@pytest.mark.slow(seconds=5)
 def test_an_adapter_is_merged_into_the_weights_of_its_base(run, exported, home, tmp_path):
     _, result = run
     lines: list[str] = []
@@ -174,6 +179,7 @@ def test_an_adapter_is_merged_into_the_weights_of_its_base(run, exported, home, 
         np.testing.assert_allclose(tensor, after[name], atol=1e-5)
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_merge_says_what_rounding_leaves_of_the_adapter(run, tmp_path):
     lines: list[str] = []
     jaxft.export(
@@ -192,6 +198,7 @@ def test_exports_that_cannot_be_are_refused(run, home, tmp_path):
         jaxft.export(run[1].workdir, home, merge=True, overwrite=True)
 
 
+@pytest.mark.slow(seconds=15)
 def test_training_goes_on_from_an_adapter_and_is_resumed(run, exported, home):
     _, first = run
     before = read_records(first.workdir / "eval.jsonl")[-1]
@@ -208,6 +215,7 @@ def test_training_goes_on_from_an_adapter_and_is_resumed(run, exported, home):
     assert found["loss"] == pytest.approx(end["loss"], rel=1e-6)
 
 
+@pytest.mark.slow(seconds=12)
 def test_preferences_are_compared_with_the_adapter_that_training_went_on_from(run, home):
     rows = [{"prompt": f"say {n}", "chosen": "abc", "rejected": "cba"} for n in range(12)]
     pairs = home / "pairs.jsonl"

@@ -43,6 +43,7 @@ def at_once(tiny: Tiny, prompt, new: int = 13, stops=(), **sampling) -> list[int
     return ids
 
 
+@pytest.mark.slow(seconds=4, but=r"gemma3_text_gqa")
 @pytest.mark.parametrize(
     "case",
     [
@@ -62,6 +63,7 @@ def test_a_stream_gives_the_tokens_of_one_go(case):
         assert stream(session, prompt) == at_once(tiny, prompt)
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 1.5, "seed": 4}, {"temperature": 1, "top_k": 5}]
 )
@@ -82,6 +84,7 @@ def test_a_stop_token_ends_it_wherever_it_falls_among_the_pieces(place):
     assert not session.ended
 
 
+@pytest.mark.slow(seconds=6)
 def test_turns_read_only_what_is_new_and_compile_nothing(monkeypatch):
     tiny = load_tiny("gqa", **LONG)
     session = session_of(tiny)
@@ -133,6 +136,7 @@ def test_an_interrupt_inside_a_program_only_costs_reading_again(monkeypatch):
     assert stream(session, [*PROMPTS[0], 4]) == at_once(tiny, [*PROMPTS[0], 4])
 
 
+@pytest.mark.slow(seconds=5)
 def test_the_cache_doubles_up_to_the_context():
     tiny = load_tiny("gqa", max_position_embeddings=3000)
     session = session_of(tiny)
@@ -148,6 +152,7 @@ def test_the_cache_doubles_up_to_the_context():
         session.generate([1] * 2999, max_new_tokens=2, stop_ids=())
 
 
+@pytest.mark.slow(seconds=4)
 def test_a_text_that_outgrows_short_rotary_factors_is_read_anew():
     tiny = load_tiny("phi3_longrope_long")
     [kind] = tiny.architecture.config.kinds
@@ -175,6 +180,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow(seconds=2, but=r"mistral|gpt2")
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", ["gpt2", "mistral-v3", "qwen3-hf", "bert-base-uncased"])
 def test_pieces_join_to_the_whole_and_hold_no_half_characters(shared, name, text):
@@ -200,6 +206,7 @@ def test_bytes_that_never_make_a_character_come_at_the_end(tidies):
     assert "".join(pieces) == tokenizer.decode(ids) and "\ufffd" in pieces[-1]
 
 
+@pytest.mark.slow(seconds=7)
 def test_a_model_streams_what_it_generates(tmp_path):
     model = jaxft.load(write_base(tmp_path / "base"))
     messages = [{"role": "user", "content": "say abc"}]
@@ -218,6 +225,7 @@ def test_a_model_streams_what_it_generates(tmp_path):
     assert np.all(model.has_token[: len(model.tokenizer)])
 
 
+@pytest.mark.slow(seconds=5)
 def test_a_real_model_streams_sentencepiece_words_with_their_spaces(shared):
     model = jaxft.load(shared / "models/stories260K")
     prompt = "Once upon a time"

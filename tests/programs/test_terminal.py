@@ -62,6 +62,7 @@ def test_an_answer_is_that_of_generate_with_the_history_before_it():
     assert [m["content"] for m in chat.messages] == [HELLO, first, AGAIN, second]
 
 
+@pytest.mark.slow(seconds=5)
 def test_turns_draw_anew_and_a_reset_begins_with_the_seed():
     sampling = Sampling(temperature=3.0, seed=5)
     chat = chat_of(sampling=sampling)

@@ -79,6 +79,7 @@ def held_out(home):
     return str(home / "held_out.jsonl")
 
 
+@pytest.mark.slow(seconds=14, but=r"^plain$")
 @pytest.mark.parametrize("evaluates", [False, True], ids=["plain", "evaluating"])
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(home, config, monkeypatch, evaluates):
     # 19 rows, 4 a step: an epoch ends within a step; periods of 3 steps end between saves of 4.
@@ -108,6 +109,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(home, config, monke
         assert [r["step"] for r in one] == [0, 3, 6, 8]
 
 
+@pytest.mark.slow(seconds=5)
 def test_the_run_resumed_begins_at_the_last_save_within_a_period(home, config, monkeypatch):
     parts = config(train__log_every=3, train__save_every=4)
     crash(monkeypatch, parts, step=6)
@@ -137,6 +139,7 @@ def test_a_crash_before_the_first_save_leaves_nothing_twice(home, config, monkey
     assert [r["step"] for r in read_metrics(result.workdir)] == [*range(1, 9)]
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_finished_run_that_is_resumed_stays_as_it_is(home, config):
     run = config(data__validation=held_out(home), eval__samples=1)
     result = train(run)
@@ -151,6 +154,7 @@ def contents(folder):
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow(seconds=2)
 def test_resuming_a_finished_run_with_other_keys_changes_nothing_and_says_so(home, config, capfd):
     run = config(data__validation=held_out(home), eval__samples=1)
     result = train(run)
@@ -164,6 +168,7 @@ def test_resuming_a_finished_run_with_other_keys_changes_nothing_and_says_so(hom
     assert "Not applied, as no step is left: optim.learning_rate was 0.001 and is now 0.5." in said
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_run_that_patience_ended_is_finished_until_it_has_more(home, config, monkeypatch, capfd):
     run = config(data__validation=held_out(home), train__eval_every=1, eval__patience=1)
     feed_losses(monkeypatch, [5, 6])
@@ -176,6 +181,7 @@ def test_a_run_that_patience_ended_is_finished_until_it_has_more(home, config, m
     assert "--config.eval.patience=2" in "".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_finished_run_that_lacks_its_report_gets_it_with_its_own_settings(home, config):
     run = config()
     result = train(run)
@@ -227,6 +233,7 @@ def test_a_run_is_resumed_on_another_mesh(home, config, monkeypatch):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow(seconds=5)
 def test_resume_refuses_other_data(home, config, monkeypatch, tmp_path):
     run = config(train__save_every=2)
     run.data.train = str(tmp_path / "mine.jsonl")
@@ -245,6 +252,7 @@ def test_resume_refuses_other_data(home, config, monkeypatch, tmp_path):
         train(run, resume=True)
 
 
+@pytest.mark.slow(seconds=4)
 def test_resume_reports_a_changed_key_and_refuses_one_that_breaks_the_run(
     home, config, monkeypatch, capfd
 ):
@@ -258,6 +266,7 @@ def test_resume_reports_a_changed_key_and_refuses_one_that_breaks_the_run(
         train(run, resume=True)
 
 
+@pytest.mark.slow(seconds=2)
 def test_train_leaves_the_config_as_it_was_and_says_how_the_run_ended(home, config):
     run = config(data__validation=held_out(home))
     before = to_dict(run)
@@ -302,6 +311,7 @@ def feed_losses(monkeypatch, losses):
 NAN = float("nan")
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize(
     ("losses", "minimum_change", "stopped"),
     [
@@ -331,6 +341,7 @@ def test_training_stops_when_the_validation_loss_does_not_fall(
     assert (result.workdir / "checkpoints" / str(stopped)).is_dir()
 
 
+@pytest.mark.slow(seconds=2)
 def test_the_end_of_patience_names_the_change_that_was_too_small(home, config, monkeypatch, capfd):
     run = config(
         data__validation=held_out(home),
@@ -346,6 +357,7 @@ def test_the_end_of_patience_names_the_change_that_was_too_small(home, config, m
     assert ended in " ".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.slow(seconds=3)
 def test_resuming_where_no_run_is_says_so_and_names_the_nearest(
     home, config, monkeypatch, tmp_path, capfd
 ):
@@ -362,6 +374,7 @@ def test_resuming_where_no_run_is_says_so_and_names_the_nearest(
     assert "step" in read_metrics(tmp_path / "frist")[0]
 
 
+@pytest.mark.slow(seconds=5)
 def test_patience_outlives_a_resume(home, config, monkeypatch):
     run = config(
         data__validation=held_out(home),
@@ -383,6 +396,7 @@ def test_patience_outlives_a_resume(home, config, monkeypatch):
     assert train(run, resume=True).step == 5
 
 
+@pytest.mark.slow(seconds=3)
 def test_the_best_checkpoint_is_kept_and_found(home, config, monkeypatch):
     run = config(
         data__validation=held_out(home),
@@ -407,6 +421,7 @@ def test_an_improvement_between_saves_is_saved(home, config, monkeypatch):
     assert sorted(int(p.name) for p in (result.workdir / "checkpoints").iterdir()) == [3, 8]
 
 
+@pytest.mark.slow(seconds=2)
 def test_evaluation_is_due_every_n_steps_or_at_the_end_of_each_epoch(home, config):
     every = train(config("every", data__validation=held_out(home), train__eval_every=3))
     assert [r["step"] for r in read_records(every.workdir / "eval.jsonl")] == [0, 3, 6, 8]
@@ -434,6 +449,7 @@ def answering(home, config, **changes):
     return config(**keys | changes)
 
 
+@pytest.mark.slow(seconds=3)
 def test_answers_are_generated_at_each_evaluation_and_told(home, config, capfd):
     run = answering(home, config, eval__best="loss", train__eval_every=4, eval__answer_rows=5)
     result = train(run)
@@ -472,6 +488,7 @@ def test_answers_need_data_that_asks(home, config, tmp_path, best):
         train(run)
 
 
+@pytest.mark.slow(seconds=3)
 def test_the_list_of_bad_rows_is_of_the_data_of_the_newest_part(config, tmp_path, capfd):
     bad = write_chats(tmp_path / "bad.jsonl", 5, seed=1)
     bad.write_text('{"messages": [\n' + bad.read_text())
@@ -485,6 +502,7 @@ def test_the_list_of_bad_rows_is_of_the_data_of_the_newest_part(config, tmp_path
     assert read_records(listed) == []
 
 
+@pytest.mark.slow(seconds=2)
 def test_best_and_patience_begin_anew_with_other_validation_data(
     home, config, monkeypatch, tmp_path, capfd
 ):
@@ -557,6 +575,7 @@ def test_a_run_of_hardly_a_step_says_what_makes_it_longer(home, config, capfd, m
     assert "too few" not in capfd.readouterr().err
 
 
+@pytest.mark.slow(seconds=2)
 def test_validation_that_is_trained_on_is_told(home, config, tmp_path, capfd):
     mixed = tmp_path / "mixed.jsonl"
     lines = (home / "train.jsonl").read_text().splitlines()
@@ -628,6 +647,7 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_lines(home, config, tmp_p
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("save_every", [1, 3, 0])
 def test_weights_that_are_not_finite_are_never_saved(home, config, save_every):
     # So large a step that the first update is finite and the loss after it is not.
@@ -643,6 +663,7 @@ def test_weights_that_are_not_finite_are_never_saved(home, config, save_every):
         assert f"last good checkpoint is step {saved[-1]}" in str(error.value)
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_model_with_weights_that_are_not_finite_is_refused_by_name(home, config, tmp_path):
     run = config(data__validation=held_out(home))
     for tensor in ("model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"):
@@ -722,6 +743,7 @@ def test_the_loop_dispatches_a_period_before_it_reads_the_one_before(home, confi
     assert events == [s, s, *[s, s, "read", 2], *[s, s, "read", 4], *[s, s, "read", 6], *end]
 
 
+@pytest.mark.slow(seconds=3)
 def test_evaluation_and_saves_do_not_count_as_training_time(home, config, monkeypatch):
     plain = train(config("plain"))
     original = session.evaluate_rows
@@ -742,6 +764,7 @@ def test_evaluation_and_saves_do_not_count_as_training_time(home, config, monkey
 # ---- the workdir stands alone ----
 
 
+@pytest.mark.slow(seconds=4)
 def test_a_workdir_needs_nothing_outside_itself(home, config, tmp_path):
     run = config("first", data__validation=held_out(home))
     base = tmp_path / "base"
@@ -783,6 +806,7 @@ def test_a_workdir_that_is_the_models_own_folder_is_refused(home, config, tmp_pa
     assert json.loads((base / "config.json").read_text())["model_type"] == "llama"
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_run_prints_no_warnings(home, config, capfd):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -30,7 +30,7 @@ KEYS = {
     "llama": {"rank": 4, "dropout": 0.25, "dora": True, "train": "norm", "start": "pissa"},
     "gpt_oss": {"rank": 4, "scaling": "rslora", "added_rows": True},
 }
-IN_DEFAULT = (("fsdp_tp_sp", "llama"), ("fsdp_ep", "gpt_oss"))
+IN_LONG = (("fsdp_tp_sp", "llama"), ("fsdp_ep", "gpt_oss"))
 
 
 @functools.cache
@@ -47,8 +47,8 @@ def on_one_device(family: str) -> tuple:
 def pairs() -> list:
     found = [(s, f) for f in KEYS for s in BUILT_IN if f == "gpt_oss" or s not in FOR_EXPERTS]
     return [
-        pair
-        if pair in IN_DEFAULT
+        pytest.param(*pair, marks=pytest.mark.slow(seconds=25))
+        if pair in IN_LONG
         else pytest.param(*pair, marks=[pytest.mark.matrix(seconds=6), pytest.mark.xdist_group(f)])
         for pair in found
         for f in [f"adapters of {pair[1]}"]
@@ -73,6 +73,7 @@ def test_steps_of_adapters_equal_those_of_one_device(strategy, family):
         np.testing.assert_array_equal(value, tiny.params[path])
 
 
+@pytest.mark.slow(seconds=4)
 def test_dropout_of_a_step_is_other_than_that_of_the_next():
     """The same rows twice, at a rate too low to learn from them."""
     tiny = load("llama")
@@ -85,6 +86,7 @@ def test_dropout_of_a_step_is_other_than_that_of_the_next():
     assert abs(found[0] - found[1]) > 1e-3 * found[0]
 
 
+@pytest.mark.slow(seconds=13, but=r"^ddp$")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_gradients_of_the_base_are_not_computed(strategy):
     """Two thirds of the operations of full tuning, which has as many again for its gradients."""
@@ -114,6 +116,7 @@ def make_dpo(tiny: Tiny, reference: str, **changes):
     )
 
 
+@pytest.mark.slow(seconds=22)
 def test_preferences_with_adapters_hold_no_second_copy_of_the_model():
     """The reference is the same weights with the adapter off, but for norms that train."""
     plain = load_tiny("gqa", num_key_value_heads=2)

@@ -122,6 +122,7 @@ def test_looking_rows_up_and_its_gradient_do_not_depend_on_placement(name):
     assert relative_error(found, value_and_gradients(rows, None, table, scale)) < 1e-5
 
 
+@pytest.mark.slow(seconds=3, but=r"^fsdp_tp-5$")
 @pytest.mark.parametrize("chunk", [0, 5])
 @pytest.mark.parametrize("name", ["fsdp_tp", "fsdp_cp"])
 def test_cross_entropy_and_its_gradients_do_not_depend_on_placement(name, chunk):

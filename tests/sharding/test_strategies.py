@@ -54,8 +54,8 @@ def is_new(strategy: str) -> bool:
 
 
 # Of these one family runs in the default suite, or with the long tests.
-IN_DEFAULT = ("zero2", "fsdp", "fsdp_tp_sp", "ep")
-IN_LONG = ("zero1", "fsdp_cp", "pp")
+IN_DEFAULT = ("fsdp",)
+IN_LONG = ("zero2", "fsdp_tp_sp", "ep", "zero1", "fsdp_cp", "pp")
 
 
 def pairs() -> list:
@@ -165,6 +165,7 @@ def test_pairs_that_cannot_work_are_refused_at_the_start(family, strategy, chang
         make_program(load(family), 8, strategy=strategy, **changes)
 
 
+@pytest.mark.slow(seconds=7)
 def test_a_strategy_from_outside_the_package_is_placed_and_equal(tmp_path, monkeypatch):
     """The one that docs/sharding.md shows, as a reader would write it."""
     page = (Path(__file__).parents[2] / "docs" / "sharding.md").read_text()
@@ -197,6 +198,7 @@ def run_with(monkeypatch, rules: dict, **changes) -> tuple:
     return run(load("mistral"), 8, strategy="theirs.module", **mesh, **changes)
 
 
+@pytest.mark.slow(seconds=5)
 @pytest.mark.parametrize(
     "rules",
     [
@@ -228,6 +230,7 @@ def test_rules_that_cannot_meet_are_refused_at_the_start(monkeypatch, rules, mes
         run_with(monkeypatch, rules)
 
 
+@pytest.mark.slow(seconds=4, but=r"^zero1$")
 @pytest.mark.parametrize("strategy", ["zero1", "zero2"])
 def test_updated_weights_are_gathered_once_a_step(strategy):
     """However many micro-batches there are, and nothing else is gathered."""

@@ -214,6 +214,7 @@ def test_schedule_free_is_the_three_sequences_of_its_paper():
         np.testing.assert_allclose(state.evaluated[path], x, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow(seconds=2)
 def test_an_average_of_weights_follows_each_step_and_is_what_is_evaluated():
     plain, averaged = optimizer_of(), optimizer_of(ema=0.15)
     average = draw(0)
@@ -228,6 +229,7 @@ def test_an_average_of_weights_follows_each_step_and_is_what_is_evaluated():
         np.testing.assert_allclose(state.evaluated[path], average[path], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow(seconds=5, but=r"^muon$")
 @pytest.mark.parametrize("name", RUNS)
 def test_state_is_split_resumed_and_steps_as_on_one_device(name, tmp_path):
     """The resumed run starts from a checkpoint after its first step, on eight devices."""
@@ -292,6 +294,7 @@ def test_state_that_cannot_be_placed_is_refused_by_name(path, shape, message):
         sharding_of(path, leaf, params, shardings, placement)
 
 
+@pytest.mark.slow(seconds=6)
 def test_blocks_keep_the_size_of_small_numbers_and_the_sign():
     numbers = jnp.concatenate([jnp.logspace(-2, 0, 32), -jnp.logspace(-2, 0, 32)])[None]
     signed = from_blocks(to_blocks(numbers, signed=True))
@@ -322,6 +325,7 @@ def test_moments_of_8_bits_take_the_memory_that_is_written():
     assert optax.tree.get(state.opt_state, "mu")["norm.scale"].dtype == jnp.float32
 
 
+@pytest.mark.slow(seconds=3)
 def test_updates_of_bfloat16_are_not_lost():
     """A 4096th of the parameter is a 16th of what its type can add."""
     params = {"a": jnp.ones(100_000, jnp.bfloat16)}
@@ -344,6 +348,7 @@ def test_numbers_between_two_of_bfloat16_become_either_and_others_stay():
     assert set(np.unique(found[:, 6])) == {-1.0, -1 - 2.0**-7}
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("name", ["adamw", "schedule_free"])
 def test_a_rate_of_0_leaves_a_parameter_as_it_is(name):
     state = run(optimizer_of(**RUNS[name], rates=r"attn\.q=0,embed=1"))
@@ -363,6 +368,7 @@ def rates_of(**changes):
     }
 
 
+@pytest.mark.slow(seconds=3)
 def test_rates_follow_the_first_pattern_and_fall_from_layer_to_layer():
     found = rates_of(rates=r"mlp\.up\.w=3,mlp=5,^norm=7", layer_decay=0.5)
     down = np.asarray([0.125, 0.25, 0.5])

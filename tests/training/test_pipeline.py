@@ -77,6 +77,7 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches():
     assert many < few + 2 * ids
 
 
+@pytest.mark.slow(seconds=9)
 def test_frozen_layers_stay_and_the_rest_trains(tiny):
     freeze = r"\.mlp\.|^embed"
     program = program_of(tiny, 2, optim__freeze=freeze)
@@ -88,6 +89,7 @@ def test_frozen_layers_stay_and_the_rest_trains(tiny):
         assert same == (path in state.frozen), path
 
 
+@pytest.mark.slow(seconds=7, but=r"^gqa$")
 @pytest.mark.parametrize("case", ["gqa", "mixtral_gqa_published"])
 def test_evaluation_through_stages_gives_the_sums_of_each_row(case):
     tiny = load_tiny(case)
@@ -132,6 +134,7 @@ def test_an_objective_passes_a_pipeline_once(tiny):
             build(config, evaluator, steps=20).lower()
 
 
+@pytest.mark.slow(seconds=5)
 def test_what_a_loss_must_know_of_all_rows_does_not_depend_on_stages(tiny):
     rows = random_rows(8, LENGTH, 64)
     labels = np.where(rows.segments % 2, np.sign(rows.segments), 0).astype(np.float32)

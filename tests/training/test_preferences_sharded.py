@@ -109,6 +109,7 @@ def judge_single(method: str):
 SLOW = pytest.mark.slow(seconds=10)
 
 
+@pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("method", ["dpo", *(pytest.param(m, marks=SLOW) for m in ("kto", "orpo"))])
 def test_packed_units_give_the_loss_and_gradient_of_units_in_rows_of_their_own(method):
     terms, gradient = judge(method, PACKED)
@@ -149,6 +150,7 @@ def cases():
     return short + [pytest.param(*case, marks=SLOW) for case in long]
 
 
+@pytest.mark.slow(seconds=11)
 @pytest.mark.parametrize(("method", "reference", "strategy", "accumulation"), cases())
 def test_a_step_of_packed_units_has_the_loss_figures_and_gradient_of_single_ones(
     method, reference, strategy, accumulation

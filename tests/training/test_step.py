@@ -76,6 +76,7 @@ def ragged_rows() -> Batch:
     return rows.with_columns(weights=weights)
 
 
+@pytest.mark.slow(seconds=30)
 def test_accumulation_does_not_change_the_result(tiny, program_of):
     batches = [ragged_rows(), random_rows(8, LENGTH, VOCAB, seed=1), ragged_rows()]
     results = {}
@@ -184,6 +185,7 @@ def test_chunked_cross_entropy_equals_the_plain_one(tiny, chunk):
     np.testing.assert_array_equal((correct * rows.weights).sum(-1), (hits * rows.weights).sum(-1))
 
 
+@pytest.mark.slow(seconds=3)
 def test_chunks_keep_the_logits_of_all_positions_from_existing():
     tiny = load_tiny("gqa", vocab_size=8192, num_hidden_layers=1)
     rows = random_rows(2, 256, 8192)
@@ -200,6 +202,7 @@ def test_chunks_keep_the_logits_of_all_positions_from_existing():
     assert temporary_bytes(32) < logits
 
 
+@pytest.mark.slow(seconds=3)
 def test_frozen_parameters_stay_bit_equal_and_have_no_moments(tiny):
     freeze = r"^embed|\.mlp\."
     program = make_program(tiny, optim__freeze=freeze)
@@ -238,6 +241,7 @@ def test_a_micro_batch_that_cannot_be_split_is_refused_with_a_size_that_can(prog
         program_of(8, train__accumulation=2)
 
 
+@pytest.mark.slow(seconds=5)
 def test_attention_work_is_counted_within_windows():
     tiny = load_tiny("gemma2_gqa")
     program = make_program(tiny)
@@ -255,6 +259,7 @@ def test_attention_work_is_counted_within_windows():
     )
 
 
+@pytest.mark.slow(seconds=2)
 def test_terms_of_a_wrong_shape_are_refused(tiny):
     batch = random_rows(2, LENGTH, VOCAB)
 

@@ -174,6 +174,7 @@ def test_a_checkpoint_disappears_at_once_when_it_is_replaced(tmp_path, monkeypat
     assert deleted == [["1"]]
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("damage", ["cut", "missing"])
 def test_a_broken_checkpoint_is_an_error_that_names_the_others(tmp_path, damage, capfd):
     with Checkpoints(tmp_path / "c", keep_last=2) as checkpoints:

@@ -290,6 +290,7 @@ def test_a_small_difference_of_long_answers_is_not_lost_to_rounding():
     np.testing.assert_allclose(terms.figures["chosen_reward"][0], 0.1 * ratio[0], rtol=1e-5)
 
 
+@pytest.mark.slow(seconds=3)
 def test_averages_are_over_scored_tokens_alone():
     """A longer prompt, and tokens of the answer that carry no loss, change nothing."""
     case = CASES["single"]
