@@ -11,9 +11,8 @@ fitted to these runs: its rates are measurements of single parts, named where th
 column leaves each run out of one factor that is fitted to all others.
 
 The published programs are not ours: what is compared is their time with that of jaxft's step at the
-same settings, attention's backward pass on TPUs counted as theirs runs it. Compiler options are
-theirs as far as the compiler still takes them: libtpu 0.0.50 refuses
-`xla_tpu_enable_async_collective_fusion` but on v5e.
+same settings. Compiler options are theirs as far as the compiler still takes them: libtpu 0.0.50
+refuses `xla_tpu_enable_async_collective_fusion` but on v5e.
 """
 
 import argparse
@@ -87,11 +86,7 @@ def _architecture(run: Run, models: Path) -> Architecture:
 
 
 def _compiled(config: RunConfig, topology: Topology, architecture: Architecture) -> dict[str, Any]:
-    planner = Planner(
-        architecture=architecture,
-        prices=read_prices(),
-        fused_backward=_is_fused(topology.chip.name),
-    )
+    planner = Planner(architecture=architecture, prices=read_prices())
     found = planner.plan(config, topology)
     assert found.time is not None
     return {
@@ -101,11 +96,6 @@ def _compiled(config: RunConfig, topology: Topology, architecture: Architecture)
         "memory_gib": found.memory.used / 2**30,
         "limit_gib": found.memory.limit / 2**30,
     }
-
-
-def _is_fused(chip: str) -> bool:
-    """Whether the published runs on a chip make attention's gradients in one kernel."""
-    return chip in ("v6e", "tpu7x")
 
 
 def _estimated(config: RunConfig, topology: Topology, architecture: Architecture) -> dict[str, Any]:

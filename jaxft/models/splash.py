@@ -12,14 +12,25 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxft.hardware.chips import Chip, chip_of
 from jaxft.models.activations import ATTENTION
 from jaxft.models.config import Scoring
 from jaxft.models.row_split import split_rows
 from jaxft.sharding.rules import active_placement
 from jaxft.sharding.sequence import document_order
 
-# Most queries, and most keys, that the kernel takes at a time.
-BLOCK = 512
+# Most queries, and most keys, that the kernel takes at a time. Every block is a step of its own,
+# but of one that the diagonal of a row crosses half is for nothing: the larger one is for rows of
+# four of it and more. Published runs of MaxText take 1,024 to 2,048 on v5p, v6e and tpu7x (its
+# default is 512); 2,048 does not fit the 16 MiB that libtpu 0.0.50 gives a kernel on v5e.
+BLOCK, LARGE_BLOCK = 512, 1024
+# Chips on which one kernel makes all gradients, in five products, where two kernels need seven. It
+# leaves a part of queries' gradients for each block of keys, which are added up outside. Published
+# runs do so on v6e and tpu7x (recipes of github.com/AI-Hypercomputer/tpu-recipes), and not on v5p,
+# whose chips, as v4's, are two cores that share a kernel; v5e has one like v6e.
+_FUSED = ("v5e", "v6e", "tpu7x")
+# Most such parts, each of the size of the queries in memory.
+_MOST_PARTS = 8
 
 
 def splash_attention(
@@ -37,11 +48,13 @@ def splash_attention(
     """
     placement = active_placement()
     if placement is None:
-        kernel = _make_kernel(np.arange(q.shape[1], dtype=np.int32), q.shape[2], 1, scores)
+        slots, chip = np.arange(q.shape[1], dtype=np.int32), chip_of(jax.devices()[0].device_kind)
+        kernel = _make_kernel(slots, q.shape[2], 1, scores, chip)
         return _rows(kernel, scores, q, k, v, segments, segments, sinks)
     split, k, v = split_rows(placement, q, k, v)
     heads = NamedSharding(split.placement.mesh, split.rows).shard_shape(q.shape)[2]
-    kernel = _make_kernel(placement.slots(q.shape[1]), heads, split.parts, scores)
+    chip = chip_of(placement.mesh.devices.flat[0].device_kind)
+    kernel = _make_kernel(placement.slots(q.shape[1]), heads, split.parts, scores, chip)
 
     def local(
         kernel: Any, q: Array, k: Array, v: Array, segments: Array, sinks: Array | None
@@ -104,28 +117,55 @@ class RowMask(splash_attention_mask.Mask):
         return self.q_sequence.tobytes(), self.window
 
 
-def _make_kernel(slots: np.ndarray, heads: int, parts: int, scores: Scoring) -> Any:
+def _make_kernel(
+    slots: np.ndarray, heads: int, parts: int, scores: Scoring, chip: Chip | None
+) -> Any:
     """Returns the kernel of one row, whose arrays are for all `parts` that a row is split into."""
-    queries, keys = min(BLOCK, len(slots) // parts), min(BLOCK, len(slots))
-    sizes = splash.BlockSizes(
-        block_q=queries,
-        block_kv=keys,
-        block_kv_compute=keys,
-        block_q_dkv=queries,
-        block_kv_dkv=keys,
-        block_kv_dkv_compute=keys,
-        block_q_dq=queries,
-        block_kv_dq=keys,
-    )
-    mask = RowMask(slots, scores.window if scores.window < len(slots) else 0)
+    window = scores.window if scores.window < len(slots) else 0
     return splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads),
+        splash.MultiHeadMask([RowMask(slots, window)] * heads),
         head_shards=1,
         q_seq_shards=parts,
-        block_sizes=sizes,
+        block_sizes=_block_sizes(len(slots), len(slots) // parts, window, chip),
         attn_logits_soft_cap=scores.cap or None,
         residual_checkpoint_name=ATTENTION,
     )
+
+
+def _block_sizes(length: int, part: int, window: int, chip: Chip | None) -> splash.BlockSizes:
+    """Returns how much of a row, of which a device has `part` queries, kernels take at a time."""
+    large = length >= 4 * LARGE_BLOCK
+
+    def block(size: int) -> int:
+        return LARGE_BLOCK if large and size % LARGE_BLOCK == 0 else min(BLOCK, size)
+
+    queries, keys = block(part), block(length)
+    fused = _is_fused(length // keys, window or length / 2, chip)
+    return splash.BlockSizes(
+        block_q=queries,
+        block_kv=keys,
+        block_kv_compute=min(BLOCK, keys),
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=min(BLOCK, keys),
+        block_q_dq=None if fused else queries,
+        block_kv_dq=None if fused else keys,
+        use_fused_bwd_kernel=fused,
+    )
+
+
+def _is_fused(parts: int, seen: float, chip: Chip | None) -> bool:
+    """Whether one kernel makes all gradients.
+
+    Args:
+      parts: Blocks of keys.
+      seen: Keys that a query sees, the mean.
+      chip: On which it runs, if it is known.
+    """
+    if chip is None or chip.name not in _FUSED or parts > _MOST_PARTS:
+        return False
+    # Two products of every pair, at half of the peak, against writing and reading the parts.
+    return parts == 1 or seen * chip.bandwidth > parts * chip.bfloat16 / 2
 
 
 def _rows(

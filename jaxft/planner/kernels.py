@@ -14,6 +14,8 @@ from jaxft.models.config import DecoderConfig
 EFFICIENCY = 0.5
 # Matrix products over the pairs of query and key, of which the forward pass has two.
 _PRODUCTS = {"fwd": 2.0, "dkv": 4.0, "dq": 3.0}
+# Of the kernel that makes the gradients of queries together with those of keys and values.
+_FUSED_PRODUCTS = 5.0
 
 
 def efficiency(chip: Chip, head_dim: int) -> float:
@@ -34,7 +36,7 @@ def mean_visible_pairs(config: DecoderConfig, length: int) -> float:
 
 
 def splash_flops(
-    instruction: Instruction, computation: Computation, config: DecoderConfig, *, fused: bool
+    instruction: Instruction, computation: Computation, config: DecoderConfig
 ) -> tuple[float, int] | None:
     """Returns FLOPs of one run of a splash kernel and its head size, or None for another kernel.
 
@@ -44,7 +46,6 @@ def splash_flops(
       instruction: The call.
       computation: Where it stands.
       config: Of the model, whose layers' windows hide pairs; the mean over layers.
-      fused: Count the backward pass as one kernel (5 products) rather than two (7).
     """
     kind = next((k for k in _PRODUCTS if f"splash_mha_{k}" in instruction.name), "")
     if not kind:
@@ -55,7 +56,7 @@ def splash_flops(
     (*rows, heads, queries, size), keys = tables[0], max(table[-2] for table in tables)
     pairs = mean_visible_pairs(config, keys)
     products = _PRODUCTS[kind]
-    if fused and kind != "fwd":
-        products *= 5 / 7
+    if kind == "dkv" and len(arrays(instruction.shape)) > 2:
+        products = _FUSED_PRODUCTS
     # Of a row that is split over devices each has its share of the queries.
     return 2.0 * products * math.prod(rows) * heads * pairs * (queries / keys) * size, size

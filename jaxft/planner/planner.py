@@ -39,14 +39,12 @@ class Planner:
       prices: Prices of chips.
       cache: Folder of compiled programs; empty for the usual one, `off` for none.
       rates: Shares of published rates that are reached.
-      fused_backward: Whether attention's backward pass is counted as one kernel in place of two.
     """
 
     architecture: Architecture
     prices: Prices
     cache: str = ""
     rates: Rates = field(default_factory=Rates)
-    fused_backward: bool = False
 
     def make(self, config: RunConfig, topology: Topology, *, evaluation: bool = False) -> Plan:
         """Compiles a run, or estimates it where there is no compiler; as `plan` and `estimate`."""
@@ -190,9 +188,7 @@ class Planner:
             return compile_lowered(lowered, options, target=target, cache=self.cache)
 
     def _kernel_flops(self, instruction: Any, computation: Any) -> tuple[float, int] | None:
-        return splash_flops(
-            instruction, computation, self.architecture.config, fused=self.fused_backward
-        )
+        return splash_flops(instruction, computation, self.architecture.config)
 
     def _simulate(
         self,

@@ -216,7 +216,8 @@ def _by_hops(x: Array, name: str, dimension: int, sizes: tuple[int, ...], ring: 
 
     def way(step: int, start: int, end: int) -> Array:
         def part(hops: int) -> Array:
-            starts, lengths = [0] * x.ndim, list(x.shape)
+            starts: list[Any] = [0] * x.ndim
+            lengths = list(x.shape)
             starts[across], lengths[across] = start, end - start
             starts[dimension], lengths[dimension] = (here - step * hops) % size * width, width
             return jax.lax.dynamic_slice(x, starts, lengths)

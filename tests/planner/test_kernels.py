@@ -25,7 +25,12 @@ def test_visible_pairs_are_right_to_half_a_token_of_each_query():
 
 
 def call(
-    kernel: str, queries: int = LENGTH, *, dtype: str = "bf16", rows: tuple[int, ...] = (ROWS,)
+    kernel: str,
+    queries: int = LENGTH,
+    *,
+    dtype: str = "bf16",
+    rows: tuple[int, ...] = (ROWS,),
+    results: int = 1,
 ) -> tuple:
     """Returns the call of a kernel and the computation that it stands in."""
 
@@ -35,15 +40,16 @@ def call(
     of_keys, of_queries = (shape(dtype, HEADS, n, SIZE) for n in (LENGTH, queries))
     segments = shape("s32", 8, 2 * LENGTH, 1)  # larger than what is multiplied
     sinks = f"{dtype}[{HEADS},{2 * LENGTH}]"
+    result = f"({', '.join([of_queries] * results)})" if results > 1 else of_queries
     module = Module(f"""\
 HloModule kernels
 
-ENTRY %main (s: {segments}, b: {sinks}, q: {of_queries}, k: {of_keys}) -> {of_queries} {{
+ENTRY %main (s: {segments}, b: {sinks}, q: {of_queries}, k: {of_keys}) -> {result} {{
   %s = {segments} parameter(0)
   %b = {sinks} parameter(1)
   %q = {of_queries} parameter(2)
   %k = {of_keys} parameter(3)
-  ROOT %{kernel} = {of_queries} custom-call(%s, %b, %q, %k)
+  ROOT %{kernel} = {result} custom-call(%s, %b, %q, %k)
 }}
 """)
     main = module.computations["main"]
@@ -51,41 +57,38 @@ ENTRY %main (s: {segments}, b: {sinks}, q: {of_queries}, k: {of_keys}) -> {of_qu
 
 
 @pytest.mark.parametrize(
-    ("kernel", "fused", "products"),
+    ("kernel", "results", "products"),
     [
-        ("splash_mha_fwd_residuals.1", False, 2),
-        ("splash_mha_fwd_residuals.1", True, 2),
-        # Two kernels of the backward pass make seven products, one kernel five.
-        ("splash_mha_dkv.3", False, 4),
-        ("splash_mha_dq.2", False, 3),
-        ("splash_mha_dkv.3", True, 4 * 5 / 7),
+        ("splash_mha_fwd_residuals.1", 2, 2),
+        # Two kernels of the backward pass make seven products, one with three results five.
+        ("splash_mha_dkv.3", 2, 4),
+        ("splash_mha_dq.2", 1, 3),
+        ("splash_mha_dkv.3", 3, 5),
     ],
 )
-def test_a_kernel_multiplies_the_pairs_that_its_windows_leave(kernel, fused, products):
-    flops, size = splash_flops(*call(kernel), ALTERNATING, fused=fused)  # pyright: ignore
+def test_a_kernel_multiplies_the_pairs_that_its_windows_leave(kernel, results, products):
+    flops, size = splash_flops(*call(kernel, results=results), ALTERNATING)  # pyright: ignore
     pairs = mean_visible_pairs(ALTERNATING, LENGTH)
     assert size == SIZE
     assert flops == pytest.approx(2 * products * ROWS * HEADS * pairs * SIZE)
 
 
 def test_a_device_with_a_part_of_a_row_has_its_share_of_the_queries():
-    whole, half = (
-        splash_flops(*call("splash_mha_fwd", n), ALTERNATING, fused=False) for n in (64, 32)
-    )
+    whole, half = (splash_flops(*call("splash_mha_fwd", n), ALTERNATING) for n in (64, 32))
     assert half[0] == whole[0] / 2  # pyright: ignore
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 def test_a_dimension_of_one_row_may_be_left_out(dtype):
     of_rows, of_one = (
-        splash_flops(*call("splash_mha_fwd", dtype=dtype, rows=rows), ALTERNATING, fused=False)
+        splash_flops(*call("splash_mha_fwd", dtype=dtype, rows=rows), ALTERNATING)
         for rows in ((ROWS,), ())
     )
     assert of_one[0] == of_rows[0] / ROWS  # pyright: ignore
 
 
 def test_another_kernel_is_not_counted():
-    assert splash_flops(*call("ragged_dot.1"), ALTERNATING, fused=False) is None
+    assert splash_flops(*call("ragged_dot.1"), ALTERNATING) is None
 
 
 def test_small_heads_leave_a_matrix_unit_idle():

@@ -1,0 +1,25 @@
+import pytest
+
+from jaxft.hardware.chips import chip_named
+from jaxft.models import splash
+
+
+@pytest.mark.parametrize(
+    ("chip", "length", "window", "block", "fused"),
+    [
+        ("v6e", 512, 0, 512, True),
+        ("v6e", 4096, 0, 1024, True),
+        ("v6e", 8192, 0, 1024, True),
+        ("v6e", 16384, 0, 1024, False),  # sixteen copies of the queries
+        ("v6e", 8192, 512, 1024, False),  # few pairs, and eight copies all the same
+        ("v5e", 4608, 0, 512, False),  # no multiple of the larger block
+        ("v5p", 4096, 0, 1024, False),
+        ("", 4096, 0, 1024, False),
+    ],
+)
+def test_blocks_and_kernels_go_by_the_chip_and_the_row(chip, length, window, block, fused):
+    sizes = splash._block_sizes(length, length // 4, window, chip_named(chip))
+    assert (sizes.block_q, sizes.block_kv) == (min(block, length // 4), block)
+    assert sizes.block_kv % sizes.block_kv_compute == 0
+    assert sizes.use_fused_bwd_kernel == fused
+    assert sizes.has_backward_blocks
