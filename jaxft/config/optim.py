@@ -66,8 +66,9 @@ class OptimConfig:
     )
     moments: str = key(
         "",
-        "Type in which moments are kept between steps; empty: that of the parameter. 'int8' keeps "
-        "matrices in blocks of 64 numbers or more with a scale each, and the rest in float32.",
+        "Type in which moments are kept between steps; empty: that of the parameter. 'bfloat16' "
+        "rounds second moments up or down by chance; 'int8' keeps matrices in blocks of 64 numbers "
+        "or more with a scale each, and the rest in float32.",
         choices=("", "float32", "bfloat16", "int8"),
     )
     clip_norm: float = key(1.0, "Largest global gradient norm; 0: no clipping.", minimum=0)

@@ -80,6 +80,12 @@ def resolve(path_or_repo_id: str, *, revision: str = "", weights: bool = True) -
     return snapshot
 
 
+def found_anywhere(path: str) -> str:
+    """Returns the absolute path of a folder, or a repository id as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.exists() else path
+
+
 def remote_tensors(repo: str, *, revision: str = "") -> dict[str, Entry]:
     """Returns the tensors of a repository from the headers of its files, without the weights.
 

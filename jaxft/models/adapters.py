@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from jaxft.errors import ConfigError
 from jaxft.hf.peft.adapter import LEAVES, START_LEAVES, TRAINED_LEAVES
 from jaxft.models.module import Param, Params, cast, merge, modules_in, optional
+from jaxft.models.quantised import is_leaf
 from jaxft.models.weights import Site, Weight
 
 # Passes over the weight with which its largest singular vectors are found, and further columns.
@@ -49,9 +50,13 @@ class Adaptation:
         return any(site.dropout for site in self.sites.values())
 
     def is_learnt(self, path: str) -> bool:
-        """Whether a parameter has gradients."""
-        leaf = path.rpartition(".")[2]
-        return leaf in TRAINED_LEAVES or bool(self.trained and re.search(self.trained, path))
+        """Whether a parameter has gradients.
+
+        `trained` chooses among the model's own: neither what adapters are made of, nor codes.
+        """
+        if is_beside(path) or is_leaf(path):
+            return path.rpartition(".")[2] in TRAINED_LEAVES
+        return bool(self.trained and re.search(self.trained, path))
 
     def is_kept(self, path: str) -> bool:
         """Whether a parameter is part of the adapter, and not of the model that it is made for."""
@@ -93,7 +98,8 @@ def attach(module: nnx.Module, adaptation: Adaptation, frozen_dtype: Any) -> Non
                 rows = jnp.zeros((len(adaptation.rows), weight.w.shape[1]), weight.w.dtype)
                 weight.rows = optional(Param(rows, axes=("rows", "embed")))
                 weight.added = adaptation.rows
-    cast(module, frozen_dtype, lambda path: not adaptation.is_learnt(path))
+    # A starting pair stays exact: it is subtracted from one that trains, in the same type.
+    cast(module, frozen_dtype, lambda path: not (adaptation.is_learnt(path) or is_beside(path)))
 
 
 def _attach_site(weight: Weight, site: Site, path: str) -> None:

@@ -24,6 +24,7 @@ from jaxft.programs.description import (
     stop_ids_of,
     tensor_dtypes_of,
 )
+from jaxft.programs.digests import check_base
 from jaxft.programs.merging import merged
 from jaxft.programs.opened import open_base, open_weights, read_adapter, with_added_rows
 from jaxft.programs.verification import judge_merged, verify_adapter
@@ -77,6 +78,7 @@ def export(
 
     Raises:
       ModelError: If the folder exists, the disk is full, or `verify` finds other weights.
+      CheckpointError: If an adapter's base has not the weights that its run had.
     """
     if dtype not in ("", *DTYPES):
         raise ConfigError(
@@ -89,6 +91,8 @@ def export(
     _check_apart(output, source)
     if source.checkpoints is not None:
         on_log(f"Exporting checkpoint {source.step} of {source.checkpoints.parent}.")
+    if merge or base:
+        check_base(source)
     if source.is_adapter and not merge:
         if dtype:
             raise ConfigError("An adapter is written in float32; --dtype is for --merge.")
@@ -166,8 +170,10 @@ def _export_adapter(
         )
     architecture = source.architecture
     tokenizer = source.described.load_tokenizer()
-    adapter = read_adapter(source, architecture)
-    adapter = with_added_rows(adapter, source, architecture, tokenizer)
+    own = read_adapter(source, architecture)
+    adapter = with_added_rows(own, source, architecture, tokenizer)
+    if adapter is not own:
+        check_base(source)
     abstract = architecture.plain.abstract(make_numerics("float32")).params
     shapes = {path: spec.shape for path, spec in abstract.items()}
     rows, stored = architecture.config.vocab, source.base.architecture.config.vocab

@@ -70,17 +70,21 @@ def has_report(workdir: Workdir, start: int) -> bool:
     return distributed.from_first("report", lambda: workdir.has_report_since(start))
 
 
-def refuse_workdir_of_model(config: RunConfig) -> None:
-    """Raises ConfigError if the run would write into the folder of its model."""
-    workdir, model = (
-        Path(os.path.realpath(os.path.expanduser(p)))
-        for p in (config.train.workdir, config.model.path)
-    )
-    if workdir in (model, *model.parents) and os.path.exists(model):
-        raise ConfigError(
-            f"train.workdir and model.path are the same folder, {workdir}, which the run would "
-            "overwrite. Name another one with --config.train.workdir=…."
-        )
+def refuse_workdir_of_start(config: RunConfig) -> None:
+    """Raises ConfigError if the run would write into the folder of its model, or its adapter's."""
+    workdir = _real(config.train.workdir)
+    for key, path in (("model.path", config.model.path), ("adapter.path", config.adapter.path)):
+        # A run is read from its parts, each of which may be a link.
+        parts = [_real(path, part) for part in ("", "checkpoints", "model")] if path else []
+        if any(part.exists() and part.is_relative_to(workdir) for part in parts):
+            raise ConfigError(
+                f"train.workdir and {key} are the same folder, {workdir}, which the run would "
+                "overwrite. Name another one with --config.train.workdir=…."
+            )
+
+
+def _real(*path: str) -> Path:
+    return Path(os.path.realpath(os.path.expanduser(os.path.join(*path))))
 
 
 def check_same_data(counts: Progress, iterator: BatchIterator, workdir: Workdir) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.hf.hub import found_anywhere
 from jaxft.hf.load import open_params
 from jaxft.hf.peft.adapter import Adapter
 from jaxft.hf.read import Reader
@@ -16,7 +17,6 @@ from jaxft.models.adapter_files import adapter_of
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.vocabulary import grow, rows_of_tokens, tokens_beyond, with_vocab_size
-from jaxft.programs.reference import found_anywhere
 from jaxft.workdir.checkpoint import Checkpoints
 from jaxft.workdir.source import Source
 

@@ -23,10 +23,12 @@ from jaxft.config import RunConfig, to_dict
 from jaxft.data import cache
 from jaxft.errors import CheckpointError
 from jaxft.files import write_json
+from jaxft.hf.hub import found_anywhere
 from jaxft.models.module import Params, init_params
 from jaxft.programs.description import Description
+from jaxft.programs.digests import digest_of
 from jaxft.programs.held_out import HeldOut, score_rows
-from jaxft.programs.weights import digest_of, load_weights, start_adapters
+from jaxft.programs.weights import load_weights, start_adapters
 from jaxft.training.program import Evaluator
 from jaxft.workdir.source import Source
 
@@ -255,12 +257,6 @@ def read_start(
         new_tokens=description.new_tokens,
         seed=config.train.seed,
     )
-
-
-def found_anywhere(path: str) -> str:
-    """Returns the absolute path of a folder, or a repository id as it is."""
-    folder = Path(path).expanduser()
-    return str(folder.absolute()) if folder.exists() else path
 
 
 def _spread(held_out: HeldOut, scores: np.ndarray) -> np.ndarray:

@@ -17,17 +17,17 @@ from jaxft import console, data, distributed
 from jaxft.config import RunConfig, to_dict
 from jaxft.data import BatchIterator, TokenRows
 from jaxft.distributed.signals import StopRequest, stop_on_signals
-from jaxft.errors import CheckpointError
+from jaxft.hf.hub import found_anywhere
 from jaxft.models.attention import check_backend
 from jaxft.models.module import Params
 from jaxft.programs import announcements, capacity, folder, patience, run_data
 from jaxft.programs.advice import warn
 from jaxft.programs.answers import read_sample_prompts
-from jaxft.programs.description import read_description
+from jaxft.programs.description import Description, read_description
+from jaxft.programs.digests import digest_of_base
 from jaxft.programs.held_out import HeldOut
-from jaxft.programs.reference import Reference, found_anywhere, read_start, read_start_note
+from jaxft.programs.reference import Reference, read_start, read_start_note
 from jaxft.programs.session import Session
-from jaxft.programs.weights import base_of, digest_of, dtypes_of, is_another
 from jaxft.reporting.progress import TrainProgress
 from jaxft.reporting.report import write_report
 from jaxft.sharding.rules import Placement
@@ -43,12 +43,12 @@ from jaxft.training.program import (
 )
 from jaxft.training.state import TrainState, init_state
 from jaxft.training.step import StepFigures
-from jaxft.workdir.adapter_note import AdapterNote, read_note
+from jaxft.workdir.adapter_note import AdapterNote
 from jaxft.workdir.checkpoint import Checkpoints, Progress
 from jaxft.workdir.lock import Lock
 from jaxft.workdir.metrics import MetricsWriter, require_wandb
 from jaxft.workdir.periods import Periods, Sums
-from jaxft.workdir.source import find_start
+from jaxft.workdir.source import Source, find_resumed, find_start
 from jaxft.workdir.workdir import Workdir, absolute, explained_files
 
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a signal
@@ -104,7 +104,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         require_wandb(config.train.wandb)
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)
-    folder.refuse_workdir_of_model(config)
+    folder.refuse_workdir_of_start(config)
     path = absolute(config.train.workdir)
     # Host 0 takes the folder only when no host has anything against the run.
     distributed.barrier("the run is described alike")
@@ -131,7 +131,12 @@ def _train(
     if _has_all_steps(config, reached) and folder.has_report(workdir, start):
         return _finished(config, workdir, start, reached, "end")
     with console.phase("Model and tokenizer"):
-        source = find_start(config, weights=not config.model.random_init)
+        resumed = find_resumed(config, workdir, start)
+        # What preferences are compared with is the adapter as it was, where one was gone on from.
+        if resumed is None or (config.adapter.path and config.objective.uses_reference):
+            source = find_start(config, weights=not config.model.random_init)
+        else:
+            source = resumed
         description = read_description(source, config)
         architecture, tokenizer = description.architecture, description.tokenizer
     evaluator = build_evaluator(config, architecture, placement=placement)
@@ -177,18 +182,26 @@ def _train(
     load = functools.partial(read_start, config, source=source, description=description)
     reference = _make_reference(config, program, workdir, load, rows, held_out)
     with console.phase("Weights") as phase:
-        fixed, state, note = _read_weights(
-            config, program, load, reference, checkpoints, workdir, start
-        )
+        if start:
+            fixed = reference.resume(workdir.reference) if reference else {}
+            base = _read_base(program, functools.partial(load, source=resumed or source))
+            state = checkpoints.restore(program.state, start, base)[0]
+            note = None if resumed is None else _on_its_base(config, resumed.note)
+        else:
+            params = load(program.evaluator)
+            note = _note_of(config, program.evaluator, source, description, params)
+            fixed = reference.begin(params, workdir.reference) if reference else {}
+            state = _start(config, program, params)
         origin = "random" if config.model.random_init else config.model.path
         phase.detail(f"checkpoint of step {start}" if start else origin)
-    if not start:
-        if distributed.is_first():
+    if distributed.is_first():
+        if not start:
             folder.keep_model_files(
                 workdir, config, source, architecture, tokenizer, is_chat=rows.is_chat
             )
-            if note is not None:
-                dataclasses.replace(note, new_tokens=description.new_tokens).write(workdir.model)
+        if note is not None and start < iterator.steps:
+            note.write(workdir.model)
+    if not start:
         distributed.barrier("model files")
     if start < iterator.steps:
         folder.list_skipped(workdir, sets)
@@ -252,47 +265,53 @@ def _make_iterator(
     return iterator
 
 
-def _read_weights(
-    config: RunConfig,
-    program: Program,
-    load: Callable[[Evaluator], Params],
-    reference: Reference | None,
-    checkpoints: Checkpoints,
-    workdir: Workdir,
-    start: int,
-) -> tuple[Params, TrainState, AdapterNote | None]:
-    """Returns the reference's own weights, the state to go on from, and a new adapter's note."""
-    adaptation = program.evaluator.architecture.adaptation
-    if start:
-        fixed = reference.resume(workdir.reference) if reference else {}
-        base: Params = {}
-        if program.state.base:
-            params = load(program.evaluator.bare)
-            base = {path: params[path] for path in program.state.base}
-            note = read_note(workdir.model)
-            if note is not None and is_another(base, note):
-                raise CheckpointError(
-                    f"The weights of model.path {config.model.path} are not those that the run's "
-                    "adapter was started on. Restore them, or start a run in another folder."
-                )
-        return fixed, checkpoints.restore(program.state, start, base)[0], None
-    params = load(program.evaluator)
-    note = None
-    if adaptation:
-        base = base_of(params, adaptation)
-        path = found_anywhere(config.model.path)
-        note = AdapterNote(
-            adaptation, path, config.model.revision, digest_of(base), dtypes_of(base)
-        )
-    fixed = reference.begin(params, workdir.reference) if reference else {}
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+def _read_base(program: Program, load: Callable[[Evaluator], Params]) -> Params:
+    """Returns the weights that checkpoints of an adapter do not hold."""
+    if not program.state.base:
+        return {}
+    params = load(program.evaluator.bare)
+    return {path: params[path] for path in program.state.base}
+
+
+def _start(config: RunConfig, program: Program, params: Params) -> TrainState:
+    """Returns the state of step 0; the weights are its own from now on."""
     make = functools.partial(
         init_state,
         optimizer=program.optimizer,
         freeze=config.optim.freeze,
-        adaptation=adaptation,
+        adaptation=program.evaluator.architecture.adaptation,
     )
-    return fixed, jax.jit(make, donate_argnums=0, out_shardings=shardings)(params), note
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    return jax.jit(make, donate_argnums=0, out_shardings=shardings)(params)
+
+
+def _note_of(
+    config: RunConfig,
+    evaluator: Evaluator,
+    source: Source,
+    description: Description,
+    params: Params,
+) -> AdapterNote | None:
+    """Returns the note of a run's adapter, which says of which weights it is one."""
+    adaptation, dtype = evaluator.architecture.adaptation, evaluator.numerics.compute_dtype.__name__
+    if not adaptation:
+        return None
+    new_tokens = description.new_tokens
+    digest = digest_of_base(
+        source.base or source, adaptation, params, dtype=dtype, new_tokens=new_tokens
+    )
+    model = config.model
+    return AdapterNote(
+        adaptation, found_anywhere(model.path), model.revision, digest, dtype, new_tokens
+    )
+
+
+def _on_its_base(config: RunConfig, note: AdapterNote | None) -> AdapterNote | None:
+    """Returns a note that names the base where it is now: it may have moved."""
+    model = config.model
+    if note is None:
+        return None
+    return dataclasses.replace(note, base=found_anywhere(model.path), revision=model.revision)
 
 
 def _make_reference(

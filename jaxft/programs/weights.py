@@ -1,8 +1,6 @@
 """Weights of a model, from files or a checkpoint to the devices that hold them."""
 
 import functools
-import hashlib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,18 +11,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxft.errors import CheckpointError, ModelError, OutOfMemoryError
+from jaxft.errors import ModelError, OutOfMemoryError
 from jaxft.formatting import format_bytes
 from jaxft.hardware.devices import array_bytes, room
 from jaxft.hf.load import Encoded, load_params
 from jaxft.hf.rules import expand
+from jaxft.hf.save import Readable
 from jaxft.models import quantised
 from jaxft.models.adapters import Adaptation, is_beside, start_values
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel, Params
 from jaxft.models.vocabulary import grow, rows_of_tokens, with_vocab_size
-from jaxft.workdir.adapter_note import AdapterNote
+from jaxft.programs.digests import digest_of_base, refuse_another
 from jaxft.workdir.checkpoint import Checkpoints
 from jaxft.workdir.source import Source
 
@@ -144,11 +143,10 @@ def read_base(
     params = _read_weights(source.base, architecture, target, axes, tokenizer, new_tokens)
     if note is None:
         return params
-    if is_another(base_of(params, note.adaptation), note):
-        raise CheckpointError(
-            f"The weights of {source.base.name} are not those that the adapter of {source.name} "
-            "was trained on. Restore them, or name the right ones with --base."
-        )
+    found = digest_of_base(
+        source.base, note.adaptation, params, dtype=note.dtype, new_tokens=new_tokens
+    )
+    refuse_another(source, found)
     return params
 
 
@@ -168,21 +166,6 @@ def _read_adapter(source: Source, target: Mapping[str, jax.ShapeDtypeStruct]) ->
     }
 
 
-def base_of(params: Params, adaptation: Adaptation) -> Params:
-    """Returns the weights that an adapter leaves as they are."""
-    return {path: value for path, value in params.items() if not adaptation.is_kept(path)}
-
-
-def is_another(base: Params, note: AdapterNote) -> bool:
-    """Whether weights are not those that an adapter was trained on; unknown in other types."""
-    return dtypes_of(base) == note.dtypes and digest_of(base) != note.digest
-
-
-def dtypes_of(params: Params) -> str:
-    """Returns the types in which weights are held, for a digest that depends on them."""
-    return ",".join(sorted({value.dtype.name for value in params.values()}))
-
-
 def _read_weights(
     source: Source,
     architecture: Architecture,
@@ -200,16 +183,39 @@ def _read_weights(
         )
         known = rows_of_tokens(tokenizer, new_tokens)
         return grow(params, target, axes, known=known, new=new_tokens)
-    params = _read_checkpoint(source, dense)
-    for path, parameter in encoded.items():
-        # One at a time: the model is never there as a whole in another form.
-        like = next(iter(parameter.leaves.values()))
-        spec = jax.ShapeDtypeStruct(like.shape, jnp.bfloat16, sharding=like.sharding)
-        [w] = _read_checkpoint(source, {path: spec}).values()
-        shardings = tuple(leaf.sharding for leaf in parameter.leaves.values())
-        found = jax.jit(parameter.encode, out_shardings=shardings)(w)
-        params |= dict(zip(parameter.leaves, found, strict=True))
-    return params
+    if not encoded:
+        return _read_checkpoint(source, dense)
+    return _read_parts(source, dense, encoded)
+
+
+def _read_parts(
+    source: Source,
+    dense: Mapping[str, jax.ShapeDtypeStruct],
+    encoded: Mapping[str, Encoded],
+) -> Params:
+    """Reads a checkpoint weight by weight: the model is never there as a whole in another form."""
+    assert source.checkpoints is not None
+    checkpoints = Checkpoints(source.checkpoints, read_only=True)
+    try:
+        shapes = {path: found.shape for path, found in {**dense, **encoded}.items()}
+        stored = checkpoints.open_params(shapes, source.step)
+        params = {}
+        for path, spec in dense.items():
+            params[path] = _placed(stored[path], spec.sharding).astype(spec.dtype)
+        for path, parameter in encoded.items():
+            leaves = parameter.leaves
+            shardings = tuple(leaf.sharding for leaf in leaves.values())
+            encode = jax.jit(parameter.encode, out_shardings=shardings)
+            found = encode(_placed(stored[path], shardings[0]))
+            params |= dict(zip(leaves, found, strict=True))
+        return params
+    finally:
+        checkpoints.close()
+
+
+def _placed(stored: Readable, sharding: Any) -> Array:
+    """Reads a parameter, each device its own part."""
+    return jax.make_array_from_callback(stored.shape, sharding, stored.__getitem__)
 
 
 def _encoded(
@@ -281,28 +287,3 @@ def _not_finite(params: Params) -> dict[str, np.ndarray]:
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
     flags = jax.jit(find, out_shardings=sharding)(params)
     return {path: np.asarray(value) for path, value in flags.items()}
-
-
-def digest_of(params: Params) -> str:
-    """Returns a hash of all bits of some weights, the same for every placement.
-
-    Each parameter's 32-bit words are multiplied by odd numbers of their places and added up modulo
-    2**32: a sum that no order changes.
-    """
-    sums = jax.device_get(_checksums(params))
-    text = json.dumps({path: [int(x) for x in sums[path]] for path in sorted(sums)})
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@jax.jit
-def _checksums(params: Params) -> dict[str, Any]:
-    def checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        words = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for dimension, size in enumerate(x.shape):
-            along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension)
-            place = place * jnp.uint32(size) + along
-        mixed = words * (2 * place + 1)
-        return jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(words ^ place, dtype=jnp.uint32)
-
-    return {path: checksum(x) for path, x in params.items()}

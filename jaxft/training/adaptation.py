@@ -75,6 +75,12 @@ def adapted(
         )
     rows = tuple(added) if config.added_rows else ()
     adaptation = Adaptation(sites, config.start, rows, config.train, whole)
+    if not adaptation:
+        raise ConfigError(
+            f"adapter.ranks {config.ranks!r} leaves no weight an adapter: every rank is 0, and "
+            "nothing else of adapter.* is learnt. Name a rank above 0, or leave the keys out to "
+            "train all of the model."
+        )
     paths = architecture.abstract(make_numerics("float32")).params
     if config.train and not any(adaptation.is_learnt(path) for path in paths):
         raise ConfigError(

@@ -22,8 +22,8 @@ class AdapterNote:
       adaptation: Sites of the adapter, and the further parts that are learnt.
       base: Path or repository id of the model that it is made for.
       revision: Branch, tag or commit of a repository id.
-      digest: Hash of that model's weights as the run held them.
-      dtypes: Policy under which it held them; another one gives another hash.
+      digest: Hash of that model's weights, from `programs.digests`.
+      dtype: Type to which they are rounded for it: that in which the run held them.
       new_tokens: Ids of added tokens whose rows the model's files have as padding.
     """
 
@@ -31,7 +31,7 @@ class AdapterNote:
     base: str
     revision: str
     digest: str
-    dtypes: str
+    dtype: str
     new_tokens: tuple[int, ...] = ()
 
     def write(self, folder: Path) -> None:
@@ -62,5 +62,5 @@ def _from_json(values: dict[str, Any]) -> AdapterNote:
     adaptation["sites"] = {path: Site(**site) for path, site in adaptation["sites"].items()}
     adaptation["rows"] = tuple(adaptation["rows"])
     new_tokens = tuple(values["new_tokens"])
-    rest = {name: values[name] for name in ("base", "revision", "digest", "dtypes")}
+    rest = {name: values[name] for name in ("base", "revision", "digest", "dtype")}
     return AdapterNote(Adaptation(**adaptation), new_tokens=new_tokens, **rest)

@@ -8,10 +8,11 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxft import console
 from jaxft.config import RunConfig
 from jaxft.errors import CheckpointError, ConfigError, ModelError
 from jaxft.hf.folder import ModelFolder, read_json
-from jaxft.hf.hub import resolve
+from jaxft.hf.hub import found_anywhere, resolve
 from jaxft.hf.peft.adapter import Adapter
 from jaxft.hf.peft.fields import understand
 from jaxft.hf.peft.modules import CONFIG
@@ -25,6 +26,7 @@ from jaxft.models.vocabulary import with_rows_for
 from jaxft.training.adaptation import as_run
 from jaxft.workdir.adapter_note import AdapterNote, read_note
 from jaxft.workdir.checkpoint import Checkpoints
+from jaxft.workdir.workdir import Workdir
 
 
 @dataclass(frozen=True)
@@ -188,10 +190,28 @@ def find_start(config: RunConfig, *, weights: bool) -> Source:
     return _with_base(found, model.path, model.revision, weights=weights)
 
 
+def find_resumed(config: RunConfig, workdir: Workdir, step: int) -> Source | None:
+    """Returns what a run goes on from: its own adapter, on `model.path`; None if it has none.
+
+    Args:
+      config: The run.
+      workdir: Of the run.
+      step: Of its newest checkpoint; 0 if there is none.
+
+    Raises:
+      ModelError: If there is no such model.
+    """
+    own = Source(workdir.model, workdir.checkpoints, step, str(workdir.path))
+    if not step or own.note is None or own.note.adaptation.whole:
+        return None
+    return _with_base(own, config.model.path, config.model.revision, weights=True)
+
+
 def _with_base(found: Source, base: str, revision: str, *, weights: bool) -> Source:
     """Returns an adapter with its model: the one that is named, else that which it names itself."""
     if base:
         source = _find_alone(base, revision=revision, step="best", weights=weights)
+        _say_other_name(found, base)
     else:
         base, revision = _named_base(found)
         try:
@@ -207,6 +227,17 @@ def _with_base(found: Source, base: str, revision: str, *, weights: bool) -> Sou
             "(jaxft export --merge), and name the result with --base."
         )
     return dataclasses.replace(found, base=source)
+
+
+def _say_other_name(found: Source, base: str) -> None:
+    """Says so if an adapter in PEFT's format, which notes no weights, names another base."""
+    named = understand(read_json(found.folder / CONFIG)).base if found.is_peft else ""
+    if named and found_anywhere(named) != found_anywhere(base):
+        console.log(
+            f"The adapter {found.name} names {named} as its base, and is put beside {base}. Its "
+            "format does not say of which weights it is: make sure that they are the same.",
+            style="yellow",
+        )
 
 
 def _named_base(found: Source) -> tuple[str, str]:

@@ -45,6 +45,8 @@ _FREE = (
     "objective.chunk",
     "objective.reference",
 )
+# Where the weights are that an adapter is made for.
+_OF_A_BASE = ("model.path", "model.revision")
 _LOCK = "run.lock"
 _FILES = (
     _LOCK,
@@ -381,9 +383,11 @@ def _remove_run(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _is_fixed(key: str, values: Iterable[Any]) -> bool:
+def _is_fixed(key: str, values: Iterable[Any], config: RunConfig) -> bool:
     if key == "data.validation" and any(map(held_out_share, values)):
         return True  # what is held out is not trained
+    if key in _OF_A_BASE and config.adapter.is_used and not config.model.random_init:
+        return False  # the base may have moved: its weights are compared with what was noted
     return key.startswith(_FIXED) and key not in _FREE
 
 
@@ -399,7 +403,10 @@ def _changes(path: Path, config: RunConfig) -> list[tuple[str, bool]]:
     new, defaults = to_dict(config), to_dict(RunConfig())
     old = defaults | {key: value for key, value in old.items() if key in new}
     return [
-        (f"{key} was {old[key]!r} and is now {new[key]!r}.", _is_fixed(key, (old[key], new[key])))
+        (
+            f"{key} was {old[key]!r} and is now {new[key]!r}.",
+            _is_fixed(key, (old[key], new[key]), config),
+        )
         for key in new
         if old[key] != new[key] and key != "train.workdir"
     ]

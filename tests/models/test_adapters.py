@@ -247,6 +247,34 @@ def test_what_does_not_train_is_kept_in_the_compute_type():
     assert all(path.rpartition(".")[2] == "w" for path in narrow)
 
 
+def test_a_starting_pair_is_as_exact_as_the_pair_it_is_subtracted_from():
+    """Or a reader in float32 would find another model than training began with."""
+    numerics = Numerics(compute_dtype=jnp.bfloat16)
+    architecture = adapted(load_tiny("gqa").architecture, AdapterConfig(rank=2, start="pissa"))
+    params = architecture.abstract(numerics).params
+    pairs = {path for path in params if is_beside(path)}
+    assert any(path.endswith("start_a") for path in pairs)
+    assert {params[path].dtype for path in pairs} == {jnp.dtype("float32")}
+
+
+def test_a_pattern_of_what_trains_chooses_among_the_models_own_parameters():
+    plain = architecture_from_hf(CASES["gqa"])
+    keys = AdapterConfig(rank=2, start="pissa", train="attn.q|scale")
+    adapting = adapted(plain, keys).adaptation
+    assert adapting.is_learnt("layers.attn.q.w") and adapting.is_learnt("norm.scale")
+    assert not adapting.is_learnt("layers.attn.q.start_a")
+    assert not adapting.is_learnt("layers.mlp.up.scales")
+    assert adapting.is_learnt("layers.mlp.up.lora_a")
+
+
+def test_ranks_that_are_all_0_are_no_adapter():
+    plain = architecture_from_hf(CASES["gqa"])
+    with pytest.raises(ConfigError, match=r"adapter\.ranks '\.=0' leaves no weight an adapter"):
+        adapted(plain, AdapterConfig(rank=4, ranks=".=0"))
+    both = adapted(plain, AdapterConfig(rank=4, ranks=".=0", train="norm"))
+    assert not both.adaptation.sites and both.adaptation
+
+
 def test_a_note_of_an_adapter_is_read_as_it_was_written(tmp_path):
     _, architecture, _ = with_adapters("gqa", dora=True, train="norm")
     note = AdapterNote(architecture.adaptation, "base", "main", "0a", "float32", (3, 4))

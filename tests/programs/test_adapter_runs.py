@@ -46,10 +46,16 @@ def test_a_run_goes_on_bit_for_bit_and_refuses_another_base(tmp_path):
         train(parts, resume=True)
     parts.adapter.alpha = 0.0
 
-    file = tmp_path / "base" / "model.safetensors"
+    parts.train.steps = 5
+    parts.model.path = str((tmp_path / "base").rename(tmp_path / "moved"))
+    train(parts, resume=True)
+    note = read_note(tmp_path / "parts" / "model")
+    assert note is not None and note.base == parts.model.path
+
+    file = tmp_path / "moved" / "model.safetensors"
     tensors = load_file(file)
     name = "model.layers.1.mlp.up_proj.weight"
     save_file(tensors | {name: tensors[name] + np.float32(0.01)}, file, {"format": "pt"})
     parts.train.steps = 6
-    with pytest.raises(CheckpointError, match=r"not those that the run's adapter was started on"):
+    with pytest.raises(CheckpointError, match=r"not those that the adapter of .*parts, step 5 was"):
         train(parts, resume=True)

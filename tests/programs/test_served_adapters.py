@@ -12,6 +12,7 @@ import jaxft
 from jaxft.errors import CheckpointError, ConfigError, ModelError
 from jaxft.programs.comparison import compare
 from jaxft.programs.evaluation import evaluate, evaluate_pair
+from jaxft.workdir.source import find_source
 from tests.tiny_run import read_records, tiny_config
 
 
@@ -81,8 +82,15 @@ def test_a_base_that_has_moved_is_named(run, home, tmp_path):
 def test_other_weights_in_the_place_of_the_base_are_noticed(run, home, tmp_path):
     _, result = run
     jaxft.export(home / "base", tmp_path / "other", dtype="bfloat16", on_log=lambda text: None)
-    with pytest.raises(CheckpointError, match=r"not those that the adapter of .* was trained on"):
-        jaxft.load(result.workdir, base=tmp_path / "other")
+    other = {"base": tmp_path / "other"}
+    for read in (
+        lambda: jaxft.load(result.workdir, **other),
+        lambda: jaxft.load(result.workdir, dtypes="bfloat16", **other),
+        lambda: jaxft.export(result.workdir, tmp_path / "out", merge=True, **other),
+        lambda: jaxft.export(result.workdir, tmp_path / "out", **other),
+    ):
+        with pytest.raises(CheckpointError, match=r"not those that the adapter of .* trained on"):
+            read()
 
 
 def test_an_adapter_is_no_model_to_start_from(run, home):
@@ -137,16 +145,21 @@ def test_rows_of_added_tokens_that_did_not_train_go_with_the_adapter(run, tmp_pa
 
 
 @pytest.mark.slow(seconds=3)
-def test_an_adapter_of_others_is_evaluated_on_a_named_base(run, exported, home, tmp_path):
+def test_an_adapter_of_others_is_evaluated_on_a_named_base(run, exported, home, tmp_path, capfd):
     config, result = run
     folder = shutil.copytree(exported[0], tmp_path / "adapter")
     described = json.loads((folder / "adapter_config.json").read_text())
+    renamed = json.dumps(described | {"base_model_name_or_path": "org/another"})
+    (folder / "adapter_config.json").write_text(renamed)
+    find_source(folder, base=str(home / "base"))
+    assert "names org/another as its base, and is put beside" in capfd.readouterr().err
     described["base_model_name_or_path"] = None
     (folder / "adapter_config.json").write_text(json.dumps(described))
     with pytest.raises(ModelError, match=r"does not say of which model.*--base"):
         evaluate(config, folder)
     base = str(home / "base")
     a, b = (evaluate(config, path, base=base)["validation"] for path in (folder, result.workdir))
+    assert "as its base, and is put" not in capfd.readouterr().err
     assert a.sums.loss.value == pytest.approx(b.sums.loss.value, rel=1e-5)
 
 
@@ -207,7 +220,9 @@ def test_training_goes_on_from_an_adapter_and_is_resumed(run, exported, home):
     )
     jaxft.train(config)
     config.train.steps = 3
+    exported[0].rename(home / "gone")  # checkpoints hold all of it
     result = jaxft.train(config, resume=True)
+    (home / "gone").rename(exported[0])
     start, *_, end = read_records(result.workdir / "eval.jsonl")
     assert start["loss"] == pytest.approx(before["loss"], rel=1e-5)
     assert end["loss"] < start["loss"]
@@ -239,6 +254,15 @@ def test_preferences_are_compared_with_the_adapter_that_training_went_on_from(ru
     )
     config.model.path, config.adapter.path = str(result.workdir), ""
     assert evaluate(config)["validation"].sums.loss.value == pytest.approx(end["loss"])
+
+
+def test_a_run_does_not_overwrite_the_adapter_that_it_goes_on_from(run, home):
+    _, result = run
+    for path in (result.workdir, result.checkpoint):
+        config = adapter_config(home, "run", adapter__rank=0, adapter__path=str(path))
+        with pytest.raises(ConfigError, match=r"train\.workdir and adapter\.path are the same"):
+            jaxft.train(config, overwrite=True)
+    assert result.checkpoint.is_dir()
 
 
 @pytest.mark.parametrize(

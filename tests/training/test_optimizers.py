@@ -18,7 +18,14 @@ from jaxft.errors import ConfigError
 from jaxft.models.module import AbstractModel
 from jaxft.training.optim import make_optimizer
 from jaxft.training.optimizers.adafactor import scale_by_adafactor
-from jaxft.training.optimizers.moments import Blocks, block_count, from_blocks, to_blocks
+from jaxft.training.optimizers.moments import (
+    Blocks,
+    block_count,
+    from_blocks,
+    store_moments,
+    stored_types,
+    to_blocks,
+)
 from jaxft.training.optimizers.muon import orthogonalise
 from jaxft.training.optimizers.placing import sharding_of
 from jaxft.training.optimizers.rounding import apply_updates, round_stochastically
@@ -44,6 +51,7 @@ SHAPES = {
     "layers.mlp.up.w": (3, 2, 16, 512),
     "norm.scale": (512,),
 }
+SQUARE = jax.ShapeDtypeStruct((16, 64), jnp.float32)
 # Each optimizer, and each form of moments and averages.
 RUNS = {
     "adamw": {},
@@ -323,6 +331,29 @@ def test_moments_of_8_bits_take_the_memory_that_is_written():
         assert (block.codes.dtype, block.codes.shape) == (dtype, (6, 512))
         assert (block.scales.dtype, block.scales.shape) == (jnp.float32, (6, 8))
     assert optax.tree.get(state.opt_state, "mu")["norm.scale"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+def test_second_moments_in_few_bits_follow_gradients_that_fall(moments):
+    """A step changes them by a thousandth, and numbers of bfloat16 are a 128th apart or more."""
+    types = stored_types({"w": SQUARE}, {"w": ("embed", "embed")}, moments)
+    adam = optax.scale_by_adam(b1=0.9, b2=0.999)
+
+    @jax.jit
+    def sizes():
+        def advance(states, step):
+            noise = jax.random.normal(jax.random.key(step), SQUARE.shape)
+            gradients = {"w": jnp.where(step < 300, 1.0, 0.1) * noise}
+            found = [t.update(gradients, s) for t, s in zip(optimizers, states, strict=True)]
+            updates, states = zip(*found, strict=True)
+            return states, jnp.stack([jnp.mean(jnp.square(u["w"])) for u in updates])
+
+        optimizers = (adam, store_moments(adam, types))
+        states = tuple(t.init({"w": jnp.zeros(SQUARE.shape)}) for t in optimizers)
+        return jax.lax.scan(advance, states, jnp.arange(2000))[1]
+
+    exact, found = np.mean(np.asarray(sizes())[-100:], axis=0)
+    np.testing.assert_allclose(np.sqrt(found / exact), 1, atol=0.02)
 
 
 @pytest.mark.slow(seconds=3)

@@ -10,9 +10,22 @@ from jaxtyping import Array, Float
 
 from jaxft.sharding.axes import dimensions
 from jaxft.training.optimizers.placing import owner_of
+from jaxft.training.optimizers.rounding import key_of, round_stochastically
 
 # Numbers of a block at least, and fewer than twice as many where the dimension has enough twos.
 _BLOCK = 64
+
+
+class Stored(NamedTuple):
+    """The state of `store_moments`.
+
+    Attributes:
+      inner: State whose moments are in other types.
+      count: Steps done.
+    """
+
+    inner: Any
+    count: Any
 
 
 class Blocks(NamedTuple):
@@ -51,6 +64,10 @@ def store_moments(
 ) -> optax.GradientTransformation:
     """Keeps the moments of a transformation in other types; it computes in float32.
 
+    Averages of squares become bfloat16 by chance, up or down, so that the mean is right: a step
+    changes them by less than the distance of two numbers of that type, so that the nearest would
+    be the old one. What else there is has a sign, decays faster, and becomes the nearest.
+
     Args:
       inner: Its state has, keyed by the parameter's path, arrays of the parameter's shape. Those
         that it calls `nu` are never negative.
@@ -59,29 +76,33 @@ def store_moments(
     if set(types.values()) == {jnp.dtype(jnp.float32)}:
         return inner
 
-    def pack(state: Any) -> Any:
+    def pack(state: Any, count: Any) -> Stored:
         def of(path: tuple, leaf: Array) -> Any:
             owner = owner_of(path, types)
-            return _pack(leaf, types[owner], signed="nu" not in _names(path)) if owner else leaf
+            return _pack(leaf, types[owner], owner, _is_square(path), count) if owner else leaf
 
-        return jax.tree_util.tree_map_with_path(of, state)
+        return Stored(jax.tree_util.tree_map_with_path(of, state), count)
 
-    def init(params: Any) -> Any:
-        return pack(inner.init(params))
+    def init(params: Any) -> Stored:
+        return pack(inner.init(params), jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, after = inner.update(updates, _unpack(state), params)
-        return updates, pack(after)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Stored]:
+        updates, after = inner.update(updates, _unpack(state.inner), params)
+        return updates, pack(after, optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
 
 
-def _names(path: tuple) -> set[str]:
-    return {entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey)}
+def _is_square(path: tuple) -> bool:
+    return jax.tree_util.GetAttrKey("nu") in path
 
 
-def _pack(x: Array, dtype: Any, *, signed: bool) -> Any:
-    return to_blocks(x, signed=signed) if dtype == jnp.int8 else x.astype(dtype)
+def _pack(x: Array, dtype: Any, owner: str, is_square: bool, count: Any) -> Any:
+    if dtype == jnp.int8:
+        return to_blocks(x, signed=not is_square)
+    if dtype == jnp.bfloat16 and is_square:
+        return round_stochastically(x, key_of(f"{owner}.nu", count))
+    return x.astype(dtype)
 
 
 def _unpack(state: Any) -> Any:

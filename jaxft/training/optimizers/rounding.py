@@ -1,4 +1,4 @@
-"""Updates of bfloat16 parameters, rounded so that small ones are not lost."""
+"""Numbers in bfloat16 that take many small updates, rounded so that none are lost."""
 
 import zlib
 from collections.abc import Mapping
@@ -26,8 +26,13 @@ def apply_updates(params: Mapping[str, Any], updates: Any, step: Any) -> Any:
 def _sum(value: Array, update: Array, path: str, step: Any) -> Array:
     if value.dtype != jnp.bfloat16:
         return (value + update).astype(value.dtype)
-    key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), zlib.crc32(path.encode()))
-    return round_stochastically(value.astype(jnp.float32) + update, jax.random.fold_in(key, step))
+    return round_stochastically(value.astype(jnp.float32) + update, key_of(path, step))
+
+
+def key_of(name: str, step: Any) -> Key[Array, ""]:
+    """Returns the source of the bits with which what has this name is rounded in a step."""
+    key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), zlib.crc32(name.encode()))
+    return jax.random.fold_in(key, step)
 
 
 def round_stochastically(x: Float32[Array, "..."], key: Key[Array, ""]) -> BFloat16[Array, "..."]:
