@@ -313,6 +313,40 @@ def test_a_pattern_matches_whole_components_at_the_end_of_a_name():
     assert [config.rank_of(name) for name in names] == [2, 2, 8, 3, 8]
 
 
+def test_modules_that_the_config_names_and_the_file_lacks_are_named(tmp_path):
+    tiny = bare_model(CASE["llama"])
+    load_made("llama").write(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    kept = {
+        name: x for name, x in whole.items() if "v_proj" not in name and "layers.1." not in name
+    }
+    save_file(kept, file)
+    found = problem(tiny, tmp_path)
+    assert "v_proj.lora_A.weight is missing, though adapter_config.json names its module" in found
+    assert "layers.1.mlp.up_proj.lora_A.weight" in found
+    alter(tmp_path, layers_to_transform=0, exclude_modules=r".*\.v_proj")
+    assert read(tiny, tmp_path).arrays["layers.mlp.up.lora_b"][0].any()
+    alter(tmp_path, modules_to_save=["norm"], trainable_token_indices=[3])
+    found = problem(tiny, tmp_path)
+    assert "model.norm.weight is missing" in found and "has no rows of the tokens" in found
+
+
+def test_targets_are_those_of_peft():
+    """Its rules: `check_target_module_exists` in peft/tuners/tuners_utils.py."""
+    layers = "model.layers.{}.self_attn.q_proj"
+    fields = {"target_modules": ["q_proj", layers.format(2)], "layers_to_transform": [0]}
+    found = understand({"peft_type": "LORA", **fields}).targets
+    assert [number for number in range(3) if layers.format(number) in found] == [0, 2]
+    assert "model.layers.0.self_attn.aq_proj" not in found
+    blocks = understand({"peft_type": "LORA", **fields, "layers_pattern": "blocks"}).targets
+    assert layers.format(0) not in blocks and layers.format(2) in blocks
+    regex = understand({"peft_type": "LORA", "target_modules": r".*\.(q|v)_proj"}).targets
+    assert layers.format(1) in regex and "model.q_proj.x" not in regex
+    with pytest.raises(ModelError, match="target_modules is '\\('; expected a regular"):
+        understand({"peft_type": "LORA", "target_modules": "("})
+
+
 def test_what_does_not_fit_the_model_is_named_before_anything_is_read(tmp_path):
     tiny = bare_model(CASE["llama"])
     load_made("llama").write(tmp_path)

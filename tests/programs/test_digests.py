@@ -1,6 +1,7 @@
 """Digests of an adapter's base: of the numbers in its files, in whatever type they are held."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -27,6 +28,7 @@ def base(tmp_path_factory):
     return Source(write_base(tmp_path_factory.mktemp("digests") / "base"))
 
 
+@functools.cache
 def held(base: Source, dtypes: str, quantise: str = "", **more):
     """Returns the weights as a run holds them."""
     plain = base.architecture

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.hf.peft.modules import CONFIG
+from jaxft.hf.peft.modules import CONFIG, is_named
 
 _MERGE = "Merge the adapter with PEFT (merge_and_unload), save the model and use that."
 
 # What the tensors of the file say themselves, what matters before the first step of a training
 # alone, and what describes the file.
 _WITHOUT_EFFECT = frozenset(
-    "auto_mapping corda_config eva_config exclude_modules fan_in_fan_out inference_mode "
-    "layers_pattern layers_to_transform loftq_config lora_ga_config megatron_core peft_version "
-    "qalora_group_size runtime_config target_modules task_type".split()
+    "auto_mapping corda_config eva_config fan_in_fan_out inference_mode loftq_config "
+    "lora_ga_config megatron_core peft_version qalora_group_size runtime_config task_type".split()
 )
 # Fields that change the mathematics: the values that do not, and what the others mean.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -36,6 +35,38 @@ _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """The modules that PEFT gives an adapter, by its rules.
+
+    Attributes:
+      modules: Ends of their names, or a regular expression of whole names.
+      excluded: Exceptions, in the same form.
+      layers: Numbers of the layers; empty for all.
+      patterns: Regular expressions of what layers are called, before their number.
+    """
+
+    modules: str | tuple[str, ...] = ()
+    excluded: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    patterns: tuple[str, ...] = ()
+
+    def __contains__(self, name: str) -> bool:
+        if _is_meant(name, self.excluded) or not _is_meant(name, self.modules):
+            return False
+        if not self.layers or isinstance(self.modules, str) or name in self.modules:
+            return True
+        patterns = self.patterns or (r"[^.]*",)
+        found = (re.match(rf".*\.{pattern}\.(\d+)\.", name) for pattern in patterns)
+        return next((int(m[1]) in self.layers for m in found if m), False)
+
+
+def _is_meant(name: str, meant: str | tuple[str, ...]) -> bool:
+    if isinstance(meant, str):
+        return re.fullmatch(meant, name) is not None
+    return is_named(name, meant)
+
+
+@dataclass(frozen=True, slots=True)
 class PeftConfig:
     """The content of adapter_config.json that the tensors beside it do not say.
 
@@ -49,6 +80,7 @@ class PeftConfig:
       dropout: Probability that an input of the adapter is dropped in training.
       base: Name or path of the base model; empty if the file does not say.
       revision: Revision of the base's repository; empty if the file does not say.
+      targets: Modules that have an adapter.
       parameters: Ends of names of parameters that are adapted themselves, not as a module's weight.
       saved: Ends of names of modules that are trained as a whole.
       tokens: `{end of a table's name: ids}` of rows that are trained; the empty name is the
@@ -65,6 +97,7 @@ class PeftConfig:
     dropout: float
     base: str
     revision: str
+    targets: Targets
     parameters: tuple[str, ...]
     saved: tuple[str, ...]
     tokens: Mapping[str, tuple[int, ...]]
@@ -109,6 +142,7 @@ def understand(config: Mapping[str, Any]) -> PeftConfig:
         dropout=fields.get("lora_dropout", _is_number, "a number", 0.0),
         base=fields.get("base_model_name_or_path", _is_text, "a text", ""),
         revision=fields.get("revision", _is_text, "a text", ""),
+        targets=fields.targets(),
         parameters=tuple(fields.get("target_parameters", _is_names, "a list of names", ())),
         saved=tuple(fields.get("modules_to_save", _is_names, "a list of names", ())),
         tokens={name: tuple(ids) for name, ids in tokens.items()}
@@ -138,6 +172,22 @@ class _Fields:
             self._problems.append(f"{CONFIG}: {name} is {value!r}; expected {expected}.")
             return default
         return value
+
+    def targets(self) -> Targets:
+        """Reads what says which modules have an adapter."""
+
+        def names(field: str) -> Any:
+            value = self.get(field, _are_names, "a regular expression or a list of names", ())
+            return value if isinstance(value, str) else tuple(value)
+
+        layers = self.get("layers_to_transform", _are_layers, "numbers of layers", ())
+        patterns = names("layers_pattern")
+        return Targets(
+            names("target_modules"),
+            names("exclude_modules"),
+            (layers,) if isinstance(layers, int) else tuple(layers),
+            (patterns,) if isinstance(patterns, str) else patterns,
+        )
 
     def finish(self) -> None:
         """Judges the fields that nobody asked for, and raises all problems."""
@@ -179,6 +229,14 @@ def _is_text(value: Any) -> bool:
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_names(value: Any) -> bool:
+    return _is_pattern(value) if isinstance(value, str) else _is_names(value)
+
+
+def _are_layers(value: Any) -> bool:
+    return _is_ids([value] if isinstance(value, int) else value)
 
 
 def _is_ids(value: Any) -> bool:

@@ -37,6 +37,7 @@ from jaxft.hf.stored import differing, group_names, scan_file
 
 _FLOAT32 = np.dtype(np.float32)
 _UNKNOWN = "is nothing that an adapter of this model has; name the base that it was made for"
+_MISSING = f"is missing, though {CONFIG} names its module; the file is not complete"
 _LOOKED_UP = (
     "adapts a table that is looked up, which jaxft does not; merge the adapter with PEFT "
     "(merge_and_unload) and use the merged model"
@@ -146,7 +147,9 @@ class _Folder:
         found: dict[tuple[str, ...], list[_Pair]] = collections.defaultdict(list)
         for rules in (self._naming.rules, self._naming.renamed):
             modules = find_modules(self._naming, rules, self._shapes)
-            for start, module in name_pairs(modules, self._config.parameters).items():
+            named = name_pairs(modules, self._config.parameters)
+            self._note_missing(named)
+            for start, module in named.items():
                 if pair := self._take_pair(start, module):
                     found[module.sites].append(pair)
                 # PEFT saves the base's table of an adapted head as well; it may have grown.
@@ -167,6 +170,22 @@ class _Folder:
                 if len(pairs) < math.prod(_leading(pairs[0].module, self._shapes))
             ]
         return found
+
+    def _note_missing(self, named: Mapping[str, Module]) -> None:
+        """Notes modules that the config names and the file does not have.
+
+        Where the names of files have a module for each expert, transformers may have none.
+        """
+        present = {
+            start: any(start + end in self._left for end in (A, B, MAGNITUDE)) for start in named
+        }
+        begun = {module.sites for start, module in named.items() if present[start]}
+        for start, module in named.items():
+            is_experts = len(module.tensor.parts[0].index) > 1
+            if present[start] or (is_experts and module.sites not in begun):
+                continue
+            if module.is_parameter or module.name in self._config.targets:
+                self._reasons[_MISSING].append(start + A)
 
     def _take_pair(self, start: str, module: Module) -> _Pair | None:
         """Returns what the file has of a module, None if nothing or something does not fit."""
@@ -213,6 +232,7 @@ class _Folder:
         """Returns the parameters that are there as a whole."""
         tensors = {tensor.name: tensor for tensor in expand(self._naming.rules, self._shapes)}
         present = {name for name in tensors if PREFIX + name in self._left}
+        present |= {name for name in tensors if is_named(module_name(name), self._config.saved)}
         paths = {part.rule.ours for name in present for part in tensors[name].parts}
         found = []
         for name, tensor in tensors.items():
@@ -264,6 +284,8 @@ class _Folder:
                 )
             if entry := self._take(name, (len(tokens), *rest), "trainable_token_indices"):
                 found[f"{site_of(rule)}.rows"] = entry
+        if any(ids) and not found:
+            self._problems.append(f"{WEIGHTS} has no rows of the tokens that {CONFIG} names.")
         return found
 
 
