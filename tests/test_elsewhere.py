@@ -61,6 +61,7 @@ def check(oracle: str, model: jaxft.Model, folder: Path, tmp_path: Path) -> None
     theirs = np.load(tmp_path / "out.npz")
     assert np.max(np.abs(theirs["logits"] - np.asarray(model(tokens)))) < 1e-4
     ours = generate_tokens(
+        model.architecture.config,
         model.abstract.graphdef,
         model.params,
         tokens[:1].tolist(),

@@ -74,7 +74,7 @@ def chat(options: argparse.Namespace) -> int:
 
 
 def _sampling(options: argparse.Namespace):
-    from jaxft.programs.generate import Sampling
+    from jaxft.programs.sampling import Sampling
 
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens={options.max_new_tokens}; expected at least 1.")

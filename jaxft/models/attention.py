@@ -85,20 +85,37 @@ def masked_attention(
     (rows, length, heads, head_dim), kv_heads = q.shape, k.shape[2]
     grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
     products = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    weights = attention_weights(products, mask, scores=scores, sinks=sinks)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return out.reshape(q.shape)
+
+
+def attention_weights(
+    products: Float[Array, "B K G T S"],
+    mask: Bool[Array, "B 1 T S"],
+    *,
+    scores: Scoring,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B K G T S"]:
+    """Softmax over the keys that a mask shows; G queries share the keys of one of K heads.
+
+    Args:
+      products: float32, of queries and keys.
+      mask: True where a query sees a key.
+      scores: As for `attend`.
+      sinks: As for `attend`.
+    """
     products *= scores.scale
     if scores.cap:
         products = scores.cap * jnp.tanh(products / scores.cap)
     products = jnp.where(mask[:, :, None], products, jnp.finfo(jnp.float32).min)
     if sinks is None:
-        weights = jax.nn.softmax(products, axis=-1)
-    else:
-        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)
-        largest = jnp.maximum(jnp.max(products, axis=-1, keepdims=True), sink)
-        largest = jax.lax.stop_gradient(largest)
-        exps = jnp.exp(products - largest)
-        weights = exps / (jnp.sum(exps, axis=-1, keepdims=True) + jnp.exp(sink - largest))
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    return out.reshape(q.shape)
+        return jax.nn.softmax(products, axis=-1)
+    sink = sinks.astype(jnp.float32).reshape(1, *products.shape[1:3], 1, 1)
+    largest = jnp.maximum(jnp.max(products, axis=-1, keepdims=True), sink)
+    largest = jax.lax.stop_gradient(largest)
+    exps = jnp.exp(products - largest)
+    return exps / (jnp.sum(exps, axis=-1, keepdims=True) + jnp.exp(sink - largest))
 
 
 def row_mask(segments: Int[Array, "B T"], *, window: int) -> Bool[Array, "B 1 T T"]:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxft.models import activations
-from jaxft.models.attention import attend, causal_mask, masked_attention, row_attention, row_mask
+from jaxft.models.attention import attend, row_attention, row_mask
+from jaxft.models.cache import KVCache, cached_attention, seen_slots, write
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.layers import AttentionFn, Embedding, LayerInputs, Linear, Routing, make_norm
 from jaxft.models.module import Params, merge, split, stack
@@ -31,24 +32,6 @@ class LayerIndex(NamedTuple):
 
     kinds: Any
     numbers: Any
-
-
-class KVCache(NamedTuple):
-    """Keys and values of what was read so far, for generation.
-
-    Attributes:
-      k: `[L, B, S, K, H]` in the compute dtype; S slots are allocated, `used` are filled.
-      v: Values, laid out like `k`.
-      segments: int32 `[B, S]`; 0 in slots that hold padding or nothing.
-      limits: int32 `[B]`, the length that each row's document may reach.
-      used: int32 scalar, the next free slot, the same in every row.
-    """
-
-    k: Any
-    v: Any
-    segments: Any
-    limits: Any
-    used: Any
 
 
 class Decoder(nnx.Module):
@@ -134,60 +117,67 @@ class Decoder(nnx.Module):
         """The weight that logits are made with, a tied one included."""
         return (self.embed if self.head is None else self.head).table()
 
-    def init_cache(self, limits: Int[Array, " B"], slots: int) -> KVCache:
-        """Allocates an empty cache.
-
-        Args:
-          limits: The length that each row's document may reach.
-          slots: Tokens for which there is room in a row, padding included.
-        """
-        c, rows = self.config, limits.shape[0]
-        shape = (c.layers, rows, slots, c.kv_heads, c.head_dim)
+    def init_cache(self, rows: int, slots: int) -> KVCache:
+        """Allocates an empty cache of `slots` tokens for each of some rows."""
+        c = self.config
+        shape = (rows, c.kv_heads, slots, c.head_dim)
         empty = jnp.zeros(shape, self.numerics.compute_dtype)
-        return KVCache(empty, empty, jnp.zeros((rows, slots), jnp.int32), limits, jnp.int32(0))
+        return KVCache((empty,) * c.layers, (empty,) * c.layers)
 
     def extend(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
+        tokens: Int[Array, "R T"],
+        positions: Int[Array, "R T"],
+        real: Bool[Array, "R T"],
+        limits: Int[Array, " R"],
         cache: KVCache,
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Returns what `hidden` does, for tokens that follow what the cache holds.
+        *,
+        rows: Int[Array, " R"] | None = None,
+        layers: Sequence[Params] = (),
+    ) -> tuple[Float[Array, "R T D"], KVCache]:
+        """Returns what `hidden` does, for tokens of documents whose beginning the cache holds.
 
-        Reads a prompt (T tokens into an empty cache) and decodes (T = 1) alike.
+        Reads prompts and decodes (T = 1) alike. Layers are not scanned: a scan would copy each
+        layer's part of the cache out of a stack and back again, and on a CPU the weights too.
+
+        Args:
+          tokens: Ids, one document in a row.
+          positions: In the document; a token's keys and values go into the slot of that number.
+          real: False on padding, which is not kept.
+          limits: The length that each document may reach.
+          cache: Of any number of rows.
+          rows: Where in the cache these rows are; as they stand if absent.
+          layers: Parameters of each layer, as far as they are at hand one by one. Others are
+            sliced from the stacked ones.
         """
-        c, length, slots = self.config, tokens.shape[1], cache.segments.shape[1]
-        known = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.used, 1)
-        query_slots = cache.used + jnp.arange(length)
-        masks = [
-            causal_mask(query_slots, jnp.arange(slots), segments, known, window=kind.window)
-            for kind in c.kinds
-        ]
+        c = self.config
+        masks = [seen_slots(positions, real, cache.slots, window=k.window) for k in c.kinds]
         scores = c.scores(c.kinds[0])  # only the windows differ, and these are in the masks
 
-        def attention_of(kind: Array) -> AttentionFn:
-            mask = _pick(masks, kind)
-
+        def attention_of(kind: int) -> AttentionFn:
             def attention(q: Array, k: Array, v: Array, layer: Any, sinks: Array | None):
-                k, v = (
-                    jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.used, 1)
+                layer = tuple(
+                    write(old, new, positions, real, rows)
                     for old, new in zip(layer, (k, v), strict=True)
                 )
-                return masked_attention(q, k, v, mask, scores=scores, sinks=sinks), (k, v)
+                k, v = layer if rows is None else (x[rows] for x in layer)
+                return cached_attention(q, k, v, masks[kind], scores=scores, sinks=sinks), layer
 
             return attention
 
-        lengths = jnp.broadcast_to(cache.limits[:, None], tokens.shape)
-        inputs = self._inputs_by_kind(positions, lengths, segments, attention_of)
-        x, (k, v), _ = self._scan(
-            split(self.layers)[1],
-            self.index,
-            self.embedded(tokens, positions),
-            inputs,
-            (cache.k, cache.v),
-        )
-        return self.norm(x), KVCache(k, v, known, cache.limits, cache.used + length)
+        lengths = jnp.broadcast_to(limits[:, None], tokens.shape)
+        inputs = self._inputs_by_kind(positions, lengths, real, attention_of)
+        graphdef, stacked = split(self.layers)
+        x, caches = self.embedded(tokens, positions), []
+        with self.precision():
+            for number, kind in enumerate(c.pattern):
+                apart = layers[number] if layers else {}
+                params = {p: apart[p] if p in apart else w[number] for p, w in stacked.items()}
+                layer = merge(graphdef, params)
+                x, kept, _ = layer(x, inputs(kind), (cache.k[number], cache.v[number]))
+                caches.append(kept)
+        k, v = zip(*caches, strict=True)
+        return self.norm(x), KVCache(k, v)
 
     def embedded(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -225,7 +215,7 @@ class Decoder(nnx.Module):
             return lambda q, k, v, cache, sinks: (of_kind(kind, q, k, v, sinks), cache)
 
         inputs = self._inputs_by_kind(
-            positions, document_lengths(positions, segments), segments, attention_of
+            positions, document_lengths(positions, segments), segments > 0, attention_of
         )
         x, _, routing = self._scan(layers, index, x, inputs, None, seeds)
         return x, routing
@@ -234,14 +224,14 @@ class Decoder(nnx.Module):
         self,
         positions: Array,
         lengths: Array,
-        segments: Array,
-        attention_of: Callable[[Array], AttentionFn],
-    ) -> Callable[[Array], LayerInputs]:
+        real: Array,
+        attention_of: Callable[[Any], AttentionFn],
+    ) -> Callable[[Any], LayerInputs]:
         ropes = [
             None if kind.rope is None else rotary_tables(kind.rope, positions, lengths)
             for kind in self.config.kinds
         ]
-        return lambda kind: LayerInputs(_pick(ropes, kind), attention_of(kind), segments > 0)
+        return lambda kind: LayerInputs(_pick(ropes, kind), attention_of(kind), real)
 
     def _scan(
         self,
@@ -301,10 +291,10 @@ def _attention_by_kind(
     return lambda kind, *arrays: jax.lax.switch(index[kind], branches, *arrays)
 
 
-def _pick(options: Sequence[Any], index: Array) -> Any:
-    """Returns the option of an index that is known only when the program runs."""
-    if len(options) == 1:
-        return options[0]
+def _pick(options: Sequence[Any], index: Array | int) -> Any:
+    """Returns the option of an index that may be known only when the program runs."""
+    if len(options) == 1 or isinstance(index, int):
+        return options[int(index) if isinstance(index, int) else 0]
     return jax.tree.map(lambda *arrays: jnp.stack(arrays)[index], *options)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Params = dict[str, jax.Array]
@@ -76,6 +78,32 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -
     for _, variable in nnx.to_flat_state(nnx.state(module)):
         variable.set_metadata(axes=("layers", *variable.get_metadata()["axes"]))
     return module
+
+
+def apart(params: Params, stack: str, count: int) -> tuple[Params, ...]:
+    """Returns the parameters of stacked modules one by one, where that takes no memory.
+
+    So it is in the memory of one CPU, whose products take an array as it lies but copy what they
+    slice out of a stack. Elsewhere slices are part of products, and there is nothing to return.
+
+    Args:
+      params: Of the model.
+      stack: Name of the stack.
+      count: Number of modules in it.
+    """
+    found: tuple[Params, ...] = tuple({} for _ in range(count))
+    for path, w in params.items():
+        devices = list(w.devices())
+        on_cpu = len(devices) == 1 and devices[0].platform == "cpu" and w.is_fully_addressable
+        # jax packs two numbers of four bits into a byte, and numpy does not.
+        if not (path.startswith(f"{stack}.") and on_cpu) or w.dtype in (jnp.int4, jnp.uint4):
+            continue
+        # The array of the shard is new: what looks at its memory does not outlive the views.
+        memory = np.asarray(w.addressable_shards[0].data)
+        for number, of_one in enumerate(found):
+            view = jax.device_put(memory[number], devices[0], may_alias=True)
+            of_one[path.removeprefix(f"{stack}.")] = view
+    return found if any(found) else ()
 
 
 def optional(param: Param | None = None) -> Any:

@@ -25,7 +25,8 @@ from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel, Params, merge
 from jaxft.programs.description import default_template, grown, stop_ids_of
-from jaxft.programs.generate import Sampling, generate_tokens
+from jaxft.programs.generate import MOST_ROWS, generate_tokens
+from jaxft.programs.sampling import Sampling
 from jaxft.programs.streaming import Session, text_pieces
 from jaxft.programs.weights import load_weights, refuse_what_does_not_fit
 from jaxft.sharding.rules import Placement
@@ -133,7 +134,7 @@ class Model:
           temperature: 0 is greedy.
           top_k: Only the k most likely tokens; 0 for all.
           top_p: Only the most likely tokens that together reach this probability.
-          seed: Row i of a batch draws from this and i alone.
+          seed: Prompt i of a batch draws from this and i alone.
           tools: Function descriptions offered to the model in every conversation.
 
         Returns:
@@ -227,8 +228,9 @@ class Model:
           ConfigError: If a prompt is empty, or the context too short.
         """
         self._check_fits(prompts, max_new_tokens)
-        with self._explained(len(prompts), max(map(len, prompts)) + max_new_tokens):
+        with self._explained(min(len(prompts), MOST_ROWS), max(map(len, prompts)) + max_new_tokens):
             return generate_tokens(
+                self.architecture.config,
                 self.abstract.graphdef,
                 self.params,
                 prompts,
@@ -249,14 +251,14 @@ class Model:
             c, some = self.architecture.config, next(iter(self.params.values()))
             cache = 2 * c.layers * rows * length * c.kv_heads * c.head_dim * some.dtype.itemsize
             weights = sum(array.nbytes for array in self.params.values())
-            fewer = f"at most {rows // 2} prompts at a time, " if rows > 1 else ""
+            fewer = f"at most {rows // 2} prompts, " if rows > 1 else ""
             wide = some.dtype.itemsize > 2
             narrow = ", or weights of half the size (--dtypes=bfloat16)" if wide else ""
             raise OutOfMemoryError(
-                f"{said} Prompts: {rows}, of up to {length} tokens with their answers; their keys "
-                f"and values take {format_bytes(cache)}, the weights {format_bytes(weights)}; "
-                f"{room(list(some.devices()))}. It takes less with {fewer}a smaller "
-                f"--max_new_tokens{narrow}."
+                f"{said} Prompts at a time: {rows}, of up to {length} tokens with their answers; "
+                f"their keys and values take {format_bytes(cache)}, the weights "
+                f"{format_bytes(weights)}; {room(list(some.devices()))}. It takes less with "
+                f"{fewer}a smaller --max_new_tokens{narrow}."
             ) from error
 
     def _check_fits(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from jaxft.errors import JaxftError, nearest
-from jaxft.programs.generate import Sampling
 from jaxft.programs.model import Model
 from jaxft.programs.questions import Question
+from jaxft.programs.sampling import Sampling
 from jaxft.programs.streaming import text_pieces
 
 _HELP = """\

@@ -320,6 +320,13 @@ def project_decoded(
 
 
 def _product(x: Array, w: Array, inputs: int) -> Array:
+    outputs = w.shape[: w.ndim - inputs]
+    if active_placement() is None:
+        # As two dimensions, which XLA on CPU multiplies as they lie: it would transpose three.
+        w = w.reshape(math.prod(outputs), -1)
+        x = x.reshape(*x.shape[:2], -1)
+        out = jax.lax.dot_general(x, w, (((2,), (1,)), ((), ())))
+        return out.reshape(*out.shape[:2], *outputs)
     contracted = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(w.ndim - inputs, w.ndim))
     return jax.lax.dot_general(x, w, (contracted, ((), ())))
 

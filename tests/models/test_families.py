@@ -171,7 +171,8 @@ GENERATED = {name: names[0] for name, names in FAMILY_CASES.items()} | {
 @pytest.mark.parametrize("family", FAMILY_CASES)
 def test_decoding_with_a_cache_equals_whole_forward_passes(tmp_path, family):
     name, new = GENERATED[family], 9
-    _, abstract, params = load_folder(write_folder(name, tmp_path))
+    architecture, abstract, params = load_folder(write_folder(name, tmp_path))
+    config = architecture.config
     prompts = [[5, 9, 3, 7, 11, 2, 8, 40, 12], [21, 6]]
     tokens = np.zeros((2, len(prompts[0]) + new), np.int32)
     for row, prompt in enumerate(prompts):
@@ -183,7 +184,9 @@ def test_decoding_with_a_cache_equals_whole_forward_passes(tmp_path, family):
             place = len(prompt) + step
             tokens[row, place] = logits[row, place - 1].argmax()
     expected = [tokens[row, len(p) : len(p) + new].tolist() for row, p in enumerate(prompts)]
-    found = generate_tokens(abstract.graphdef, params, prompts, max_new_tokens=new, stop_ids=())
+    found = generate_tokens(
+        config, abstract.graphdef, params, prompts, max_new_tokens=new, stop_ids=()
+    )
     assert found == expected
 
 
@@ -197,7 +200,9 @@ def test_decoding_takes_long_or_short_divisors_by_the_length_a_text_may_reach(tm
     scaling = rope.scaling
     prompt = list(range(3, 3 + scaling.original_length - 10))
     assert (len(prompt) + new > scaling.original_length) == (new == 14)
-    (found,) = generate_tokens(abstract.graphdef, params, [prompt], max_new_tokens=new, stop_ids=())
+    (found,) = generate_tokens(
+        architecture.config, abstract.graphdef, params, [prompt], max_new_tokens=new, stop_ids=()
+    )
     tokens = np.asarray([prompt + found], np.int32)
     logits = merge(abstract.graphdef, params)(tokens)[0]
     assert np.argmax(logits[len(prompt) - 1 : -1], axis=-1).tolist() == found

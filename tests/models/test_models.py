@@ -203,7 +203,7 @@ def test_a_dtype_policy_means_what_it_says(batch, case, dtypes, param, compute):
     def outputs(params):
         model = merge(abstract.graphdef, params)
         hidden, _ = model.hidden(batch.tokens, batch.positions, batch.segments)
-        return hidden, model.logits(hidden), model.init_cache(jnp.full(2, 8), 8).k
+        return hidden, model.logits(hidden), model.init_cache(2, 8).k[0]
 
     hidden, logits, cache = jax.eval_shape(outputs, abstract.params)
     assert (hidden.dtype, logits.dtype, cache.dtype) == (compute, jnp.float32, compute)

@@ -3,12 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxft.errors import ConfigError
-from jaxft.programs.generate import Sampling, _filter, generate_tokens
+from jaxft.programs.generate import generate_tokens
+from jaxft.programs.sampling import Sampling
 from tests.tiny import load_tiny
 
 NEW = 12
@@ -27,6 +27,7 @@ def tiny_of(case: str):
 def generate(case: str, prompts, *, stop_ids=(), new: int = NEW, **sampling) -> list[list[int]]:
     tiny = tiny_of(case)
     return generate_tokens(
+        tiny.architecture.config,
         tiny.abstract.graphdef,
         tiny.params,
         prompts,
@@ -97,56 +98,6 @@ def test_sampling_without_freedom_is_greedy(sampling):
     prompts = SHAPES["gqa"]
     sampling = {"temperature": 1.0, "seed": 3} | sampling
     assert generate("gqa", prompts, **sampling) == generate("gqa", prompts)
-
-
-def kept_probabilities(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """The distribution that sampling draws from, a token at a time."""
-    order = np.argsort(-logits)
-    if top_k:
-        order = order[:top_k]
-    weights = np.exp(logits[order] - logits.max())
-    weights /= weights.sum()
-    kept, reached = [], 0.0
-    for token, weight in zip(order, weights, strict=True):
-        if reached >= top_p:
-            break
-        kept.append(token)
-        reached += weight
-    out = np.zeros_like(logits)
-    out[kept] = np.exp(logits[kept] - logits.max())
-    return out / out.sum()
-
-
-@pytest.mark.slow(seconds=2)
-@pytest.mark.parametrize(
-    ("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.7), (5, 0.6), (0, 0.05), (100, 0.999), (1, 1.0)]
-)
-def test_top_k_and_top_p_keep_what_their_definitions_keep(top_k, top_p):
-    logits = (2 * np.random.RandomState(0).randn(6, 20)).astype(np.float32)
-    kept = _filter(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p))
-    expected = [kept_probabilities(row, top_k, top_p) for row in logits]
-    np.testing.assert_allclose(jax.nn.softmax(kept, axis=-1), expected, atol=1e-6)
-
-
-@pytest.mark.slow(seconds=7)
-def test_draws_have_the_distribution_of_the_filtered_logits():
-    """Every row draws on its own; five standard deviations of a binomial count."""
-    count, prompt, temperature, top_k, top_p = 1500, [1, 2, 3], 2.0, 8, 0.9
-    tiny = tiny_of("head_dim_6")
-    drawn = generate(
-        "head_dim_6",
-        [prompt] * count,
-        new=1,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )
-    logits = np.asarray(tiny.merge()(np.array([prompt], np.int32))[0, -1], np.float64)
-    expected = kept_probabilities(logits / temperature, top_k, top_p)
-    counts = np.bincount(np.ravel(drawn), minlength=len(expected))
-    deviation = np.sqrt(count * expected * (1 - expected))
-    assert np.all(np.abs(counts - count * expected) <= 5 * deviation)
-    assert 1 < np.count_nonzero(counts) <= top_k
 
 
 def test_sampling_out_of_range_is_refused_with_every_problem():

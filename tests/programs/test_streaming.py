@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerFast
 import jaxft
 from jaxft.errors import ConfigError
 from jaxft.hf.tokenizer import load_tokenizer
-from jaxft.programs import streaming
-from jaxft.programs.generate import Sampling, generate_tokens
+from jaxft.programs import engine
+from jaxft.programs.engine import Engine
+from jaxft.programs.generate import generate_tokens
+from jaxft.programs.sampling import Sampling
 from jaxft.programs.streaming import Session, text_pieces
 from tests.tiny import Tiny, load_tiny
 from tests.tiny_run import write_base
@@ -33,6 +35,7 @@ def stream(session: Session, prompt, new: int = 13, stops=(), **sampling) -> lis
 
 def at_once(tiny: Tiny, prompt, new: int = 13, stops=(), **sampling) -> list[int]:
     [ids] = generate_tokens(
+        tiny.architecture.config,
         tiny.abstract.graphdef,
         tiny.params,
         [prompt],
@@ -90,27 +93,32 @@ def test_turns_read_only_what_is_new_and_compile_nothing(monkeypatch):
     session = session_of(tiny)
     text = list(PROMPTS[1])
     read = []
-    real = streaming._read_block
+    real = Engine._read_part
 
-    def spy(graphdef, params, cache, tokens, start, count):
-        read.append(int(count))
-        return real(graphdef, params, cache, tokens, start, count)
+    def spy(reader, rows, part):
+        before = len(rows[0].held)
+        real(reader, rows, part)
+        if reader is session.engine:
+            read.append(len(rows[0].held) - before)
 
-    monkeypatch.setattr(streaming, "_read_block", spy)
+    def compiled() -> tuple[int, int]:
+        return engine.read_tokens._cache_size(), engine.decode_tokens._cache_size()
+
+    monkeypatch.setattr(Engine, "_read_part", spy)
     text += stream(session, text, temperature=1.0)
-    compiled = real._cache_size(), streaming._decode_block._cache_size()
     for turn in range(4):
         read.clear()
         text += [7 + turn, 8, 9]
+        before = compiled()
         answer = stream(session, text, temperature=1.0, seed=turn)
+        assert turn == 0 or compiled() == before  # the first one reads a smaller part
         assert answer == at_once(tiny, text, temperature=1.0, seed=turn)
         assert sum(read) == 3
         text += answer
-    assert compiled == (real._cache_size(), streaming._decode_block._cache_size())
     read.clear()
     changed = [*text[:20], 50, *text[21:]]
     assert stream(session, changed) == at_once(tiny, changed)
-    assert sum(read) == len(changed) - 20
+    assert sum(read) == len(changed) - 21  # and the last token is decoded
 
 
 def test_a_stream_that_is_left_in_the_middle_does_no_harm():
@@ -129,7 +137,7 @@ def test_an_interrupt_inside_a_program_only_costs_reading_again(monkeypatch):
     stream(session, PROMPTS[0])
     with monkeypatch.context() as patch:
         patch.setattr(
-            streaming, "_decode_block", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+            engine, "decode_tokens", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             stream(session, [*PROMPTS[0], 4])
@@ -137,17 +145,17 @@ def test_an_interrupt_inside_a_program_only_costs_reading_again(monkeypatch):
 
 
 @pytest.mark.slow(seconds=5)
-def test_the_cache_doubles_up_to_the_context():
+def test_the_cache_grows_up_to_the_context():
     tiny = load_tiny("gqa", max_position_embeddings=3000)
     session = session_of(tiny)
-    assert session.slots == 0
+    assert session.engine.slots == 0
     stream(session, [1, 2], new=2)
-    assert session.slots == 1024
+    assert session.engine.slots == 1024
     long = [1, 2] * 600
     assert stream(session, long, new=3) == at_once(tiny, long, new=3)
-    assert session.slots == 2048
+    assert session.engine.slots == 1536
     stream(session, [1] * 2999, new=1)
-    assert session.slots == 3000
+    assert session.engine.slots == 3000
     with pytest.raises(ConfigError, match="3000 in all"):
         session.generate([1] * 2999, max_new_tokens=2, stop_ids=())
 

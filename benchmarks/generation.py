@@ -1,0 +1,150 @@
+"""Measures generation, and transformers' beside it where a Python with torch is at hand.
+
+    .venv/bin/python benchmarks/generation.py --rows 1 --torch-python python3.11 \
+        --output benchmarks/results/generation.jsonl
+
+Greedy continuations of random prompts by a Llama with random weights; what is timed depends on
+neither. Prints one JSON line per measurement, each made in a process of its own; with
+--torch-python both take turns, and a last line gives the ratio of the medians. Seconds are those
+of a whole call, reading the prompts included, of which the best of a few is taken, after one that
+compiles. `bandwidth_share` is what a decoding step reads of weights over its time, as a share of
+what a triad (McCalpin's STREAM: a = b + s c, three arrays counted) moves in the same process.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __package__:
+    from benchmarks.train_step import COMMON, SHAPES, _print, _processor
+else:
+    from train_step import COMMON, SHAPES, _print, _processor  # pyright: ignore
+
+
+def main() -> None:
+    """Runs as the orchestrator, or as one measurement with --worker."""
+    options = _options()
+    if options.worker:
+        print(json.dumps(measure(options)))
+        return
+    runs: dict[str, list[float]] = {"jaxft": [], "torch": []}
+    for _ in range(options.rounds):
+        for system in ("jaxft", "torch") if options.torch_python else ("jaxft",):
+            record = _run(system, options)
+            runs[system].append(record["tokens_per_second"])
+            _print(record, options.output)
+    if options.torch_python:
+        medians = {system: statistics.median(values) for system, values in runs.items()}
+        ratio = round(medians["jaxft"] / medians["torch"], 3)
+        line = _described("ratio", options) | {"rounds": options.rounds, "jaxft_over_torch": ratio}
+        _print(line | {f"{k}_tokens_per_second": v for k, v in medians.items()}, options.output)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measures generation.")
+    parser.add_argument("--shape", default="110m", choices=SHAPES)
+    parser.add_argument("--rows", type=int, default=1, help="prompts")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=128, help="new tokens of each")
+    parser.add_argument("--dtypes", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, default=3, help="calls, of which the best counts")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--torch-python", default="", help="a Python with torch and transformers")
+    parser.add_argument("--output", type=Path, help="append the lines to this file too")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _described(measurement: str, options: argparse.Namespace) -> dict[str, Any]:
+    keys = ("shape", "rows", "length", "new", "dtypes")
+    return {"measurement": measurement} | {key: getattr(options, key) for key in keys}
+
+
+def _run(system: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures in a process of its own, so that memory and threads are not shared."""
+    if system == "torch":
+        workload = vars(options) | {"config": COMMON | SHAPES[options.shape], "output": None}
+        script = Path(__file__).with_name("torch_generate.py")
+        command = [options.torch_python, str(script), json.dumps(workload)]
+    else:
+        command = [sys.executable, *sys.argv, "--worker"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(result.stdout.splitlines()[-1])
+    best = options.rows * options.new / min(found["seconds"])
+    record = _described("generation", options) | {"system": system}
+    return record | {"tokens_per_second": round(best, 1), "processor": _processor()} | found
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Times `generate_tokens`, which compiles nothing after its first call."""
+    import jax
+    import numpy as np
+
+    from jaxft.models.config import make_numerics
+    from jaxft.models.families import architecture_from_hf
+    from jaxft.models.module import init_params
+    from jaxft.programs.generate import generate_tokens
+    from jaxft.workdir.workdir import environment
+
+    architecture = architecture_from_hf(COMMON | SHAPES[options.shape])
+    numerics = make_numerics(options.dtypes)
+    build, abstract = architecture.build(numerics), architecture.abstract(numerics)
+    params = jax.jit(lambda: init_params(build, 0))()
+    shape = (options.rows, options.length)
+    prompts = np.random.default_rng(0).integers(0, architecture.config.vocab, shape).tolist()
+
+    def seconds(new: int) -> float:
+        started = time.monotonic()
+        found = generate_tokens(
+            architecture.config,
+            abstract.graphdef,
+            params,
+            prompts,
+            max_new_tokens=new,
+            stop_ids=(),
+        )
+        assert all(len(ids) == new for ids in found)
+        return time.monotonic() - started
+
+    # The cache of the short call has another size, so both are compiled first.
+    first, _ = seconds(options.new), seconds(1)
+    triad, whole, short = 0.0, [], []
+    for _ in range(options.repeats):
+        triad = max(triad, _triad(jax))
+        whole.append(seconds(options.new))
+        short.append(seconds(1))
+    step = (min(whole) - min(short)) / max(1, options.new - 1)
+    read = sum(w.nbytes for w in params.values())
+    return {
+        "seconds": whole,
+        "first_seconds": round(first, 2),
+        "prompt_seconds": round(min(short), 4),
+        "step_seconds": round(step, 5),
+        "weight_bytes": read,
+        "triad_bytes_per_second": round(triad),
+        "bandwidth_share": round(read / step / triad, 3),
+        **environment(),
+    }
+
+
+def _triad(jax: Any) -> float:
+    """Returns the bytes a second of a = b + s c, over arrays larger than caches."""
+    count = 2**26
+    triad: Callable[..., Any] = jax.jit(lambda a, b: a + 3.0 * b, donate_argnums=0)
+    a, b = (jax.numpy.ones(count, jax.numpy.float32) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        started = time.monotonic()
+        a = jax.block_until_ready(triad(a, b))
+        best = min(best, time.monotonic() - started)
+    return 3 * 4 * count / best
+
+
+if __name__ == "__main__":
+    main()

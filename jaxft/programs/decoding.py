@@ -1,0 +1,148 @@
+"""The programs of `engine.py`: they read tokens into a cache, decode, and overwrite it in place."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Int
+
+from jaxft.models.cache import KVCache
+from jaxft.models.module import Params, merge
+from jaxft.programs.sampling import Draws, choose_tokens
+from jaxft.sharding.rules import place
+
+BLOCK = 32
+"""Most tokens of a row that are decoded at once."""
+
+
+class State(NamedTuple):
+    """The rows' texts as a program takes them, `[B]`.
+
+    Attributes:
+      last: int32, last token, which the cache does not hold.
+      position: int32, its position.
+      limit: int32, the length that the text may reach.
+      new: int32, number of new tokens so far.
+      active: bool, False in rows without a text.
+      stops: int32 `[B, stops]`, the tokens that end it; -1 for none.
+      draws: The way to choose tokens; None if all rows take the most likely.
+    """
+
+    last: Any
+    position: Any
+    limit: Any
+    new: Any
+    active: Any
+    stops: Any
+    draws: Draws | None
+
+
+class Shardings(NamedTuple):
+    """Placement of what programs return, where several devices hold the parameters."""
+
+    cache: NamedSharding
+    tokens: NamedSharding
+
+
+def shardings_of(params: Params) -> Shardings | None:
+    """Lays heads of keys and values on the devices that make them, and the tokens on all."""
+    sharding = next(iter(params.values())).sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return None
+    stored = next(w for path, w in params.items() if path.startswith("layers.attn.k."))
+    assert isinstance(stored.sharding, NamedSharding)
+    _, heads, *_ = *stored.sharding.spec, None, None
+    mesh = sharding.mesh
+    of_cache = PartitionSpec(None, heads)
+    return Shardings(NamedSharding(mesh, of_cache), NamedSharding(mesh, PartitionSpec()))
+
+
+def _placed(cache: KVCache, shardings: Shardings | None) -> KVCache:
+    if shardings is None:
+        return cache
+    return place(cache, jax.tree.map(lambda _: shardings.cache, cache))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "slots", "shardings"))
+def make_cache(
+    graphdef: Any, params: Params, *, rows: int, slots: int, shardings: Shardings | None
+) -> KVCache:
+    """Allocates an empty cache."""
+    return _placed(merge(graphdef, params).init_cache(rows, slots), shardings)
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "shardings"))
+def grown(cache: KVCache, *, slots: int, shardings: Shardings | None) -> KVCache:
+    """Returns the cache with room for `slots` tokens a row."""
+    added = ((0, 0), (0, 0), (0, slots - cache.slots), (0, 0))
+    return _placed(jax.tree.map(lambda x: jnp.pad(x, added), cache), shardings)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "shardings"), donate_argnames="cache")
+def read_tokens(
+    graphdef: Any,
+    params: Params,
+    layers: Sequence[Params],
+    cache: KVCache,
+    tokens: Int[Array, "R T"],
+    rows: Int[Array, " R"],
+    starts: Int[Array, " R"],
+    counts: Int[Array, " R"],
+    limits: Int[Array, " R"],
+    *,
+    shardings: Shardings | None,
+) -> KVCache:
+    """Reads `counts` tokens into some rows, from the slots `starts` on."""
+    places = jnp.arange(tokens.shape[1])[None]
+    real = places < counts[:, None]
+    positions = (starts[:, None] + places) * real
+    model = merge(graphdef, params)
+    _, cache = model.extend(tokens, positions, real, limits, cache, rows=rows, layers=layers)
+    return _placed(cache, shardings)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "shardings"), donate_argnames="cache")
+def decode_tokens(
+    graphdef: Any,
+    params: Params,
+    layers: Sequence[Params],
+    cache: KVCache,
+    state: State,
+    has_token: Bool[Array, " V"] | None,
+    most: Int[Array, ""],
+    leave: Bool[Array, ""],
+    *,
+    shardings: Shardings | None,
+) -> tuple[Int[Array, "B block"], KVCache]:
+    """Adds up to `most` tokens to each active row, or with `leave` until the first of them ends.
+
+    Returns:
+      The new tokens with the one that ends a row, and -1 where there is none; and the cache.
+    """
+    model, start = merge(graphdef, params), state.active
+
+    def running(carry: tuple) -> Bool[Array, ""]:
+        step, _, _, active, *_ = carry
+        return (step < most) & jnp.any(active) & ~(leave & jnp.any(active != start))
+
+    def decode(carry: tuple) -> tuple:
+        step, last, position, active, cache, tokens = carry
+        hidden, cache = model.extend(
+            last[:, None], position[:, None], active[:, None], state.limit, cache, layers=layers
+        )
+        logits = model.logits(hidden)[:, 0]
+        token = choose_tokens(state.draws, logits, state.new + step, has_token)
+        tokens = tokens.at[:, step].set(jnp.where(active, token, -1))
+        stopped = jnp.any(token[:, None] == state.stops, axis=-1)
+        active = active & ~stopped & (position + 2 < state.limit)
+        return step + 1, token, position + 1, active, cache, tokens
+
+    tokens = jnp.full((state.last.shape[0], BLOCK), -1, jnp.int32)
+    carry = (jnp.int32(0), state.last, state.position, start, cache, tokens)
+    *_, cache, tokens = jax.lax.while_loop(running, decode, carry)
+    if shardings is not None:
+        tokens = place(tokens, shardings.tokens)
+    return tokens, _placed(cache, shardings)

@@ -1,0 +1,351 @@
+"""Generation with continuous batching: rows that end make room for texts that wait.
+
+The host knows each row's text, and a device holds keys and values of all its tokens but the last.
+Two programs, compiled for few sizes, work on one cache that they overwrite in place: one reads a
+block of tokens into some rows, the other decodes up to `BLOCK` tokens in all rows.
+"""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxft.errors import ConfigError
+from jaxft.models.cache import KVCache
+from jaxft.models.config import DecoderConfig
+from jaxft.models.module import Params, apart
+from jaxft.models.rope import LongScaling
+from jaxft.programs.decoding import (
+    BLOCK,
+    State,
+    decode_tokens,
+    grown,
+    make_cache,
+    read_tokens,
+    shardings_of,
+)
+from jaxft.programs.sampling import Draws, Sampling
+
+# Tokens of a row, and rows, that are read at once. A prompt is cut into such parts, so that no more
+# than these few programs are compiled, whatever the lengths of prompts.
+_PARTS = (256, 64, 16)
+_GROUPS = (16, 4, 1)
+# Bytes that the scores of attention may take while tokens are read.
+_SCORES = 2**29
+_STOPS = 8  # stop tokens are padded to a multiple of this
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A text that is to be continued.
+
+    Attributes:
+      prompt: Token ids, at least one.
+      max_new_tokens: Longest continuation, at least 1.
+      stop_ids: Tokens that end it; not part of it.
+      sampling: The way to choose tokens.
+      number: Number of the text among those of one seed; see `Sampling.seed`.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    stop_ids: Collection[int] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    number: int = 0
+
+    @property
+    def limit(self) -> int:
+        """The length that the text may reach."""
+        return len(self.prompt) + self.max_new_tokens
+
+
+class Piece(NamedTuple):
+    """New tokens of one text.
+
+    Attributes:
+      ticket: The number that `submit` gave.
+      tokens: They; without the one that ends the text.
+      ended: `stop` or `length` with the last piece of a text, else empty.
+    """
+
+    ticket: int
+    tokens: list[int]
+    ended: str
+
+
+@dataclass(slots=True)
+class _Text:
+    ticket: int
+    request: Request
+    ids: list[int]  # the prompt and what has been added
+
+    @property
+    def new(self) -> int:
+        return len(self.ids) - len(self.request.prompt)
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row of the cache.
+
+    Attributes:
+      number: Place in the cache.
+      held: Ids whose keys and values its first slots hold.
+      regime: Regime of the text that these belong to; see `Engine._regime`.
+      text: The text that is being written in it, if any.
+    """
+
+    number: int
+    held: list[int] = field(default_factory=list)
+    regime: tuple[bool, ...] = ()
+    text: _Text | None = None
+
+
+class Engine:
+    """Continues any number of texts, `rows` at a time.
+
+    Where processes share the parameters, all of them make the same calls.
+
+    Args:
+      config: Shape of the decoder.
+      graphdef: Its structure.
+      params: Its parameters, in any placement.
+      rows: Texts that are written at the same time.
+      slots: Tokens that a row has room for at first; the cache grows as texts need it.
+      has_token: bool `[V]`; ids where it is False, such as rows that pad the embedding, are never
+        chosen. All are allowed if absent.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        graphdef: Any,
+        params: Params,
+        *,
+        rows: int,
+        slots: int = 0,
+        has_token: np.ndarray | None = None,
+    ):
+        self.config = config
+        self._graphdef, self._params, self._has_token = graphdef, params, has_token
+        self._layers = apart(params, "layers", config.layers)
+        self._shardings = shardings_of(params)
+        self._slots, self._cache = slots, None
+        self._rows = [_Row(number) for number in range(rows)]
+        self._waiting: deque[_Text] = deque()
+        self._tickets = 0
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a row has room for; 0 before the first use."""
+        return 0 if self._cache is None else self._cache.slots
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and not self._active()
+
+    def submit(self, request: Request) -> int:
+        """Puts a text behind those that wait; returns the ticket that its pieces carry.
+
+        Raises:
+          ConfigError: If the prompt is empty, or it and `max_new_tokens` exceed the context.
+        """
+        self.check(request)
+        self._tickets += 1
+        self._waiting.append(_Text(self._tickets, request, list(request.prompt)))
+        return self._tickets
+
+    def check(self, request: Request) -> None:
+        """Refuses what `submit` would refuse."""
+        size = len(request.prompt)
+        if not size or request.max_new_tokens < 1 or request.limit > self.config.max_length:
+            raise ConfigError(
+                f"A prompt of {size} tokens and {request.max_new_tokens} new ones do not fit; "
+                f"expected at least one of each, and {self.config.max_length} in all."
+            )
+
+    def cancel(self, ticket: int) -> None:
+        """Drops a text; one that has ended, or was never there, is no error."""
+        self._waiting = deque(text for text in self._waiting if text.ticket != ticket)
+        for row in self._active():
+            if row.text is not None and row.text.ticket == ticket:
+                row.text = None
+
+    def step(self, most: int = BLOCK) -> list[Piece]:
+        """Fills free rows with waiting texts and decodes up to `most` tokens in each row.
+
+        It returns as soon as a row ends while texts wait. After an interrupt the next step reads
+        the texts anew.
+        """
+        self._admit()
+        rows = self._active()
+        if not rows:
+            return []
+        self._make_room(max(row.text.request.limit for row in rows if row.text is not None))
+        self._read(rows)
+        return self._decode(rows, min(most, BLOCK))
+
+    def _active(self) -> list[_Row]:
+        return [row for row in self._rows if row.text is not None]
+
+    def _admit(self) -> None:
+        free = [row for row in self._rows if row.text is None]
+        while self._waiting and free:
+            text = self._waiting.popleft()
+            regime = self._regime(text.request.limit)
+            shared = [_common(r.held, text.ids[:-1]) if r.regime == regime else 0 for r in free]
+            best = shared.index(max(shared))
+            row = free.pop(best)
+            row.held, row.regime, row.text = row.held[: shared[best]], regime, text
+
+    def _regime(self, limit: int) -> tuple[bool, ...]:
+        """Returns what decides how keys are turned: whether a text counts as a long one."""
+        return tuple(
+            limit > kind.rope.scaling.original_length
+            for kind in self.config.kinds
+            if kind.rope is not None and isinstance(kind.rope.scaling, LongScaling)
+        )
+
+    def _make_room(self, limit: int) -> None:
+        if self._cache is None:  # new, or an interrupt has left none
+            for row in self._rows:
+                row.held = []
+            self._slots = min(_size(max(limit, self._slots)), self.config.max_length)
+            cache = make_cache(
+                self._graphdef,
+                self._params,
+                rows=len(self._rows),
+                slots=self._slots,
+                shardings=self._shardings,
+            )
+            if self._shardings is None:
+                # Bound to the device as what programs return is, which would be compiled again.
+                cache = jax.device_put(cache, *next(iter(self._params.values())).devices())
+            self._cache = cache
+        elif self._cache.slots < limit:
+            self._slots = min(_size(limit), self.config.max_length)
+            self._cache = grown(self._take_cache(), slots=self._slots, shardings=self._shardings)
+
+    def _take_cache(self) -> KVCache:
+        """Returns the cache, which its next program overwrites: an interrupt leaves none."""
+        cache, self._cache = self._cache, None
+        assert cache is not None
+        return cache
+
+    def _read(self, rows: Sequence[_Row]) -> None:
+        """Brings the cache to hold all tokens of the texts but their last."""
+        while missing := [(row, n) for row in rows if (n := _missing(row))]:
+            part = max(_part(n) for _, n in missing)
+            scores = 4 * self.config.heads * self.slots
+            part = next((p for p in _PARTS if p <= part and p * scores <= _SCORES), _PARTS[-1])
+            alike = [row for row, n in missing if _part(n) >= part]
+            most = min(len(alike), max(1, _SCORES // (part * scores)))
+            group = next(g for g in _GROUPS if g <= most)
+            self._read_part(alike[:group], part)
+
+    def _read_part(self, rows: Sequence[_Row], part: int) -> None:
+        tokens = np.zeros((len(rows), part), np.int32)
+        starts, counts, limits = np.zeros((3, len(rows)), np.int32)
+        for i, row in enumerate(rows):
+            assert row.text is not None
+            ids = row.text.ids[len(row.held) : -1][:part]
+            tokens[i, : len(ids)] = ids
+            starts[i], counts[i], limits[i] = len(row.held), len(ids), row.text.request.limit
+        numbers = np.asarray([row.number for row in rows], np.int32)
+        cache = read_tokens(
+            self._graphdef,
+            self._params,
+            self._layers,
+            self._take_cache(),
+            tokens,
+            numbers,
+            starts,
+            counts,
+            limits,
+            shardings=self._shardings,
+        )
+        for row, ids, count in zip(rows, tokens.tolist(), counts.tolist(), strict=True):
+            row.held += ids[:count]
+        self._cache = cache
+
+    def _decode(self, rows: Sequence[_Row], most: int) -> list[Piece]:
+        tokens, cache = decode_tokens(
+            self._graphdef,
+            self._params,
+            self._layers,
+            self._take_cache(),
+            self._state(rows),
+            self._has_token,
+            np.int32(most),
+            np.bool_(bool(self._waiting)),
+            shardings=self._shardings,
+        )
+        found = np.asarray(tokens)
+        self._cache = cache
+        return [self._piece(row, found[row.number]) for row in rows]
+
+    def _piece(self, row: _Row, found: np.ndarray) -> Piece:
+        """Adds what was decoded to a row's text, and frees the row if that has ended."""
+        text = row.text
+        assert text is not None
+        new = found[found >= 0].tolist()
+        text.ids += new
+        row.held = text.ids[:-1]
+        ended = "stop" if new[-1] in text.request.stop_ids else ""
+        if ended:
+            new = new[:-1]
+        elif len(text.ids) == text.request.limit:
+            ended = "length"
+        if ended:
+            row.text = None
+        return Piece(text.ticket, new, ended)
+
+    def _state(self, rows: Sequence[_Row]) -> State:
+        texts = {row.number: row.text for row in rows if row.text is not None}
+        most = max(len(text.request.stop_ids) for text in texts.values())
+        width = max(1, -(-most // _STOPS)) * _STOPS
+        ints = np.zeros((4, len(self._rows)), np.int32)
+        stops = np.full((len(self._rows), width), -1, np.int32)
+        draws = Draws(*(np.zeros(len(self._rows), d) for d in ("u4", "u4", "f4", "i4", "f4")))
+        for number, text in texts.items():
+            request, sampling = text.request, text.request.sampling
+            ints[:, number] = text.ids[-1], len(text.ids) - 1, request.limit, text.new
+            stops[number, : len(request.stop_ids)] = sorted(request.stop_ids)
+            draws.seed[number] = sampling.seed % 2**32
+            draws.number[number] = request.number
+            draws.temperature[number] = sampling.temperature
+            draws.top_k[number] = min(sampling.top_k, self.config.vocab)
+            draws.top_p[number] = sampling.top_p
+        active = np.asarray([number in texts for number in range(len(self._rows))])
+        last, position, limit, new = ints
+        return State(
+            last, position, limit, new, active, stops, draws if draws.temperature.any() else None
+        )
+
+
+def _missing(row: _Row) -> int:
+    """Returns how many tokens of its text are to be read before it can be decoded."""
+    return 0 if row.text is None else len(row.text.ids) - 1 - len(row.held)
+
+
+def _part(tokens: int) -> int:
+    """Returns the size of the part in which tokens are read first; a quarter may be padding."""
+    return next((part for part in _PARTS if 4 * tokens >= 3 * part), _PARTS[-1])
+
+
+def _size(tokens: int) -> int:
+    """Returns the next of 64, 96, 128, 192, 256 and so on."""
+    size = 64
+    while size < tokens:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

@@ -1,0 +1,225 @@
+"""Continuous batching: texts that begin and end at different times, each as if it were alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxft.config import RunConfig
+from jaxft.errors import ConfigError
+from jaxft.programs import engine as module
+from jaxft.programs.engine import Engine, Request
+from jaxft.programs.generate import generate_tokens
+from jaxft.programs.sampling import Sampling
+from jaxft.training.program import make_placement
+from tests.tiny import Tiny, load_tiny
+
+LONG = {"max_position_embeddings": 4096}
+
+
+def engine_of(tiny: Tiny, rows: int, slots: int = 0) -> Engine:
+    config = tiny.architecture.config
+    return Engine(config, tiny.abstract.graphdef, tiny.params, rows=rows, slots=slots)
+
+
+def alone(tiny: Tiny, request: Request) -> list[int]:
+    engine = engine_of(tiny, 1, 192)
+    ticket = engine.submit(request)
+    return run(engine)[ticket][0]
+
+
+def run(engine: Engine, most: int = module.BLOCK) -> dict[int, tuple[list[int], str]]:
+    found: dict[int, tuple[list[int], str]] = {}
+    while not engine.idle:
+        for piece in engine.step(most):
+            tokens, ended = found.get(piece.ticket, ([], ""))
+            assert not ended
+            found[piece.ticket] = (tokens + piece.tokens, piece.ended)
+    return found
+
+
+def requests_of(vocab: int) -> list[Request]:
+    """Prompts and answers of all lengths, each with its own way to choose tokens."""
+    random = np.random.RandomState(0)
+    ways = [
+        Sampling(),
+        Sampling(temperature=1.0, seed=3),
+        Sampling(temperature=1.5, top_k=5, seed=4),
+        Sampling(temperature=1.0, top_p=0.8, seed=2**40 + 1),
+    ]
+    lengths = [(1, 9), (40, 3), (2, 1), (33, 20), (17, 5), (63, 12), (5, 50), (1, 1), (90, 7)]
+    return [
+        Request(random.randint(0, vocab, n).tolist(), new, (7, 8, 9), ways[i % 4], number=i)
+        for i, (n, new) in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("case", "most"),
+    [
+        ("gqa", 3),
+        pytest.param("gqa", module.BLOCK, marks=pytest.mark.slow(seconds=4)),
+        pytest.param("gpt_oss_packed", 7, marks=pytest.mark.slow(seconds=10)),
+    ],
+)
+def test_texts_that_take_turns_in_few_rows_are_what_they_are_alone(case, most):
+    tiny = load_tiny(case, **LONG)
+    requests = requests_of(tiny.architecture.config.vocab)
+    engine = engine_of(tiny, rows=4, slots=192)
+    tickets = [engine.submit(request) for request in requests[:6]]
+    engine.step(most)
+    tickets += [engine.submit(request) for request in requests[6:]]
+    # What the first step gave is missing in `found`, so all of it is asked for again.
+    whole = engine_of(tiny, rows=4, slots=192)
+    for request in requests:
+        whole.submit(request)
+    found, together = run(engine, most), run(whole, most)
+    for ticket, request in zip(tickets, requests, strict=True):
+        expected = alone(tiny, request)
+        tokens, ended = together[ticket]
+        assert tokens == expected
+        assert ended == ("length" if len(expected) == request.max_new_tokens else "stop")
+        later = found.get(ticket, ([], ""))[0]
+        assert expected[len(expected) - len(later) :] == later
+
+
+def test_a_row_is_taken_by_the_next_text_as_soon_as_it_ends():
+    tiny = load_tiny("gqa", **LONG)
+    engine = engine_of(tiny, rows=2)
+    for new in (2, 30, 4, 1):
+        engine.submit(Request([1, 2, 3], new))
+    steps = [{p.ticket: (len(p.tokens), p.ended) for p in engine.step()} for _ in range(4)]
+    assert steps == [
+        {1: (2, "length"), 2: (2, "")},
+        {3: (4, "length"), 2: (4, "")},
+        {4: (1, "length"), 2: (24, "length")},
+        {},
+    ]
+    assert engine.idle and engine.step() == []
+
+
+def test_a_step_decodes_no_more_than_it_is_asked_to():
+    engine = engine_of(load_tiny("gqa", **LONG), rows=2)
+    engine.submit(Request([1], 70))
+    sizes = [len(engine.step(most)[0].tokens) for most in (1, 4, 1000)]
+    assert sizes == [1, 4, module.BLOCK]
+
+
+def test_a_cancelled_text_gives_nothing_more_and_the_others_go_on():
+    tiny = load_tiny("gqa", **LONG)
+    engine = engine_of(tiny, rows=2)
+    request = Request([1, 2, 3], 40)
+    first, second, third = (engine.submit(request) for _ in range(3))
+    engine.step(4)
+    engine.cancel(first)
+    engine.cancel(third)
+    engine.cancel(99)
+    assert {ticket: len(tokens) for ticket, (tokens, _) in run(engine).items()} == {second: 36}
+
+
+def test_what_a_row_holds_of_a_prompt_is_not_read_again(monkeypatch):
+    tiny = load_tiny("gqa", **LONG)
+    engine = engine_of(tiny, rows=3)
+    read: list[tuple[int, int]] = []
+    real = Engine._read_part
+
+    def spy(engine, rows, part):
+        real(engine, rows, part)
+        read.append((len(rows), part))
+
+    monkeypatch.setattr(Engine, "_read_part", spy)
+    system = list(range(50))
+    for last in (51, 52, 53):
+        engine.submit(Request([*system, last, 4], 2))
+    run(engine)
+    assert read == [(1, 64)] * 3  # 51 tokens each, and three rows are no group
+    read.clear()
+    request = Request([*system, 53, 4, *range(17)], 3)
+    engine.submit(request)
+    [(tokens, _)] = run(engine).values()
+    assert read == [(1, 16)]
+    assert tokens == alone(tiny, request)
+
+
+@pytest.mark.slow(seconds=3)
+def test_a_cache_that_grows_keeps_what_is_being_written():
+    tiny = load_tiny("gqa", **LONG)
+    engine = engine_of(tiny, rows=2)
+    short, long = Request([1, 2, 3], 60), Request([5] * 100, 8)
+    engine.submit(short)
+    first = engine.step(5)[0].tokens
+    assert engine.slots == 64
+    engine.submit(long)
+    found = run(engine)
+    assert engine.slots == 128
+    assert first + found[1][0] == alone(tiny, short)
+    assert found[2][0] == alone(tiny, long)
+
+
+def test_an_interrupt_costs_no_token_of_any_row(monkeypatch):
+    tiny = load_tiny("gqa", **LONG)
+    engine = engine_of(tiny, rows=2)
+    requests = [Request([1, 2, 3], 12, (), Sampling(temperature=1.0)), Request([4] * 20, 9)]
+    for request in requests:
+        engine.submit(request)
+    first = {piece.ticket: piece.tokens for piece in engine.step(4)}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            module, "decode_tokens", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        engine.step(4)
+    found = run(engine)
+    for ticket, request in enumerate(requests, start=1):
+        assert first[ticket] + found[ticket][0] == alone(tiny, request)
+
+
+@pytest.mark.slow(seconds=3)
+def test_few_programs_are_compiled_whatever_the_lengths():
+    tiny = load_tiny("head_dim_6", **LONG)
+    before = module.read_tokens._cache_size(), module.decode_tokens._cache_size()
+    for length in (1, 2, 16, 17, 18, 31, 39, 50, 60, 63, 70, 100, 150):
+        run_one = engine_of(tiny, rows=1, slots=192)
+        run_one.submit(Request([1] * length, 3))
+        run(run_one)
+    read, decoded = module.read_tokens._cache_size(), module.decode_tokens._cache_size()
+    assert (read - before[0], decoded - before[1]) == (2, 1)
+
+
+def test_more_prompts_than_rows_are_continued_in_their_order():
+    tiny = load_tiny("gqa", **LONG)
+    prompts = [[1 + i % 50, i % 7] for i in range(70)]
+    args = (tiny.architecture.config, tiny.abstract.graphdef, tiny.params)
+    found = generate_tokens(*args, prompts, max_new_tokens=3, stop_ids=())
+    assert len(found) == 70
+    for i in (0, 33, 69):
+        assert found[i] == alone(tiny, Request(prompts[i], 3))
+
+
+def test_what_does_not_fit_the_context_is_refused():
+    engine = engine_of(load_tiny("gqa"), rows=1)
+    limit = engine.config.max_length
+    for prompt, new in ([], 1), ([1], 0), ([1] * limit, 1):
+        with pytest.raises(ConfigError, match=f"at least one of each, and {limit} in all"):
+            engine.submit(Request(prompt, new))
+    assert engine.idle
+
+
+@pytest.mark.slow(seconds=6)
+@pytest.mark.parametrize("strategy", ["fsdp", "tp"])
+def test_parameters_on_several_devices_give_what_one_device_gives(strategy):
+    tiny = load_tiny("gqa", **LONG)
+    config = RunConfig()
+    config.strategy = strategy
+    placement = make_placement(config, jax.devices()[:2])
+    shardings = placement.shardings(tiny.abstract.params, tiny.abstract.axes)
+    split = dataclasses.replace(tiny, params=jax.device_put(tiny.params, shardings))
+    engine = engine_of(split, rows=2, slots=128)
+    requests = requests_of(tiny.architecture.config.vocab)[:5]
+    tickets = [engine.submit(request) for request in requests]
+    found = run(engine)
+    for ticket, request in zip(tickets, requests, strict=True):
+        assert found[ticket][0] == alone(tiny, request)
+    cache = engine._cache
+    assert cache is not None
+    assert cache.k[0].sharding.is_fully_replicated == (strategy == "fsdp")
