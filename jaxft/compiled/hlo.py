@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from jaxft.training.loops import most_trips
+
 # Number of the memory that an array is in, `S(n)` in its layout; without one it is in the device's
 # main memory. These are those of XLA for TPU.
 HBM, HOST = 0, 5
@@ -164,8 +166,11 @@ class Module:
         """Returns how often a loop runs, or None where the text does not say.
 
         XLA for CPU and GPU writes it down; XLA for TPU leaves `i < constant`, or `<=` or `!=`, in
-        the condition, and start and step are read from the loop's operand and its body.
+        the condition, and start and step are read from the loop's operand and its body. Of a loop
+        that may end early its bound is returned.
         """
+        if bound := most_trips(loop.rest):
+            return bound
         known = re.search(r'"known_trip_count"\s*:\s*\{\s*"n"\s*:\s*"(\d+)"\s*\}', loop.rest)
         if known:
             return int(known[1])

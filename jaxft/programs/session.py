@@ -172,7 +172,7 @@ class Session:
             tokens=self.counts.tokens,
             trained_tokens=self.counts.trained_tokens,
             seconds=self.counts.seconds,
-            flops=self._flops(sums.count("tokens"), sums.count("squared_lengths")),
+            flops=self._flops(sums),
             peak_flops=_peak_flops(self.program.evaluator),
         )
         self.writer.write(record)
@@ -243,7 +243,8 @@ class Session:
                     f"weights or other rows.{remedy}"
                 )
 
-    def _flops(self, tokens: int, squared_lengths: float) -> Any:
+    def _flops(self, sums: Any) -> Any:
+        tokens = sums.count("tokens")
         evaluator = self.program.evaluator
         config = evaluator.architecture.config
         return training_flops(
@@ -253,7 +254,8 @@ class Session:
             heads=config.heads,
             head_dim=config.head_dim,
             tokens=tokens,
-            squared_lengths=squared_lengths,
+            squared_lengths=sums.count("squared_lengths"),
+            untrained_tokens=max(0, tokens - sums.count("trained_tokens")),
             forward_passes=self.config.objective.forward_passes,
         )
 

@@ -22,11 +22,15 @@ class Learning(NamedTuple):
       trained: Parameters that have a gradient, of those that tokens are multiplied with.
       passed: Parameters that gradients pass on their way back.
       attends_back: Whether they pass attention.
+      head: Parameters of the head.
+      head_products: Products with it for each token: forward, and for the gradients that are made.
     """
 
     trained: int
     passed: int
     attends_back: bool
+    head: int = 0
+    head_products: int = 0
 
 
 def training_flops(
@@ -38,6 +42,7 @@ def training_flops(
     head_dim: int,
     tokens: int,
     squared_lengths: float,
+    untrained_tokens: float = 0.0,
     forward_passes: int = 0,
 ) -> TrainingFlops:
     """Returns the FLOPs of a forward and a backward pass over some documents.
@@ -59,11 +64,14 @@ def training_flops(
       head_dim: Size of a head.
       tokens: Tokens of the batch without padding.
       squared_lengths: Sum of the squared lengths of the documents, packed or not.
+      untrained_tokens: Those of them whose target has no weight: they do not meet the head.
       forward_passes: Passes without gradients beside the one that learns, such as a reference's.
     """
     count = parameters_without_embedding
-    trained, passed, attends_back = learning or Learning(count, count, True)
-    weights = 2.0 * (count + trained + passed + forward_passes * count) * tokens
-    passes = (12.0 if attends_back else 4.0) + 4.0 * forward_passes
+    learning = learning or Learning(count, count, True)
+    forward = (1 + forward_passes) * count
+    weights = 2.0 * (forward + learning.trained + learning.passed) * tokens
+    weights -= 2.0 * (learning.head_products + forward_passes) * learning.head * untrained_tokens
+    passes = (12.0 if learning.attends_back else 4.0) + 4.0 * forward_passes
     attention = passes * layers * heads * head_dim * squared_lengths
     return TrainingFlops(weights + attention / 2, weights + attention)

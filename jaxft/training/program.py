@@ -167,7 +167,15 @@ class Evaluator:
         passed = set(self.abstract.params) if back else set()
         if after_layers(trainable):
             passed.add(self.architecture.head_path)
-        return Learning(self._multiplied(trainable), self._multiplied(passed), back)
+        head = self.architecture.head_path
+        return Learning(
+            self._multiplied(trainable),
+            self._multiplied(passed),
+            back,
+            head=self._multiplied([head]),
+            # Gradients go back through the head to whatever learns before it.
+            head_products=1 + (head in trainable) + bool(set(trainable) - {head}),
+        )
 
     def _multiplied(self, paths: Collection[str]) -> int:
         config, counted = self.architecture.config, 0

@@ -22,8 +22,7 @@ from jaxft.models.experts import balance_loss
 from jaxft.models.families import FAMILIES, Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
 from jaxft.programs.generate import generate_tokens
-from jaxft.training.objectives import sft
-from jaxft.training.objectives.token_scores import token_scores
+from jaxft.training.objectives.token_scores import cross_entropy_sum
 from jaxft.training.optim import make_optimizer
 from jaxft.training.program import make_placement
 from jaxft.training.state import abstract_state
@@ -79,10 +78,9 @@ def test_logits_loss_and_gradients_equal_the_reference_implementation(tmp_path, 
     def forward(params):
         model = merge(abstract.graphdef, params)
         hidden, routing = model.hidden(batch.tokens, batch.positions, batch.segments)
-        scores = token_scores(model, hidden, batch.targets, chunk=0)
-        terms = sft.cross_entropy(scores, batch)
+        total = cross_entropy_sum(model, hidden, batch.targets, batch.weights, chunk=0)
         balance = None if routing is None else balance_loss(routing)
-        return terms.total.sum(), (model.logits(hidden), balance)
+        return total, (model.logits(hidden), balance)
 
     step = jax.jit(jax.value_and_grad(forward, has_aux=True))
     (total, (logits, balance)), gradients = step(params)

@@ -13,7 +13,7 @@ from jaxft.hardware.chips import chip_named
 from jaxft.sharding import reduce
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, load_strategy
-from jaxft.training.objectives.token_scores import token_scores
+from jaxft.training.objectives.token_scores import cross_entropy_sum, token_scores
 from tests.strategies import MESHES
 from tests.tiny import load_tiny, random_rows, relative_error
 
@@ -133,9 +133,11 @@ def test_cross_entropy_and_its_gradients_do_not_depend_on_placement(name, chunk)
 
     def run(placement):
         def total(hidden, params):
-            scores = token_scores(tiny.merge(params), hidden, rows.targets, chunk=chunk)
+            given = (tiny.merge(params), hidden, rows.targets, rows.weights)
+            scores = token_scores(*given, chunk=chunk)
             total = jnp.sum(scores.log_probs * rows.weights, axis=-1)
-            return jnp.sum(total * of_rows), scores
+            nats = cross_entropy_sum(*given, chunk=chunk)
+            return jnp.sum(total * of_rows) + nats, scores
 
         def whole(hidden, params):
             if placement is None:

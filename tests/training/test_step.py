@@ -1,6 +1,7 @@
 """The training step: PyTorch's trajectory, and what must not change its result."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,11 @@ from jaxft.models.config import make_numerics
 from jaxft.training.objectives import sft
 from jaxft.training.objectives.bound import BoundObjective
 from jaxft.training.objectives.contract import Objective
-from jaxft.training.objectives.token_scores import token_scores
+from jaxft.training.objectives.token_scores import (
+    TrainedFirst,
+    cross_entropy_sum,
+    token_scores,
+)
 from jaxft.training.step import make_train_step
 from tests.oracle.cases import load_case
 from tests.tiny import (
@@ -159,30 +164,84 @@ def test_the_step_is_traced_once_and_donates_its_state(tiny):
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 12, 24, 100])
-def test_chunked_cross_entropy_equals_the_plain_one(tiny, chunk):
+@pytest.mark.parametrize("chunk", [1, 7, 24, 100, 0])
+def test_cross_entropy_in_chunks_and_its_gradients_are_the_closed_form(tiny, chunk):
     rows = random_rows(3, LENGTH, VOCAB)
+    rows = rows.with_columns(weights=rows.weights * np.float32([[2.0], [0.5], [1.0]]))
     hidden = np.random.RandomState(0).randn(3, LENGTH, 32).astype(np.float32)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def terms_and_gradients(hidden, chunk):
-        def total(hidden, params):
-            scores = token_scores(tiny.merge(params), hidden, rows.targets, chunk=chunk)
-            terms = sft.cross_entropy(scores, rows)
-            return jnp.sum(terms.total), (terms, scores.correct)
+    def scored(hidden, params):
+        model = tiny.merge(params)
+        scores = token_scores(model, hidden, rows.targets, rows.weights, chunk=chunk)
+        return jnp.sum(-scores.log_probs * rows.weights), scores
 
-        return jax.grad(total, (0, 1), has_aux=True)(hidden, tiny.params)
+    def summed(hidden, params):
+        model = tiny.merge(params)
+        return cross_entropy_sum(model, hidden, rows.targets, rows.weights, chunk=chunk)
 
-    found = terms_and_gradients(hidden, chunk)
-    assert relative_error(found, terms_and_gradients(hidden, 0)) < 1e-5
-    logits = hidden @ np.asarray(tiny.params["head.w"]).T
-    log_z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
-    nats = log_z - np.take_along_axis(logits, rows.targets[..., None], -1)[..., 0]
-    terms, correct = found[1]
-    np.testing.assert_allclose(terms.total, (nats * rows.weights).sum(-1), rtol=1e-5)
-    np.testing.assert_array_equal(terms.weight, rows.weights.sum(-1))
-    hits = logits.argmax(-1) == rows.targets
-    np.testing.assert_array_equal((correct * rows.weights).sum(-1), (hits * rows.weights).sum(-1))
+    table = np.asarray(tiny.params["head.w"], np.float64)
+    logits = hidden.astype(np.float64) @ table.T
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    one_hot = np.eye(VOCAB)[rows.targets]
+    d_logits = (np.exp(log_probs) - one_hot) * rows.weights[..., None]
+    trained = rows.weights > 0
+
+    of_scores = jax.jit(jax.value_and_grad(scored, (0, 1), has_aux=True))(hidden, tiny.params)
+    (total, scores), gradients = of_scores
+    at_target = (log_probs * one_hot).sum(-1)
+    np.testing.assert_allclose(scores.log_probs, at_target * trained, rtol=1e-5)
+    np.testing.assert_array_equal(scores.correct, (logits.argmax(-1) == rows.targets) * trained)
+    of_sum = jax.jit(jax.value_and_grad(summed, (0, 1)))(hidden, tiny.params)
+    for found, (d_hidden, d_params) in ((total, gradients), of_sum):
+        np.testing.assert_allclose(found, -(at_target * rows.weights).sum(), rtol=1e-5)
+        np.testing.assert_allclose(d_hidden, d_logits @ table, atol=1e-5)
+        wanted = np.einsum("btv,btd->vd", d_logits, hidden)
+        np.testing.assert_allclose(d_params["head.w"], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 20, 21, 48])
+def test_chunks_without_a_trained_position_are_left_out(trained):
+    weights = np.zeros(48, np.float32)
+    weights[np.random.RandomState(trained).permutation(48)[:trained]] = 0.5
+    order = TrainedFirst.of(weights.reshape(2, 24), 10)
+
+    def body(chunk, seen):
+        places = jnp.where(chunk.real, chunk.order, 49)  # dropped
+        return seen.at[places].add(1, mode="drop").at[48].add(1)
+
+    seen = np.asarray(order.over(body, jnp.zeros(49, jnp.int32)))
+    np.testing.assert_array_equal(seen[:48], weights > 0)
+    assert seen[48] == math.ceil(trained / 20)
+
+
+def test_rows_without_a_trained_target_have_no_loss_and_no_gradient(tiny):
+    rows = random_rows(2, LENGTH, VOCAB)
+    rows = rows.with_columns(weights=np.zeros_like(rows.weights))
+
+    def total(params):
+        return judge(tiny.merge(params), rows, chunk=5).minimised
+
+    found, gradients = jax.jit(jax.value_and_grad(total))(tiny.params)
+    assert found == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+def test_the_head_has_no_gradient_where_it_does_not_learn(tiny):
+    """Its product, a third of the head's work, is left out."""
+    rows = random_rows(2, LENGTH, VOCAB)
+    frozen = tiny.params
+
+    def work(learns: bool) -> float:
+        def total(hidden, w):
+            model = tiny.merge({**frozen, "head.w": w})
+            return cross_entropy_sum(model, hidden, rows.targets, rows.weights, chunk=0)
+
+        hidden = np.zeros((2, LENGTH, 32), np.float32)
+        gradient = jax.jit(jax.grad(total, (0, 1) if learns else 0))
+        return gradient.lower(hidden, frozen["head.w"]).compile().cost_analysis()["flops"]
+
+    product = 2 * 2 * LENGTH * 32 * VOCAB
+    assert work(True) - work(False) >= product
 
 
 @pytest.mark.slow(seconds=3)
@@ -198,7 +257,7 @@ def test_chunks_keep_the_logits_of_all_positions_from_existing():
         compiled = jax.jit(jax.grad(total)).lower(tiny.params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(0) > 2 * logits
+    assert temporary_bytes(0) > logits
     assert temporary_bytes(32) < logits
 
 

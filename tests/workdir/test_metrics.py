@@ -64,6 +64,17 @@ def test_what_is_frozen_takes_no_gradient_of_its_weights():
     assert whole.full == 3 * head.full
 
 
+def test_tokens_without_a_trained_target_do_not_meet_the_head():
+    numbers = {"layers": 0, "heads": 1, "head_dim": 1, "squared_lengths": 0}
+    learning = Learning(trained=10, passed=10, attends_back=True, head=4, head_products=3)
+    found = training_flops(
+        10, learning=learning, tokens=100, untrained_tokens=60, forward_passes=1, **numbers
+    )
+    # Of every token the 6 parameters below the head, of 40 tokens its 4: in three products of the
+    # step and in one of the reference.
+    assert found.full == 2 * (3 + 1) * (6 * 100 + 4 * 40)
+
+
 def test_packed_documents_cost_less_attention_than_one_long_row():
     numbers = {"layers": 2, "heads": 4, "head_dim": 8, "tokens": 100}
     whole = training_flops(10, squared_lengths=100**2, **numbers)

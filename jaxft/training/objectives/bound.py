@@ -14,7 +14,11 @@ from jaxft.errors import ConfigError
 from jaxft.models.experts import balance_loss
 from jaxft.models.layers import Routing
 from jaxft.training.objectives.contract import RECORDED, Objective, Scores, Terms
-from jaxft.training.objectives.token_scores import Predictor, token_scores
+from jaxft.training.objectives.token_scores import (
+    Predictor,
+    cross_entropy_sum,
+    token_scores,
+)
 
 _ENDS = ("low", "high")  # of an interval, in eval.jsonl
 
@@ -50,11 +54,18 @@ class _Scored:
         self.routing: Routing | None = None
 
     def scores(self, batch: Batch) -> Scores:
-        """Returns the scores of all targets, and keeps what routers did."""
+        """Returns the scores of trained targets, and keeps what routers did."""
+        return token_scores(*self._run(batch), chunk=self._chunk)
+
+    def cross_entropy(self, batch: Batch) -> Float[Array, ""]:
+        """Returns the weighted nats of all targets, and keeps what routers did."""
+        return cross_entropy_sum(*self._run(batch), chunk=self._chunk)
+
+    def _run(self, batch: Batch) -> tuple[Predictor, Array, Array, Array]:
         hidden, self.routing = self._model.hidden(
             batch.tokens, batch.positions, batch.segments, batch.get("seeds")
         )
-        return token_scores(self._model, hidden, batch.targets, chunk=self._chunk)
+        return self._model, hidden, batch.targets, batch.weights
 
 
 @dataclass(frozen=True, kw_only=True)

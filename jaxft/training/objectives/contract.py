@@ -48,7 +48,7 @@ class Terms(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A model's judgement of each target.
+    """A model's judgement of each target that carries weight; 0 at the others.
 
     Attributes:
       log_probs: Log-probability in nats; gradients pass.
@@ -70,7 +70,14 @@ class Policy(Protocol):
     max_units: int
 
     def scores(self, batch: Batch) -> Scores:
-        """Returns the scores of all targets, from one pass through the model."""
+        """Returns the scores of trained targets, from one pass through the model."""
+        ...
+
+    def cross_entropy(self, batch: Batch) -> Float[Array, ""]:
+        """Returns the weighted nats of all targets, from one pass through the model.
+
+        For a loss that is this sum and no more it is cheaper than `scores`.
+        """
         ...
 
 

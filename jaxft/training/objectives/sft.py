@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxft.data.batch import Batch
-from jaxft.training.objectives.contract import Objective, Policy, Scores, Terms
+from jaxft.training.objectives.contract import Objective, Policy, Terms
 
 
 @dataclass(kw_only=True, slots=True)
@@ -14,23 +14,23 @@ class Keys:
     """It has no keys of its own."""
 
 
-def cross_entropy(scores: Scores, batch: Batch) -> Terms:
-    """Returns the sums of each row, `[B]`: nats of trained tokens, and their number."""
-    total = jnp.sum(-scores.log_probs * batch.weights, axis=-1)
-    return Terms(total, jnp.sum(batch.weights, axis=-1))
-
-
 def loss(policy: Policy, batch: Batch, _: Any) -> Terms:
     """Returns the summed cross entropy, normalised by the number of trained tokens."""
-    return cross_entropy(policy.scores(batch), batch).summed()
+    return Terms(policy.cross_entropy(batch), jnp.sum(batch.weights))
 
 
 def rows(policy: Policy, batch: Batch, _: Any) -> Terms:
     """Returns `loss` for each row, with the share of trained tokens that were the first choice."""
     scores = policy.scores(batch)
-    terms = cross_entropy(scores, batch)
-    correct = jnp.sum(scores.correct * batch.weights, axis=-1)
-    return terms._replace(figures={"token_accuracy": (correct, terms.weight)})
+    total, correct, weight = (
+        jnp.sum(x, axis=-1)
+        for x in (
+            -scores.log_probs * batch.weights,
+            scores.correct * batch.weights,
+            batch.weights,
+        )
+    )
+    return Terms(total, weight, {"token_accuracy": (correct, weight)})
 
 
 OBJECTIVE = Objective(keys=Keys, loss=loss, rows=rows, is_cross_entropy=True)
