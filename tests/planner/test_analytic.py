@@ -134,7 +134,7 @@ def test_flops_are_those_of_the_mathematics_and_of_what_is_repeated():
     config = single("fsdp")
     config.model.remat = "none"
     tokens, layer = 128, 4096 * 128 * (32 + 2 * 8) + 4096 * 4096 + 3 * 4096 * 14336
-    head = 4 * 2 * tokens * 4096 * 128256  # its logits are made again in the backward pass
+    head = 3 * 2 * tokens * 4096 * 128256
     pairs = tokens * tokens / 2
     attention = 2 * 7 * pairs * 4096 * 32
     exact = 6 * tokens * 32 * layer + head + attention
