@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -44,6 +45,7 @@ class FakeDevice:
         self.id = number
         self.platform = self.device_kind = "cpu"
         self.process_index = 0
+        self.client = SimpleNamespace(process_index=lambda: 0)
 
 
 def placement_of(strategy: str, **sizes: int) -> Placement:

@@ -190,8 +190,6 @@ def compiled_flops(config: RunConfig, architecture: Architecture) -> float:
     return totals(Module(program.compile().as_text()), lambda *_: None)[0]
 
 
-# One chunk of logits: the compiler sees that the backward pass makes them once more.
-MERGED = 2 * 32 * 256 * 512
 IN_SHORT = {"llama", "gemma2", "mixtral", "gpt2"}
 
 
@@ -208,25 +206,25 @@ def test_flops_of_every_family_are_those_of_its_compiled_step(family, remat):
     config = small_run(remat)
     config.model.expert_capacity = 1.0 if architecture.config.experts else 0.0
     found = estimate(config, architecture, flash=False)
-    assert found.flops - MERGED == pytest.approx(compiled_flops(config, architecture), rel=3e-3)
+    assert found.flops == pytest.approx(compiled_flops(config, architecture), rel=3e-3)
 
 
 @pytest.mark.parametrize(
-    ("family", "freeze", "merged"),
+    ("family", "freeze"),
     [
-        pytest.param("llama", "mlp", 1, marks=pytest.mark.slow(seconds=5)),
-        ("llama", "layers", 1),
-        ("llama", "embed|layers", 0),
-        ("mixtral", "mlp", 1),
-        pytest.param("mixtral", "attn", 1, marks=pytest.mark.slow(seconds=5)),
+        pytest.param("llama", "mlp", marks=pytest.mark.slow(seconds=5)),
+        ("llama", "layers"),
+        ("llama", "embed|layers"),
+        ("mixtral", "mlp"),
+        pytest.param("mixtral", "attn", marks=pytest.mark.slow(seconds=5)),
     ],
 )
-def test_of_what_is_frozen_no_gradients_are_computed(family, freeze, merged):
+def test_of_what_is_frozen_no_gradients_are_computed(family, freeze):
     config, architecture = small_run("full", freeze=freeze), small(family)
     config.model.expert_capacity = 1.0 if architecture.config.experts else 0.0
     found = estimate(config, architecture, flash=False)
     expected = compiled_flops(config, architecture)
-    assert found.flops - merged * MERGED == pytest.approx(expected, rel=3e-3)
+    assert found.flops == pytest.approx(expected, rel=3e-3)
 
 
 def test_of_what_is_frozen_nothing_is_exchanged_or_kept():
@@ -254,7 +252,7 @@ def test_an_adapter_takes_what_it_takes_compiled(family, keys):
     assert held == pytest.approx(memory.argument_size_in_bytes, abs=64)  # but for counters
     assert kinds["optimizer"] == pytest.approx(2 * kinds["gradients"], abs=64)
     flops = totals(Module(compiled.as_text()), lambda *_: None)[0]
-    assert found.flops - MERGED == pytest.approx(flops, rel=5e-3)
+    assert found.flops == pytest.approx(flops, rel=5e-3)
 
 
 def test_a_stage_runs_forward_again_and_keeps_inputs_alone():
@@ -404,7 +402,7 @@ def test_a_feed_forward_part_without_a_gate_has_one_product_less():
     tokens, vocab = 128, architecture.config.vocab
     layer = 4 * 512 * 512 + 2 * 512 * 2048
     attention = 2 * 7 * (tokens * tokens / 2) * 512 * 2
-    exact = 6 * tokens * 2 * layer + 4 * 2 * tokens * 512 * vocab + attention
+    exact = 6 * tokens * 2 * layer + 3 * 2 * tokens * 512 * vocab + attention
     assert found.flops == pytest.approx(exact, rel=1e-9)
 
 
