@@ -76,8 +76,8 @@ def token_scores(
 
     def keep(*inputs: Any) -> tuple[tuple[Array, Array], tuple]:
         arrays = tuple(x.value for x in inputs)
-        *found, log_z = head.forward(*arrays)
-        return tuple(found), (*arrays, log_z, _marked(inputs[1].perturbed))
+        log_probs, correct, log_z = head.forward(*arrays)
+        return (log_probs, correct), (*arrays, log_z, _marked(inputs[1].perturbed))
 
     def transpose(kept: tuple, d: tuple[Any, Any]) -> tuple[Array | None, ...]:
         *arrays, log_z, learns = kept
