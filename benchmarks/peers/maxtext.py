@@ -1,0 +1,162 @@
+r"""MaxText's training step beside jaxft's: the same compiler, played through by the same simulator.
+
+    python -m benchmarks.peers.maxtext ../shared/configs ENV --output benchmarks/results/peers.jsonl
+
+Installs MaxText from the package index into the environment ENV, which is made if it is not there,
+with the jax and libtpu of this one; compiles its step for each shape, with its own defaults or
+with `--options` of the compiler, and prints a line. Needs libtpu and no TPU.
+"""
+
+import argparse
+import collections
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.compiled.collectives import Reader
+from jaxft.compiled.hlo import Module
+from jaxft.hf.folder import read_config
+from jaxft.models.config import DecoderConfig
+from jaxft.models.families import architecture_from_hf
+from jaxft.planner.kernels import efficiency, splash_flops
+from jaxft.planner.network import Network
+from jaxft.planner.timeline import CORE, Rates, Simulator
+from jaxft.planner.topology import parse, use_compiler_alone
+from jaxft.workdir.workdir import environment
+
+_VERSION = "0.2.5"
+_LLAMA = "meta-llama--Meta-Llama-3.1-8B"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step of Llama-3.1-8B with full rematerialisation, float32 masters and AdamW.
+
+    Attributes:
+      slice: Where, as jaxft names it.
+      theirs: As MaxText names it.
+      length: Tokens of a row.
+      rows: Rows of one device.
+    """
+
+    slice: str
+    theirs: str
+    length: int
+    rows: int
+
+
+CASES = (
+    Case(slice="v5e:4x4", theirs="v5e-16", length=4096, rows=1),
+    Case(slice="v5p-64", theirs="v5p-64", length=8192, rows=2),
+    Case(slice="v6e-16", theirs="v6e-16", length=4096, rows=2),
+)
+
+
+def install(folder: Path) -> Path:
+    """Returns the Python of an environment with MaxText, its requirements and our compiler."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pip = [python, "-m", "pip", "install", "-q"]
+        subprocess.run([*pip, "--no-deps", f"maxtext=={_VERSION}"], check=True)
+        [names] = folder.glob("lib/*/site-packages/dependencies/requirements/generated_*/tpu-req*")
+        ours = [f"{name}=={metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu")]
+        subprocess.run([*pip, "-r", names, *ours], check=True)
+    return python
+
+
+def compiled(python: Path, case: Case, options: str) -> dict[str, Any]:
+    """Returns what `maxtext_step.py` writes."""
+    [config] = python.parent.parent.glob("lib/*/site-packages/maxtext/configs/base.yml")
+    flags = " ".join(f"--{option}" for option in filter(None, options.split(",")))
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "step.json"
+        settings = {
+            "compile_topology": case.theirs,
+            "compile_topology_num_slices": 1,
+            "model_name": "llama3.1-8b",
+            "per_device_batch_size": case.rows,
+            "max_target_length": case.length,
+            "remat_policy": "full",
+            "attention": "flash",
+            "dataset_type": "synthetic",
+            "enable_checkpointing": "false",
+            "run_name": "plan",
+            "base_output_directory": folder,
+            "dtype": "bfloat16",
+            "weight_dtype": "float32",
+            "ici_fsdp_parallelism": -1,
+        }
+        if flags:
+            settings["compile_xla_flags"] = flags
+        arguments = [f"{key}={value}" for key, value in settings.items()]
+        script = Path(__file__).with_name("maxtext_step.py")
+        subprocess.run([python, "-I", script, output, config, *arguments], check=True)
+        return json.loads(output.read_text())
+
+
+def measure(step: dict[str, Any], case: Case, config: DecoderConfig) -> dict[str, Any]:
+    """Returns how long a compiled step takes, by jaxft's simulator."""
+    topology = parse(case.slice)
+    chip = topology.chip.core
+    devices = {tuple(device.coords): device for device in topology.devices()}
+    places = np.array([devices[tuple(place)] for place in step["coordinates"]])
+    mesh = Mesh(places.reshape(list(step["axes"].values())), tuple(step["axes"]))
+    module = Module(step["text"])
+
+    def kernel_seconds(instruction: Any, computation: Any) -> float | None:
+        found = splash_flops(instruction, computation, config)
+        return found and found[0] / (chip.bfloat16 * efficiency(chip, found[1]))
+
+    network = Network(topology.chip, mesh, topology.shape)
+    reader = Reader(module, mesh)
+    found = Simulator(module, reader, network, kernels=kernel_seconds, rates=Rates()).run()
+    spent: dict[str, float] = collections.defaultdict(float)
+    for span, times in found.every():
+        if span.lane == CORE:
+            spent[span.kind] += span.seconds * times
+    return {"seconds": found.seconds, "spent": spent, "memory_gib": step["bytes"] / 2**30}
+
+
+def main() -> None:
+    """Compiles and times every case."""
+    parser = argparse.ArgumentParser(description="Times MaxText's step by jaxft's simulator.")
+    parser.add_argument("models", type=Path, help="folder of folders with config.json")
+    parser.add_argument("environment", type=Path, help="folder of MaxText's environment")
+    parser.add_argument("--only", default="", help="slices whose name contains this")
+    parser.add_argument("--options", default="", help="options of the compiler, comma-separated")
+    parser.add_argument("--output", type=Path, help="append the lines to this file too")
+    options = parser.parse_args()
+    use_compiler_alone()
+    python = install(options.environment)
+    config = architecture_from_hf(read_config(options.models / _LLAMA)).config
+    for case in CASES:
+        if options.only not in case.slice:
+            continue
+        step = compiled(python, case, options.options)
+        line = {
+            "program": f"maxtext {_VERSION}",
+            "model": _LLAMA,
+            "slice": case.slice,
+            "length": case.length,
+            "rows_per_device": case.rows,
+            "options": options.options,
+            **measure(step, case, config),
+            "environment": environment(),
+        }
+        print(json.dumps(line), flush=True)
+        if options.output:
+            with options.output.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
