@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from jaxft.cli.parser import make_parser
 from jaxft.errors import ConfigError, JaxftError, nearest
+from jaxft.hardware import huge_pages
+
+_COMPUTING = ("train", "eval", "generate", "chat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and arguments[:1] and arguments[0] in _COMPUTING:
+        huge_pages.start_again_with_them()
     try:
         return _run(arguments)
     except JaxftError as error:

@@ -7,6 +7,7 @@ import jax
 from jaxft import console, distributed
 from jaxft.config import RunConfig
 from jaxft.formatting import counted
+from jaxft.hardware import huge_pages
 from jaxft.training.program import Evaluator
 from jaxft.workdir.checkpoint import Progress
 from jaxft.workdir.workdir import Workdir, nearest_run
@@ -26,6 +27,11 @@ def say_start(config: RunConfig, evaluator: Evaluator, steps: int) -> None:
         f"attention {evaluator.attention.backend} ({evaluator.attention.reason}), "
         f"{counted(steps, 'step')}."
     )
+    if mesh.devices.flat[0].platform == "cpu" and huge_pages.are_in_use():
+        console.log(
+            "Memory comes in huge pages, which makes steps faster here; "
+            f"{huge_pages.VARIABLE}={huge_pages.SETTING}=0 keeps small ones."
+        )
 
 
 def say_anew(folder: Path) -> None:

@@ -19,6 +19,7 @@ import jax
 from jaxft.config import RunConfig, held_out_share, to_dict
 from jaxft.errors import CheckpointError, ConfigError, nearest_of
 from jaxft.files import TEMPORARY, write_error, write_json
+from jaxft.hardware import huge_pages
 from jaxft.hardware.devices import host_memory_total
 from jaxft.workdir.lock import Lock, hold
 
@@ -327,6 +328,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "host_memory": host_memory_total(),
+        "huge_pages": huge_pages.are_in_use(),
         "backend": jax.default_backend(),
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
