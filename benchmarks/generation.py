@@ -77,6 +77,7 @@ def _run(system: str, options: argparse.Namespace) -> dict[str, Any]:
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(result.stdout.splitlines()[-1])
     best = options.rows * options.new / min(found["seconds"])
+    found["platform"] = found.pop("system", "")  # `system` is whose program ran
     record = _described("generation", options) | {"system": system}
     return record | {"tokens_per_second": round(best, 1), "processor": _processor()} | found
 
