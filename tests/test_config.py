@@ -74,12 +74,31 @@ def test_all_problems_are_reported_at_once():
         (lambda c: setattr(c.train, "epochs", 0), "both 0"),
         (lambda c: setattr(c.model, "add_tokens", "<a>,,<b>"), "an empty or a repeated token"),
         (lambda c: setattr(c.model, "add_tokens", "<a>, <a>"), "an empty or a repeated token"),
+        (lambda c: setattr(c.adapter, "ranks", "q=2.9"), "has q=2.9; expected whole numbers"),
+        (lambda c: setattr(c.adapter, "ranks", "q=2,q=6"), "has the pattern 'q' twice"),
+        (lambda c: setattr(c.adapter, "alphas", "q=0.0"), "has q=0; expected numbers above 0"),
+        (lambda c: setattr(c.adapter, "targets", '["q_proj"]'), "Separate names by '|'"),
+        (lambda c: setattr(c.optim, "lora_plus", 0.0), "optim.lora_plus is 0.0; expected"),
     ],
 )
 def test_a_wrong_value_or_combination_is_named(change, words):
     config = complete()
     change(config)
     assert any(words in problem for problem in problems_of(config))
+
+
+def test_keys_that_an_adapter_to_go_on_from_has_itself_are_refused():
+    config = complete()
+    config.adapter.path, config.model.tokenizer, config.model.add_tokens = "a", "other", "<a>"
+    found = problems_of(config)
+    assert [problem.split()[0] for problem in found] == ["model.tokenizer", "model.add_tokens"]
+
+
+def test_random_weights_are_not_held_in_codes():
+    config = complete()
+    config.adapter.rank, config.model.quantise, config.model.random_init = 2, "nf4", True
+    [problem] = problems_of(config)
+    assert "model.random_init has none that could be read again" in problem
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():

@@ -125,7 +125,13 @@ def convert(options: argparse.Namespace) -> int:
         print(describe(found))
         return 0 if found.fits else 1
     from jaxft.programs.exporter import export
+    from jaxft.workdir.source import find_source
 
+    if find_source(options.model, revision=options.revision).is_adapter:
+        raise ConfigError(
+            f"{options.model} is an adapter, which has no other type. To write its model with it: "
+            f"jaxft export --merge --checkpoint={options.model} --output={options.output}"
+        )
     folder = export(
         options.model,
         options.output,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from jaxft.config.keys import key
+from jaxft.config.values import numbers_by_pattern
+from jaxft.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,7 +33,9 @@ class AdapterConfig:
         "names in files, such as q_proj: those that get an adapter. Empty: every linear layer of "
         "the blocks, those of experts included, but no router.",
     )
-    ranks: str = key("", "Ranks of weights by pattern, the first that matches: 'mlp=8,attn=16'.")
+    ranks: str = key(
+        "", "Ranks of weights by pattern, the first that matches: 'mlp=8,attn=16'; 0: no adapter."
+    )
     alphas: str = key("", "Numerators of the scale by pattern, in the same form.")
     dropout: float = key(
         0.0, "Share of the adapters' inputs that a step drops.", minimum=0, maximum=0.99
@@ -57,6 +61,33 @@ class AdapterConfig:
     added_rows: bool = key(
         False, "Train the rows of the tokens of model.add_tokens, and no other row of the tables."
     )
+
+    def ranks_by_pattern(self) -> dict[str, int]:
+        """Returns the ranks of `ranks` by pattern, in order.
+
+        Raises:
+          ConfigError: If the text is not of that form, or a rank no whole number.
+        """
+        found = numbers_by_pattern("adapter.ranks", self.ranks)
+        parts = [f"{pattern}={rank:g}" for pattern, rank in found.items() if rank % 1]
+        if parts:
+            raise ConfigError(f"adapter.ranks has {', '.join(parts)}; expected whole numbers.")
+        return {pattern: int(rank) for pattern, rank in found.items()}
+
+    def alphas_by_pattern(self) -> dict[str, float]:
+        """Returns the numerators of `alphas` by pattern, in order.
+
+        Raises:
+          ConfigError: If the text is not of that form, or one is 0, with which nothing trains.
+        """
+        found = numbers_by_pattern("adapter.alphas", self.alphas)
+        parts = [f"{pattern}=0" for pattern, alpha in found.items() if not alpha]
+        if parts:
+            raise ConfigError(
+                f"adapter.alphas has {', '.join(parts)}; expected numbers above 0. For no adapter "
+                "there, set the rank to 0 by adapter.ranks."
+            )
+        return found
 
     @property
     def is_used(self) -> bool:

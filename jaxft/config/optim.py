@@ -90,7 +90,7 @@ class OptimConfig:
     lora_plus: float = key(
         1.0,
         "Learning rate of an adapter's B over that of its A (LoRA+); its authors advise 16.",
-        minimum=0,
+        minimum=1e-30,
     )
     ema: float = key(
         0.0,

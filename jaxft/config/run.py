@@ -21,7 +21,6 @@ from jaxft.config.values import (
     compiler_options,
     data_sets,
     held_out_share,
-    numbers_by_pattern,
 )
 from jaxft.errors import ConfigError, collected, nearest_of
 from jaxft.models import activations
@@ -47,11 +46,12 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-    def validate(self, *, training: bool = False) -> None:
+    def validate(self, *, training: bool = False, evaluation: bool = False) -> None:
         """Checks every key and every combination that needs no file, device or network.
 
         Args:
           training: Whether what only a training run needs must be there.
+          evaluation: Whether nothing learns, so that all weights may be in codes.
 
         Raises:
           ConfigError: With all problems found.
@@ -65,6 +65,7 @@ class RunConfig:
             problems += self.objective.problems()
             problems += self.optim.problems()
             problems += _combination_problems(self)
+            problems += [] if evaluation else _learning_problems(self)
             problems += _training_problems(self) if training else []
         if problems:
             raise ConfigError(problems)
@@ -216,14 +217,20 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
 def _adapter_problems(config: RunConfig) -> Iterator[str]:
     adapter = config.adapter
     problems: list[str] = []
-    for name in ("ranks", "alphas"):
-        with collected(problems):
-            numbers_by_pattern(f"adapter.{name}", getattr(adapter, name))
+    with collected(problems):
+        adapter.ranks_by_pattern()
+    with collected(problems):
+        adapter.alphas_by_pattern()
     yield from problems
-    if config.model.quantise and not adapter.is_used:
+    if adapter.targets.startswith(('["', "['")):
         yield (
-            f"model.quantise is {config.model.quantise!r}, but nothing learns beside the quantised "
-            "weights, which cannot train. Set --config.adapter.rank=16, or leave the key out."
+            f"adapter.targets {adapter.targets!r} is a list; expected a regular expression, in "
+            "which it is one character of many. Separate names by '|': 'q_proj|v_proj'."
+        )
+    if config.model.random_init and config.model.quantise:
+        yield (
+            "model.quantise reads the weights of a model in codes, and model.random_init has none "
+            "that could be read again. Leave one of the two out."
         )
     if adapter.added_rows and not config.model.add_tokens:
         yield (
@@ -245,11 +252,25 @@ def _adapter_problems(config: RunConfig) -> Iterator[str]:
             )
         if config.model.random_init:
             yield "adapter.path is an adapter of a trained model; leave model.random_init out."
+        for name in ("tokenizer", "add_tokens"):
+            if getattr(config.model, name):
+                yield (
+                    f"model.{name} is set, but adapter.path names an adapter that has its own "
+                    "tokenizer, or that of its model. Leave one of the two out."
+                )
         return
     if changed and not (adapter.rank or adapter.ranks):
         yield (
             f"adapter.{changed[0]} is set, but adapter.rank is 0: there is no adapter. Set "
             "--config.adapter.rank=16, or leave the key out."
+        )
+
+
+def _learning_problems(config: RunConfig) -> Iterator[str]:
+    if config.model.quantise and not config.adapter.is_used:
+        yield (
+            f"model.quantise is {config.model.quantise!r}, but nothing learns beside the quantised "
+            "weights, which cannot train. Set --config.adapter.rank=16, or leave the key out."
         )
 
 

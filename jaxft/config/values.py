@@ -106,5 +106,7 @@ def numbers_by_pattern(key: str, text: str) -> dict[str, float]:
             raise ConfigError(
                 f"{key}: {pattern!r} is not a regular expression: {error}."
             ) from error
+        if pattern in found:
+            raise ConfigError(f"{key} has the pattern {pattern!r} twice; leave one of them out.")
         found[pattern] = float(number)
     return found

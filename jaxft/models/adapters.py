@@ -3,7 +3,7 @@
 import math
 import re
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,7 +229,7 @@ def _principal(
 
 def choose_sites(
     weights: Mapping[str, Weight],
-    names: Mapping[str, Collection[str]],
+    names: Mapping[str, str],
     *,
     targets: str,
     rank: int,
@@ -243,12 +243,12 @@ def choose_sites(
 ) -> dict[str, Site]:
     """Returns the adapter of each weight that gets one.
 
-    Patterns are regular expressions, searched in the path of a weight's module and in the names
-    that files have for it.
+    Patterns are regular expressions, searched in the path of a weight's module and in the name that
+    files have for it.
 
     Args:
       weights: Of the model, by path.
-      names: What files call each.
+      names: What files call the module of each.
       targets: Pattern of those that get an adapter; empty for every projection of the layers but
         routers.
       rank: Of adapters that no pattern of `ranks` matches.
@@ -268,7 +268,7 @@ def choose_sites(
     candidates.pop("positions", None)
 
     def matches(pattern: str, path: str) -> bool:
-        return any(re.search(pattern, text) for text in (path, *names.get(path, ())))
+        return any(re.search(pattern, text) for text in (path, names.get(path, "")) if text)
 
     def by_pattern(table: Mapping[str, Any], path: str, otherwise: Any) -> Any:
         return next((v for pattern, v in table.items() if matches(pattern, path)), otherwise)
@@ -293,7 +293,7 @@ def choose_sites(
         )
         for path in chosen
     }
-    known = ", ".join(candidates)
+    known = ", ".join(f"{path} ({names[path]})" if path in names else path for path in candidates)
     problems = [
         f"adapter.{key} {pattern!r} matches no weight that can have an adapter; these are {known}."
         for key, patterns, among in (

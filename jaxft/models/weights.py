@@ -174,7 +174,8 @@ class Weight(nnx.Module):
             out = out - self._low_rank(x, self.start_a, self.start_b)
         if self.site.magnitude:
             norm = jax.lax.stop_gradient(self._norm(self.value(x.dtype)))
-            factor = self.magnitude[...].astype(jnp.float32) / norm
+            # Of a row of zeros nothing is made, whatever its factor.
+            factor = self.magnitude[...].astype(jnp.float32) / jnp.where(norm > 0, norm, 1.0)
             out = out * factor.astype(x.dtype)[None, None]
         return out
 

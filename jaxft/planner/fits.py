@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.compiled.layout import cpu_devices
-from jaxft.config import RunConfig
+from jaxft.config import AdapterConfig, RunConfig
+from jaxft.config.keys import walk
 from jaxft.errors import ConfigError, JaxftError, nearest
 from jaxft.hardware.chips import CHIPS, Chip, chip_named
 from jaxft.models.families import Architecture
@@ -24,7 +25,7 @@ from jaxft.planner.topology import Topology, sold_shape
 DEFAULT_CHIPS = ("v5e", "v5p", "v6e", "l4", "a100", "h100", "h200", "b200")
 # Ways to tune, by the keys that a config has if it does not say them itself.
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {"adapter.rank": 0, "model.quantise": ""},
+    "full": {"adapter.rank": 0, "model.quantise": "", "optim.lora_plus": 1.0},
     "LoRA": {"adapter.rank": 16, "model.quantise": ""},
     "QLoRA": {"adapter.rank": 16, "model.quantise": "nf4"},
 }
@@ -72,10 +73,17 @@ def find_fits(
       on_log: Takes lines that say how far it is.
 
     Raises:
-      ConfigError: For an unknown chip.
+      ConfigError: For an unknown chip, or if the config goes on from an adapter.
       ModelError: If there is no such model, or it is not supported.
     """
     known = [_chip(name) for name in chips or DEFAULT_CHIPS]
+    if config.adapter.path:
+        raise ConfigError(
+            f"--fit compares ways to tune a model, and adapter.path {config.adapter.path} has one "
+            "already. Leave the key out, or plan the run itself, without --fit."
+        )
+    if config.strategy != "fsdp":
+        on_log(f"The config's strategy {config.strategy} is not looked at: all fits are of fsdp.")
     # What stands for GPUs. If jax runs already, with fewer, more of them are refused when tried.
     with contextlib.suppress(ConfigError):
         cpu_devices(_MOST)
@@ -92,6 +100,8 @@ def find_fits(
 
 def _chosen(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
     """Returns the keys of a way to tune, with the config's own value of what it has at all."""
+    if not keys["adapter.rank"]:
+        return keys | {item.path: item.default for item in walk(AdapterConfig(), "adapter.")}
     own = {"adapter.rank": config.adapter.rank, "model.quantise": config.model.quantise}
     return {key: value and (own[key] or value) for key, value in keys.items()}
 

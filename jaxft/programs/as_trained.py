@@ -36,7 +36,7 @@ _NOT_OF_A_LOSS = ("objective.chunk", "objective.balance", "objective.reference")
 
 
 def say_differences(config: RunConfig, source: Source) -> None:
-    """Logs where a checkpoint was trained on data read in another way than it is evaluated on.
+    """Logs where a checkpoint was trained on other weights or rows than it is evaluated with.
 
     Raises:
       ConfigError: If what is held out here is not what was held out in training.
@@ -49,7 +49,8 @@ def say_differences(config: RunConfig, source: Source) -> None:
     here = to_dict(config)
     _check_held_out(here, trained)
     learnt = [n for n in here if n.startswith("objective.") and n not in _NOT_OF_A_LOSS]
-    for name in [*(f"data.{key}" for key in _DECIDE_HOW_ROWS_ARE_READ), *learnt]:
+    how = ["model.quantise", *(f"data.{key}" for key in _DECIDE_HOW_ROWS_ARE_READ)]
+    for name in [*how, *learnt]:
         if trained.get(name, here[name]) != here[name]:
             console.log(
                 f"{name} is {here[name]!r} here; the run was trained with {trained[name]!r}.",

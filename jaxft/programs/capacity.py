@@ -314,7 +314,7 @@ def _first_that_fits(
     for flags in way:
         changed = with_flags(config, flags)
         with contextlib.suppress(JaxftError):  # such as rows that a mesh cannot split
-            changed.validate()
+            changed.validate(evaluation=task is EVALUATION)
             size = sum(task.kinds(changed, estimates).values())
             if size <= most:
                 return Change(flags, size, same)

@@ -39,6 +39,7 @@ from jaxft.models.quantised import parameter_count
 from jaxft.programs import capacity
 from jaxft.programs.storage import checkpoint_bytes
 from jaxft.training.adaptation import as_run
+from jaxft.workdir.source import find_architecture
 
 Status = Literal["ok", "warning", "error"]
 
@@ -326,6 +327,9 @@ def _architecture(config: RunConfig) -> Architecture | None:
             return None
         if not isinstance(path, str):
             return None
+    if config.adapter.path:
+        is_here = Path(config.adapter.path).expanduser().exists()
+        return find_architecture(config) if is_here else None
     found = architecture_from_hf(json.loads(Path(path).read_text(encoding="utf-8")))
     return as_run(found, config)
 

@@ -82,7 +82,8 @@ def evaluate(
 
     Args:
       config: Names the data and how it is read; it is not changed.
-      checkpoint: Workdir, checkpoint, Hugging Face folder or id; empty: `model.path`.
+      checkpoint: Workdir, checkpoint, Hugging Face folder or id; empty: `model.path`, with the
+        adapter of `adapter.path` if that is set.
       step: Which checkpoint of a workdir: `best`, `latest` or a number.
       base: Model that an adapter is made for, where it is not the one that the adapter names.
 
@@ -172,13 +173,12 @@ def _prepare(config: RunConfig, checkpoint: str | Path, step: str, base: str) ->
     if not distributed.is_first():
         console.stderr.quiet = True
     distributed.check_same("config", {**to_dict(config), "step": step, "base": base})
-    config.validate()
+    config.validate(evaluation=True)
     sources = named_sources(config)
     use_compilation_cache(config.train.compilation_cache)
     placement = make_placement(config)
     with console.phase("Model and tokenizer") as phase:
-        revision = "" if checkpoint else config.model.revision
-        source = find_source(config.model.path, revision=revision, step=step, base=base)
+        source = _find_evaluated(config, checkpoint, step, base)
         phase.detail(source.name)
         description = read_description(source, _without_start(config))
         architecture, tokenizer = description.architecture, description.tokenizer
@@ -203,6 +203,19 @@ def _prepare(config: RunConfig, checkpoint: str | Path, step: str, base: str) ->
         rows,
         prompts,
     )
+
+
+def _find_evaluated(config: RunConfig, checkpoint: str | Path, step: str, base: str) -> Source:
+    """Returns the origin of what is evaluated: a model, or what `adapter.path` puts beside one."""
+    if checkpoint or not config.adapter.path:
+        revision = "" if checkpoint else config.model.revision
+        return find_source(config.model.path, revision=revision, step=step, base=base)
+    if base:
+        raise ConfigError(
+            f"adapter.path {config.adapter.path} is evaluated on model.path, and --base names "
+            "another model; leave one of the two out."
+        )
+    return find_start(config, step=step, weights=True)
 
 
 def _read_rows(

@@ -11,6 +11,7 @@ from typing import Any
 from jaxft.errors import ConfigError, ModelError, nearest
 from jaxft.files import as_json
 from jaxft.hf.folder import ModelFolder
+from jaxft.hf.peft.modules import CONFIG
 from jaxft.hf.peft.write import write_adapter
 from jaxft.hf.save import Readable, atomic_folder, save_params
 from jaxft.hf.save_tokenizer import save_tokenizer
@@ -176,6 +177,12 @@ def _export_adapter(
         check_base(source)
     abstract = architecture.plain.abstract(make_numerics("float32")).params
     shapes = {path: spec.shape for path, spec in abstract.items()}
+    if source.base.checkpoints is not None:
+        on_log(
+            f"The adapter names {source.base.path} as its base, the folder of a run, which other "
+            "programs do not read: export that as well, and put the path of the export into "
+            f"base_model_name_or_path of {CONFIG}."
+        )
     rows, stored = architecture.config.vocab, source.base.architecture.config.vocab
     if rows != stored:
         on_log(
@@ -208,6 +215,7 @@ def _identity(source: Source) -> list[Any]:
         files = [source.checkpoints / str(source.step) / "_CHECKPOINT_METADATA"]
     else:
         files = sorted(source.folder.glob("*.safetensors"))
+        files += [source.folder / CONFIG] if source.is_peft else []
     stats = [(file, file.stat()) for file in files]
     return [*base, *([str(f.absolute()), stat.st_size, stat.st_mtime_ns] for f, stat in stats)]
 

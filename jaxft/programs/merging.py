@@ -60,7 +60,7 @@ class Merged:
             over = tuple(range(-self._inputs, 0))
             norm = np.sqrt(np.sum(np.square(after), axis=over, keepdims=True))
             wanted = magnitude[index[: -self._inputs]]
-            after *= wanted.reshape(norm.shape) / norm
+            after *= wanted.reshape(norm.shape) / np.where(norm > 0, norm, 1)
         return after
 
     def _product(self, a: np.ndarray, b: np.ndarray, index: Index) -> np.ndarray:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jaxft.config import AdapterConfig, RunConfig
-from jaxft.config.values import numbers_by_pattern
 from jaxft.errors import ConfigError
 from jaxft.models.adapters import Adaptation, choose_sites, site_problems, weights_in
 from jaxft.models.config import make_numerics
@@ -54,20 +53,21 @@ def adapted(
     if not config.is_used:
         return architecture
     model = without_memory(architecture.build(make_numerics("float32")))
-    names: dict[str, list[str]] = {}
-    for rule in architecture.naming.rules:
-        names.setdefault(rule.ours.rpartition(".")[0], []).append(rule.theirs)
+    names = {
+        rule.ours.removesuffix(".w"): rule.theirs.removesuffix(".weight")
+        for rule in architecture.naming.rules
+        if rule.ours.endswith(".w")
+    }
     sites = {}
     if config.rank or config.ranks:
-        ranks = numbers_by_pattern("adapter.ranks", config.ranks)
         sites = choose_sites(
             weights_in(model),
             names,
             targets=config.targets,
             rank=config.rank,
             alpha=config.alpha,
-            ranks={pattern: int(rank) for pattern, rank in ranks.items()},
-            alphas=numbers_by_pattern("adapter.alphas", config.alphas),
+            ranks=config.ranks_by_pattern(),
+            alphas=config.alphas_by_pattern(),
             rslora=config.scaling == "rslora",
             magnitude=config.dora,
             dropout=config.dropout,
@@ -85,6 +85,12 @@ def adapted(
     if config.train and not any(adaptation.is_learnt(path) for path in paths):
         raise ConfigError(
             f"adapter.train {config.train!r} matches no parameter; paths are {', '.join(paths)}."
+        )
+    tables = [path for path in ("embed.w", "head.w") if rows and adaptation.is_learnt(path)]
+    if tables:
+        raise ConfigError(
+            f"adapter.train {config.train!r} trains all of {', '.join(tables)}, and "
+            "adapter.added_rows its rows of added tokens apart. Leave one of the two out."
         )
     return replace(architecture, adaptation=adaptation)
 

@@ -15,7 +15,7 @@ from jaxft.hf.folder import ModelFolder, read_json
 from jaxft.hf.hub import found_anywhere, resolve
 from jaxft.hf.peft.adapter import Adapter
 from jaxft.hf.peft.fields import understand
-from jaxft.hf.peft.modules import CONFIG
+from jaxft.hf.peft.modules import CONFIG, WEIGHTS
 from jaxft.hf.peft.read import read_adapter
 from jaxft.hf.stored import INDEX, SINGLE
 from jaxft.hf.tokenizer import has_tokenizer
@@ -60,8 +60,8 @@ class Source:
     @property
     def is_peft(self) -> bool:
         """Whether it is the folder of an adapter in PEFT's format."""
-        weights = any((self.folder / name).is_file() for name in (SINGLE, INDEX))
-        return self.checkpoints is None and (self.folder / CONFIG).is_file() and not weights
+        is_adapter = (self.folder / CONFIG).is_file() and not _holds_model(self.folder)
+        return self.checkpoints is None and is_adapter
 
     @functools.cached_property
     def described(self) -> ModelFolder:
@@ -112,6 +112,20 @@ class Source:
         return f"{self.checkpoints.parent}, step {self.step}{choice}"
 
 
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def _refuse_two(folder: Path, name: str) -> None:
+    """Raises ModelError if a folder holds a model, and an adapter of perhaps another one."""
+    if _holds_model(folder) and all((folder / file).is_file() for file in (CONFIG, WEIGHTS)):
+        raise ModelError(
+            f"{name} holds a model and an adapter, {WEIGHTS}: which of the two is meant? Move the "
+            f"adapter's files, {CONFIG} and {WEIGHTS}, to a folder of their own, and name that or "
+            "this one."
+        )
+
+
 def is_run(path: str | Path) -> bool:
     """Returns whether a path is the workdir of a run: a folder of checkpoints and of a model."""
     folder = Path(path).expanduser()
@@ -152,12 +166,13 @@ def find_source(
     return found
 
 
-def find_start(config: RunConfig, *, weights: bool) -> Source:
+def find_start(config: RunConfig, *, weights: bool, step: str = "best") -> Source:
     """Returns the origin of the weights that a run starts with: a model, or an adapter beside it.
 
     Args:
       config: The run.
       weights: Whether a repository's weights are needed.
+      step: Which checkpoint of an adapter's run, as for `find_source`.
 
     Raises:
       ConfigError: If `model.path` is an adapter, or `adapter.path` is none.
@@ -175,7 +190,7 @@ def find_start(config: RunConfig, *, weights: bool) -> Source:
                 f"jaxft export --merge --checkpoint={model.path} --output=FOLDER"
             )
         return found
-    found = _find_alone(config.adapter.path, revision="", step="best", weights=weights)
+    found = _find_alone(config.adapter.path, revision="", step=step, weights=weights)
     if not found.is_adapter:
         raise ConfigError(
             f"adapter.path {config.adapter.path} is a whole model, not an adapter. Name it by "
@@ -273,6 +288,7 @@ def _find_alone(path_or_repo_id: str | Path, *, revision: str, step: str, weight
                 "or name the run's workdir."
             )
         folder = resolve(name, revision=revision, weights=weights)
+        _refuse_two(folder, name)
         return Source(folder, path=name, revision=revision)
     folder = resolve(str(path), revision=revision) / "checkpoints"
     checkpoints = Checkpoints(folder, read_only=True)

@@ -390,6 +390,8 @@ def _is_fixed(key: str, values: Iterable[Any], config: RunConfig) -> bool:
         return True  # what is held out is not trained
     if key in _OF_A_BASE and config.adapter.is_used and not config.model.random_init:
         return False  # the base may have moved: its weights are compared with what was noted
+    if key == "optim.beta1" and config.optim.name == "schedule_free":
+        return True  # the parameters are made of it and of the average that is evaluated
     return key.startswith(_FIXED) and key not in _FREE
 
 

@@ -313,6 +313,16 @@ def test_a_pattern_matches_whole_components_at_the_end_of_a_name():
     assert [config.rank_of(name) for name in names] == [2, 2, 8, 3, 8]
 
 
+def test_numbers_that_are_not_finite_are_named(tmp_path):
+    tiny = bare_model(CASE["llama"])
+    adapter = random_adapter(tiny, {"layers.attn.q": 2, "layers.attn.v": 2})
+    adapter.arrays["layers.attn.v.lora_b"][1, 0, 0] = np.nan
+    written(tiny, adapter, tmp_path)
+    found = problem(tiny, tmp_path)
+    assert "adapter_model.safetensors holds numbers that are not finite" in found
+    assert "layers.attn.v.lora_b. " in found and "layers.attn.q" not in found
+
+
 def test_modules_that_the_config_names_and_the_file_lacks_are_named(tmp_path):
     tiny = bare_model(CASE["llama"])
     load_made("llama").write(tmp_path)

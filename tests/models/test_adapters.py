@@ -1,5 +1,6 @@
 """Adapters: what they compute, against dense matrices; where they are; what they start from."""
 
+import dataclasses
 import functools
 import json
 
@@ -19,6 +20,7 @@ from jaxft.training.adaptation import adapted
 from jaxft.workdir.adapter_note import AdapterNote, read_note
 from tests.oracle.cases import CASES, FAMILY_CASES
 from tests.tiny import load_tiny, relative_error
+from tests.tiny import with_adapters as tiny_with_adapters
 
 RANK = 4
 
@@ -179,7 +181,7 @@ def test_dropout_keeps_the_expected_share_and_differs_by_token_layer_and_site():
 
 def test_patterns_choose_sites_ranks_and_scales():
     _, architecture, _ = with_adapters(
-        "gqa", targets="q_proj|mlp", ranks="up_proj=2,mlp=3", alphas="down=30", scaling="rslora"
+        "gqa", targets="q_proj$|mlp", ranks="up_proj=2,mlp=3", alphas="down=30", scaling="rslora"
     )
     sites = architecture.adaptation.sites
     ranks = {path.rpartition(".")[2]: site.rank for path, site in sites.items()}
@@ -197,6 +199,8 @@ def test_patterns_choose_sites_ranks_and_scales():
         ("gqa", {"ranks": "head=2"}, r"adapter.ranks 'head' matches no weight"),
         ("gqa", {"rank": 400}, r"rank \d+ at most, not 400"),
         ("gqa", {"rank": 3, "start": "orthogonal"}, "halves the rank, and 3 is odd"),
+        ("gqa", {"targets": "x"}, r"layers\.attn\.q \(model\.layers\..*\.q_proj\), layers"),
+        ("gqa", {"train": "^embed", "added_rows": True}, "trains all of embed.w, and"),
         ("gqa", {"train": "nose"}, "adapter.train 'nose' matches no parameter"),
         ("mixtral", {"dora": True}, "cannot have adapter.dora"),
         ("mixtral", {"dropout": 0.1}, "cannot have adapter.dropout"),
@@ -205,7 +209,7 @@ def test_patterns_choose_sites_ranks_and_scales():
 def test_what_a_model_cannot_have_is_refused(case, keys, complaint):
     config = CASES[case if case in CASES else FAMILY_CASES[case][0]]
     with pytest.raises(ConfigError, match=complaint):
-        adapted(architecture_from_hf(config), AdapterConfig(**({"rank": RANK} | keys)))
+        adapted(architecture_from_hf(config), AdapterConfig(**({"rank": RANK} | keys)), added=(3,))
 
 
 @pytest.mark.slow(seconds=2)
@@ -245,6 +249,17 @@ def test_what_does_not_train_is_kept_in_the_compute_type():
     }
     assert narrow == {path for path in tiny.params if "norm" not in path}
     assert all(path.rpartition(".")[2] == "w" for path in narrow)
+
+
+def test_a_row_of_zeros_stays_one_with_dora():
+    tiny = load_tiny("gqa")
+    w = tiny.params["layers.mlp.up.w"].at[0, 3].set(0.0)
+    plain = dataclasses.replace(tiny, params={**tiny.params, "layers.mlp.up.w": w})
+    start = tiny_with_adapters(plain, rank=2, dora=True, targets="mlp.up")
+    leaf = "layers.mlp.up.lora_b"
+    start.params[leaf] = jnp.zeros_like(start.params[leaf])
+    tokens = np.arange(8)[None]
+    np.testing.assert_allclose(start.merge()(tokens), plain.merge()(tokens), atol=1e-5)
 
 
 def test_a_starting_pair_is_as_exact_as_the_pair_it_is_subtracted_from():

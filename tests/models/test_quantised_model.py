@@ -145,6 +145,7 @@ def test_codes_are_held_and_travel_and_nothing_decoded_is_kept(hf, kind, mesh):
 def test_what_is_in_codes_cannot_train():
     config = RunConfig()
     config.model.path, config.model.quantise = "model", "nf4"
+    config.validate(evaluation=True)
     with pytest.raises(ConfigError, match="nothing learns beside the quantised"):
         config.validate()
     config.adapter.train = "attn.q"

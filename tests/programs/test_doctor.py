@@ -9,10 +9,13 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from jaxft.config import RunConfig
 from jaxft.hardware.devices import Room
+from jaxft.hf.peft.adapter import Adapter
+from jaxft.hf.peft.write import write_adapter
 from jaxft.models.config import Numerics
 from jaxft.programs import capacity, doctor
 from jaxft.programs.doctor import (
@@ -181,6 +184,23 @@ def test_a_run_is_judged_with_the_codes_and_adapters_that_it_will_hold(model, mo
     assert any(path.endswith(".codes") for path in found.params)
     (check,) = check_disk(config)
     trained = sum(s.size for path, s in found.params.items() if ".lora" in path)
+    assert f"({model[1] + trained:,} parameters)" in check.detail
+
+
+def test_a_run_that_goes_on_from_an_adapter_is_judged_with_it(model, tmp_path):
+    config = RunConfig()
+    config.model.path = model[0]
+    whole = find_architecture(config)
+    shapes = {path: spec.shape for path, spec in whole.abstract(Numerics()).params.items()}
+    q, rank = whole.config, 2
+    arrays = {
+        "layers.attn.q.lora_a": np.ones((q.layers, rank, q.embed), np.float32),
+        "layers.attn.q.lora_b": np.ones((q.layers, q.heads, q.head_dim, rank), np.float32),
+    }
+    write_adapter(tmp_path, Adapter(arrays, {"layers.attn.q": 4.0}), whole.naming, shapes)
+    config.adapter.path = str(tmp_path)
+    (check,) = check_disk(config)
+    trained = sum(array.size for array in arrays.values())
     assert f"({model[1] + trained:,} parameters)" in check.detail
 
 

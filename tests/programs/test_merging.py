@@ -38,6 +38,18 @@ def test_weights_of_every_family_get_what_dense_matrices_get(family):
     assert adaptation_of(adapter).sites.keys() == ranks.keys()
 
 
+def test_a_row_of_zeros_has_no_direction_and_stays_one():
+    tiny = bare_model(CASE["llama"])
+    adapter = random_adapter(tiny, {"layers.mlp.up": 2}, dora=True)
+    arrays = {**adapter.arrays, "layers.mlp.up.lora_b": adapter.arrays["layers.mlp.up.lora_b"] * 0}
+    stored = arrays_of(tiny)
+    weight = stored["layers.mlp.up.w"] = stored["layers.mlp.up.w"].copy()
+    weight[0, 3] = 0
+    adapter = dataclasses.replace(adapter, arrays=arrays)
+    found = merged(tiny.architecture, stored, adapter)["layers.mlp.up.w"][slices(weight.shape)]
+    assert np.isfinite(found).all() and not found[0, 3].any() and found[0, 2].any()
+
+
 def test_rows_of_tokens_and_whole_parameters_are_put_in_their_place():
     tiny = bare_model(CASE["llama"])
     adapter = add_rest(tiny, ["embed", "head"], ["norm.scale"], tokens=(9, 3, 5))

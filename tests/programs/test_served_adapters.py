@@ -1,5 +1,6 @@
 """Adapters after training: evaluated, asked, exported and merged, and trained on."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,9 +10,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxft
+from jaxft import cli
+from jaxft.cli.common import export_command
 from jaxft.errors import CheckpointError, ConfigError, ModelError
 from jaxft.programs.comparison import compare
 from jaxft.programs.evaluation import evaluate, evaluate_pair
+from jaxft.programs.exporter import _identity
 from jaxft.workdir.source import find_source
 from tests.tiny_run import read_records, tiny_config
 
@@ -91,6 +95,50 @@ def test_other_weights_in_the_place_of_the_base_are_noticed(run, home, tmp_path)
     ):
         with pytest.raises(CheckpointError, match=r"not those that the adapter of .* trained on"):
             read()
+
+
+def test_an_adapter_that_a_config_names_is_evaluated(run, home):
+    config, result = run
+    named = adapter_config(home, "new", adapter__rank=0, adapter__path=str(result.workdir))
+    found, expected = evaluate(named), evaluate(config, result.workdir)
+    assert found["validation"].record()["loss"] == expected["validation"].record()["loss"]
+    with pytest.raises(ConfigError, match="--base names another model"):
+        evaluate(named, base=str(home / "base"))
+
+
+def test_weights_in_other_codes_than_in_training_are_said(run, capfd):
+    config, result = run
+    model = dataclasses.replace(config.model, quantise="int8")
+    quantised = dataclasses.replace(config, model=model, adapter=jaxft.RunConfig().adapter)
+    assert evaluate(quantised, result.workdir)
+    said = "model.quantise is 'int8' here; the run was trained with ''"
+    assert said in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_folder_of_a_model_and_an_adapter_is_neither(exported, home, tmp_path):
+    both = shutil.copytree(home / "base", tmp_path / "both")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(exported[0] / name, both)
+    with pytest.raises(ModelError, match=r"holds a model and an adapter.*which of the two"):
+        jaxft.load(both)
+
+
+def test_what_a_command_line_says_of_adapters(run, exported, tmp_path, capfd):
+    workdir = shutil.copytree(run[1].workdir, tmp_path / "run")
+    assert not export_command(workdir).endswith("--merge")
+    note = workdir / "model/adapter.json"
+    described = json.loads(note.read_text())
+    described["adaptation"]["sites"] = {}
+    note.write_text(json.dumps(described))
+    assert export_command(workdir).endswith("--merge")
+    arguments = ["convert", str(exported[0]), f"--output={tmp_path / 'out'}"]
+    assert cli.main(arguments) == 2
+    assert "jaxft export --merge" in capfd.readouterr().err
+
+
+def test_an_export_goes_on_only_beside_the_same_adapter(exported):
+    source = find_source(exported[0])
+    assert any("adapter_config.json" in str(found[0]) for found in _identity(source))
 
 
 def test_an_adapter_is_no_model_to_start_from(run, home):

@@ -87,6 +87,21 @@ def test_resume_refuses_changes_that_break_the_continuation_all_at_once(tmp_path
     assert stored["model.path"] == "org/model"
 
 
+def test_the_share_of_an_average_in_the_parameters_stays(tmp_path, config):
+    config.optim.name, config.optim.schedule = "schedule_free", "constant"
+    _run(tmp_path, config)
+    config.optim.beta1 = 0.5
+    with pytest.raises(CheckpointError, match=r"optim\.beta1 was 0\.9 and is now 0\.5"):
+        _open(tmp_path, config, resume=True)
+
+
+def test_a_model_that_only_an_adapter_is_made_for_may_be_elsewhere(tmp_path, config):
+    config.adapter.rank = 2
+    _run(tmp_path, config)
+    config.model.path = "elsewhere"
+    assert _open(tmp_path, config, resume=True).changes
+
+
 def test_resume_reports_changes_that_do_not_break_the_continuation(tmp_path, config):
     _run(tmp_path, config)
     config.train.steps, config.model.remat, config.train.workdir = 99, "none", "elsewhere"

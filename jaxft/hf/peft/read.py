@@ -101,6 +101,7 @@ class _Folder:
         naming: Naming,
         shapes: Mapping[str, tuple[int, ...]],
     ):
+        self._path = folder / WEIGHTS
         self._config = config
         self._naming = naming
         self._shapes = shapes
@@ -119,7 +120,7 @@ class _Folder:
             raise ModelError([f"{folder}: {problem}" for problem in self._problems])
 
     def adapter(self) -> Adapter:
-        """Reads everything."""
+        """Reads everything; raises ModelError for numbers that are not finite."""
         arrays: dict[str, np.ndarray] = {}
         alphas: dict[str, float] = {}
         for pairs in self._pairs.values():
@@ -132,6 +133,13 @@ class _Folder:
                 whole[part.index] = part.to_ours(values)
         for path, entry in self._rows.items():
             arrays[path] = entry.map().astype(_FLOAT32)
+        bad = [path for path, array in arrays.items() if not np.isfinite(array).all()]
+        if bad:
+            raise ModelError(
+                f"{self._path} holds numbers that are not finite (NaN or infinite): "
+                f"{', '.join(bad)}. The file is damaged, or training diverged before it was "
+                "written; take another copy, or an earlier checkpoint."
+            )
         return Adapter(
             arrays,
             alphas,

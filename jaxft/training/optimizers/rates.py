@@ -1,6 +1,7 @@
 """Factors of the learning rate, by pattern, by layer and by the part of an adapter."""
 
 import re
+from collections.abc import Collection
 
 import numpy as np
 
@@ -39,6 +40,18 @@ def factors(config: OptimConfig, model: AbstractModel) -> dict[str, float | np.n
         if np.any(by_layer != 1):
             found[path] = by_layer
     return found
+
+
+def refuse_standstill(
+    config: OptimConfig, model: AbstractModel, trainable: Collection[str]
+) -> None:
+    """Raises ConfigError if every parameter that trains has the rate 0."""
+    found = factors(config, model)
+    if all(not np.any(found.get(path, 1.0)) for path in trainable):
+        raise ConfigError(
+            f"optim.rates {config.rates!r} leaves every parameter that trains at a rate of 0. "
+            f"Leave the key out, or some of them: {', '.join(trainable)}."
+        )
 
 
 def _of_layer(path: str, decay: float, model: AbstractModel) -> float | np.ndarray:
