@@ -148,7 +148,7 @@ def _hash(sums: Mapping[str, Any]) -> str:
 
 @jax.jit(static_argnums=2)
 def _checksums(params: Params, kept: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    def of(path: str, x: Array) -> Array:
+    def of(path: str, x: Array) -> tuple[Array, Array]:
         rows = kept.get(path, np.ones(x.shape[:1], bool))
         counts = jnp.broadcast_to(jnp.expand_dims(rows, range(1, x.ndim)), x.shape)
         return _checksum(x, counts, np.uint32(0), dtype)
@@ -159,7 +159,7 @@ def _checksums(params: Params, kept: Mapping[str, Any], dtype: str) -> dict[str,
 @jax.jit(static_argnums=3)
 def _checksum(
     x: Array, counts: Bool[Array, "..."], first: UInt32[Array, ""], dtype: str
-) -> UInt32[Array, "2"]:
+) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
     """Returns two sums over numbers that count, by their places from `first` on, rows first."""
     wide = x.astype(jnp.float32)
     if dtype == "bfloat16":
@@ -172,4 +172,5 @@ def _checksum(
         place = place * jnp.uint32(size) + along
     place = place + first
     sums = (words * (2 * place + 1), words ^ place)
-    return jnp.stack([jnp.sum(jnp.where(counts, y, 0), dtype=jnp.uint32) for y in sums])
+    one, other = (jnp.sum(jnp.where(counts, y, 0), dtype=jnp.uint32) for y in sums)
+    return one, other

@@ -16,6 +16,8 @@ from jaxft.errors import CheckpointError, ConfigError, ModelError
 from jaxft.programs.comparison import compare
 from jaxft.programs.evaluation import evaluate, evaluate_pair
 from jaxft.programs.exporter import _identity
+from jaxft.training.state import TrainState
+from jaxft.workdir.checkpoint import Checkpoints, Progress
 from jaxft.workdir.source import find_source
 from tests.tiny_run import read_records, tiny_config
 
@@ -241,6 +243,17 @@ def test_an_adapter_is_merged_into_the_weights_of_its_base(run, exported, home, 
 
 
 @pytest.mark.slow(seconds=2)
+def test_the_name_of_a_run_as_base_is_said_to_be_for_jaxft_alone(run, home, tmp_path):
+    shutil.copytree(home / "base", tmp_path / "whole/model")
+    state = TrainState(1, jaxft.load(home / "base").params, {}, {"count": np.int32(1)})
+    with Checkpoints(tmp_path / "whole/checkpoints") as checkpoints:
+        checkpoints.save(state, progress=Progress(data={}), config={})
+    lines: list[str] = []
+    whole = tmp_path / "whole"
+    jaxft.export(run[1].workdir, tmp_path / "out", base=whole, on_log=lines.append)
+    assert lines[-1].startswith(f"The adapter names {whole} as its base, the folder of a run")
+
+
 def test_a_merge_says_what_rounding_leaves_of_the_adapter(run, tmp_path):
     lines: list[str] = []
     jaxft.export(
