@@ -1,11 +1,9 @@
 """A run's optimizer: clipping, direction, decay, learning rates and averages, one after another."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxft.config import OptimConfig
@@ -15,7 +13,7 @@ from jaxft.training.optimizers.adafactor import scale_by_adafactor
 from jaxft.training.optimizers.averages import schedule_free, with_average
 from jaxft.training.optimizers.moments import store_moments, stored_types
 from jaxft.training.optimizers.muon import is_muons, orthogonalise
-from jaxft.training.optimizers.rates import factors
+from jaxft.training.optimizers.rates import factors, scale_by_factors
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -70,7 +68,7 @@ def make_optimizer(
         store_moments(_direction(config, model), types),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(schedule),
-        *([_scale_by(found)] if found else []),
+        *([scale_by_factors(config, found)] if found else []),
     )
     if config.name == "schedule_free":
         step = schedule_free(step, schedule, config.beta1)
@@ -99,16 +97,6 @@ def _direction(config: OptimConfig, model: AbstractModel) -> optax.GradientTrans
     return optax.partition(
         {"muon": muon, "adamw": adam}, lambda params: {path: labels[path] for path in params}
     )
-
-
-def _scale_by(found: Mapping[str, float | np.ndarray]) -> optax.GradientTransformation:
-    """Multiplies updates of some parameters by factors."""
-
-    def change(updates: Any, params: Any) -> Any:
-        del params
-        return {path: value * found.get(path, 1.0) for path, value in updates.items()}
-
-    return optax.stateless(change)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

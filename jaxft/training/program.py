@@ -34,7 +34,6 @@ from jaxft.training.evaluation_step import make_eval_step, make_score_step, make
 from jaxft.training.flops import Learning
 from jaxft.training.objectives.bound import BoundObjective, bind
 from jaxft.training.optim import make_optimizer, make_schedule
-from jaxft.training.optimizers.rates import refuse_standstill
 from jaxft.training.state import TrainState, abstract_state, partition
 from jaxft.training.step import ReferenceModel, make_train_step
 
@@ -370,7 +369,6 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         placement=placement,
         moments=of_moments,
     )
-    refuse_standstill(config.optim, abstract, state.trainable)
     gradients = {path: of_gradients[path] for path in state.trainable}
     shape = (train.accumulation, train.batch_size // train.accumulation, config.data.max_length)
     fixed, reference = _reference_of(config, evaluator, state)

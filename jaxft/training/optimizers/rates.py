@@ -1,9 +1,11 @@
 """Factors of the learning rate, by pattern, by layer and by the part of an adapter."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import optax
 
 from jaxft.config import OptimConfig
 from jaxft.errors import ConfigError
@@ -42,16 +44,24 @@ def factors(config: OptimConfig, model: AbstractModel) -> dict[str, float | np.n
     return found
 
 
-def refuse_standstill(
-    config: OptimConfig, model: AbstractModel, trainable: Collection[str]
-) -> None:
-    """Raises ConfigError if every parameter that trains has the rate 0."""
-    found = factors(config, model)
-    if all(not np.any(found.get(path, 1.0)) for path in trainable):
-        raise ConfigError(
-            f"optim.rates {config.rates!r} leaves every parameter that trains at a rate of 0. "
-            f"Leave the key out, or some of them: {', '.join(trainable)}."
-        )
+def scale_by_factors(
+    config: OptimConfig, found: Mapping[str, float | np.ndarray]
+) -> optax.GradientTransformation:
+    """Multiplies updates of some parameters by factors; `init` raises ConfigError if all are 0."""
+
+    def init(params: Any) -> optax.EmptyState:
+        if all(not np.any(found.get(path, 1.0)) for path in params):
+            raise ConfigError(
+                f"optim.rates {config.rates!r} leaves every parameter that trains at a rate of 0. "
+                f"Leave the key out, or some of them: {', '.join(params)}."
+            )
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return {path: value * found.get(path, 1.0) for path, value in updates.items()}, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _of_layer(path: str, decay: float, model: AbstractModel) -> float | np.ndarray:
