@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jaxft.hardware import huge_pages
+
 SHAPES: dict[str, dict[str, Any]] = {
     "15m": {
         "vocab_size": 32000,
@@ -62,6 +64,8 @@ def main() -> None:
     """Runs as the orchestrator, or as one measurement with --worker."""
     options = _options()
     if options.worker:
+        # As the command `jaxft train` does.
+        huge_pages.start_again_with_them()
         print(json.dumps(measure(options)))
         return
     runs: dict[str, list[float]] = {"jaxft": [], "torch": []}

@@ -203,8 +203,8 @@ class ObjectiveConfig:
         choices=("auto", "fixed", "cached", "none"),
     )
     chunk: int = key(
-        256,
-        "Positions of each row whose float32 logits exist at once; 0: all of them.",
+        1024,
+        "Positions of a device whose float32 logits exist at once; 0: all of them.",
         minimum=0,
     )
     balance: float = key(

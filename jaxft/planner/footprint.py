@@ -170,8 +170,8 @@ class Footprint:
 
     def _logits_bytes(self) -> float:
         """Returns bytes of one chunk's logits and their gradient, float32."""
-        chunk = min(self.config.objective.chunk or self.part, self.part)
-        return 2 * 4 * chunk * self.tokens / self.part * self._vocab()
+        chunk = min(self.config.objective.chunk or self.tokens, self.tokens)
+        return 2 * 4 * chunk * self._vocab()
 
     def _layer_weights(self) -> float:
         """Returns bytes of two layers' weights as a device multiplies with them."""

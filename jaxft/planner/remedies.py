@@ -118,8 +118,8 @@ def _memory_changes(config: RunConfig, plan: Plan) -> Iterator[tuple[str, dict[s
     if train.batch_size // train.accumulation >= 2 * _shards(plan):
         count = 2 * train.accumulation
         yield f"{count} micro-batches", {"train.accumulation": count}
-    if config.objective.chunk > 64 or not config.objective.chunk:
-        yield "logits of 64 positions at a time", {"objective.chunk": 64}
+    if config.objective.chunk > 128 or not config.objective.chunk:
+        yield "logits of 128 positions at a time", {"objective.chunk": 128}
     if plan.topology.chip.host and model.offload != "inputs":
         flags = {"model.remat": "full", "model.offload": "inputs"}
         yield "keep the layers' inputs alone, on the host", flags

@@ -336,7 +336,7 @@ def _training_kinds(config: RunConfig, estimates: Estimates) -> Kinds:
 def _training_changes(config: RunConfig) -> tuple[list[list[Flags]], list[list[Flags]]]:
     train, model = config.train, config.model
     whole = {"model.remat": "full"} if model.remat != "full" else {}
-    chunk = {"objective.chunk": 64} if not 0 < config.objective.chunk <= 64 else {}
+    chunk = {"objective.chunk": 128} if not 0 < config.objective.chunk <= 128 else {}
     counts = [{"train.accumulation": count} for count in _more_parts(train)]
     smaller: list[Flags] = []
     if config.data.validation or config.eval.retention:
@@ -385,7 +385,7 @@ def _evaluation_kinds(config: RunConfig, estimates: Estimates) -> Kinds:
 def _evaluation_changes(config: RunConfig) -> tuple[list[list[Flags]], list[list[Flags]]]:
     rows = config.eval.batch_size or config.train.batch_size
     fewer = [{"eval.batch_size": rows >> i} for i in range(1, rows.bit_length())]
-    chunk = {"objective.chunk": 64} if not 0 < config.objective.chunk <= 64 else {}
+    chunk = {"objective.chunk": 128} if not 0 < config.objective.chunk <= 128 else {}
     ways = [
         fewer,
         [chunk | more for more in ({}, *fewer)] if chunk else [],

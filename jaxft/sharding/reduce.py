@@ -321,7 +321,8 @@ def project_decoded(
 
 def _product(x: Array, w: Array, inputs: int) -> Array:
     outputs = w.shape[: w.ndim - inputs]
-    if active_placement() is None:
+    placement = active_placement()
+    if placement is None or placement.mesh.size == 1:
         # As two dimensions, which XLA on CPU multiplies as they lie: it would transpose three.
         w = w.reshape(math.prod(outputs), -1)
         x = x.reshape(*x.shape[:2], -1)

@@ -203,7 +203,7 @@ def test_cross_entropy_in_chunks_and_its_gradients_are_the_closed_form(tiny, chu
 def test_chunks_without_a_trained_position_are_left_out(trained):
     weights = np.zeros(48, np.float32)
     weights[np.random.RandomState(trained).permutation(48)[:trained]] = 0.5
-    order = TrainedFirst.of(weights.reshape(2, 24), 10)
+    order = TrainedFirst.of(weights.reshape(2, 24), 20)
 
     def body(chunk, seen):
         places = jnp.where(chunk.real, chunk.order, 49)  # dropped

@@ -75,7 +75,7 @@ class BoundObjective:
     Attributes:
       objective: The mathematics.
       keys: Keys of the objective.
-      chunk: Positions of each row whose float32 logits exist at once; 0 for all.
+      chunk: Positions of a device whose float32 logits exist at once; 0 for all.
       balance: Weight of the load-balancing loss. It is judged over the tokens of a micro-batch.
       max_units: Most units of one row.
       name: Name in the run's config; empty for one that no run names.

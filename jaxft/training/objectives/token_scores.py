@@ -66,7 +66,7 @@ def token_scores(
       hidden: What its logits are made of.
       targets: Ids.
       weights: Of the targets. Only whether they are 0 matters here.
-      chunk: For each row, as many positions are computed at once; 0: all.
+      chunk: Positions of a device that are computed at once; 0: all.
     """
     head = _Head(model, targets.shape, chunk)
 
@@ -109,7 +109,7 @@ def cross_entropy_sum(
       hidden: What its logits are made of.
       targets: Ids.
       weights: Of the targets; they have no gradient.
-      chunk: For each row, as many positions are computed at once; 0: all.
+      chunk: Positions of a device that are computed at once; 0: all.
     """
     head = _Head(model, targets.shape, chunk)
 
@@ -321,9 +321,9 @@ class TrainedFirst(NamedTuple):
 
     @classmethod
     def of(cls, weights: Array, chunk: int) -> "TrainedFirst":
-        """Orders the positions of `weights` in chunks of `chunk` for each row."""
+        """Orders the positions of `weights`, for chunks of so many; 0: one chunk of all."""
         rows, length = weights.shape
-        size = rows * (chunk if 0 < chunk < length else length)
+        size = min(chunk or rows * length, rows * length)
         flat = weights.reshape(-1) != 0
         order = jnp.argsort(~flat, stable=True)
         order = jnp.pad(order, (0, -order.size % size))
