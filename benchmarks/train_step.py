@@ -158,8 +158,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from jaxft.hardware.devices import device_memory, host_memory, peak_flops
     from jaxft.models.families import architecture_from_hf
     from jaxft.models.module import init_params
+    from jaxft.training.feeding import put
     from jaxft.training.flops import training_flops
-    from jaxft.training.program import build, build_evaluator, make_placement, put
+    from jaxft.training.program import build, build_evaluator, make_placement
     from jaxft.training.state import init_state
     from jaxft.workdir.workdir import environment
 

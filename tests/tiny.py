@@ -16,8 +16,9 @@ from jaxft.models.config import Numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
 from jaxft.training.adaptation import adapted
+from jaxft.training.feeding import put
 from jaxft.training.objectives.bound import Judged, bind
-from jaxft.training.program import Program, build, build_evaluator, make_placement, put
+from jaxft.training.program import Program, build, build_evaluator, make_placement
 from jaxft.training.state import TrainState, init_state
 from tests.oracle.cases import CASES, llama_tensors, tensors_of
 

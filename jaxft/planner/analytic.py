@@ -270,7 +270,7 @@ class _Run(Footprint):
         layer += sum(m for m, _ in beside) * bool(self.again)
         # Forward, and two gradients, before which all but cross entropy makes logits once more.
         again = not self.config.objective.objective.is_cross_entropy
-        head = 1 + self.learns * (again + self.back + self.placed.head.trained)
+        head = 1 + self.learns * (again + self.placed.passes_head + self.placed.head.trained)
         # The kernels of flash attention make scores once more for the gradients.
         attention = 2 + self.back * (5 if self.placed.flash else 4)
         if names.ATTENTION in self.again:

@@ -14,7 +14,7 @@ from jaxft.hardware.devices import array_bytes
 from jaxft.models.adapters import NOTHING, Adaptation, is_beside
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import make_numerics
-from jaxft.models.families import Architecture, reaches_layers
+from jaxft.models.families import Architecture, after_layers, reaches_layers
 from jaxft.models.module import AbstractModel
 from jaxft.models.quantised import is_leaf
 from jaxft.planner.topology import Topology
@@ -175,6 +175,11 @@ class Placed:
     def reaches_layers(self) -> bool:
         """Whether gradients go back into the layers: to their weights, or to what is before."""
         return reaches_layers(self.trainable)
+
+    @property
+    def passes_head(self) -> bool:
+        """Whether gradients go back through the head."""
+        return self.reaches_layers or after_layers(self.trainable)
 
     @functools.cached_property
     def expansions(self) -> int:

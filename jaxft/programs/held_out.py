@@ -14,7 +14,8 @@ from jaxft.data import Batch, TokenRows
 from jaxft.models.module import Params
 from jaxft.reporting.figures import figure_of, words_of
 from jaxft.reporting.intervals import Estimate, ratio
-from jaxft.training.program import Evaluator, put
+from jaxft.training.feeding import put
+from jaxft.training.program import Evaluator
 
 NAN = float("nan")
 

@@ -32,6 +32,7 @@ from jaxft.reporting.progress import TrainProgress
 from jaxft.reporting.report import write_report
 from jaxft.sharding.rules import Placement
 from jaxft.training.compilation import use_compilation_cache
+from jaxft.training.feeding import put
 from jaxft.training.program import (
     Evaluator,
     Program,
@@ -39,7 +40,6 @@ from jaxft.training.program import (
     build_evaluator,
     check_run,
     make_placement,
-    put,
 )
 from jaxft.training.state import TrainState, init_state
 from jaxft.training.step import StepFigures

@@ -18,7 +18,8 @@ from jaxft.distributed import launch
 from jaxft.errors import ConfigError
 from jaxft.programs.evaluation import evaluate
 from jaxft.programs.trainer import train
-from jaxft.training.program import make_placement, put
+from jaxft.training.feeding import put
+from jaxft.training.program import make_placement
 from tests.hosts import Hosts, script, train_on
 from tests.tiny_run import command, read_metrics, read_records, tiny_config, write_chats
 

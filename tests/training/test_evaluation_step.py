@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxft.data.batch import Batch
-from jaxft.training.program import put
+from jaxft.training.feeding import put
 from tests.tiny import load_tiny, make_documents, make_program, pack
 
 LENGTHS = [5, 9, 3, 7, 24, 12, 11, 1, 2, 20, 6, 6, 17, 8, 24, 3]

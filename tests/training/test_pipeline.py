@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from jaxft.config import from_dict
+from jaxft.training.feeding import put
 from jaxft.training.objectives import sft
-from jaxft.training.program import build, put
+from jaxft.training.program import build
 from tests.tiny import feed, load_tiny, make_program, random_rows, relative_error, start
 
 LENGTH = 24

@@ -296,8 +296,8 @@ class _Gradients(NamedTuple):
     """Sums over the chunks of a device.
 
     Attributes:
-      hidden: Of hidden states, in the order of the chunks, `[N, D]`.
-      w: Of the head, float32 `[D, V]`; None if it does not learn.
+      hidden: Gradient of hidden states, in the order of the chunks, `[N, D]`.
+      w: Gradient of the head, float32 `[D, V]`; None if it does not learn.
     """
 
     hidden: Array
@@ -353,8 +353,8 @@ class _Chunk(NamedTuple):
     """Positions that are computed at once.
 
     Attributes:
-      start: Where they begin in the order of all.
-      order: Which they are, int32 `[C]`.
+      start: Place of the first in the order of all.
+      order: Positions, int32 `[C]`.
       real: Whether they are trained; the others fill the last chunk.
     """
 
