@@ -10,7 +10,7 @@ import jaxft
 from jaxft import cli
 from jaxft.demo import BASE
 from jaxft.errors import JaxftError
-from jaxft.programs import streaming
+from jaxft.programs import decoding
 from jaxft.programs.generate import Sampling
 from jaxft.programs.terminal import Chat, talk
 
@@ -145,9 +145,12 @@ def test_lines_of_a_pipe_are_answered(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(answer)
 
 
-def test_a_long_chat_compiles_two_programs():
+def test_a_long_chat_compiles_nothing_new():
+    def compiled() -> tuple[int, int]:
+        return decoding.read_tokens._cache_size(), decoding.decode_tokens._cache_size()
+
     chat = chat_of()
-    said(chat, HELLO)
-    before = streaming._read_block._cache_size(), streaming._decode_block._cache_size()
+    said(chat, HELLO, "Ear?")  # a whole prompt, and a short addition to it
+    before = compiled()
     said(chat, *["Ear?"] * 6)
-    assert before == (streaming._read_block._cache_size(), streaming._decode_block._cache_size())
+    assert compiled() == before
