@@ -155,6 +155,7 @@ def next_commands(capsys) -> list[str]:
         (["train", "--config.optim.learning_rat=1"], "'--config.optim.learning_rate'?"),
         (["train", "--learning_rate=1"], "Did you mean --config.optim.learning_rate=1?"),
         (["train"], "model.path is empty"),
+        (["train", "--profile=0"], "'0' is no whole number from 1 on"),
         (["generate", "--model=m", "--config.optim.beta1=1"], "Unknown argument"),
         (["generate", "--model=m", "--top_k=many"], "invalid int value"),
         (["train", "--config.train.workdir", "--config.train.steps=5"], "has no value"),

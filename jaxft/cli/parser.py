@@ -67,6 +67,15 @@ def make_parser() -> argparse.ArgumentParser:
     train = command("train", running.train, "Fine-tune a model.", config=True)
     train.add_argument("--resume", action="store_true", help="continue the run in train.workdir")
     train.add_argument("--overwrite", action="store_true", help="delete that run first")
+    train.add_argument(
+        "--profile",
+        type=_number_from_one,
+        nargs="?",
+        const=3,
+        default=0,
+        metavar="STEPS",
+        help="trace so many steps and show what took longest; default: none, without a number 3",
+    )
     _add_processes(train)
     train.add_argument(
         "--print_config", action="store_true", help="show every key with its meaning, and stop"
@@ -151,6 +160,13 @@ def make_parser() -> argparse.ArgumentParser:
     _add_plan(command("plan", looking.plan, "What a run would cost on TPUs or GPUs.", config=True))
     command("doctor", looking.doctor, "Check versions, devices, disk and hub.", config=True)
     return parser
+
+
+def _number_from_one(text: str) -> int:
+    """Returns a number of steps."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def _add_model(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:

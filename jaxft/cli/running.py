@@ -30,7 +30,9 @@ def train(options: argparse.Namespace) -> int:
         config = config_of(options, training=True)
         from jaxft.programs.trainer import train
 
-        result = train(config, resume=options.resume, overwrite=options.overwrite)
+        result = train(
+            config, resume=options.resume, overwrite=options.overwrite, profile=options.profile
+        )
     if not result.exit_code:
         show_next(_after_training(config))
     return result.exit_code

@@ -14,6 +14,7 @@ from jaxft.distributed.talk import (
     host_name,
     hosts_that_do_not_see,
     is_first,
+    is_first_on_machine,
     process,
     require_shared,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "host_name",
     "hosts_that_do_not_see",
     "is_first",
+    "is_first_on_machine",
     "process",
     "refuse_several",
     "require_joined",

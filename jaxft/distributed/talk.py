@@ -41,6 +41,14 @@ def is_first() -> bool:
     return process() == 0
 
 
+def is_first_on_machine() -> bool:
+    """Whether no process of a lower number runs on the same machine."""
+    if count() == 1:
+        return True
+    names = {int(key.rpartition("/")[2]): name for key, name in read_all("host").items()}
+    return process() == min(n for n, name in names.items() if name == names[process()])
+
+
 def host_name(number: int) -> str:
     """Returns 'host 2 (name)'."""
     try:

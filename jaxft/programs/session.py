@@ -244,7 +244,7 @@ class Session:
                 )
 
     def _flops(self, sums: Any) -> Any:
-        tokens = sums.count("tokens")
+        tokens = sums.timed("tokens")
         evaluator = self.program.evaluator
         config = evaluator.architecture.config
         return training_flops(
@@ -254,8 +254,8 @@ class Session:
             heads=config.heads,
             head_dim=config.head_dim,
             tokens=tokens,
-            squared_lengths=sums.count("squared_lengths"),
-            untrained_tokens=max(0, tokens - sums.count("trained_tokens")),
+            squared_lengths=sums.timed("squared_lengths"),
+            untrained_tokens=max(0, tokens - sums.timed("trained_tokens")),
             forward_passes=self.config.objective.forward_passes,
         )
 

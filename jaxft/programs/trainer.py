@@ -26,6 +26,7 @@ from jaxft.programs.answers import read_sample_prompts
 from jaxft.programs.description import Description, read_description
 from jaxft.programs.digests import digest_of_base
 from jaxft.programs.held_out import HeldOut
+from jaxft.programs.profiler import Profiler
 from jaxft.programs.reference import Reference, read_start, read_start_note
 from jaxft.programs.session import Session
 from jaxft.reporting.progress import TrainProgress
@@ -83,13 +84,16 @@ class TrainResult:
         return 0 if self.reason in ("end", "patience") else 128 + Signals[self.reason]
 
 
-def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+def train(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, profile: int = 0
+) -> TrainResult:
     """Fine-tunes a model as `config` says.
 
     Args:
       config: The run; it is not changed.
       resume: Continue the run in `train.workdir` from its newest complete checkpoint.
       overwrite: Delete the run in `train.workdir` first.
+      profile: Steps to trace into the workdir's `profile`, after the first two; 0 for none.
 
     Raises:
       JaxftError: For whatever the user can fix; see `jaxft.errors`.
@@ -98,7 +102,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     distributed.require_joined()
     if not distributed.is_first():
         console.stderr.quiet = True
-    distributed.check_same("config", {**to_dict(config), "resume": resume, "overwrite": overwrite})
+    options = {"resume": resume, "overwrite": overwrite, "profile": profile}
+    distributed.check_same("config", {**to_dict(config), **options})
     config.validate(training=True)
     if distributed.is_first():
         require_wandb(config.train.wandb)
@@ -116,11 +121,11 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         workdir = folder.check_workdir(path, config, resume=resume, overwrite=overwrite)
         if resume and not workdir.resumed:
             announcements.say_anew(path)
-        return _train(config, placement, workdir, lock)
+        return _train(config, placement, workdir, lock, profile)
 
 
 def _train(
-    config: RunConfig, placement: Placement, workdir: Workdir, lock: Lock | None
+    config: RunConfig, placement: Placement, workdir: Workdir, lock: Lock | None, profile: int
 ) -> TrainResult:
     """Trains in a workdir that no other run uses."""
     start, reached = folder.newest_checkpoint(workdir)
@@ -152,6 +157,7 @@ def _train(
     for change in workdir.changes:
         console.log(f"Changed since the run was started: {change}", style="yellow")
     iterator = _make_iterator(config, rows, placement, start, reached)
+    profiler = Profiler(profile, start=start, total=iterator.steps, resumed=workdir.resumed)
     sets = {"train": rows, **{name: found.rows for name, found in held_out.items()}}
     evaluator = evaluator.for_rows(config, sets.values())
     program = build(config, evaluator, steps=iterator.steps)
@@ -232,8 +238,8 @@ def _train(
             session.evaluate(state)
             if not session.has_samples(0):
                 session.write_samples(state.evaluated, 0)
-        with stop_on_signals() as stop:
-            state, reason = _loop(session, step, state, fixed, start, stop)
+        with stop_on_signals() as stop, profiler:
+            state, reason = _loop(session, step, state, fixed, start, stop, profiler)
         done = int(state.step)
         exported = session.find_exported(done)
         if reason in ("end", "patience"):
@@ -348,7 +354,13 @@ def _finished(
 
 
 def _loop(
-    session: Session, step: Any, state: TrainState, fixed: Params, start: int, stop: StopRequest
+    session: Session,
+    step: Any,
+    state: TrainState,
+    fixed: Params,
+    start: int,
+    stop: StopRequest,
+    profiler: Profiler,
 ) -> tuple[TrainState, str]:
     """Runs steps until the last one, a signal or the end of patience; returns why it ended."""
     config, placement = session.config.train, session.program.evaluator.placement
@@ -365,8 +377,11 @@ def _loop(
         for done, batch in zip(range(start + 1, steps + 1), session.iterator, strict=False):
             if session.lock is not None:
                 session.lock.check()
-            state, figures = step(state, fixed, to_devices(batch))
+            profiler.begin(done, session, periods)
+            with profiler.step(done):
+                state, figures = step(state, fixed, to_devices(batch))
             periods.add(done, figures)
+            profiler.end(done, session, periods, step)
             if done == 1:
                 session.check_first_step(figures)
             in_flight.append(figures)

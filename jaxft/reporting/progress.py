@@ -92,8 +92,14 @@ def format_record(record: dict[str, Any]) -> list[str]:
         "tokens_per_second": "{:,.0f} tokens/s",
         "mfu": "MFU {:.1%}",
     }
-    return [
-        text.format(record[name] if record[name] is not None else math.nan).replace("%", " %")
-        for name, text in formats.items()
+    values = {
+        name: math.nan if record[name] is None else record[name]
+        for name in formats
         if name in record
+    }
+    return [
+        formats[name].format(value).replace("%", " %")
+        for name, value in values.items()
+        # Where no step was timed there is no speed.
+        if not (name in ("tokens_per_second", "mfu") and math.isnan(value))
     ]

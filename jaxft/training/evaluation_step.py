@@ -1,4 +1,7 @@
-"""The steps of evaluation: sums of each row or unit, compiled apart from training."""
+"""The steps of evaluation: sums of each row or unit, compiled apart from training.
+
+What is compiled is named after its function, by which traces tell it from the training step.
+"""
 
 from typing import Any
 
@@ -21,10 +24,10 @@ def make_eval_step(graphdef: Any, objective: BoundObjective, *, placement: Place
     made of them do not depend on batch size, packing or device count.
     """
 
-    def step(params: Params, batch: Batch) -> Terms:
+    def evaluate(params: Params, batch: Batch) -> Terms:
         return _map_rows(graphdef, objective.rows, params, batch, placement)
 
-    return jax.jit(step, out_shardings=placement.replicated)
+    return jax.jit(evaluate, out_shardings=placement.replicated)
 
 
 def make_whole_step(graphdef: Any, objective: BoundObjective, *, placement: Placement) -> Any:
@@ -33,13 +36,13 @@ def make_whole_step(graphdef: Any, objective: BoundObjective, *, placement: Plac
     It is what the loss must know of all rows, of which these are a part.
     """
 
-    def step(params: Params, batch: Batch) -> dict[str, tuple[Any, Any]]:
+    def sum_up(params: Params, batch: Batch) -> dict[str, tuple[Any, Any]]:
         with placement.activate():
             micros = pipeline.deal(in_slots(batch, placement), placement)
             found = map_micros(graphdef, objective.whole, params, micros, placement)
         return jax.tree.map(jnp.sum, found)
 
-    return jax.jit(step, out_shardings=placement.replicated)
+    return jax.jit(sum_up, out_shardings=placement.replicated)
 
 
 def make_score_step(graphdef: Any, objective: BoundObjective, *, placement: Placement) -> Any:
@@ -48,14 +51,14 @@ def make_score_step(graphdef: Any, objective: BoundObjective, *, placement: Plac
     They stand as in the rows of the data, whichever devices hold which positions.
     """
 
-    def step(params: Params, batch: Batch) -> jax.Array:
+    def score(params: Params, batch: Batch) -> jax.Array:
         found = _map_rows(graphdef, objective.log_probs, params, batch, placement)
         if not placement.split("seq"):
             return found
         slots = placement.slots(batch.tokens.shape[-1])
         return jnp.take(found, jnp.argsort(jnp.asarray(slots)), axis=-1)
 
-    return jax.jit(step, out_shardings=placement.replicated)
+    return jax.jit(score, out_shardings=placement.replicated)
 
 
 def _map_rows(

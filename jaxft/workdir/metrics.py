@@ -37,8 +37,8 @@ def train_record(
       period: What happened since the last record.
       tokens: So far, over the whole run, resumed parts included.
       trained_tokens: So far.
-      seconds: Wall time of training so far.
-      flops: Operations of the period's steps; None if unknown.
+      seconds: Wall time of training so far, steps that are not timed left out.
+      flops: Operations of the period's timed steps; None if unknown.
       peak_flops: FLOP/s of all devices together; None leaves `mfu` and `mfu_full` out.
     """
     sums, figures = period.sums, period.sums.figures()
@@ -49,7 +49,7 @@ def train_record(
         "grad_norm": period.latest["grad_norm"],
         "tokens": int(tokens),
         "trained_tokens": int(trained_tokens),
-        "tokens_per_second": _ratio(sums.count("tokens"), sums.seconds),
+        "tokens_per_second": _ratio(sums.timed("tokens"), sums.seconds),
         "seconds": float(seconds),
     }
     if peak_flops and flops:
@@ -154,7 +154,8 @@ class _EventFile:
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    return float(numerator) / float(denominator) if denominator else float("nan")
+    """Returns NaN if nothing was timed."""
+    return float(numerator) / float(denominator) if numerator and denominator else float("nan")
 
 
 def _memory_record() -> dict[str, int]:

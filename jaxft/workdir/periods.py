@@ -23,13 +23,15 @@ class Sums:
       ratios: Sum and count of each figure that becomes a mean, by name.
       counts: Tokens, trained tokens and squared lengths.
       largest: The largest value of each figure of which that counts.
-      seconds: Time of training, pauses left out.
+      seconds: Time of training, pauses and steps that are not timed left out.
+      untimed: Counts of the steps that are not timed.
     """
 
     ratios: dict[str, tuple[float, float]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    untimed: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Sums":
@@ -46,22 +48,27 @@ class Sums:
             )
         return cls(**values)
 
-    def plus(self, figures: StepFigures) -> "Sums":
+    def plus(self, figures: StepFigures, *, timed: bool) -> "Sums":
         """Returns the sums with one more step; its time is not known by itself."""
         ratios = dict(self.ratios)
         for name, (total, count) in figures.ratios.items():
             before = ratios.get(name, (0.0, 0.0))
             ratios[name] = (before[0] + float(total), before[1] + float(count))
-        counts = {name: self.count(name) + int(value) for name, value in figures.counts.items()}
+        counts = _plus(self.counts, figures.counts)
+        untimed = self.untimed if timed else _plus(self.untimed, figures.counts)
         largest = {
             name: max(self.largest.get(name, -math.inf), float(value))
             for name, value in figures.largest.items()
         }
-        return Sums(ratios, counts, largest, self.seconds)
+        return Sums(ratios, counts, largest, self.seconds, untimed)
 
     def count(self, name: str) -> int:
         """Returns one of the counts; 0 before the first step."""
         return self.counts.get(name, 0)
+
+    def timed(self, name: str) -> int:
+        """Returns one of the counts, of the steps that `seconds` are of."""
+        return self.count(name) - self.untimed.get(name, 0)
 
     def figures(self) -> dict[str, float]:
         """Returns the mean or the largest value of each figure."""
@@ -70,6 +77,10 @@ class Sums:
             for name, (total, count) in self.ratios.items()
         }
         return means | self.largest
+
+
+def _plus(counts: dict[str, int], more: dict[str, Any]) -> dict[str, int]:
+    return {name: counts.get(name, 0) + int(value) for name, value in more.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +109,10 @@ class Periods:
       sums: Of the steps of the first period that an earlier part of the run has done.
       check: Called with each step that is read; raises for one that must not be counted.
       clock: Gives seconds.
+
+    Attributes:
+      timed: Whether time and steps count for the throughput; changed in a pause only.
+      untimed_seconds: Time of all training that was not timed, pauses left out.
     """
 
     def __init__(
@@ -110,9 +125,11 @@ class Periods:
         self._before = sums
         self._check = check
         self._clock = clock
+        self.timed, self.untimed_seconds = True, 0.0
+        self._untimed: set[int] = set()
         self._open: list[tuple[int, StepFigures]] = []
         self._closed: list[tuple[int, StepFigures]] = []
-        # Seconds of the first unread period up to the last pause, and when the clock was started.
+        # Timed seconds of the first unread period so far, and up to when these are counted.
         self._partial = sums.seconds
         self._since = clock()
         # A thread sees when the closed period is done: the host may be busy or far ahead then.
@@ -122,6 +139,8 @@ class Periods:
     def add(self, step: int, figures: StepFigures) -> None:
         """Takes a step that was dispatched."""
         self._open.append((step, figures))
+        if not self.timed:
+            self._untimed.add(step)
 
     def end(self) -> Period | None:
         """Closes the period of the steps added; returns the one before, if it is unread."""
@@ -136,10 +155,9 @@ class Periods:
         if self._done is None:
             return None
         steps = jax.device_get(self._closed)
-        done = self._done.result()
-        seconds = self._partial + done - self._since
-        sums = dataclasses.replace(self._add_up(steps), seconds=seconds)
-        self._before, self._partial, self._since = Sums(), 0.0, done
+        self._count_until(self._done.result())
+        sums = dataclasses.replace(self._add_up(steps), seconds=self._partial)
+        self._before, self._partial = Sums(), 0.0
         self._closed, self._done = [], None
         step, last = steps[-1]
         return Period(step, sums, {name: float(value) for name, value in last.latest.items()})
@@ -151,7 +169,7 @@ class Periods:
         Yields the sums of the period under way. The closed one must have been read.
         """
         sums = self._add_up(jax.device_get(self._open))
-        self._partial += self._clock() - self._since
+        self._count_until(self._clock())
         try:
             yield dataclasses.replace(sums, seconds=self._partial)
         finally:
@@ -161,8 +179,15 @@ class Periods:
         sums = self._before
         for step, figures in steps:
             self._check(step, figures)
-            sums = sums.plus(figures)
+            sums = sums.plus(figures, timed=step not in self._untimed)
         return sums
+
+    def _count_until(self, now: float) -> None:
+        seconds, self._since = now - self._since, now
+        if self.timed:
+            self._partial += seconds
+        else:
+            self.untimed_seconds += seconds
 
     def _wait(self, figures: StepFigures) -> float:
         jax.block_until_ready(figures)

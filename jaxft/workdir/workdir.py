@@ -60,7 +60,7 @@ _FILES = (
     "reference.json",
     "report.html",
 )
-_FOLDERS = ("events", "checkpoints", "model", "wandb")
+_FOLDERS = ("events", "checkpoints", "model", "profile", "wandb")
 _PACKAGES = (
     "jaxft",
     "jax",
@@ -136,6 +136,11 @@ class Workdir:
     def events(self) -> Path:
         """Folder of TensorBoard event files."""
         return self.path / "events"
+
+    @property
+    def profile(self) -> Path:
+        """Folder of traces, from `programs.profiler`."""
+        return self.path / "profile"
 
     @property
     def model(self) -> Path:

@@ -97,15 +97,18 @@ def test_two_hosts_train_as_one_process_does_and_the_first_alone_speaks(
     configure, reference, tmp_path
 ):
     config = configure("two", strategy="fsdp")
-    with train_on(2, config, tmp_path, devices=2) as hosts:
+    with train_on(2, config, tmp_path, "--profile=2", devices=2) as hosts:
         hosts.succeed()
         assert "cpu devices of 2 hosts (data=1 x fsdp=4)" in hosts.text(0)
+        assert "Steps 3 to 4 were traced" in hosts.text(0)
         said = [line for line in hosts.text(1).splitlines() if not line.startswith("[Gloo]")]
         assert said == []
     folder = Path(config.train.workdir)
     assert_same_run(folder, reference)
     assert (folder / "report.html").is_file()
     assert len(list((folder / "events").iterdir())) == 1
+    # Both run on this machine, so that one alone traces.
+    assert len(list(folder.glob("profile/plugins/profile/steps_3_to_4/*.xplane.pb"))) == 1
 
 
 @pytest.mark.slow(seconds=60)

@@ -107,6 +107,40 @@ def test_pauses_do_not_count(clock):
     assert periods.read().sums.seconds == 6.0
 
 
+def test_steps_that_are_not_timed_count_for_all_but_the_throughput(clock):
+    periods = make(clock)
+    periods.add(1, step(1.0))
+    clock.now = 2.0
+    with periods.paused():
+        clock.now, periods.timed = 10.0, False
+    periods.add(2, step(1.0))
+    clock.now = 15.0
+    with periods.paused():
+        clock.now = 100.0
+    periods.add(3, step(1.0))
+    clock.now = 107.0
+    with periods.paused():
+        clock.now, periods.timed = 200.0, True
+    periods.add(4, step(1.0))
+    clock.now = 203.0
+    periods.end()
+    sums = periods.read().sums
+    assert (sums.seconds, periods.untimed_seconds) == (5.0, 12.0)
+    assert (sums.count("tokens"), sums.timed("tokens")) == (12, 6)
+    assert sums.ratios["loss"] == (4.0, 8.0)
+
+
+def test_a_period_that_is_not_timed_takes_no_time(clock):
+    periods = make(clock)
+    with periods.paused():
+        periods.timed = False
+    periods.add(1, step(1.0))
+    clock.now = 4.0
+    periods.end()
+    sums = periods.read().sums
+    assert (sums.seconds, sums.timed("tokens"), periods.untimed_seconds) == (0.0, 0, 4.0)
+
+
 def test_a_pause_counts_even_if_what_it_is_for_fails(clock):
     periods = make(clock)
     with pytest.raises(ValueError), periods.paused():
