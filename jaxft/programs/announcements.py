@@ -8,6 +8,7 @@ from jaxft import console, distributed
 from jaxft.config import RunConfig
 from jaxft.formatting import counted
 from jaxft.hardware import huge_pages
+from jaxft.reporting import goodput
 from jaxft.training.program import Evaluator
 from jaxft.workdir.checkpoint import Progress
 from jaxft.workdir.workdir import Workdir, nearest_run
@@ -70,8 +71,16 @@ def _stale(config: RunConfig) -> str:
     return f"the validation loss did not fall{by}"
 
 
-def say_end(config: RunConfig, counts: Progress, step: int, reason: str, workdir: Workdir) -> None:
-    """Says how a run ended, and how it goes on."""
+def say_end(
+    config: RunConfig,
+    counts: Progress,
+    step: int,
+    reason: str,
+    workdir: Workdir,
+    seconds: dict[str, float],
+) -> None:
+    """Says where the wall time went, how a run ended, and how it goes on."""
+    console.log(goodput.line(seconds))
     if reason == "end":
         console.log(f"Done: {counted(step, 'step')}. Report: {workdir.report}")
     elif reason == "patience":

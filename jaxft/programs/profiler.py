@@ -71,7 +71,7 @@ class Profiler:
         """Starts the trace if `done` is its first step."""
         if not self._steps or done != self._first:
             return
-        with session.paused(periods):
+        with session.paused(periods, "other"):
             periods.timed = False
             if distributed.is_first_on_machine():
                 self._start(session.workdir)
@@ -91,7 +91,7 @@ class Profiler:
         """
         if not self._steps or done != self._last:
             return
-        with session.paused(periods):
+        with session.paused(periods, "other"):
             traced = self._running and self._stop()
             periods.timed = True
             if traced and distributed.is_first():

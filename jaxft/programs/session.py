@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxft import console, data, distributed
 from jaxft.config import RunConfig, to_dict
-from jaxft.data import TokenRows
+from jaxft.data import Batch, TokenRows
 from jaxft.errors import ConfigError, TrainingError
 from jaxft.files import read_jsonl
 from jaxft.formatting import format_duration
@@ -32,6 +32,7 @@ from jaxft.training.program import Evaluator, Program
 from jaxft.training.state import TrainState
 from jaxft.training.step import StepFigures
 from jaxft.workdir.checkpoint import Checkpoints, Progress
+from jaxft.workdir.goodput import Goodput
 from jaxft.workdir.lock import Lock
 from jaxft.workdir.metrics import MetricsWriter, train_record
 from jaxft.workdir.periods import Period, Periods, Sums
@@ -63,6 +64,7 @@ class Session:
     iterator: Any
     bar: TrainProgress
     counts: Progress
+    goodput: Goodput
     lock: Lock | None
 
     @functools.cached_property
@@ -149,11 +151,30 @@ class Session:
         known = score if score is not None and math.isfinite(score) else None
         self.checkpoints.save(state, progress=counts, config=to_dict(self.config), score=known)
 
+    def batches(self, under_way: Sequence[StepFigures]) -> Iterator[Batch]:
+        """Yields the batches of the steps that are left.
+
+        Args:
+          under_way: Steps that devices may not have done yet, the newest last; it changes.
+        """
+
+        def is_idle() -> bool:
+            return not under_way or under_way[-1].latest["grad_norm"].is_ready()
+
+        ready = functools.partial(next, iter(self.iterator), None)
+        while (batch := self.goodput.wait(ready, is_idle=is_idle)) is not None:
+            yield batch
+
     @contextlib.contextmanager
-    def paused(self, periods: Periods) -> Iterator[Sums]:
-        """Stops the clock for what is not training, once all steps are known to be finite."""
+    def paused(self, periods: Periods, kind: str) -> Iterator[Sums]:
+        """Stops the clock for what is not training, once all steps are known to be finite.
+
+        Args:
+          periods: What times the steps.
+          kind: What the time goes into, one of `goodput.KINDS`.
+        """
         self.record(periods.read())
-        with periods.paused() as sums:
+        with periods.paused() as sums, self.goodput.spend(kind):
             yield sums
 
     def record(self, period: Period | None) -> None:

@@ -46,6 +46,7 @@ from jaxft.training.state import TrainState, init_state
 from jaxft.training.step import StepFigures
 from jaxft.workdir.adapter_note import AdapterNote
 from jaxft.workdir.checkpoint import Checkpoints, Progress
+from jaxft.workdir.goodput import Goodput, goodput_record
 from jaxft.workdir.lock import Lock
 from jaxft.workdir.metrics import MetricsWriter, require_wandb
 from jaxft.workdir.periods import Periods, Sums
@@ -98,6 +99,7 @@ def train(
     Raises:
       JaxftError: For whatever the user can fix; see `jaxft.errors`.
     """
+    goodput = Goodput()
     config = copy.deepcopy(config)
     distributed.require_joined()
     if not distributed.is_first():
@@ -114,6 +116,7 @@ def train(
     # Host 0 takes the folder only when no host has anything against the run.
     distributed.barrier("the run is described alike")
     with (
+        goodput,
         explained_files(path),
         capacity.explained(capacity.TRAINING, config),
         folder.claimed_by_first(path) as lock,
@@ -121,11 +124,16 @@ def train(
         workdir = folder.check_workdir(path, config, resume=resume, overwrite=overwrite)
         if resume and not workdir.resumed:
             announcements.say_anew(path)
-        return _train(config, placement, workdir, lock, profile)
+        return _train(config, placement, workdir, lock, profile, goodput)
 
 
 def _train(
-    config: RunConfig, placement: Placement, workdir: Workdir, lock: Lock | None, profile: int
+    config: RunConfig,
+    placement: Placement,
+    workdir: Workdir,
+    lock: Lock | None,
+    profile: int,
+    goodput: Goodput,
 ) -> TrainResult:
     """Trains in a workdir that no other run uses."""
     start, reached = folder.newest_checkpoint(workdir)
@@ -172,7 +180,7 @@ def _train(
         parameters=evaluator.parameters,
     )
     check_backend(evaluator.attention.backend, architecture.config)
-    with console.phase("Compiling the training step"):
+    with console.phase("Compiling the training step"), goodput.spend("compile"):
         step = program.compile()
     capacity.check_compiled(capacity.TRAINING, config, architecture, step)
     if not start:
@@ -231,22 +239,29 @@ def _train(
         iterator=iterator,
         bar=TrainProgress(iterator.steps, start),
         counts=reached,
+        goodput=goodput,
         lock=lock,
     )
     with contextlib.closing(iterator), session.writer, checkpoints:
         if not start:
-            session.evaluate(state)
-            if not session.has_samples(0):
-                session.write_samples(state.evaluated, 0)
-        with stop_on_signals() as stop, profiler:
+            with goodput.spend("evaluation"):
+                session.evaluate(state)
+                if not session.has_samples(0):
+                    session.write_samples(state.evaluated, 0)
+        with stop_on_signals() as stop, profiler, goodput.spend("steps"):
             state, reason = _loop(session, step, state, fixed, start, stop, profiler)
         done = int(state.step)
         exported = session.find_exported(done)
         if reason in ("end", "patience"):
-            session.write_samples_of_exported(state, exported.step)
+            with goodput.spend("evaluation"):
+                session.write_samples_of_exported(state, exported.step)
+        seconds = goodput.seconds
+        session.writer.write_goodput(
+            goodput_record(seconds, start_step=start, step=done, reason=reason)
+        )
     if distributed.is_first():
         write_report(workdir, exported)
-    announcements.say_end(config, session.counts, done, reason, workdir)
+    announcements.say_end(config, session.counts, done, reason, workdir, seconds)
     newest = workdir.checkpoints / str(done)
     return TrainResult(workdir.path, newest, done, reason, session.counts.best_loss)
 
@@ -374,7 +389,9 @@ def _loop(
     periods = Periods(Sums.from_json(session.counts.period), check=session.require_finite)
     in_flight: collections.deque[StepFigures] = collections.deque()
     with session.bar:
-        for done, batch in zip(range(start + 1, steps + 1), session.iterator, strict=False):
+        for done, batch in zip(
+            range(start + 1, steps + 1), session.batches(in_flight), strict=False
+        ):
             if session.lock is not None:
                 session.lock.check()
             profiler.begin(done, session, periods)
@@ -397,7 +414,7 @@ def _loop(
                 console.log(f"{reason}: saving step {done}; Ctrl-C stops at once.")
             evaluated = None
             if session.held_out and (last or session.evaluation_due(done)):
-                with session.paused(periods):
+                with session.paused(periods, "evaluation"):
                     evaluated = session.evaluate(state)
             if reason == "end" and not last and session.patience_is_over:
                 reason = "patience"
@@ -405,10 +422,11 @@ def _loop(
             improved = evaluated is not None and evaluated <= session.counts.best_score
             due = config.save_every and done % config.save_every == 0
             if due or improved or last or reason != "end":
-                with session.paused(periods) as sums:
+                with session.paused(periods, "checkpoint") as sums:
                     session.save(state, done, sums, evaluated)
             if reason != "end":
                 break
     # While signals still only ask: the run is not over before its last checkpoint is on disk.
-    session.checkpoints.wait()
+    with session.goodput.spend("checkpoint"):
+        session.checkpoints.wait()
     return state, reason

@@ -27,7 +27,9 @@ from jaxft.reporting.figures import (
     value_of,
     words_of,
 )
+from jaxft.reporting.goodput import spent
 from jaxft.reporting.pages import Key, Tile, keys_of, render, short_name
+from jaxft.workdir.goodput import add_up
 from jaxft.workdir.workdir import Workdir
 
 # Shares that a reader looks for first.
@@ -92,6 +94,7 @@ def write_report(workdir: Workdir, exported: Exported | None = None) -> Path:
         where=list(_where(machine)),
         tiles_shown=tiles_shown,
         troubles=list(_troubles(run)),
+        spent=list(spent(add_up(read_jsonl(workdir.goodput)))),
         plots=[plot(chart) for chart in make_charts(run)],
         measures=list(_measures(run)),
         scopes=list(_scopes(run, others)),

@@ -116,6 +116,11 @@ class MetricsWriter:
         if self._writes:
             append_jsonl(self._workdir.samples, record)
 
+    def write_goodput(self, record: dict[str, Any]) -> None:
+        """Writes a `goodput_record`; those of earlier parts of the run stay."""
+        if self._writes:
+            append_jsonl(self._workdir.goodput, record)
+
     def close(self) -> None:
         """Ends the part of the run at wandb; the writer cannot be used after it."""
         if self._wandb is not None:

@@ -2,25 +2,18 @@
 
 import contextlib
 import dataclasses
-import datetime
 import errno
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxft.config import RunConfig, held_out_share, to_dict
 from jaxft.errors import CheckpointError, ConfigError, nearest_of
 from jaxft.files import TEMPORARY, write_error, write_json
-from jaxft.hardware import huge_pages
-from jaxft.hardware.devices import host_memory_total
+from jaxft.workdir.environment import environment
 from jaxft.workdir.lock import Lock, hold
 
 # Keys on which "the run goes on where it stopped" depends; others may change and are reported.
@@ -58,24 +51,10 @@ _FILES = (
     "samples.jsonl",
     "skipped.jsonl",
     "reference.json",
+    "goodput.jsonl",
     "report.html",
 )
 _FOLDERS = ("events", "checkpoints", "model", "profile", "wandb")
-_PACKAGES = (
-    "jaxft",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "datasets",
-    "grain",
-    "numpy",
-    "libtpu",
-    "jax-cuda12-plugin",
-    "jax-cuda13-plugin",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +105,11 @@ class Workdir:
     def reference(self) -> Path:
         """Record of the weights a preference run compares with, from `programs.reference`."""
         return self.path / "reference.json"
+
+    @property
+    def goodput(self) -> Path:
+        """One JSON object per part of the run that came to its end, from `workdir.goodput`."""
+        return self.path / "goodput.jsonl"
 
     @property
     def report(self) -> Path:
@@ -324,25 +308,6 @@ def _reason(folder: Path, error: Exception) -> str:
     return str(error)
 
 
-def environment() -> dict[str, Any]:
-    """Returns what a result depends on beside its configuration; no host or user name."""
-    devices = jax.devices()
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "host_memory": host_memory_total(),
-        "huge_pages": huge_pages.are_in_use(),
-        "backend": jax.default_backend(),
-        "device_kind": devices[0].device_kind,
-        "devices": len(devices),
-        "processes": jax.process_count(),
-        "packages": dict(_versions()),
-        "commit": _commit(),
-    }
-
-
 def _holds_run(folder: Path) -> bool:
     records = (folder / "metrics.jsonl", folder / "eval.jsonl")
     if any(path.is_file() and path.stat().st_size for path in records):
@@ -419,32 +384,3 @@ def _changes(path: Path, config: RunConfig) -> list[tuple[str, bool]]:
         for key in new
         if old[key] != new[key] and key != "train.workdir"
     ]
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in _PACKAGES:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-
-
-def _commit() -> str | None:
-    """Returns the commit of the checkout that jaxft runs from, with '+' if it was changed."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        head, status = (
-            subprocess.run(
-                ["git", "-C", str(root), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=5,
-                check=True,
-            ).stdout.strip()
-            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+" if status else "")

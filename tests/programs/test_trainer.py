@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxft
+from jaxft import console
 from jaxft.config import to_dict
 from jaxft.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from jaxft.programs import advice, run_data, session, trainer, weights
@@ -700,8 +701,7 @@ def test_the_step_is_compiled_once(home, config):
         train(run)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    # The training step and the evaluation step.
-    assert compiled.count("jit(step)") == 2, compiled
+    assert [compiled.count(name) for name in ("jit(step)", "jit(evaluate)")] == [1, 1], compiled
 
 
 def test_the_loop_dispatches_a_period_before_it_reads_the_one_before(home, config, monkeypatch):
@@ -870,3 +870,22 @@ def test_the_average_of_weights_is_what_is_evaluated_exported_and_resumed(
     evaluated = read_records(result.workdir / "eval.jsonl")[-1]["loss"]
     found = jaxft.evaluate(whole, checkpoint)["validation"]
     assert found.sums.loss.value == pytest.approx(evaluated, rel=1e-5)
+
+
+def test_wall_time_is_written_for_each_part_and_shown_for_all(config, home, monkeypatch):
+    lines = []
+    monkeypatch.setattr(console, "write", lambda text: lines.append(text.plain))
+    workdir = train(config(train__steps=2, data__validation=held_out(home))).workdir
+    train(config(train__steps=4, data__validation=held_out(home)), resume=True)
+    records = read_records(workdir / "goodput.jsonl")
+    parts = [(r["start_step"], r["step"], r["reason"]) for r in records]
+    assert parts == [(0, 2, "end"), (2, 4, "end")]
+    for record in records:
+        seconds = record["seconds"]
+        assert sum(seconds.values()) == pytest.approx(record["wall_seconds"])
+        assert record["goodput"] == pytest.approx(seconds["steps"] / record["wall_seconds"])
+        assert all(seconds[kind] > 0 for kind in ("steps", "startup", "evaluation", "checkpoint"))
+    assert "of wall time:" in lines[-2] and lines[-1].startswith("Done")
+    page = (workdir / "report.html").read_text()
+    percents = re.findall(r'<i class="k k-\w+" style="width:([\d.]+)%"', page)
+    assert sum(map(float, percents)) == pytest.approx(100, abs=0.01)

@@ -8,7 +8,8 @@ import pytest
 from jaxft.config import RunConfig, to_dict
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files import append_jsonl, read_jsonl
-from jaxft.workdir.workdir import Workdir, absolute, claimed, environment, explained_files
+from jaxft.workdir.environment import environment
+from jaxft.workdir.workdir import Workdir, absolute, claimed, explained_files
 
 
 @pytest.fixture
