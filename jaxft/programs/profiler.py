@@ -1,6 +1,7 @@
 """A few steps of a run under jax's profiler, and the operations that took longest in them."""
 
 import contextlib
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Profiler:
             periods.timed = True
             if traced and distributed.is_first():
                 with console.phase("Reading the trace"):
-                    trace = ProfileData.from_file(str(self._newest(session.workdir)))
+                    trace = ProfileData.from_file(str(self._file(session.workdir)))
                     found = operations(trace, program.as_text())
                 self._show(found, periods.untimed_seconds, session.workdir)
 
@@ -129,10 +130,10 @@ class Profiler:
     def _name(self) -> str:
         return f"steps_{self._first}_to_{self._last}"
 
-    def _newest(self, workdir: Workdir) -> Path:
-        """Returns the trace of this machine; others may have written theirs beside it."""
-        files = (workdir.profile / "plugins" / "profile" / self._name).glob("*.xplane.pb")
-        return max(files, key=lambda path: path.stat().st_mtime)
+    def _file(self, workdir: Workdir) -> Path:
+        """Returns the trace of this machine, which others write theirs beside."""
+        folder = workdir.profile / "plugins" / "profile" / self._name
+        return folder / f"{socket.gethostname()}.xplane.pb"
 
     def _show(self, found: list[Operation], seconds: float, workdir: Workdir) -> None:
         """Logs the longest operations and writes them to the workdir."""

@@ -81,10 +81,8 @@ def test_traced_steps_count_for_everything_but_the_throughput(config):
     records = read_records(train(config(), profile=2).workdir / "metrics.jsonl")
     untimed = [r["step"] for r in records if r["tokens_per_second"] is None]
     assert untimed == [3, 4]
-    before, traced, last, after = records[1:5]
-    # The time from the drained device to the first step is of microseconds, that of a step not.
-    assert last["seconds"] - before["seconds"] < after["seconds"] - last["seconds"]
-    assert before["tokens"] < traced["tokens"] < last["tokens"]
+    tokens = [r["tokens"] for r in records]
+    assert len(tokens) == 8 and tokens == sorted(set(tokens))
 
 
 def test_a_run_too_short_for_its_profile_is_refused_before_it_begins(config):
