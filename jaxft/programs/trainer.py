@@ -191,8 +191,6 @@ def _train(
     checkpoints.check_space(program.state, count=config.train.keep_last + 2)
     if start:
         folder.check_same_data(reached, iterator, workdir)
-        if start < iterator.steps:
-            folder.begin(workdir, config, lock)
     load = functools.partial(read_start, config, source=source, description=description)
     reference = _make_reference(config, program, workdir, load, rows, held_out)
     with console.phase("Weights") as phase:
@@ -208,6 +206,8 @@ def _train(
             state = _start(config, program, params)
         origin = "random" if config.model.random_init else config.model.path
         phase.detail(f"checkpoint of step {start}" if start else origin)
+    if start and start < iterator.steps:  # what cannot be resumed keeps its config
+        folder.begin(workdir, config, lock)
     if distributed.is_first():
         if not start:
             folder.keep_model_files(

@@ -67,8 +67,7 @@ def make_optimizer(
     step = optax.chain(
         store_moments(_direction(config, model), types),
         optax.add_decayed_weights(config.weight_decay, decayed),
-        optax.scale_by_learning_rate(schedule),
-        *([scale_by_factors(config, found)] if found else []),
+        scale_by_factors(optax.scale_by_learning_rate(schedule), config, found),
     )
     if config.name == "schedule_free":
         step = schedule_free(step, schedule, config.beta1)

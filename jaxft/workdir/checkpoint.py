@@ -163,7 +163,7 @@ class Checkpoints:
         """Step of the checkpoint with the lowest score by the newest yardstick, if any has one."""
         found = [(step, self._metrics(step)) for step in self.steps()]
         scored = [
-            (_yardstick(metrics), score, -step)
+            (metrics.get("yardstick", ""), score, -step)
             for step, metrics in found
             if (score := _score(metrics)) is not None
         ]
@@ -184,7 +184,7 @@ class Checkpoints:
         score = _score(metrics)
         if score is None:
             return float("inf")
-        return score if _yardstick(metrics) == self._yardstick else _OTHER + score
+        return score if metrics.get("yardstick", "") == self._yardstick else _OTHER + score
 
     def save(
         self,
@@ -389,10 +389,12 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        remedy = f"move the folder {step} away so that the one before it is used"
+        if "structures do not match" in str(error):  # the others are no better
+            remedy = "leave it and restore the keys that were changed, as logged"
         return CheckpointError(
             f"Checkpoint {step} in {self.folder} cannot be read: {_reason(error)}. There are "
-            f"{self._complete()}: name another with --step, or move the folder {step} away so "
-            "that the one before it is used."
+            f"{self._complete()}: name another with --step, or {remedy}."
         )
 
 
@@ -428,10 +430,6 @@ def _reason(error: BaseException) -> str:
 
 def _score(metrics: Mapping[str, Any]) -> float | None:
     return metrics.get("score", metrics.get("loss"))  # runs of older versions have the loss
-
-
-def _yardstick(metrics: Mapping[str, Any]) -> str:
-    return metrics.get("yardstick", "")
 
 
 def progress_to_json(progress: Progress) -> dict[str, Any]:

@@ -46,11 +46,12 @@ def test_a_run_goes_on_bit_for_bit_and_refuses_another_base(tmp_path):
         train(parts, resume=True)
     parts.adapter.alpha = 0.0
 
-    parts.train.steps = 5
+    parts.train.steps, parts.optim.lora_plus = 5, 4.0
     parts.model.path = str((tmp_path / "base").rename(tmp_path / "moved"))
     train(parts, resume=True)
     note = read_note(tmp_path / "parts" / "model")
     assert note is not None and note.base == parts.model.path
+    resumed_config = (tmp_path / "parts" / "config.json").read_text()
 
     file = tmp_path / "moved" / "model.safetensors"
     tensors = load_file(file)
@@ -59,3 +60,4 @@ def test_a_run_goes_on_bit_for_bit_and_refuses_another_base(tmp_path):
     parts.train.steps = 6
     with pytest.raises(CheckpointError, match=r"not those that the adapter of .*parts, step 5 was"):
         train(parts, resume=True)
+    assert (tmp_path / "parts" / "config.json").read_text() == resumed_config

@@ -423,6 +423,12 @@ def test_the_rate_of_an_adapters_b_is_a_multiple_of_its_a():
     }
 
 
+@pytest.mark.parametrize("changes", [{"rates": "embed=2"}, {"layer_decay": 0.5}])
+def test_factors_of_rates_leave_the_state_that_a_run_is_resumed_with(changes):
+    structures = [jax.tree.structure(init(optimizer_of(**keys))) for keys in ({}, changes)]
+    assert structures[0] == structures[1]
+
+
 def test_rates_with_which_nothing_trains_are_refused():
     optimizer = optimizer_of(rates="embed=1,.=0")
     init(optimizer)

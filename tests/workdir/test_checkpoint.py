@@ -1,5 +1,6 @@
 """What is kept, found and read of checkpoints, and what a torn or broken one does."""
 
+import dataclasses
 import gc
 import os
 import shutil
@@ -202,8 +203,18 @@ def test_a_state_of_another_shape_is_refused(tmp_path):
         checkpoints.wait()
         params = dict(abstract(make_state(1)).params)
         params["a.w"] = jax.ShapeDtypeStruct((8, 5), jnp.float32, sharding=params["a.w"].sharding)
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match="cannot be read.* move the folder 1 away"):
             checkpoints.restore_params(params, 1)
+
+
+def test_a_checkpoint_of_another_optimizer_is_left_where_it_is(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        save(checkpoints, 1)
+        checkpoints.wait()
+        state = abstract(make_state(1))
+        other = dataclasses.replace(state, opt_state=(*state.opt_state, state.step))
+        with pytest.raises(CheckpointError, match="restore the keys that were changed"):
+            checkpoints.restore(other, 1)
 
 
 def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monkeypatch):

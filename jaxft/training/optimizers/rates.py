@@ -45,21 +45,30 @@ def factors(config: OptimConfig, model: AbstractModel) -> dict[str, float | np.n
 
 
 def scale_by_factors(
-    config: OptimConfig, found: Mapping[str, float | np.ndarray]
+    inner: optax.GradientTransformation,
+    config: OptimConfig,
+    found: Mapping[str, float | np.ndarray],
 ) -> optax.GradientTransformation:
-    """Multiplies updates of some parameters by factors; `init` raises ConfigError if all are 0."""
+    """Multiplies updates of some parameters by factors; `init` raises ConfigError if all are 0.
 
-    def init(params: Any) -> optax.EmptyState:
+    The state is that of `inner` alone, so that a run can be resumed with other factors.
+    """
+
+    def init(params: Any) -> Any:
         if all(not np.any(found.get(path, 1.0)) for path in params):
             raise ConfigError(
                 f"optim.rates {config.rates!r} leaves every parameter that trains at a rate of 0. "
                 f"Leave the key out, or some of them: {', '.join(params)}."
             )
-        return optax.EmptyState()
+        return inner.init(params)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        return {path: value * found.get(path, 1.0) for path, value in updates.items()}, state
+        updates, state = inner.update(updates, state, params)
+        scaled = {
+            path: value * found[path] if path in found else value
+            for path, value in updates.items()
+        }
+        return scaled, state
 
     return optax.GradientTransformation(init, update)
 
