@@ -115,7 +115,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    """Shows the smallest slices on which a model can be tuned; 1 if there are none."""
+    """Shows the smallest slices for a model; 1 if none fits, 2 if nothing could be looked at."""
     others = ("topology", "strategy", "search", "output", "html")
     unused = [name for name in others if getattr(options, name)]
     if unused:
@@ -133,7 +133,9 @@ def _fit(options: argparse.Namespace) -> int:
     show.print_fits(options.fit, found)
     if options.json:
         write_json(options.json, show.record_fits(found))
-    return 0 if any(fit.plan for fit in found) else 1
+    if any(fit.plan for fit in found):
+        return 0
+    return 1 if any(fit.is_known for fit in found) else 2
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -43,6 +43,7 @@ class Fit:
       plan: Estimate of the fastest run on that slice; None if there is no such slice.
       flags: Config keys that make the run.
       reason: Reason why there is no plan.
+      is_known: Whether slices could be looked at; false without what their chips are planned by.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Fit:
     plan: Plan | None = None
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
     reason: str = ""
+    is_known: bool = True
 
 
 def find_fits(
@@ -132,7 +134,7 @@ def _smallest(method: str, config: RunConfig, chip: Chip, planner: Planner) -> F
         try:
             candidates = estimate_all(run, topology, planner, names=("fsdp",))
         except JaxftError as error:  # such as that libtpu is missing
-            return Fit(method, chip.name, reason=error.problems[0])
+            return Fit(method, chip.name, reason=error.problems[0], is_known=False)
         best = next(filter(lambda c: _is_possible(c, topology), candidates), None)
         if best is not None:
             flags = {**best.flags, "train.batch_size": rows}

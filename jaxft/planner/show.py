@@ -253,9 +253,12 @@ def print_fits(model: str, fits: Sequence[Fit]) -> None:
     stdout.print(table)
     for method, plan in {fit.method: fit.plan for fit in fits if fit.plan}.items():
         _say(f"{method}: {plan.parameters:,} parameters{said_to_train(plan)}.")
+    reasons: dict[str, list[str]] = {}
     for fit in fits:
         if fit.plan is None:
-            _say(f"[dim]{fit.method} on {fit.chip}: {escape(fit.reason)}[/dim]")
+            reasons.setdefault(fit.reason, []).append(f"{fit.method} on {fit.chip}")
+    for reason, names in reasons.items():
+        _say(f"[dim]{', '.join(names)}: {escape(reason)}[/dim]")
     _say(
         "[dim]All are estimates in closed form; none was compiled. Let the compiler say what one "
         "takes: jaxft plan --topology=SLICE, with the flags of --json.[/dim]"
@@ -265,7 +268,8 @@ def print_fits(model: str, fits: Sequence[Fit]) -> None:
 def _fit_cells(fit: Fit) -> list[str]:
     plan = fit.plan
     if plan is None:
-        return [fit.method, fit.chip, "", "", "", "", "does not fit", ""]
+        verdict = "does not fit" if fit.is_known else "not known"
+        return [fit.method, fit.chip, "", "", "", "", verdict, ""]
     speed = plan.speed
     micro = fit.flags["train.accumulation"]
     rows = f"{fit.flags['train.batch_size']}" + (f" in {micro}" if micro > 1 else "")
@@ -291,6 +295,7 @@ def record_fits(fits: Sequence[Fit]) -> dict[str, Any]:
                 "chip": fit.chip,
                 "flags": fit.flags,
                 "reason": fit.reason,
+                "known": fit.is_known,
                 "plan": fit.plan and fit.plan.record(),
             }
             for fit in fits
