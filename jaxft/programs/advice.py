@@ -22,6 +22,10 @@ _FEW_STEPS = 50
 # Largest learning rate of preferences in models beyond some size; docs/tuning.md has the sources.
 _MANY_PARAMETERS, _LARGEST_RATE = 100_000_000, 1e-6
 _LARGEST_RATES = {"orpo": 5e-6}
+# Of text, by optimizers with steps like AdamW's: the largest rate, and those that are usual.
+_LIKE_ADAMW = ("adamw", "adafactor", "muon")
+_RATES_OF_TEXT = {"full tuning": (3e-4, "1e-5 to 2e-5"), "LoRA": (2e-3, "1e-4 to 2e-4")}
+_SMALLEST_RATE_OF_LORA = 2e-5
 
 
 def warn(
@@ -72,10 +76,34 @@ def _warn_of_length(config: RunConfig, sets: list[TokenRows], context: int) -> N
 
 
 def _warn_of_learning_rate(config: RunConfig, parameters: int) -> None:
-    """Says what preferences are learnt at if the rate is one of supervised fine-tuning."""
-    objective, rate = config.objective.objective, config.optim.learning_rate
-    if not (objective.reference or objective.units != "documents"):
+    objective = config.objective.objective
+    if objective.reference or objective.units != "documents":
+        _warn_of_rate_of_preferences(config, parameters)
+    elif config.optim.name in _LIKE_ADAMW and not config.model.random_init:
+        _warn_of_rate_of_text(config, parameters)
+
+
+def _warn_of_rate_of_text(config: RunConfig, parameters: int) -> None:
+    """Says what text is learnt at if the rate is one of tiny models, or of another way to tune."""
+    optim, adapter = config.optim, config.adapter
+    way = "LoRA" if adapter.rank or adapter.ranks or adapter.path else "full tuning"
+    largest, usual = _RATES_OF_TEXT[way]
+    if parameters >= _MANY_PARAMETERS and optim.learning_rate > largest:
+        told = "models of this size are mostly broken by it"
+    elif way == "LoRA" and optim.learning_rate * optim.lora_plus < _SMALLEST_RATE_OF_LORA:
+        told = "an adapter hardly moves at it"
+    else:
         return
+    default = ", the default" if optim.learning_rate == OptimConfig().learning_rate else ""
+    _say(
+        f"optim.learning_rate is {optim.learning_rate:g}{default}: {told}. Usual for {way} of "
+        f"large models is {usual}: set --config.optim.learning_rate; docs/tuning.md has ranges."
+    )
+
+
+def _warn_of_rate_of_preferences(config: RunConfig, parameters: int) -> None:
+    """Says what preferences are learnt at if the rate is one of supervised fine-tuning."""
+    rate = config.optim.learning_rate
     largest = _LARGEST_RATES.get(config.objective.name, _LARGEST_RATE)
     if parameters > _MANY_PARAMETERS and rate > largest:
         default = ", the default" if rate == OptimConfig().learning_rate else ""

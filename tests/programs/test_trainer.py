@@ -609,6 +609,27 @@ def test_a_learning_rate_of_sft_is_warned_of_in_preferences(
     assert ("Set --config.optim.learning_rate=5e-07" in said) == warns
 
 
+@pytest.mark.parametrize(
+    ("rank", "rate", "parameters", "said"),
+    [
+        (0, 1e-3, 200_000_000, "full tuning of large models is 1e-5 to 2e-5"),
+        (0, 1e-4, 200_000_000, ""),
+        (0, 1e-3, 260_032, ""),
+        (8, 1e-2, 200_000_000, "LoRA of large models is 1e-4 to 2e-4"),
+        (8, 1e-3, 200_000_000, ""),
+        (8, 1e-5, 260_032, "is 1e-05, the default: an adapter hardly moves at it"),
+    ],
+)
+def test_a_learning_rate_of_another_size_or_way_is_warned_of(
+    rank, rate, parameters, said, config, capfd
+):
+    run = config(adapter__rank=rank, optim__learning_rate=rate)
+    run.model.random_init = False
+    advice._warn_of_learning_rate(run, parameters)
+    text = " ".join(capfd.readouterr().err.split())
+    assert said in text if said else not text
+
+
 def test_only_what_makes_a_short_run_long_enough_is_advised(home, config, capfd):
     run = config(train__steps=0, train__batch_size=64, data__max_length=1024)
     rows = read_rows(home, run)
