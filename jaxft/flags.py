@@ -38,7 +38,9 @@ def take_overrides(words: Sequence[str], options: Collection[str] = ()) -> list[
         if not equals:
             value = next(left, "")
             if not value or value.startswith("--"):
-                raise ConfigError(f"{name} has no value; write {name}=….")
+                is_switch = _key(name) in {i.path for i in walk(RunConfig()) if i.type is bool}
+                example = "true" if is_switch else "…"
+                raise ConfigError(f"{name} has no value; write {name}={example}.")
         found.append(f"{_PREFIX}{_key(name)}={value}")
     if unknown:
         raise ConfigError(unknown)
@@ -67,6 +69,8 @@ def _unknown(word: str, options: Collection[str]) -> str:
         leaves.setdefault(f"--{item.path.rpartition('.')[2]}", []).append(flag)
     if name in leaves:
         return f"Unknown argument {word!r}. Did you mean {' or '.join(leaves[name])}?"
+    if "." in name and name.startswith("--"):
+        return unknown_key(_key(name), prefix=_PREFIX)
     guess = nearest_of(name, [*options, *leaves])
     meant = " or ".join(leaves.get(guess, [repr(guess)]))
     return f"Unknown argument {word!r}." + (f" Did you mean {meant}?" if guess else "")

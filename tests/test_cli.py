@@ -1,6 +1,7 @@
 """The command line: usage errors without tracebacks, and each command once for real."""
 
 import importlib.metadata
+import io
 import json
 import os
 import shlex
@@ -155,6 +156,7 @@ def next_commands(capsys) -> list[str]:
         (["train", "--config.optim.learning_rat=1"], "'--config.optim.learning_rate'?"),
         (["train", "--learning_rate=1"], "Did you mean --config.optim.learning_rate=1?"),
         (["train"], "model.path is empty"),
+        (["train", "--model.quantise=no"], "expected one of '', nf4"),
         (["train", "--profile=0"], "'0' is no whole number from 1 on"),
         (["generate", "--model=m", "--config.optim.beta1=1"], "Unknown argument"),
         (["generate", "--model=m", "--top_k=many"], "invalid int value"),
@@ -170,6 +172,12 @@ def test_wrong_usage_exits_with_2_and_one_line(capsys, arguments, words):
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
+
+
+def test_generate_without_a_prompt_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert cli.main(["generate", "--model=m"]) == 2
+    assert "There is no prompt" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_exits_with_1(folder, capsys):

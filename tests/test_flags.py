@@ -116,6 +116,7 @@ def test_keys_are_set_with_and_without_the_first_word():
         ("--learning_rat=2e-5", "Did you mean --config.optim.learning_rate=2e-5?"),
         ("--batch_size=4", "--config.train.batch_size=4 or --config.eval.batch_size=4?"),
         ("--path", "Did you mean --config.model.path or --config.adapter.path?"),
+        ("--adaptor.rank=4", "Did you mean '--config.adapter.rank'?"),
         ("--resum", "Did you mean '--resume'?"),
         ("learning_rate=2", "Unknown argument 'learning_rate=2'."),
     ],
@@ -125,6 +126,11 @@ def test_the_last_part_of_a_key_alone_is_answered_with_the_whole(word, words):
         take_overrides([word], ["--resume"])
     [problem] = caught.value.problems
     assert words in problem
+
+
+def test_a_switch_without_a_value_is_answered_with_the_value():
+    with pytest.raises(ConfigError, match=r"no value; write --adapter\.dora=true"):
+        take_overrides(["--adapter.dora"])
 
 
 @pytest.mark.parametrize("word", ["--optim.learning_rat=1", "--config.optim.learning_rat=1"])

@@ -23,6 +23,11 @@ def generate(options: argparse.Namespace) -> int:
         asked = questions.from_file(options.messages, system=options.system, tools=tools)
     else:
         texts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        if not texts:
+            raise ConfigError(
+                "There is no prompt: standard input has no line with text. Give --prompt=…, "
+                "--messages=FILE, or a line for each prompt."
+            )
     if not options.raw and not options.messages:
         asked = questions.from_prompts(texts, system=options.system, tools=tools)
     sampling = _sampling(options)

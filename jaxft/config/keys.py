@@ -57,8 +57,9 @@ class Item:
             yield f"{self.path} is {self.value}; expected a finite number."
             return
         if self.choices and self.value not in self.choices:
+            choices = ", ".join(choice or "''" for choice in self.choices)
             yield (
-                f"{self.path} is {self.value!r}; expected one of {', '.join(self.choices)}."
+                f"{self.path} is {self.value!r}; expected one of {choices}."
                 f"{nearest(str(self.value), self.choices)}"
             )
         if self.minimum is not None and not self.value >= self.minimum:

@@ -113,6 +113,9 @@ def unknown_key(name: str, config: RunConfig | None = None, *, prefix: str = "")
     ]
     if same_leaf:
         return f"{told}. Did you mean {' or '.join(repr(prefix + path) for path in same_leaf)}?"
+    groups = [path.rpartition(".")[0] for path in known if path.rpartition(".")[2] == leaf]
+    if not start and group and (meant := nearest_of(group, groups)):
+        return f"{told}. Did you mean {f'{prefix}{meant}.{leaf}'!r}?"
     guess = nearest_of(
         name.removeprefix(start),
         [path.removeprefix(start) for path in known if path.startswith(start)],

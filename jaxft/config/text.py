@@ -19,7 +19,7 @@ def describe(config: RunConfig) -> str:
             lines += ["", f"{parent}:"] if parent else [""]
             group = parent
         indent = "  " if parent else ""
-        choices = f" One of: {', '.join(item.choices)}." if item.choices else ""
+        choices = f" One of: {', '.join(c or "''" for c in item.choices)}." if item.choices else ""
         meaning = textwrap.wrap(item.meaning + choices, 78 - len(indent))
         lines += [f"{indent}# {line}" for line in meaning]
         changed = f"  # default: {yaml_value(item.default)}" if item.value != item.default else ""
