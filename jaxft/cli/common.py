@@ -67,9 +67,9 @@ def export_command(workdir: Path) -> str:
     """Returns the command that exports the best checkpoint of a run."""
     from jaxft.workdir.adapter_note import read_note
 
-    output = workdir.parent / f"{workdir.name}-model"
-    command = command_line("export", checkpoint=workdir, output=output) + " --verify"
     note = read_note(workdir / "model")
     # PEFT's format has no adapter without a pair, nor one of weights that nobody else has.
-    alone = note is None or (note.adaptation.sites and not note.adaptation.whole)
-    return command if alone else f"{command} --merge"
+    alone = note is not None and note.adaptation.sites and not note.adaptation.whole
+    output = workdir.parent / f"{workdir.name}-{'adapter' if alone else 'model'}"
+    command = command_line("export", checkpoint=workdir, output=output) + " --verify"
+    return command if alone or note is None else f"{command} --merge"

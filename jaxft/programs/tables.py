@@ -33,6 +33,7 @@ _SETTINGS = (
     "eval.max_new_tokens",
     "train.seed",
     "model.dtypes",
+    "model.quantise",
 )
 
 

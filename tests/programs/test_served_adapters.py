@@ -127,12 +127,12 @@ def test_a_folder_of_a_model_and_an_adapter_is_neither(exported, home, tmp_path)
 
 def test_what_a_command_line_says_of_adapters(run, exported, tmp_path, capfd):
     workdir = shutil.copytree(run[1].workdir, tmp_path / "run")
-    assert not export_command(workdir).endswith("--merge")
+    assert export_command(workdir).endswith(f"--output={workdir}-adapter --verify")
     note = workdir / "model/adapter.json"
     described = json.loads(note.read_text())
     described["adaptation"]["sites"] = {}
     note.write_text(json.dumps(described))
-    assert export_command(workdir).endswith("--merge")
+    assert export_command(workdir).endswith(f"--output={workdir}-model --verify --merge")
     arguments = ["convert", str(exported[0]), f"--output={tmp_path / 'out'}"]
     assert cli.main(arguments) == 2
     assert "jaxft export --merge" in capfd.readouterr().err

@@ -203,7 +203,7 @@ def test_a_state_of_another_shape_is_refused(tmp_path):
         checkpoints.wait()
         params = dict(abstract(make_state(1)).params)
         params["a.w"] = jax.ShapeDtypeStruct((8, 5), jnp.float32, sharding=params["a.w"].sharding)
-        with pytest.raises(CheckpointError, match="cannot be read.* move the folder 1 away"):
+        with pytest.raises(CheckpointError, match=r"cannot be read.* move the folder 1 away"):
             checkpoints.restore_params(params, 1)
 
 

@@ -65,8 +65,7 @@ def scale_by_factors(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = inner.update(updates, state, params)
         scaled = {
-            path: value * found[path] if path in found else value
-            for path, value in updates.items()
+            path: value * found[path] if path in found else value for path, value in updates.items()
         }
         return scaled, state
 
