@@ -96,7 +96,19 @@ class Source:
     @functools.cached_property
     def _whole(self) -> Architecture:
         found = architecture_from_hf(self.described.config)
-        return with_rows_for(found, self.described.load_tokenizer()) if self.is_peft else found
+        if not self.is_peft:
+            return found
+        tokenizer = self.described.load_tokenizer()
+        try:
+            return with_rows_for(found, tokenizer)
+        except ModelError as error:
+            if self.base is None or not has_tokenizer(self.folder):
+                raise
+            raise ModelError(
+                f"{self.name} is an adapter of another model than {self.base.name}: the tokenizer "
+                f"beside it has more tokens than that model's embedding, {found.config.vocab} "
+                "rows. Name the model that it was made for with --base."
+            ) from error
 
     @functools.cached_property
     def note(self) -> AdapterNote | None:
