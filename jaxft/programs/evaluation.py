@@ -14,6 +14,7 @@ from jaxft.config import AdapterConfig, RunConfig, data_sets, from_dict, to_dict
 from jaxft.data import TokenRows
 from jaxft.data.units import NOUNS, units_of
 from jaxft.errors import ConfigError
+from jaxft.models.adapters import NOTHING, Adaptation
 from jaxft.models.attention import check_backend
 from jaxft.models.families import Architecture
 from jaxft.programs import capacity
@@ -118,8 +119,22 @@ def evaluate_pair(
     if digests[0] != digests[1]:
         console.log(_how_other_tokens_are_compared(config), style="yellow")
         tasks = [_with_a_row_for_each_document(task) for task in tasks]
-    first, second = map(_evaluate, tasks)
+    first, second = map(_evaluate, (_as_beside(*tasks), _as_beside(*reversed(tasks))))
     return first, second
+
+
+def _as_beside(task: "_Task", other: "_Task") -> "_Task":
+    """Returns a task whose model is held as one of its shape is that the other's adapter is of."""
+    shape, of_other = (dataclasses.replace(t.architecture.config, vocab=0) for t in (task, other))
+    adaptation = other.architecture.adaptation
+    if task.architecture.adaptation or not adaptation or shape != of_other:
+        return task
+    if task.config.model.dtypes == "mixed":
+        console.log(
+            f"{task.source.name} is held as the base of {other.source.name} is, in bfloat16 where "
+            "that adapter trains nothing: rounding is the same in both."
+        )
+    return dataclasses.replace(task, beside=adaptation)
 
 
 def _how_other_tokens_are_compared(config: RunConfig) -> str:
@@ -152,6 +167,8 @@ class _Task:
       sources: Held-out data by name.
       rows: The same as rows.
       prompts: Prompts that answers are generated for, of the sets that have them.
+      beside: Adaptation of the adapter that a whole model is compared with: weights are then held
+        in the types that they have beside it.
     """
 
     config: RunConfig
@@ -164,6 +181,7 @@ class _Task:
     sources: dict[str, str]
     rows: dict[str, TokenRows]
     prompts: "dict[str, Prompts]"
+    beside: Adaptation = NOTHING
 
 
 def _prepare(config: RunConfig, checkpoint: str | Path, step: str, base: str) -> _Task:
@@ -262,10 +280,13 @@ def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
     config = task.config
     evaluator = build_evaluator(
         config,
-        task.architecture,
+        dataclasses.replace(
+            task.architecture, adaptation=task.beside or task.architecture.adaptation
+        ),
         placement=task.placement,
         **most_in_a_row(task.rows.values()),
     )
+    evaluator = evaluator.bare if task.beside else evaluator
     sets = {
         name: take_rows(rows, task.tokenizer, maximum=config.eval.max_rows, seed=config.train.seed)
         for name, rows in task.rows.items()

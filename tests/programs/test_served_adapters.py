@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jaxft
 from jaxft import cli
@@ -213,12 +213,41 @@ def test_an_adapter_of_others_is_evaluated_on_a_named_base(run, exported, home, 
     assert a.sums.loss.value == pytest.approx(b.sums.loss.value, rel=1e-5)
 
 
+def test_a_base_with_too_few_rows_is_said_to_be_of_another_adapter(exported, home, tmp_path):
+    other = shutil.copytree(home / "base", tmp_path / "other")
+    described = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(described | {"vocab_size": 16}))
+    with pytest.raises(ModelError, match=r"is an adapter of another model than .*other: .*16 rows"):
+        jaxft.load(exported[0], base=other)
+
+
 @pytest.mark.slow(seconds=4)
 def test_two_adapters_of_one_base_are_compared(run, exported):
     config, result = run
     pair = evaluate_pair(config, exported[0], result.workdir, step="5")
     difference = compare(*pair)["validation"].differences["loss"]
     assert difference.high > difference.value > 0  # step 8 learnt more than step 5
+
+
+@pytest.mark.slow(seconds=4)
+def test_a_base_is_held_as_it_is_beside_the_adapter_it_is_compared_with(home, tmp_path, capfd):
+    config = adapter_config(home, "beside", adapter__rank=0, model__dtypes="mixed")
+    described = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(home / "base"),
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    pairs = {"A": np.ones((2, 32), np.float32), "B": np.zeros((32, 2), np.float32)}
+    tensors = {name.format(layer, part): pairs[part] for layer in (0, 1) for part in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    for pair in ((home / "base", tmp_path), (tmp_path, home / "base")):
+        difference = compare(*evaluate_pair(config, *pair))["validation"].differences["loss"]
+        assert difference.low == difference.high == 0  # an adapter that has learnt nothing
+        assert "base is held as the base of" in " ".join(capfd.readouterr().err.split())
 
 
 @pytest.mark.slow(seconds=5)
