@@ -216,8 +216,8 @@ def test_a_run_is_resumed_on_another_mesh(home, config, monkeypatch):
     restored = []
     original = trainer.Checkpoints.restore
 
-    def restore(self, abstract, step):
-        state, counts = original(self, abstract, step)
+    def restore(self, abstract, step, base):
+        state, counts = original(self, abstract, step, base)
         restored.append(jax.tree.map(lambda a: (np.asarray(a), a.sharding.num_devices), state))
         return state, counts
 
