@@ -101,14 +101,20 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--strategy", default="fsdp")
     parser.add_argument("--packed", action="store_true", help="documents of random lengths")
+    parser.add_argument(
+        "--trained", type=float, default=1.0, help="share of a row, at its end, that is trained"
+    )
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two others")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--torch-python", default="", help="a Python with torch and transformers")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.torch_python and (options.packed or options.dtypes == "mixed"):
-        parser.error("PyTorch is compared on unpacked rows, in float32 or bfloat16")
+    if not 0 < options.trained <= 1:
+        parser.error("--trained is a share above 0, at most 1")
+    plain = not options.packed and options.trained == 1 and options.dtypes != "mixed"
+    if options.torch_python and not plain:
+        parser.error("PyTorch is compared on unpacked rows, all trained, in float32 or bfloat16")
     return options
 
 
@@ -185,7 +191,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         lambda: init_state(init_params(build_model, 0), program.optimizer, ""),
         out_shardings=shardings,
     )()
-    rows = _rows(lengths, options.length, architecture.config.vocab)
+    rows = _rows(lengths, options.length, architecture.config.vocab, options.trained)
     batch = put(rows.map(lambda column: column[None]), evaluator.placement.micro_batches)
     for _ in range(2):
         state, metrics = step(state, {}, batch)
@@ -199,12 +205,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     c = architecture.config
     tokens = int(metrics.counts["tokens"])
     flops = training_flops(
-        evaluator.parameters - (0 if c.tied else c.vocab * c.embed),
+        evaluator.multiplied_parameters,
+        learning=evaluator.learning(program.state.trainable),
         layers=c.layers,
         heads=c.heads,
         head_dim=c.head_dim,
         tokens=tokens,
         squared_lengths=int(metrics.counts["squared_lengths"]),
+        untrained_tokens=tokens - int(metrics.counts["trained_tokens"]),
     )
     devices = evaluator.placement.mesh.devices
     peak = peak_flops(devices.flat[0].device_kind, evaluator.numerics.compute_dtype)
@@ -218,6 +226,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rows": options.rows,
         "length": options.length,
         "packed": options.packed,
+        "trained": options.trained,
         "dtypes": options.dtypes,
         "remat": options.remat,
         "attention": evaluator.attention.backend,
@@ -256,7 +265,7 @@ def _document_lengths(options: argparse.Namespace) -> list[list[int]]:
     return rows
 
 
-def _rows(lengths: list[list[int]], length: int, vocab: int) -> Any:
+def _rows(lengths: list[list[int]], length: int, vocab: int, trained: float) -> Any:
     """Returns a `Batch` of `[rows, length]` arrays of random tokens."""
     import numpy as np
 
@@ -269,6 +278,7 @@ def _rows(lengths: list[list[int]], length: int, vocab: int) -> Any:
     # The last token of a document has nothing to predict.
     weights[:, :-1] = segments[:, 1:] == segments[:, :-1]
     weights[:, -1] = 0
+    weights[:, : length - round(trained * length)] = 0
     return Batch(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
