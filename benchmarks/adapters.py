@@ -10,7 +10,6 @@ holds, tokens a second, and what was measured on held-out data with its 95 % int
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -20,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import jaxft
+from benchmarks.lines import put
 from benchmarks.quality import make_config, tasks
 from jaxft.demo.data import write_task
 from jaxft.demo.runs import load_run
 from jaxft.files import read_jsonl
 from jaxft.programs.description import read_description
 from jaxft.training.program import build, build_evaluator, make_placement
+from jaxft.workdir.environment import environment
 from jaxft.workdir.source import find_source
-from jaxft.workdir.workdir import environment
 
 STEPS, ROWS, LENGTH, RANK = 60, 8, 128, 8
 METHODS: dict[str, dict[str, Any]] = {
@@ -132,15 +132,8 @@ def main() -> None:
                     for name, config in configs(options.shared, Path(folder)):
                         wanted = "banking77" if options.rates else options.task
                         if wanted in ("", name):
-                            _print(measure(config, name, method, seed), options.output)
-
-
-def _print(record: dict[str, Any], output: Path | None) -> None:
-    line = json.dumps(record | {"environment": environment()})
-    print(line, flush=True)
-    if output:
-        with output.open("a") as file:
-            file.write(line + "\n")
+                            record = measure(config, name, method, seed)
+                            put(record | {"environment": environment()}, options.output)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lines import append
 from jaxft.config import RunConfig
 from jaxft.formatting import format_bytes, format_seconds
 from jaxft.hf.folder import read_config
@@ -23,7 +24,7 @@ from jaxft.planner.planner import Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.topology import parse, use_compiler_alone
 from jaxft.training.adaptation import adapted, quantised
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 
 _LENGTH, _RANK = 4096, 16
 
@@ -161,9 +162,7 @@ def main() -> None:
         line = plan(case, options.models)
         print(row(line), flush=True)
         print(line["memory"]["kinds"], flush=True)
-        if options.output:
-            with options.output.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        append(line, options.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ what a triad (McCalpin's STREAM: a = b + s c, three arrays counted) moves in the
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -21,29 +20,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __package__:
-    from benchmarks.train_step import COMMON, SHAPES, _print, _processor
-else:
-    from train_step import COMMON, SHAPES, _print, _processor  # pyright: ignore
+from benchmarks.train_step import COMMON, SHAPES, take_turns
+from jaxft.hardware import huge_pages
+
+_KEYS = ("shape", "rows", "length", "new", "dtypes")
 
 
 def main() -> None:
     """Runs as the orchestrator, or as one measurement with --worker."""
     options = _options()
     if options.worker:
+        # As the command `jaxft generate` does.
+        huge_pages.start_again_with_them()
         print(json.dumps(measure(options)))
         return
-    runs: dict[str, list[float]] = {"jaxft": [], "torch": []}
-    for _ in range(options.rounds):
-        for system in ("jaxft", "torch") if options.torch_python else ("jaxft",):
-            record = _run(system, options)
-            runs[system].append(record["tokens_per_second"])
-            _print(record, options.output)
-    if options.torch_python:
-        medians = {system: statistics.median(values) for system, values in runs.items()}
-        ratio = round(medians["jaxft"] / medians["torch"], 3)
-        line = _described("ratio", options) | {"rounds": options.rounds, "jaxft_over_torch": ratio}
-        _print(line | {f"{k}_tokens_per_second": v for k, v in medians.items()}, options.output)
+    take_turns(_run, options, _KEYS)
 
 
 def _options() -> argparse.Namespace:
@@ -61,11 +52,6 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _described(measurement: str, options: argparse.Namespace) -> dict[str, Any]:
-    keys = ("shape", "rows", "length", "new", "dtypes")
-    return {"measurement": measurement} | {key: getattr(options, key) for key in keys}
-
-
 def _run(system: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measures in a process of its own, so that memory and threads are not shared."""
     if system == "torch":
@@ -78,8 +64,8 @@ def _run(system: str, options: argparse.Namespace) -> dict[str, Any]:
     found = json.loads(result.stdout.splitlines()[-1])
     best = options.rows * options.new / min(found["seconds"])
     found["platform"] = found.pop("system", "")  # `system` is whose program ran
-    record = _described("generation", options) | {"system": system}
-    return record | {"tokens_per_second": round(best, 1), "processor": _processor()} | found
+    record = {"measurement": "generation"} | {key: getattr(options, key) for key in _KEYS}
+    return record | {"system": system, "tokens_per_second": round(best, 1)} | found
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -91,7 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from jaxft.models.families import architecture_from_hf
     from jaxft.models.module import init_params
     from jaxft.programs.generate import generate_tokens
-    from jaxft.workdir.workdir import environment
+    from jaxft.workdir.environment import environment
 
     architecture = architecture_from_hf(COMMON | SHAPES[options.shape])
     numerics = make_numerics(options.dtypes)

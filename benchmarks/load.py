@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lines import put
+
 QWEN3_4B: dict[str, Any] = {
     "model_type": "qwen3",
     "attention_bias": False,
@@ -110,7 +112,7 @@ def whole_model(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             _touch_memory()
             record = _dd(folder) if system == "dd" else _worker("load", folder, system)
             speeds[system].append(record["gigabytes_per_second"])
-            yield _print(record | {"cold": cold}, options.output)
+            yield put(record | {"cold": cold}, options.output)
     for dtype in options.dtypes:
         medians = [statistics.median(speeds[system]) for system in (dtype, "dd")]
         ratio = round(medians[0] / medians[1], 3)
@@ -118,7 +120,7 @@ def whole_model(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         record["ratio"] = ratio
         if dtype == "bfloat16":
             record |= {"least": 0.7, "holds": ratio >= 0.7}
-        yield _print(record, options.output)
+        yield put(record, options.output)
     _remove(folder)
 
 
@@ -127,7 +129,7 @@ def one_host(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     folder = Path(options.folder) / "llama-3.1-70b"
     write_checkpoint(folder, "llama-3.1-70b", sparse=True)
     drop_caches(folder)
-    yield _print(_worker("host", folder, "bfloat16"), options.output)
+    yield put(_worker("host", folder, "bfloat16"), options.output)
     _remove(folder)
 
 
@@ -259,7 +261,7 @@ def measure_load(options: argparse.Namespace) -> dict[str, Any]:
     from jaxft.hf.load import load_params
     from jaxft.models.config import make_numerics
     from jaxft.models.families import architecture_from_hf
-    from jaxft.workdir.workdir import environment
+    from jaxft.workdir.environment import environment
 
     folder = Path(options.folder)
     architecture = architecture_from_hf(read_config(folder))
@@ -298,7 +300,7 @@ def measure_host(options: argparse.Namespace) -> dict[str, Any]:
     from jaxft.models.config import make_numerics
     from jaxft.models.families import architecture_from_hf
     from jaxft.training.program import make_placement
-    from jaxft.workdir.workdir import environment
+    from jaxft.workdir.environment import environment
 
     folder = Path(options.folder)
     architecture = architecture_from_hf(read_config(folder))
@@ -344,15 +346,6 @@ def _bytes_read() -> int:
 def _remove(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
-
-
-def _print(record: dict[str, Any], output: Path | None) -> dict[str, Any]:
-    line = json.dumps(record)
-    print(line, flush=True)
-    if output:
-        with output.open("a") as file:
-            file.write(line + "\n")
-    return record
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ chance.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
@@ -18,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.lines import put
 from jaxft.training.optimizers.moments import store_moments, stored_types
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 
 STEPS, FALL, SHAPE = 5000, 500, (64, 128)
 
@@ -80,11 +80,7 @@ def main() -> None:
         for beta2 in (0.95, 0.999):
             for falls in (False, True):
                 record = measure(moments, beta2, falls=falls)
-                line = json.dumps(record | {"environment": environment()})
-                print(line, flush=True)
-                if output:
-                    with output.open("a") as file:
-                        file.write(line + "\n")
+                put(record | {"environment": environment()}, output)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
+from benchmarks.lines import append
 from jaxft.config import ObjectiveConfig
 from jaxft.data.batch import STANDARD, Batch
 from jaxft.hf.load import load_params
@@ -27,7 +28,7 @@ from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.families import FAMILIES, architecture_from_hf
 from jaxft.models.module import merge
 from jaxft.training.objectives.bound import bind
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 from tests.oracle.cases import CASES, FAMILY_CASES, load_case, load_published_sizes, write_folder
 
 
@@ -91,9 +92,7 @@ def main() -> None:
             "largest_relative_gradient_norm_difference": norm,
             "parameters": published[family],
         } | environment()
-        if options.output:
-            with options.output.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        append(record, options.output)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.lines import append
+
 _DEVICES, _LENGTH, _ROWS = 8, 256, 8
 _MESHES = {
     "fsdp": {"fsdp": 8},
@@ -104,7 +106,7 @@ def main() -> None:
         environment["JAX_PLATFORMS"] = "cpu"
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={_DEVICES}"
     os.environ |= environment  # jax is asked for its version here, too
-    from jaxft.workdir.workdir import environment as describe
+    from jaxft.workdir.environment import environment as describe
 
     for strategy in _MESHES if options.devices == "cpu" else ("fsdp",):
         for remat in _REMATS:
@@ -119,9 +121,7 @@ def main() -> None:
                 f"measured {line['measured'] / 2**20:8,.0f} MiB, {line['ratio']:.3f}",
                 flush=True,
             )
-            if options.output:
-                with options.output.open("a") as file:
-                    file.write(json.dumps(line | {"environment": describe()}) + "\n")
+            append(line | {"environment": describe()}, options.output)
 
 
 if __name__ == "__main__":

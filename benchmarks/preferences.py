@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import jaxft
+from benchmarks.lines import put
 from jaxft.programs.comparison import compare
 from jaxft.programs.evaluation import evaluate_pair
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {},
@@ -165,11 +166,8 @@ def main() -> int:
         for record in measure(
             options.shared, Path(folder), options.methods.split(";"), options.seed
         ):
-            line = json.dumps(record | {"seed": options.seed, "environment": environment()})
-            print(line, flush=True)
-            if options.output:
-                with options.output.open("a") as file:
-                    file.write(line + "\n")
+            found = {"seed": options.seed, "environment": environment()}
+            put(record | found, options.output)
     return 0
 
 

@@ -18,12 +18,12 @@ refuses `xla_tpu_enable_async_collective_fusion` but on v5e.
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lines import append
 from benchmarks.published_runs import GPU_RUNS, TPU_RUNS, Run
 from jaxft.compiled.layout import cpu_devices
 from jaxft.config import RunConfig
@@ -37,7 +37,7 @@ from jaxft.planner.prices import read_prices
 from jaxft.planner.topology import Topology, parse, use_compiler_alone
 from jaxft.training.compiler_options import BY_CHIP
 from jaxft.training.program import make_placement
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 
 
 def predict(run: Run, models: Path) -> dict[str, Any]:
@@ -183,10 +183,8 @@ def main() -> None:
     totals = summaries(lines)
     for name, total in totals.items():
         print(name, ", ".join(f"{key} {value:+.1%}" for key, value in total.items()))
-    if options.output:
-        with options.output.open("a") as file:
-            for line in [*lines, {"summary": totals}]:
-                file.write(json.dumps(line | {"environment": environment()}) + "\n")
+    for line in [*lines, {"summary": totals}]:
+        append(line | {"environment": environment()}, options.output)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 import jaxft
+from benchmarks.lines import put
 from jaxft.programs.held_out import UnitSums
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 
 STEPS, BLOCK, BATCH, EVALUATED_BLOCKS = 300, 256, 16, 64
 BEFORE_TOLERANCE, AFTER_TOLERANCE = 0.005, 0.03
@@ -192,11 +193,7 @@ def main() -> int:
             record = measure(task, options.shared, packing=packing, seed=options.seed)
             if packing == "stream":
                 problems += check(record, task)
-            line = json.dumps(record | {"environment": environment()})
-            print(line, flush=True)
-            if options.output:
-                with options.output.open("a") as file:
-                    file.write(line + "\n")
+            put(record | {"environment": environment()}, options.output)
     for problem in problems:
         print(f"off: {problem}", file=sys.stderr)
     return 1 if problems else 0

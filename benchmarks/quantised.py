@@ -26,12 +26,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.lines import append
 from jaxft.compiled.collectives import collectives
 from jaxft.hf.read import Entry
 from jaxft.hf.stored import stored_tensors
 from jaxft.models import quantised
 from jaxft.planner.topology import parse, use_compiler_alone
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 
 _BLOCK, _GROUP = 64, 256
 _LEVELS = np.asarray(quantised.NF4, np.float32)
@@ -231,9 +232,7 @@ def main() -> None:
     use_compiler_alone()
     for line in measure(options.model, tpu=not options.no_tpu):
         print(json.dumps(line), flush=True)
-        if options.output:
-            with options.output.open("a") as file:
-                file.write(json.dumps(line | {"environment": environment()}) + "\n")
+        append(line | {"environment": environment()}, options.output)
 
 
 if __name__ == "__main__":

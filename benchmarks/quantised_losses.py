@@ -8,15 +8,15 @@ JSON line for each; exits with 1 if a held-out loss is more than 2 % above that 
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import jaxft
 from benchmarks import quality
+from benchmarks.lines import put
 from jaxft.models.quantised import DTYPES
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 
 STEPS, ROWS, RANK, TOLERANCE = 100, 4, 8, 0.02
 
@@ -47,11 +47,7 @@ def main() -> int:
     for kind in ("", *options.kinds.split(",")):
         record = measure(task, options.shared, kind)
         found[kind] = record["loss"]
-        line = json.dumps(record | {"environment": environment()})
-        print(line, flush=True)
-        if options.output:
-            with options.output.open("a") as file:
-                file.write(line + "\n")
+        put(record | {"environment": environment()}, options.output)
     worse = [kind for kind, loss in found.items() if loss > (1 + TOLERANCE) * found[""]]
     for kind in worse:
         print(f"{kind}: {found[kind]}, without quantising {found['']}", file=sys.stderr)

@@ -11,15 +11,15 @@ line goes to `--output` as JSON.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from benchmarks.lines import append
 from jaxft.compiled.layout import Description, cpu_devices, describe_run
 from jaxft.config import RunConfig
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 from tests.strategies import BUILT_IN, FOR_EXPERTS, MESHES
 
 _DEVICES, _LENGTH, _MICRO_BATCHES = 8, 1024, 2
@@ -94,9 +94,7 @@ def main() -> None:
         folder = options.experts if strategy in FOR_EXPERTS else options.dense
         line = record(describe(folder, strategy))
         print(row(line), flush=True)
-        if options.output:
-            with options.output.open("a") as file:
-                file.write(json.dumps(line | {"environment": environment()}) + "\n")
+        append(line | {"environment": environment()}, options.output)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ as `train.compiler_options` does; `--plain` leaves those of the chip out.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lines import put
 from jaxft.config import RunConfig, compiler_options
 from jaxft.hf.folder import read_config
 from jaxft.models.families import architecture_from_hf
@@ -22,7 +22,7 @@ from jaxft.planner.planner import Planner
 from jaxft.planner.prices import read_prices
 from jaxft.planner.topology import parse, use_compiler_alone
 from jaxft.training.compiler_options import BY_CHIP
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 
 _LLAMA = "meta-llama--Meta-Llama-3.1-8B"
 _QWEN, _MIXTRAL = "Qwen--Qwen3-30B-A3B", "mistralai--Mixtral-8x7B-v0.1"
@@ -127,11 +127,7 @@ def main() -> None:
         if options.only not in case.name:
             continue
         line = measure(case, options.models, options.options)
-        line |= {"environment": environment()}
-        print(json.dumps(line), flush=True)
-        if options.output:
-            with options.output.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        put(line | {"environment": environment()}, options.output)
 
 
 if __name__ == "__main__":

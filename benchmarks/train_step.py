@@ -18,9 +18,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lines import put
 from jaxft.hardware import huge_pages
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -68,27 +70,38 @@ def main() -> None:
         huge_pages.start_again_with_them()
         print(json.dumps(measure(options)))
         return
+    take_turns(_run, options, ("shape", "rows", "length", "dtypes"))
+
+
+def take_turns(
+    run: Callable[[str, argparse.Namespace], dict[str, Any]],
+    options: argparse.Namespace,
+    keys: Sequence[str],
+) -> None:
+    """Measures jaxft, and PyTorch in turns with it, and prints lines and the ratio of medians.
+
+    Args:
+      run: Of a system's name and the options, one measurement with `tokens_per_second`.
+      options: `rounds`, `torch_python` and `output` are read.
+      keys: Names of the options that the line of the ratio repeats.
+    """
     runs: dict[str, list[float]] = {"jaxft": [], "torch": []}
     for _ in range(options.rounds):
         for system in ("jaxft", "torch") if options.torch_python else ("jaxft",):
-            record = _run(system, options)
-            record["processor"] = _processor()
+            record = run(system, options)
             runs[system].append(record["tokens_per_second"])
-            _print(record, options.output)
+            put(record | {"processor": processor()}, options.output)
     if options.torch_python:
         medians = {system: statistics.median(values) for system, values in runs.items()}
         ratio = {
             "measurement": "ratio",
-            "shape": options.shape,
-            "rows": options.rows,
-            "length": options.length,
-            "dtypes": options.dtypes,
+            **{key: getattr(options, key) for key in keys},
             "rounds": options.rounds,
             "jaxft_tokens_per_second": medians["jaxft"],
             "torch_tokens_per_second": medians["torch"],
             "jaxft_over_torch": round(medians["jaxft"] / medians["torch"], 3),
         }
-        _print(ratio, options.output)
+        put(ratio, options.output)
 
 
 def _options() -> argparse.Namespace:
@@ -137,7 +150,7 @@ def _run(system: str, options: argparse.Namespace) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def _processor() -> str:
+def processor() -> str:
     """Returns the name of the processor, where Linux tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
@@ -145,14 +158,6 @@ def _processor() -> str:
     flags = next((line for line in lines if line.startswith("flags")), "")
     extra = " with AMX" if "amx_tile" in flags else ""
     return f"{len(names)} x {names[0]}{extra}" if names else platform.processor()
-
-
-def _print(record: dict[str, Any], output: Path | None) -> None:
-    line = json.dumps(record)
-    print(line, flush=True)
-    if output:
-        with output.open("a") as file:
-            file.write(line + "\n")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from jaxft.training.flops import training_flops
     from jaxft.training.program import build, build_evaluator, make_placement
     from jaxft.training.state import init_state
-    from jaxft.workdir.workdir import environment
+    from jaxft.workdir.environment import environment
 
     config = RunConfig()
     config.model.dtypes, config.model.remat = options.dtypes, options.remat

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from benchmarks.lines import put
 from jaxft.compiled.collectives import Reader
 from jaxft.compiled.hlo import Module
 from jaxft.hf.folder import read_config
@@ -30,7 +31,7 @@ from jaxft.planner.kernels import efficiency, splash_flops
 from jaxft.planner.network import Network
 from jaxft.planner.timeline import CORE, Rates, Simulator
 from jaxft.planner.topology import parse, use_compiler_alone
-from jaxft.workdir.workdir import environment
+from jaxft.workdir.environment import environment
 
 _VERSION = "0.2.5"
 _LLAMA = "meta-llama--Meta-Llama-3.1-8B"
@@ -152,10 +153,7 @@ def main() -> None:
             **measure(step, case, config),
             "environment": environment(),
         }
-        print(json.dumps(line), flush=True)
-        if options.output:
-            with options.output.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        put(line, options.output)
 
 
 if __name__ == "__main__":
