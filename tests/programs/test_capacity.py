@@ -23,29 +23,11 @@ from jaxft.programs.evaluation import evaluate
 from jaxft.programs.trainer import train
 from jaxft.training.program import make_placement
 from jaxft.workdir.source import find_architecture
-from tests.tiny_run import command, tiny_config
+from tests.tiny_run import command
 
 MIB = 2**20
 # Rows that no machine has room for.
 ABSURD = 10**9
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Model and data that the runs of this file share."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture
-def config(home, tmp_path):
-    """Makes configs whose workdir is the test's own."""
-
-    def make(**changes):
-        config = tiny_config(home, **changes)
-        config.train.workdir = str(tmp_path / "run")
-        return config
-
-    return make
 
 
 def compiled_bytes(config):

@@ -11,25 +11,7 @@ from jax.profiler import ProfileData
 from jaxft import console
 from jaxft.errors import ConfigError, TrainingError
 from jaxft.programs.trainer import train
-from tests.tiny_run import read_metrics, read_records, tiny_config
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Model and data that the runs of this file share, with their compiled programs."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture
-def config(home, tmp_path):
-    """Makes configs whose workdir is the test's own."""
-
-    def make(name="run", **changes):
-        config = tiny_config(home, **changes)
-        config.train.workdir = str(tmp_path / name)
-        return config
-
-    return make
+from tests.tiny_run import read_metrics, read_records
 
 
 @pytest.fixture

@@ -29,27 +29,8 @@ from tests.tiny_run import (
     read_arrays,
     read_metrics,
     read_records,
-    tiny_config,
     write_chats,
 )
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Model and data that the runs of this file share, with their compiled programs."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture
-def config(home, tmp_path):
-    """Makes configs whose workdir is the test's own."""
-
-    def make(name="run", **changes):
-        config = tiny_config(home, **changes)
-        config.train.workdir = str(tmp_path / name)
-        return config
-
-    return make
 
 
 def crash(monkeypatch, config, *, step, resume=False):
