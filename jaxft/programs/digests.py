@@ -56,17 +56,17 @@ def digest_of_base(
       dtype: `float32` or `bfloat16`, to which they are rounded.
       new_tokens: Ids of tokens for which the files have rows of padding.
     """
-    paths = _paths(base, adaptation)
-    held = {path: params[path] for path in paths if path in params}
+    fixed = _fixed(base, adaptation)
+    held = {path: params[path] for path in fixed if path in params}
     exact = ("float32", dtype)
-    if held.keys() < paths or any(x.dtype.name not in exact for x in held.values()):
+    if held.keys() < fixed.keys() or any(x.dtype.name not in exact for x in held.values()):
         return distributed.from_first(
             "digest of the base",
             lambda: digest_in_files(base, adaptation, dtype=dtype, new_tokens=new_tokens),
         )
     kept = {}
-    for path, axes in base.architecture.abstract(make_numerics("float32")).axes.items():
-        if path in held and axes[0] == "vocab":
+    for path, axes in fixed.items():
+        if axes[0] == "vocab":
             rows = np.arange(held[path].shape[0])
             stored = base.architecture.config.vocab
             kept[path] = (rows < stored) & ~np.isin(rows, list(new_tokens))
@@ -77,12 +77,11 @@ def digest_in_files(
     base: Source, adaptation: Adaptation, *, dtype: str, new_tokens: Collection[int] = ()
 ) -> str:
     """Does what `digest_of_base` does, a part of a tensor at a time."""
-    axes = base.architecture.abstract(make_numerics("float32")).axes
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     sums = {}
     with open_weights(base, base.architecture) as params:
-        for path in _paths(base, adaptation):
-            added = new_tokens if axes[path][0] == "vocab" else ()
+        for path, axes in _fixed(base, adaptation).items():
+            added = new_tokens if axes[0] == "vocab" else ()
             total = np.zeros(2, np.uint32)
             for chunk in _chunks(params[path], added):
                 total += np.asarray(_checksum(*jax.device_put(chunk, host), dtype))
@@ -120,9 +119,10 @@ def check_base(source: Source) -> None:
         refuse_another(source, digest)
 
 
-def _paths(base: Source, adaptation: Adaptation) -> set[str]:
-    params = base.architecture.abstract(make_numerics("float32")).params
-    return {path for path in params if not adaptation.is_kept(path)}
+def _fixed(base: Source, adaptation: Adaptation) -> dict[str, tuple[str, ...]]:
+    """Returns the axes of the parameters that an adapter leaves as they are."""
+    axes = base.architecture.abstract(make_numerics("float32")).axes
+    return {path: names for path, names in axes.items() if not adaptation.is_kept(path)}
 
 
 def _chunks(
