@@ -293,8 +293,10 @@ def _attention_by_kind(
 
 def _pick(options: Sequence[Any], index: Array | int) -> Any:
     """Returns the option of an index that may be known only when the program runs."""
-    if len(options) == 1 or isinstance(index, int):
-        return options[int(index) if isinstance(index, int) else 0]
+    if isinstance(index, int):
+        return options[index]
+    if len(options) == 1:
+        return options[0]
     return jax.tree.map(lambda *arrays: jnp.stack(arrays)[index], *options)
 
 
