@@ -101,8 +101,9 @@ def test_two_hosts_train_as_one_process_does_and_the_first_alone_speaks(
         hosts.succeed()
         assert "cpu devices of 2 hosts (data=1 x fsdp=4)" in hosts.text(0)
         assert "Steps 3 to 4 were traced" in hosts.text(0)
-        said = [line for line in hosts.text(1).splitlines() if not line.startswith("[Gloo]")]
-        assert said == []
+        # Gloo writes its line in pieces, between which those of another thread may fall.
+        gloo = r"\[Gloo\] Rank|is connected to|Expected number of connected|peer ranks( is :|\.)"
+        assert re.sub(gloo + r"|\d|\s", "", hosts.text(1)) == ""
     folder = Path(config.train.workdir)
     assert_same_run(folder, reference)
     assert (folder / "report.html").is_file()
