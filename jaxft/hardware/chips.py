@@ -88,6 +88,12 @@ class Chip:
       clock: Cycles a second of the TensorCore, in which the TPU compiler estimates.
       lanes: Columns of a TPU's matrix unit.
       offloads: Whether its SparseCores can gather and reduce-scatter beside the TensorCore.
+      hops: Whether a reduce-scatter keeps the TensorCore from its products, and a copy to the next
+        chip does not, so that gradients are better summed by copies.
+      fuses: Whether attention's gradients are better made by one kernel, in five products, than by
+        two, in seven. Published runs of MaxText have one on v6e and tpu7x (recipes of
+        github.com/AI-Hypercomputer/tpu-recipes), and two on v5p, whose chips, as v4's, are two
+        cores that share a kernel; v5e has one core like v6e.
       product_share: Share of the peak that large matrix products reach.
       host_memory: Memory of the host, the share of one chip in the largest machine sold.
       capability: Compute capability of an NVIDIA GPU that can be planned for.
@@ -111,6 +117,8 @@ class Chip:
     clock: float = 0
     lanes: int = 0
     offloads: bool = False
+    hops: bool = False
+    fuses: bool = False
     product_share: float = 1.0
     host_memory: int = 0
     capability: str = ""
@@ -251,6 +259,8 @@ CHIPS: tuple[Chip, ...] = (
         clock=1.5 * _GIGA,
         lanes=128,
         host_memory=48 * _GIB,
+        hops=True,
+        fuses=True,
         product_share=_V5E_PRODUCTS,
         sources=("Google v5e page", f"links, clock, host, dcn: {_BOOK}", "usable: compiler"),
     ),
@@ -294,6 +304,7 @@ CHIPS: tuple[Chip, ...] = (
         lanes=256,
         host_memory=180 * _GIB,
         offloads=True,
+        fuses=True,
         product_share=0.78,
         sources=(
             "Google v6e page",
@@ -320,6 +331,7 @@ CHIPS: tuple[Chip, ...] = (
         clock=2307 * _TERA / 2 / (4 * 256 * 256 * 2),
         lanes=256,
         host_memory=240 * _GIB,
+        fuses=True,
         product_share=0.83,
         sources=(
             "Google tpu7x page",

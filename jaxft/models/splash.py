@@ -24,12 +24,9 @@ from jaxft.sharding.sequence import document_order
 # four of it and more. Published runs of MaxText take 1,024 to 2,048 on v5p, v6e and tpu7x (its
 # default is 512); 2,048 does not fit the 16 MiB that libtpu 0.0.50 gives a kernel on v5e.
 BLOCK, LARGE_BLOCK = 512, 1024
-# Chips on which one kernel makes all gradients, in five products, where two kernels need seven. It
-# leaves a part of queries' gradients for each block of keys, which are added up outside. Published
-# runs do so on v6e and tpu7x (recipes of github.com/AI-Hypercomputer/tpu-recipes), and not on v5p,
-# whose chips, as v4's, are two cores that share a kernel; v5e has one like v6e.
-_FUSED = ("v5e", "v6e", "tpu7x")
-# Most such parts, each of the size of the queries in memory.
+# One kernel that makes all gradients (`Chip.fuses`) leaves a part of queries' gradients for each
+# block of keys, which are added up outside. Most such parts, each of the size of the queries in
+# memory.
 _MOST_PARTS = 8
 
 
@@ -162,7 +159,7 @@ def _is_fused(parts: int, seen: float, chip: Chip | None) -> bool:
       seen: Keys that a query sees, the mean.
       chip: On which it runs, if it is known.
     """
-    if chip is None or chip.name not in _FUSED or parts > _MOST_PARTS:
+    if chip is None or not chip.fuses or parts > _MOST_PARTS:
         return False
     # Two products of every pair, at half of the peak, against writing and reading the parts.
     return parts == 1 or seen * chip.bandwidth > parts * chip.bfloat16 / 2

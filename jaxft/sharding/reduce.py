@@ -167,11 +167,6 @@ def _spec(*cuts: Sequence[tuple[str, ...]]) -> P:
     return P(*(sum(parts, ()) for parts in zip(*cuts, strict=True)))
 
 
-# Chips on which a reduce-scatter keeps the core from its products, and a copy from one chip to the
-# next does not.
-_BY_HOPS = ("v5e",)
-
-
 def reduce_scatter(x: Array, name: str, dimension: int, placement: Placement) -> Array:
     """Sums `x` over a mesh axis, in a `shard_map`; each device keeps its part.
 
@@ -184,7 +179,7 @@ def reduce_scatter(x: Array, name: str, dimension: int, placement: Placement) ->
     sizes = rings(placement.mesh, name)
     if chip and chip.offloads:
         sizes = (math.prod(sizes),)
-    scatter = _by_hops if chip and chip.name in _BY_HOPS else _at_once
+    scatter = _by_hops if chip and chip.hops else _at_once
     for ring in range(len(sizes)):
         x = scatter(x, name, dimension, sizes, ring)
     return x

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from jaxft.hardware.chips import chip_named
@@ -13,7 +15,10 @@ from jaxft.models import splash
         ("v6e", 16384, 0, 1024, False),  # sixteen copies of the queries
         ("v6e", 8192, 512, 1024, False),  # few pairs, and eight copies all the same
         ("v5e", 4608, 0, 512, False),  # no multiple of the larger block
+        ("v5e", 4096, 0, 1024, True),
+        ("tpu7x", 4096, 0, 1024, True),
         ("v5p", 4096, 0, 1024, False),
+        ("v4", 4096, 0, 1024, False),
         ("", 4096, 0, 1024, False),
     ],
 )
@@ -23,3 +28,11 @@ def test_blocks_and_kernels_go_by_the_chip_and_the_row(chip, length, window, blo
     assert sizes.block_kv % sizes.block_kv_compute == 0
     assert sizes.use_fused_bwd_kernel == fused
     assert sizes.has_backward_blocks
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+def test_a_new_chip_says_itself_how_gradients_are_made(fuses):
+    known = chip_named("v6e")
+    assert known is not None
+    chip = dataclasses.replace(known, name="new", fuses=fuses)
+    assert splash._block_sizes(4096, 4096, 0, chip).use_fused_bwd_kernel == fuses
