@@ -1,12 +1,14 @@
 """Compares full fine-tuning with adapters on three tasks: what trains, memory, speed and quality.
 
-    .venv/bin/python benchmarks/adapters.py ../shared --output benchmarks/results/adapters.jsonl
+    python -m benchmarks.adapters ../shared --output benchmarks/results/adapters.jsonl
+    python -m benchmarks.adapters --table benchmarks/results/adapters.jsonl
 
 The tasks are the demo's (the model that ships with jaxft; labels) and banking77 and rasbt-instruct
 with models/stories260K of the folder (next tokens of held-out texts). All methods see the same rows
 in the same order; each has the learning rate that was best of those tried on banking77, which
 `--rates` prints. Prints one JSON line per run: parameters that train, bytes that the compiled step
-holds, tokens a second, and what was measured on held-out data with its 95 % interval.
+holds, tokens a second, and what was measured on held-out data with its 95 % interval. The second
+command prints the table of docs/tuning.md: means over seeds, and speed of the fastest run.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from benchmarks.quality import make_config, tasks
 from jaxft.demo.data import write_task
 from jaxft.demo.runs import load_run
 from jaxft.files import read_jsonl
+from jaxft.formatting import format_bytes
 from jaxft.programs.description import read_description
 from jaxft.training.program import build, build_evaluator, make_placement
 from jaxft.workdir.environment import environment
@@ -114,16 +117,48 @@ def _estimate(estimate: Any) -> dict[str, float]:
     return {part: round(getattr(estimate, part), 4) for part in ("value", "low", "high")}
 
 
+def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yields the lines of a table with a row for each task and method."""
+    yield (
+        "| task | tuning | trained parameters | checkpoint | memory of the step | tokens/s | "
+        "held-out loss | of seeds |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        found.setdefault((line["task"], line["method"]), []).append(line)
+    for (task, method), runs in sorted(found.items(), key=lambda item: item[0][0]):
+        first, losses = runs[0], [run["loss"] for run in runs]
+        loss, low, high = (
+            statistics.mean(loss[part] for loss in losses) for part in ("value", "low", "high")
+        )
+        values = [loss["value"] for loss in losses]
+        yield (
+            f"| {task} | {method} | {first['trained']:,} | "
+            f"{format_bytes(first['checkpoint_bytes'])} | {format_bytes(first['step_bytes'])} | "
+            f"{max(run['tokens_per_second'] for run in runs):,} | "
+            f"{loss:.3f} [{low:.3f}, {high:.3f}] | {min(values):.3f} to {max(values):.3f} |"
+        )
+
+
 def main() -> None:
     """Runs every method on every task, with each seed."""
     parser = argparse.ArgumentParser(description="Compares full fine-tuning with adapters.")
-    parser.add_argument("shared", type=Path, help="folder with models/stories260K and data/")
+    parser.add_argument(
+        "shared", type=Path, nargs="?", help="folder with models/stories260K and data/"
+    )
+    parser.add_argument("--table", type=Path, help="print the table of a file of lines")
     parser.add_argument("--task", default="", help="this task only")
     parser.add_argument("--methods", default=",".join(METHODS), help="these methods only")
     parser.add_argument("--seeds", default="0,1,2", help="orders in which rows are drawn")
     parser.add_argument("--rates", action="store_true", help="try learning rates on banking77")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     options = parser.parse_args()
+    if options.table:
+        print("\n".join(table(list(read_jsonl(options.table)))))
+        return
+    if options.shared is None:
+        parser.error("name the folder with models/stories260K and data/, or --table")
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):
             for rate in RATES if options.rates else (METHODS[method]["optim.learning_rate"],):

@@ -1,12 +1,14 @@
 """Commands and their options."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 from collections.abc import Callable
 from typing import NoReturn
 
 import jaxft
 from jaxft.cli import looking, running, talking
+from jaxft.config import ModelConfig
 from jaxft.errors import ConfigError
 
 _EPILOG = """
@@ -169,6 +171,12 @@ def _number_from_one(text: str) -> int:
     return int(text)
 
 
+def _choices(key: str) -> tuple[str, ...]:
+    """Returns what a key of the model may be."""
+    [found] = (f for f in dataclasses.fields(ModelConfig) if f.name == key)
+    return found.metadata["choices"]
+
+
 def _add_model(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     parser.add_argument(
         "--model", required=True, metavar="PATH", help="folder, id, adapter or workdir"
@@ -189,8 +197,14 @@ def _add_model(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     parser.add_argument(
         "--dtypes",
         default="float32",
-        choices=("float32", "mixed", "bfloat16"),
+        choices=_choices("dtypes"),
         help="bfloat16 takes half the memory",
+    )
+    parser.add_argument(
+        "--quantise",
+        default="",
+        choices=_choices("quantise"),
+        help="hold the layers' weights in codes: nf4 takes a quarter of bfloat16",
     )
     _add_step(parser)
     _add_base(parser)

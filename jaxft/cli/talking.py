@@ -31,7 +31,7 @@ def generate(options: argparse.Namespace) -> int:
     if not options.raw and not options.messages:
         asked = questions.from_prompts(texts, system=options.system, tools=tools)
     sampling = _sampling(options)
-    model = jaxft.load(options.model, step=options.step, base=options.base, dtypes=options.dtypes)
+    model = _load(options)
     needs_template = options.messages or options.system or tools
     template = getattr(model.tokenizer, "chat_template", None)  # there may be no tokenizer
     if options.raw or not (template or needs_template):
@@ -65,7 +65,7 @@ def chat(options: argparse.Namespace) -> int:
 
     tools = questions.read_tools(options.tools) if options.tools else None
     sampling = _sampling(options)
-    model = jaxft.load(options.model, step=options.step, base=options.base, dtypes=options.dtypes)
+    model = _load(options)
     terminal.run(
         terminal.Chat(
             model,
@@ -76,6 +76,16 @@ def chat(options: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _load(options: argparse.Namespace):
+    return jaxft.load(
+        options.model,
+        step=options.step,
+        base=options.base,
+        dtypes=options.dtypes,
+        quantise=options.quantise,
+    )
 
 
 def _sampling(options: argparse.Namespace):

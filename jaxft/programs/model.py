@@ -24,12 +24,14 @@ from jaxft.hf.tokenizer import (
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel, Params, merge
+from jaxft.models.quantised import parameter_count
 from jaxft.programs.description import default_template, grown, stop_ids_of
 from jaxft.programs.generate import MOST_ROWS, generate_tokens
 from jaxft.programs.sampling import Sampling
 from jaxft.programs.streaming import Session, text_pieces
 from jaxft.programs.weights import load_weights, refuse_what_does_not_fit
 from jaxft.sharding.rules import Placement
+from jaxft.training.adaptation import quantised
 from jaxft.workdir.source import Source, find_source
 
 type Prompt = str | Sequence[Mapping[str, Any]]
@@ -77,7 +79,7 @@ class Model:
     @property
     def parameters(self) -> int:
         """Number of parameters; a tied table counts once."""
-        return sum(array.size for array in self.params.values())
+        return parameter_count(self.abstract.params)
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -248,16 +250,16 @@ class Model:
         except Exception as error:
             if not (said := shortage(error)):
                 raise
-            c, some = self.architecture.config, next(iter(self.params.values()))
-            cache = 2 * c.layers * rows * length * c.kv_heads * c.head_dim * some.dtype.itemsize
+            c, embedding = self.architecture.config, self.params["embed.w"]
+            width = embedding.dtype.itemsize
+            cache = 2 * c.layers * rows * length * c.kv_heads * c.head_dim * width
             weights = sum(array.nbytes for array in self.params.values())
             fewer = f"at most {rows // 2} prompts, " if rows > 1 else ""
-            wide = some.dtype.itemsize > 2
-            narrow = ", or weights of half the size (--dtypes=bfloat16)" if wide else ""
+            narrow = ", or weights of half the size (--dtypes=bfloat16)" if width > 2 else ""
             raise OutOfMemoryError(
                 f"{said} Prompts at a time: {rows}, of up to {length} tokens with their answers; "
                 f"their keys and values take {format_bytes(cache)}, the weights "
-                f"{format_bytes(weights)}; {room(list(some.devices()))}. It takes less with "
+                f"{format_bytes(weights)}; {room(list(embedding.devices()))}. It takes less with "
                 f"{fewer}a smaller --max_new_tokens{narrow}."
             ) from error
 
@@ -289,6 +291,7 @@ def load(
     step: str = "best",
     base: str | Path = "",
     dtypes: str = "float32",
+    quantise: str = "",
     placement: Placement | None = None,
     device: Any = None,
 ) -> Model:
@@ -301,28 +304,31 @@ def load(
       step: Which checkpoint of a workdir: `best`, `latest` or a number.
       base: Model that an adapter is made for, where it is not the one that the adapter names.
       dtypes: `float32`, `mixed` or `bfloat16` (half the memory of float32).
+      quantise: Codes that hold the weights of the layers, as `model.quantise`; empty: none.
       placement: Shards the weights; one device holds them if absent.
       device: That one device; the first one by default.
 
     Raises:
+      ConfigError: If `quantise` is none of the kinds, or for weights that an adapter trained whole.
       ModelError: If it cannot be found, is not supported or does not fit its config.json.
       CheckpointError: If a checkpoint cannot be read.
     """
     source = find_source(path_or_repo_id, revision=revision, step=step, base=str(base))
-    return load_source(source, dtypes=dtypes, placement=placement, device=device)
+    return load_source(source, dtypes=dtypes, quantise=quantise, placement=placement, device=device)
 
 
 def load_source(
     source: Source,
     *,
     dtypes: str = "float32",
+    quantise: str = "",
     placement: Placement | None = None,
     device: Any = None,
 ) -> Model:
     """Does what `load` does, for a model that has been found."""
     stored = source.architecture
     tokenizer = source.described.load_tokenizer()
-    architecture = grown(stored, tokenizer)
+    architecture = quantised(grown(stored, tokenizer), quantise)
     abstract = architecture.abstract(make_numerics(dtypes))
     if placement is not None:
         shardings = placement.shardings(abstract.params, abstract.axes)

@@ -41,7 +41,8 @@ def refuse_what_does_not_fit(
         narrow = (
             f" As bfloat16 they take {format_bytes(held / 2)}: --dtypes=bfloat16."
             if dtypes != "bfloat16"
-            else " jaxft.load takes a placement that splits them over several devices."
+            else " Less with those of the layers in codes (--quantise=nf4); jaxft.load takes a "
+            "placement that splits them over several devices."
         )
         raise OutOfMemoryError(
             f"The weights take {format_bytes(held)} as {dtypes}, and {found}.{narrow}"

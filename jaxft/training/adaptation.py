@@ -9,6 +9,7 @@ from jaxft.models.adapters import Adaptation, choose_sites, site_problems, weigh
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
 from jaxft.models.module import without_memory
+from jaxft.models.quantised import DTYPES
 
 
 def as_run(
@@ -99,10 +100,12 @@ def quantised(architecture: Architecture, kind: str) -> Architecture:
     """Returns the model with the weights of its layers in codes; the same one for no kind.
 
     Raises:
-      ConfigError: If one of them trains itself.
+      ConfigError: If there is no such kind, or one of them trains itself.
     """
     if not kind:
         return architecture
+    if kind not in DTYPES:
+        raise ConfigError(f"quantise is {kind!r}; expected one of {', '.join(DTYPES)}, or ''.")
     found = replace(architecture, quantise=kind)
     dense, coded = (
         part.abstract(make_numerics("float32")).params for part in (architecture, found)

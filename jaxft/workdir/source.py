@@ -28,6 +28,9 @@ from jaxft.workdir.adapter_note import AdapterNote, read_note
 from jaxft.workdir.checkpoint import Checkpoints
 from jaxft.workdir.workdir import Workdir
 
+# Fields of a model's shape that tell it from another; an adapter may have grown its vocabulary.
+_SHAPE = ("embed", "layers", "heads", "kv_heads", "head_dim", "mlp")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -253,7 +256,23 @@ def _with_base(found: Source, base: str, revision: str, *, weights: bool) -> Sou
             f"{base}, the base of the adapter {found.name}, is an adapter itself. Merge it "
             "(jaxft export --merge), and name the result with --base."
         )
+    if found.note is not None:
+        _refuse_another_shape(found, source)
     return dataclasses.replace(found, base=source)
+
+
+def _refuse_another_shape(found: Source, base: Source) -> None:
+    """Raises ModelError if a run's adapter was made for a model of another shape."""
+    ours, theirs = found.architecture.config, base.architecture.config
+    other = [name for name in _SHAPE if getattr(ours, name) != getattr(theirs, name)]
+    if other:
+        raise ModelError(
+            f"{found.name} is an adapter of another model than {base.name}: "
+            + ", ".join(
+                f"{name} {getattr(ours, name)}, not {getattr(theirs, name)}" for name in other
+            )
+            + ". Name the model that it was made for with --base."
+        )
 
 
 def _say_other_name(found: Source, base: str) -> None:

@@ -99,6 +99,14 @@ def test_other_weights_in_the_place_of_the_base_are_noticed(run, home, tmp_path)
             read()
 
 
+def test_a_base_of_another_shape_is_no_base_of_the_adapter(run, home, tmp_path):
+    other = shutil.copytree(home / "base", tmp_path / "other")
+    described = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(described | {"num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match=r"another model than .*other: layers 2, not 3\."):
+        jaxft.load(run[1].workdir, base=other)
+
+
 def test_an_adapter_that_a_config_names_is_evaluated(run, home):
     config, result = run
     named = adapter_config(home, "new", adapter__rank=0, adapter__path=str(result.workdir))

@@ -6,12 +6,15 @@ import jax
 import numpy as np
 import pytest
 
+from jaxft.models.config import Numerics
+from jaxft.models.quantised import block_size, encode, weight_of
 from jaxft.sharding.rules import load_strategy
+from jaxft.training.adaptation import quantised
 from jaxft.training.state import partition
 from tests.oracle.cases import CASES
 from tests.sharding.test_strategies import CASES as MODELS
 from tests.sharding.test_strategies import LENGTH, mesh_of, run
-from tests.strategies import BUILT_IN, FOR_EXPERTS
+from tests.strategies import BUILT_IN, FOR_EXPERTS, MESHES
 from tests.tiny import (
     Tiny,
     feed,
@@ -71,6 +74,37 @@ def test_steps_of_adapters_equal_those_of_one_device(strategy, family):
     for path, value in (frozen | base).items():
         np.testing.assert_array_equal(value, expected[path])
         np.testing.assert_array_equal(value, tiny.params[path])
+
+
+@functools.cache
+def in_codes() -> Tiny:
+    """A model of four layers, wide enough that two devices hold whole blocks of every weight."""
+    widths = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
+    tiny = with_adapters(load_tiny("gqa", **widths), rank=4)
+    coded = quantised(tiny.architecture, "nf4")
+    abstract = coded.abstract(Numerics())
+    params = dict(tiny.params)
+    for path in abstract.params:
+        if path.endswith(".codes"):
+            weight = params.pop(weight_of(path))
+            leaves = encode(weight, "nf4", block=block_size(weight.shape[-1]))
+            params |= dict(zip((path, path.replace(".codes", ".scales")), leaves, strict=True))
+    return Tiny(coded, abstract, params)
+
+
+@pytest.mark.slow(seconds=20)
+@pytest.mark.parametrize("strategy", ["pp", "pp_fsdp_tp", "fsdp_tp_sp", "fsdp_cp"])
+def test_steps_beside_codes_equal_those_of_one_device(strategy):
+    tiny = in_codes()
+    mesh = {f"mesh__{axis}": size for axis, size in MESHES[strategy].items()}
+    params, records = run(tiny, 8, strategy=strategy, **mesh)
+    expected, expected_records = run(tiny, 1)
+    assert relative_error(records, expected_records) < 1e-5
+    codes = [path for path in params if path.endswith((".codes", ".scales"))]
+    assert len(codes) == 2 * len(tiny.architecture.adaptation.sites)
+    for path in codes:
+        np.testing.assert_array_equal(params.pop(path), tiny.params[path])
+    assert relative_error(params, {path: expected[path] for path in params}) < 1e-5
 
 
 @pytest.mark.slow(seconds=4)
