@@ -199,7 +199,11 @@ def describe_run(
     """
     placement = make_placement(config, devices)
     architecture = find_architecture(config)
-    if devices is not None and not compiled and config.model.attention in ("splash", "cudnn"):
+    if (
+        devices is not None
+        and not compiled
+        and config.model.attention in ("splash", "cudnn", "tokamax")
+    ):
         # Made-up devices have no kernels; where arrays live is the same with others.
         config = with_any_attention(config)
     program = make_program(config, architecture, placement=placement)

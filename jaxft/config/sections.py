@@ -58,7 +58,7 @@ class ModelConfig:
     attention: str = key(
         "auto",
         "Attention back end; 'auto' prints what it chose for the device.",
-        choices=("auto", "xla", "cudnn", "splash", "ring"),
+        choices=("auto", "xla", "cudnn", "tokamax", "splash", "ring"),
     )
     remat: str = key(
         "full",

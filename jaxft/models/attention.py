@@ -23,6 +23,7 @@ from jaxft.models.activations import ATTENTION
 from jaxft.models.config import DecoderConfig, Scoring
 from jaxft.models.ring import BLOCK, ring_attention
 from jaxft.models.row_split import split_rows
+from jaxft.models.tokamax import is_installed, tokamax_attention
 from jaxft.sharding.rules import active_placement, constrain
 
 Backend = Callable[[Array, Array, Array, Array, Scoring, Array | None], Array]
@@ -222,6 +223,7 @@ def _splash(
 BACKENDS: dict[str, Backend] = {
     "xla": _xla,
     "cudnn": _cudnn,
+    "tokamax": tokamax_attention,
     "splash": _splash,
     "ring": ring_attention,
 }
@@ -278,6 +280,9 @@ def choose_backend(
         if not reasons:
             break
         refused.append(f"{name} is not possible: {'; '.join(reasons)}")
+    # No run on a GPU has shown yet that tokamax's kernels are right and fast there.
+    if name == "xla" and run.platform == "gpu" and not _tokamax_obstacles(run):
+        refused.append("tokamax holds no scores of whole rows, and may be asked for by its name")
     return Choice(name, "; ".join(refused) or f"fastest that fits on {platform}")
 
 
@@ -329,6 +334,27 @@ def _cudnn_obstacles(run: _Run) -> list[str]:
     )
 
 
+def _tokamax_obstacles(run: _Run) -> list[str]:
+    return _failed(
+        (run.platform == "gpu", f"it runs on NVIDIA GPUs and the device is a {run.platform}"),
+        (is_installed(), "tokamax is not installed (pip install 'jaxft[cuda]')"),
+        (
+            run.platform != "gpu" or float(run.compute_capability or 0) >= 8.0,
+            "it needs compute capability 8.0 (Ampere) and the device has "
+            f"{run.compute_capability or 'an unknown one'}",
+        ),
+        (
+            jnp.dtype(run.compute_dtype).itemsize == 2,
+            "it computes in bfloat16, and compute is float32 (model.dtypes)",
+        ),
+        (
+            not run.config.attention_cap,
+            "the model bounds its scores (attn_logit_softcapping), of which it has no gradient",
+        ),
+        (run.parts == 1, f"the strategy splits each row over {run.parts} devices"),
+    )
+
+
 def _splash_obstacles(run: _Run) -> list[str]:
     # Blocks of keys divide the row, those of queries what a device has of it.
     part = run.length // run.parts
@@ -365,6 +391,7 @@ def _ring_obstacles(run: _Run) -> list[str]:
 _OBSTACLES: dict[str, Callable[[_Run], list[str]]] = {
     "xla": _xla_obstacles,
     "cudnn": _cudnn_obstacles,
+    "tokamax": _tokamax_obstacles,
     "splash": _splash_obstacles,
     "ring": _ring_obstacles,
 }
