@@ -79,7 +79,7 @@ def measure(case: Case, models: Path, options: str) -> dict[str, Any]:
     config.train.compiler_options = options
     config.validate()
     architecture = architecture_from_hf(read_config(models / case.folder))
-    planner = Planner(architecture=architecture, prices=read_prices())
+    planner = Planner(architecture=architecture, prices=read_prices(), cache="off")
     found = planner.plan(config, topology)
     time, speed = found.time, found.speed
     return {

@@ -19,6 +19,8 @@ from jaxft.models.layers import AttentionFn, Embedding, LayerInputs, Linear, Rou
 from jaxft.models.module import Params, merge, split, stack
 from jaxft.models.rope import document_lengths, rotary_tables
 from jaxft.models.weights import Noise, dropout_from
+from jaxft.sharding.cores import on_one_cpu
+from jaxft.sharding.cores import product as product_by_cores
 from jaxft.sharding.rules import constrain
 
 
@@ -101,7 +103,7 @@ class Decoder(nnx.Module):
         """Returns float32 logits of any positions of `hidden`."""
         w = self.head_table.astype(hidden.dtype)
         with self.precision():
-            logits = jnp.einsum("btd,vd->btv", hidden, w, preferred_element_type=jnp.float32)
+            logits = _logits(hidden, w)
         if cap := self.config.logit_cap:
             logits = cap * jnp.tanh(logits / cap)
         return constrain(logits, "batch", "seq", "act_vocab")
@@ -323,3 +325,10 @@ def _remat(layer: Callable, numerics: Numerics) -> Callable:
         saved = policies.save_only_these_names(*sorted(kept))
     # Inside a scan nothing can merge the two passes, so the costly guard against it is not needed.
     return jax.checkpoint(layer, policy=saved, prevent_cse=False)
+
+
+def _logits(hidden: Float[Array, "B T D"], w: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    if on_one_cpu():
+        rows = hidden.reshape(-1, hidden.shape[2])
+        return product_by_cores(rows, w, jnp.float32).reshape(*hidden.shape[:2], -1)
+    return jnp.einsum("btd,vd->btv", hidden, w, preferred_element_type=jnp.float32)

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Int
 from jaxft.errors import ConfigError
 from jaxft.hardware.chips import chip_of
 from jaxft.sharding.axes import ACTIVATION_OF
+from jaxft.sharding.cores import on_one_cpu
+from jaxft.sharding.cores import product as product_by_cores
 from jaxft.sharding.mesh import rings
 from jaxft.sharding.rules import Placement, active_placement, as_names
 
@@ -321,6 +323,9 @@ def _product(x: Array, w: Array, inputs: int) -> Array:
         # As two dimensions, which XLA on CPU multiplies as they lie: it would transpose three.
         w = w.reshape(math.prod(outputs), -1)
         x = x.reshape(*x.shape[:2], -1)
+        if on_one_cpu():
+            rows = x.reshape(-1, x.shape[2])
+            return product_by_cores(rows, w).reshape(*x.shape[:2], *outputs)
         out = jax.lax.dot_general(x, w, (((2,), (1,)), ((), ())))
         return out.reshape(*out.shape[:2], *outputs)
     contracted = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(w.ndim - inputs, w.ndim))
