@@ -275,7 +275,7 @@ class _Run(Footprint):
         attention = 2 + self.back * (5 if self.placed.flash else 4)
         if names.ATTENTION in self.again:
             attention += 2
-        elif self.config.model.remat != "none" and not self.placed.flash:
+        elif self.remat != "none" and not self.placed.flash:
             attention += self.back  # scores of whole rows are kept by no other setting
         if self.stages > 1:  # forward again, with the micro-batch's inputs alone
             layer, attention = layer + self.back * forward, attention + 2 * self.back
@@ -322,7 +322,7 @@ class _Run(Footprint):
         # Scores are written, read twice and made weights, which are written and read.
         scores = self._heads() * self.length * (3 * 4 + 2 * self.itemsize)
         of_token = self.itemsize * numbers + (0.0 if self.placed.flash else scores)
-        repeated = self.config.model.remat not in ("none", "dots") or self.stages > 1
+        repeated = self.remat not in ("none", "dots") or self.stages > 1
         runs = 1 + self.back * (1 + repeated)
         logits = 4 * 4 * self.tokens * self._vocab()
         state = 2 * self.placed.parameters + 2 * self.optimizer

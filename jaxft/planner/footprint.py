@@ -68,8 +68,11 @@ class Footprint:
         self._size_experts(config.model.expert_capacity if self.learns else 0.0)
         # 1 if there is a backward pass through the layers.
         self.back = int(self.learns and placed.reaches_layers)
-        self.kept = names.kept(config.model.remat)
-        self.offloaded = names.offloaded(config.model.remat, config.model.offload)
+        # An evaluation keeps nothing, whatever the run says.
+        self.remat = config.model.remat if self.learns else "none"
+        self.kept = names.kept(self.remat)
+        offload = config.model.offload if self.learns else ""
+        self.offloaded = names.offloaded(self.remat, offload)
         self.again = self._again()
 
     @functools.cached_property
@@ -95,10 +98,9 @@ class Footprint:
 
     def _again(self) -> frozenset[str]:
         """Returns what the backward pass makes again."""
-        remat = self.config.model.remat
-        if remat == "none" or not self.back:
+        if self.remat == "none" or not self.back:
             return frozenset()
-        if remat == "dots":
+        if self.remat == "dots":
             return frozenset({names.ATTENTION})
         made = {names.QKV, names.ATTENTION, names.ATTENTION_OUT, names.MLP} - self.kept
         # Of experts all products have one name.
@@ -205,16 +207,15 @@ class Footprint:
         if not self.back:
             return 0.0, 0.0
         widths = self._widths
-        remat = self.config.model.remat
         kept = {names.INPUTS, *self.kept}
-        if remat in ("dots", "none"):
-            kept = set(widths) - ({names.ATTENTION} if remat == "dots" else set())
+        if self.remat in ("dots", "none"):
+            kept = set(widths) - ({names.ATTENTION} if self.remat == "dots" else set())
         of_token = self.tokens * self.layers * self.itemsize
         there = sum(widths[name] for name in self.offloaded)
         here = sum(widths[name] for name in kept - self.offloaded)
         if names.MLP in kept:
             here += (self.room - 1) * widths[names.MLP] + self.room * self._routed() / 2
-        if remat == "none":
+        if self.remat == "none":
             # Norms and activations stay as well, and what experts read.
             here += self.room * (self.hidden + self._routed() / 2) + 4 * widths[names.INPUTS]
             here += 0.0 if self.placed.flash else self._scores() / self.itemsize

@@ -46,7 +46,7 @@ class Evaluator:
       abstract: Structure, shapes, dtypes and axes.
       placement: Strategy and mesh.
       shardings: Sharding of each parameter.
-      numerics: Dtypes, rematerialisation and attention back end.
+      numerics: Dtypes and attention back end; what layers keep concerns the training step alone.
       attention: The back end, and why.
       objective: Objective with the run's keys.
       eval_step: `(params, batch [B, T]) -> Terms` of rows `[B]` or units `[B, U]`.
@@ -276,12 +276,7 @@ def build_evaluator(
         compute_capability=str(getattr(device, "compute_capability", "")),
         parts=placement.parts("seq"),
     )
-    numerics = make_numerics(
-        config.model.dtypes,
-        remat=config.model.remat,
-        offload=config.model.offload,
-        attention=attention.backend,
-    )
+    numerics = dataclasses.replace(numerics, attention=attention.backend)
     abstract = architecture.abstract(numerics)
     objective = bind(config.objective, max_units=max_units)
     return Evaluator(
@@ -379,7 +374,12 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     )
     pattern = evaluator.architecture.config.pattern
     # Evaluation and samples drop no token; training may.
-    numerics = dataclasses.replace(evaluator.numerics, expert_capacity=config.model.expert_capacity)
+    numerics = dataclasses.replace(
+        evaluator.numerics,
+        remat=config.model.remat,
+        offload=config.model.offload,
+        expert_capacity=config.model.expert_capacity,
+    )
     step = make_train_step(
         evaluator.architecture.abstract(numerics).graphdef,
         evaluator.objective,
