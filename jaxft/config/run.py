@@ -31,7 +31,10 @@ _COLUMN_FORMATS = ("columns", "text", "preference", "labelled")
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    """All of a run. Mutable until `validate()`; `configs/*.py` return one from `get_config()`."""
+    """All of a run. `configs/*.py` return one from `get_config()`.
+
+    Mutable until `validate()`; later a run puts what it chose in the place of `model.remat=auto`.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -152,8 +155,7 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
         yield "model.path is empty; name a folder or a repository id with --config.model.path=…."
     problems: list[str] = []
     with collected(problems):
-        activations.kept(model.remat)
-        activations.offloaded(model.remat, model.offload)
+        activations.check(model.remat, model.offload)
     with collected(problems):
         compiler_options(train.compiler_options)
     yield from problems

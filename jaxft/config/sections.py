@@ -64,7 +64,9 @@ class ModelConfig:
         "full",
         "Kept from a layer's forward pass for its backward: 'none' keeps all, 'dots' the outputs "
         "of matrix products with weights, 'full' the layer's input alone. Or that and named "
-        "activations, such as 'qkv+attention'; also attention_out, mlp and mlp_out.",
+        "activations, such as 'qkv+attention'; also attention_out, mlp and mlp_out. 'auto' takes "
+        "of none, dots, qkv+attention, attention and full the fastest that fits the devices' "
+        "memory; a run that is resumed keeps it.",
     )
     offload: str = key(
         "",

@@ -102,6 +102,21 @@ def from_first[Value](name: str, make: Callable[[], Value]) -> Value:
     return json.loads(client().blocking_key_value_get(key, _WORK * 1000))
 
 
+def from_all[Value](name: str, here: Value) -> list[Value]:
+    """Returns what each host gives, in no order.
+
+    Args:
+      name: Says what it is.
+      here: What this host gives, which JSON can hold.
+    """
+    if count() == 1:
+        return [here]
+    place = _unique(name)
+    client().key_value_set(key_of("all", place, me()), json.dumps(here))
+    barrier(name)
+    return [json.loads(said) for said in read_all("all", place).values()]
+
+
 def everywhere(name: str, here: bool) -> bool:
     """Returns whether something holds on every host.
 
@@ -109,12 +124,7 @@ def everywhere(name: str, here: bool) -> bool:
       name: Says what it is.
       here: Whether it holds on this host.
     """
-    if count() == 1:
-        return here
-    place = _unique(name)
-    client().key_value_set(key_of("everywhere", place, me()), str(here))
-    barrier(name)
-    return all(said == "True" for said in read_all("everywhere", place).values())
+    return all(from_all(name, here))
 
 
 def check_same(name: str, values: Mapping[str, Any]) -> None:

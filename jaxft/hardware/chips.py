@@ -130,6 +130,11 @@ class Chip:
         return isinstance(self.network, Torus)
 
     @property
+    def is_timed(self) -> bool:
+        """Whether the times of any run on it can be estimated: rates and links are published."""
+        return bool(self.bfloat16 and self.bandwidth and self.network)
+
+    @property
     def limit(self) -> int:
         """Memory for a program: of GPUs, where drivers and libraries take a share, 92 %."""
         return self.usable or round(0.92 * self.memory)

@@ -18,17 +18,37 @@ MLP_OUT = "mlp_out"
 ALL = (INPUTS, QKV, ATTENTION, ATTENTION_OUT, MLP, MLP_OUT)
 # Settings that say by a rule, and not by names, what is kept.
 RULES = ("none", "dots", "full")
+# The setting that leaves it to the planner which policy a run takes.
+AUTO = "auto"
+
+
+def check(remat: str, offload: str) -> None:
+    """Raises ConfigError for settings of `model.remat` and `model.offload` that no run can have."""
+    if remat != AUTO:
+        kept(remat)
+        offloaded(remat, offload)
+    elif offload:
+        raise ConfigError(
+            f"model.offload is {offload!r}, but what is kept is not known before model.remat "
+            "'auto' has chosen it. Name it, such as --config.model.remat=full, or leave "
+            "model.offload out."
+        )
 
 
 def kept(remat: str) -> frozenset[str]:
     """Returns the activations that a setting of `model.remat` names; a rule names none.
 
     Raises:
-      ConfigError: If there is no such activation.
+      ConfigError: If there is no such activation, or none was chosen yet.
     """
     if remat in RULES:
         return frozenset()
-    return _names("model.remat", remat, ALL[1:], RULES)
+    if remat == AUTO:
+        raise ConfigError(
+            "model.remat is 'auto', for which `jaxft train` and `jaxft plan` alone choose a "
+            "policy. Name one here, such as --config.model.remat=full."
+        )
+    return _names("model.remat", remat, ALL[1:], (*RULES, AUTO))
 
 
 def offloaded(remat: str, offload: str) -> frozenset[str]:

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 from jaxft.compiled.layout import cpu_devices
-from jaxft.config import RunConfig, to_dict, to_yaml
+from jaxft.config import RunConfig, from_dict, to_dict, to_yaml
 from jaxft.errors import ConfigError, JaxftError, collected
 from jaxft.files import write_text
 from jaxft.formatting import format_bytes
+from jaxft.models.activations import AUTO
 from jaxft.planner.candidates import Candidate, Search, with_flags
 from jaxft.planner.fits import Fit, find_fits
 from jaxft.planner.plan import Plan
@@ -180,7 +181,7 @@ def _planned(
         chosen = config if name == config.strategy else with_flags(config, {"strategy": name})
         on_log(f"{'Compiling' if topology.can_compile else 'Estimating'} {name} on {topology.name}")
         try:
-            found = planner.make(chosen, topology, evaluation=request.evaluation)
+            found = _made(chosen, topology, planner, request, on_log)
         except JaxftError as error:
             problems += [f"{topology.name}, {name}: {problem}" for problem in error.problems]
             continue
@@ -189,13 +190,39 @@ def _planned(
             problems.append(f"{topology.name}, {name}: the compiler failed: {said}")
             continue
         if not found.memory.fits and request.remedies:
-            found = try_remedies(found, chosen, planner, on_log=on_log)
+            found = try_remedies(found, from_dict(found.settings), planner, on_log=on_log)
         plans.append(found)
     if not plans:
         raise ConfigError(problems)
     for problem in problems:
         on_log(problem)
     return plans
+
+
+def _made(
+    config: RunConfig,
+    topology: Topology,
+    planner: Planner,
+    request: Request,
+    on_log: Callable[[str], None],
+) -> Plan:
+    """Plans a run, for `model.remat=auto` with the fastest policy that fits."""
+    if config.model.remat != AUTO:
+        return planner.make(config, topology, evaluation=request.evaluation)
+    choice = planner.choose_remat(config, topology)
+    on_log(str(choice))
+
+    def make(remat: str) -> Plan:
+        run = with_flags(config, {"model.remat": remat})
+        return planner.make(run, topology, evaluation=request.evaluation)
+
+    found = make(choice.remat)
+    for policy in choice.order[1:]:
+        if found.memory.fits:
+            break
+        on_log(f"It does not fit, by {format_bytes(-found.memory.headroom)}: {policy.remat} now")
+        found = make(policy.remat)
+    return found
 
 
 def write_config(file: str, config: RunConfig, found: Search) -> Path:

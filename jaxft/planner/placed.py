@@ -20,9 +20,11 @@ from jaxft.models.quantised import is_leaf
 from jaxft.planner.topology import Topology
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement, as_names
+from jaxft.training.checks import check_strategy
 from jaxft.training.optim import make_optimizer
 from jaxft.training.optimizers.muon import TURNS, is_muons, layers_over, matrix_shape
 from jaxft.training.optimizers.placing import sharding_of
+from jaxft.training.program import make_placement
 from jaxft.training.state import partition
 
 
@@ -270,3 +272,27 @@ def place(
         # Rows that are split go round in a ring, a block at a time.
         flash=attention.backend != "xla",
     )
+
+
+def place_run(
+    config: RunConfig,
+    architecture: Architecture,
+    topology: Topology,
+    devices: Sequence[Any] | None = None,
+) -> Placed:
+    """Returns what estimates of a run need of its model, where its strategy puts it.
+
+    Args:
+      config: The run's.
+      architecture: The model.
+      topology: The hardware.
+      devices: Devices of the mesh; all of this machine by default.
+
+    Raises:
+      ConfigError: If the strategy cannot place the model there, or its attention is not available.
+    """
+    placement = make_placement(config, devices)
+    check_strategy(config, architecture, placement)
+    abstract = architecture.abstract(make_numerics(config.model.dtypes))
+    attention = attention_on(config, architecture, topology, placement)
+    return place(config, architecture, placement, abstract, attention)

@@ -19,12 +19,14 @@ from jaxft.planner.kernels import efficiency, splash_flops
 from jaxft.planner.liveness import peak_of
 from jaxft.planner.memory import Memory, memory_of, memory_without_program
 from jaxft.planner.network import Network
-from jaxft.planner.placed import attention_on, estimated_devices, place
+from jaxft.planner.placed import attention_on, estimated_devices, place, place_run
 from jaxft.planner.plan import Exchange, Plan, Speed, StepTime, Work
 from jaxft.planner.prices import Prices
 from jaxft.planner.reading import Reading, estimated_time, exchanges, notes, step_time
+from jaxft.planner.rematerialisation import Choice, choose, estimate_policies, memory_of_device
 from jaxft.planner.timeline import Rates, Simulator, Timeline
 from jaxft.planner.topology import Topology
+from jaxft.training.checks import check_rows
 from jaxft.training.compilation import refused_options
 from jaxft.training.flops import Learning, training_flops
 from jaxft.training.program import Program, make_placement
@@ -50,6 +52,22 @@ class Planner:
         """Compiles a run, or estimates it where there is no compiler; as `plan` and `estimate`."""
         made = self.plan if topology.can_compile else self.estimate
         return made(config, topology, evaluation=evaluation)
+
+    def choose_remat(self, config: RunConfig, topology: Topology) -> Choice:
+        """Chooses for `model.remat=auto` among the policies that a search looks at.
+
+        Args:
+          config: The run's.
+          topology: Where.
+
+        Raises:
+          ConfigError: If the strategy cannot place the model there, or the rows cannot be split.
+        """
+        placed = place_run(config, self.architecture, topology, estimated_devices(topology))
+        check_rows(config, placed.placement)
+        estimator = Estimator(architecture=self.architecture, topology=topology, rates=self.rates)
+        policies = estimate_policies(config, estimator, placed)
+        return choose(policies, memory_of_device(topology))
 
     def plan(self, config: RunConfig, topology: Topology, *, evaluation: bool = False) -> Plan:
         """Compiles the trainer's own step and reads what it would cost.

@@ -17,18 +17,12 @@ from jaxft.config import RunConfig, TrainConfig, to_dict
 from jaxft.errors import JaxftError, OutOfMemoryError
 from jaxft.formatting import format_bytes
 from jaxft.hardware.devices import Room, room, shortage
-from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
-from jaxft.planner.analytic import Estimator
 from jaxft.planner.candidates import with_flags
-from jaxft.planner.placed import Placed, attention_on, place
-from jaxft.planner.topology import LOCAL, parse
-from jaxft.training.checks import check_rows, check_strategy
+from jaxft.programs.estimates import Estimates, Kinds
 from jaxft.training.program import make_placement
 from jaxft.workdir.source import find_architecture
 
-# Bytes by kind, as `planner.memory.KINDS`.
-type Kinds = dict[str, int]
 type Flags = dict[str, Any]
 
 # Of what an estimate says that was too little, changes are looked for that take this share.
@@ -39,48 +33,6 @@ _HOPELESS = 2.0
 _SMALL = 0.03
 # Rows shorter than this are no remedy.
 _SHORTEST = 64
-
-
-class Estimates:
-    """Estimates of runs of one model, which share what they have in common."""
-
-    def __init__(self, architecture: Architecture):
-        self._architecture = architecture
-        self._topology = parse(LOCAL)
-        self._estimator = Estimator(architecture=architecture, topology=self._topology)
-        self._placed: dict[tuple, Placed] = {}
-
-    def training(self, config: RunConfig) -> Kinds:
-        """Returns what a training step takes.
-
-        Raises:
-          ConfigError: If the strategy cannot place the model, or rows cannot be split.
-        """
-        placed = self._place(config)
-        check_rows(config, placed.placement)
-        return self._estimator.memory(config, placed)
-
-    def evaluation(self, config: RunConfig) -> Kinds:
-        """Returns what an evaluation step takes.
-
-        Raises:
-          ConfigError: If the strategy cannot place the model.
-        """
-        placed = self._place(config)
-        rows = placed.placement.whole_rows(config.eval.batch_size or config.train.batch_size)
-        return self._estimator.evaluation_memory(config, placed, rows)
-
-    def _place(self, config: RunConfig) -> Placed:
-        model, length = config.model, config.data.max_length
-        mesh = tuple(to_dict(config.mesh).values())
-        key = (model.dtypes, model.attention, config.strategy, mesh, length, config.optim.freeze)
-        if key not in self._placed:
-            placement = make_placement(config)
-            check_strategy(config, self._architecture, placement)
-            abstract = self._architecture.abstract(make_numerics(model.dtypes))
-            choice = attention_on(config, self._architecture, self._topology, placement)
-            self._placed[key] = place(config, self._architecture, placement, abstract, choice)
-        return self._placed[key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,18 +123,23 @@ def check_compiled(task: Task, config: RunConfig, architecture: Architecture, st
     Raises:
       OutOfMemoryError: Before anything is loaded that would end for lack of memory.
     """
+    if said := misfit(config, step):
+        estimates, found = Estimates(architecture), here(config)
+        kinds = task.kinds(config, estimates)
+        advice = _advice(task, config, estimates, kinds, found)
+        raise OutOfMemoryError(f"{task.name} does not fit: {said}. {advice}")
+
+
+def misfit(config: RunConfig, step: Any) -> str:
+    """Says how much a compiled step takes and what there is; nothing if it fits."""
     found, memory = here(config), step.memory_analysis()
     if memory is None or not found.limit or jax.default_backend() == "tpu":
-        return
+        return ""
     apart = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + apart
-    if needed > found.limit:
-        estimates = Estimates(architecture)
-        kinds = task.kinds(config, estimates)
-        raise OutOfMemoryError(
-            f"{task.name} does not fit: compiled it takes {format_bytes(needed)} on a device, and "
-            f"{found}. {_advice(task, config, estimates, kinds, found)}"
-        )
+    if needed <= found.limit:
+        return ""
+    return f"compiled it takes {format_bytes(needed)} on a device, and {found}"
 
 
 @contextlib.contextmanager
@@ -201,8 +158,10 @@ def explained(task: Task, config: RunConfig) -> Iterator[None]:
 
 def _explain(task: Task, config: RunConfig) -> str:
     try:
-        estimates = Estimates(find_architecture(config))
-        kinds, found = task.kinds(config, estimates), here(config)
+        estimates, found = Estimates(find_architecture(config)), here(config)
+        if task is TRAINING:
+            config = estimates.settled(config, found)
+        kinds = task.kinds(config, estimates)
     except JaxftError:
         return ""
     return (
@@ -220,11 +179,13 @@ class Judgement:
       kinds: Bytes that training takes on a device, by kind.
       room: Memory that is there.
       changes: Changes with which it fits, if it does not.
+      chosen: The policy that `model.remat=auto` would be; empty if the run names one.
     """
 
     kinds: Kinds
     room: Room
     changes: list[Change]
+    chosen: str = ""
 
     @property
     def bytes(self) -> int:
@@ -243,7 +204,8 @@ class Judgement:
 
     def __str__(self) -> str:
         size = format_bytes(self.bytes)
-        return f"{size} on a device by estimate ({_listed(self.kinds)}); {self.room}"
+        chosen = f" with model.remat {self.chosen}, which 'auto' chooses," if self.chosen else ""
+        return f"{size} on a device{chosen} by estimate ({_listed(self.kinds)}); {self.room}"
 
 
 def judge(config: RunConfig, architecture: Architecture) -> Judgement:
@@ -254,11 +216,13 @@ def judge(config: RunConfig, architecture: Architecture) -> Judgement:
     """
     config.validate()
     estimates, found = Estimates(architecture), here(config)
-    kinds = TRAINING.kinds(config, estimates)
-    judged = Judgement(kinds, found, [])
+    settled = estimates.settled(config, found)
+    chosen = "" if settled is config else settled.model.remat
+    kinds = TRAINING.kinds(settled, estimates)
+    judged = Judgement(kinds, found, [], chosen)
     if judged.fits:
         return judged
-    return replace(judged, changes=find_changes(TRAINING, config, estimates, kinds, found))
+    return replace(judged, changes=find_changes(TRAINING, settled, estimates, kinds, found))
 
 
 def advise(changes: list[Change]) -> str:

@@ -20,7 +20,14 @@ from jaxft.distributed.signals import StopRequest, stop_on_signals
 from jaxft.hf.hub import found_anywhere
 from jaxft.models.attention import check_backend
 from jaxft.models.module import Params
-from jaxft.programs import announcements, capacity, folder, patience, run_data
+from jaxft.programs import (
+    announcements,
+    capacity,
+    folder,
+    patience,
+    rematerialisation,
+    run_data,
+)
 from jaxft.programs.advice import warn
 from jaxft.programs.answers import read_sample_prompts
 from jaxft.programs.description import Description, read_description
@@ -154,6 +161,7 @@ def _train(
         architecture, tokenizer = description.architecture, description.tokenizer
     evaluator = build_evaluator(config, architecture, placement=placement)
     check_run(config, evaluator, steps=config.train.steps)
+    cheaper = rematerialisation.settle(config, architecture, workdir, start=start)
     capacity.check(capacity.TRAINING, config, architecture)
     with console.phase("Data"):
         rows, held_out = run_data.read_data(config, tokenizer, workdir)
@@ -180,9 +188,10 @@ def _train(
         parameters=evaluator.parameters,
     )
     check_backend(evaluator.attention.backend, architecture.config)
-    with console.phase("Compiling the training step"), goodput.spend("compile"):
-        step = program.compile()
-    capacity.check_compiled(capacity.TRAINING, config, architecture, step)
+    with goodput.spend("compile"):
+        program, step = rematerialisation.compile_step(
+            config, program, cheaper, steps=iterator.steps
+        )
     if not start:
         folder.begin(workdir, config, lock)
     checkpoints = Checkpoints(

@@ -13,6 +13,7 @@ from typing import Any
 from jaxft.config import RunConfig, held_out_share, to_dict
 from jaxft.errors import CheckpointError, ConfigError, nearest_of
 from jaxft.files import TEMPORARY, write_error, write_json
+from jaxft.models.activations import AUTO
 from jaxft.workdir.environment import environment
 from jaxft.workdir.lock import Lock, hold
 
@@ -211,6 +212,10 @@ class Workdir:
             )
         return cls(path=folder, resumed=True, changes=tuple(text for text, _ in changes))
 
+    def recorded(self, key: str) -> Any:
+        """Returns the value that a key had in the run, or its default if it was not there yet."""
+        return (to_dict(RunConfig()) | _read_config(self.config))[key]
+
     def begin(self, config: RunConfig) -> None:
         """Deletes an earlier run, unless it is resumed, and describes this one.
 
@@ -365,15 +370,19 @@ def _is_fixed(key: str, values: Iterable[Any], config: RunConfig) -> bool:
     return key.startswith(_FIXED) and key not in _FREE
 
 
-def _changes(path: Path, config: RunConfig) -> list[tuple[str, bool]]:
-    """Returns for each key that changed a text, and whether the run cannot go on with it."""
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}), so it is unknown what would be resumed. Restore "
             "it, or start a run in another folder."
         ) from error
+
+
+def _changes(path: Path, config: RunConfig) -> list[tuple[str, bool]]:
+    """Returns for each key that changed a text, and whether the run cannot go on with it."""
+    old = _read_config(path)
     new, defaults = to_dict(config), to_dict(RunConfig())
     old = defaults | {key: value for key, value in old.items() if key in new}
     return [
@@ -382,5 +391,10 @@ def _changes(path: Path, config: RunConfig) -> list[tuple[str, bool]]:
             _is_fixed(key, (old[key], new[key]), config),
         )
         for key in new
-        if old[key] != new[key] and key != "train.workdir"
+        if old[key] != new[key] and key != "train.workdir" and not _is_left_open(key, new[key])
     ]
+
+
+def _is_left_open(key: str, value: Any) -> bool:
+    """Whether a run takes for a key's value what it took before."""
+    return key == "model.remat" and value == AUTO

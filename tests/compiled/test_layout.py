@@ -207,6 +207,7 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(tmp_path):
         (["--config.train.batch_size=4"], "cannot be split over 8 devices"),
         (["--config.strategy=cp", "--config.data.max_length=100"], "100"),
         (["--devices=0"], "--devices is 0; expected at least 1"),
+        (["--config.model.remat=auto", "--collectives"], "such as --config.model.remat=full"),
     ],
 )
 def test_no_layout_is_shown_of_a_run_that_the_trainer_refuses(flags, said, tmp_path, capsys):
@@ -217,7 +218,9 @@ def test_no_layout_is_shown_of_a_run_that_the_trainer_refuses(flags, said, tmp_p
     assert said in shown.err and "a device" not in shown.out
 
 
-@pytest.mark.parametrize("key", ["model.attention=splash", "optim.warmup_steps=50"])
+@pytest.mark.parametrize(
+    "key", ["model.attention=splash", "optim.warmup_steps=50", "model.remat=auto"]
+)
 def test_a_run_meant_for_other_devices_is_shown(key, tmp_path, capsys):
     folder = folder_of(tmp_path, CASES["gqa"])
     arguments = ["shardings", f"--config.model.path={folder}", f"--config.{key}", "--devices=8"]

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxft.errors import ConfigError
-from jaxft.models.activations import ALL, RULES, kept, offloaded
+from jaxft.models.activations import ALL, AUTO, RULES, check, kept, offloaded
 
 
 def problem_of(function, *arguments) -> str:
@@ -44,7 +44,9 @@ def test_names_are_joined_by_plus(remat, names):
 )
 def test_an_unknown_name_comes_with_all_and_the_nearest(remat, nearest):
     problem = problem_of(kept, remat)
-    assert problem.startswith(f"model.remat is {remat!r}; expected one of none, dots, full, or ")
+    assert problem.startswith(
+        f"model.remat is {remat!r}; expected one of none, dots, full, auto, or "
+    )
     assert "out of qkv, attention, attention_out, mlp, mlp_out." in problem
     assert problem.endswith(f"Did you mean {nearest!r}?")
 
@@ -110,3 +112,11 @@ def test_an_unknown_name_to_be_moved_comes_with_all(offload):
     assert f"model.offload is {offload!r}; expected names joined by '+'" in problem
     assert "out of inputs, qkv, attention, attention_out, mlp, mlp_out." in problem
     assert ("Did you mean 'inputs'?" in problem) == ("input" in offload)
+
+
+def test_what_is_chosen_later_is_accepted_alone_and_never_taken_for_a_policy():
+    check(AUTO, "")
+    problem = problem_of(check, AUTO, "inputs")
+    assert "model.offload is 'inputs'" in problem and "--config.model.remat=full" in problem
+    assert "Name one here, such as --config.model.remat=full." in problem_of(kept, AUTO)
+    assert problem_of(check, "aut", "").endswith("Did you mean 'auto'?")

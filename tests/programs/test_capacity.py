@@ -18,7 +18,8 @@ from jaxft.errors import OutOfMemoryError
 from jaxft.hardware.devices import Room, host_memory_free, host_memory_total, room, shortage
 from jaxft.planner.candidates import with_flags
 from jaxft.programs import capacity, model, trainer, weights
-from jaxft.programs.capacity import EVALUATION, TRAINING, Estimates, find_changes
+from jaxft.programs.capacity import EVALUATION, TRAINING, find_changes
+from jaxft.programs.estimates import Estimates
 from jaxft.programs.evaluation import evaluate
 from jaxft.programs.trainer import train
 from jaxft.training.program import make_placement

@@ -114,6 +114,17 @@ def test_resume_reports_changes_that_do_not_break_the_continuation(tmp_path, con
     assert json.loads(workdir.config.read_text())["train.steps"] == 99
 
 
+def test_what_layers_keep_may_be_left_open_and_is_what_was_recorded(tmp_path, config):
+    config.model.remat = "qkv"
+    _run(tmp_path, config)
+    config.model.remat = "auto"
+    workdir = Workdir.check(tmp_path, config, resume=True, overwrite=False)
+    assert workdir.changes == ()
+    assert workdir.recorded("model.remat") == "qkv"
+    workdir.config.write_text("{}")  # as of a version that had no such key
+    assert workdir.recorded("model.remat") == "full"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "is_fixed"),
     [
