@@ -90,6 +90,7 @@ def test_the_same_holds_of_tpus(slice_, rows):
     assert choice.remat == by_brute_force(config, "llama_8b", topology)
 
 
+@pytest.mark.slow(seconds=3, but="^64")
 @pytest.mark.parametrize(("rows", "length"), [(16, 4096), (64, 4096), (8, 32768)])
 def test_a_search_finds_the_same_policy_with_the_same_figures(rows, length):
     config, topology = run(rows, length), parse("h100:8")

@@ -135,7 +135,6 @@ def test_what_does_not_fit_as_it_is_compiled_gives_way_to_what_takes_less(
     assert recorded(run) == "qkv+attention"
 
 
-@pytest.mark.slow(seconds=5)
 def test_where_no_policy_fits_the_error_names_what_the_least_takes(config, monkeypatch, capfd):
     run = config(model__remat="auto", train__batch_size=2048)
     least = need(run, "full")
@@ -143,8 +142,9 @@ def test_where_no_policy_fits_the_error_names_what_the_least_takes(config, monke
     with pytest.raises(OutOfMemoryError, match=r"(?s)by estimate it takes .*--config\.train\."):
         train(run)
     assert "model.remat=auto: full, which takes least, " in said(capfd)
-    # Less than a compiled step takes, of the policy that takes least.
+    # What is compiled takes more than the estimates say.
     has(monkeypatch, need(run, "none"))
+    monkeypatch.setattr(Program, "compile", lambda program: None)
     monkeypatch.setattr(capacity, "misfit", lambda config, step: "compiled it takes 9 GiB")
     with pytest.raises(OutOfMemoryError, match="Training does not fit: compiled it takes 9 GiB"):
         train(run)
