@@ -65,7 +65,7 @@ class Choice:
         if self.passed is not None:
             of_run = ", with which the run was begun," * (self.passed.remat == self.begun)
             said += f"; {self.passed.remat}{of_run} would take {format_bytes(self.passed.bytes)}"
-        return f"model.remat=auto: {first.remat}, {said}."
+        return f"--config.model.remat=auto: {first.remat}, {said}."
 
 
 def estimate_policies(

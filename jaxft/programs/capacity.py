@@ -204,7 +204,7 @@ class Judgement:
 
     def __str__(self) -> str:
         size = format_bytes(self.bytes)
-        chosen = f" with model.remat {self.chosen}, which 'auto' chooses," if self.chosen else ""
+        chosen = f", where model.remat 'auto' takes {self.chosen}," if self.chosen else ""
         return f"{size} on a device{chosen} by estimate ({_listed(self.kinds)}); {self.room}"
 
 

@@ -73,7 +73,7 @@ def compile_step(
         if distributed.everywhere("the step fits", not reason):
             return program, step
         console.log(
-            f"model.remat=auto: {config.model.remat} does not fit, "
+            f"--config.model.remat=auto: {config.model.remat} does not fit, "
             f"{reason or 'on another host'}; {remat} is compiled in its place."
         )
         config.model.remat = remat

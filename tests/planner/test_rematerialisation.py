@@ -139,11 +139,11 @@ def names(order) -> list[str]:
 def test_what_is_tried_next_takes_less_and_is_the_fastest_that_does():
     choice = choose(FAST, 10 * GIB)
     assert names(choice.order) == ["none", "dots", "attention", "full"]
-    assert str(choice) == "model.remat=auto: none, 9 GiB of 10 GiB by estimate."
+    assert str(choice) == "--config.model.remat=auto: none, 9 GiB of 10 GiB by estimate."
     choice = choose(FAST, 6 * GIB)
     assert names(choice.order) == ["dots", "attention", "full"]
     assert str(choice) == (
-        "model.remat=auto: dots, 5 GiB of 6 GiB by estimate; none would take 9 GiB."
+        "--config.model.remat=auto: dots, 5 GiB of 6 GiB by estimate; none would take 9 GiB."
     )
     choice = choose(FAST, 4 * GIB)
     assert str(choice).endswith(
@@ -153,11 +153,12 @@ def test_what_is_tried_next_takes_less_and_is_the_fastest_that_does():
 
 def test_where_nothing_fits_or_nothing_is_known_the_least_is_chosen_and_said():
     assert str(choose(FAST, GIB)) == (
-        "model.remat=auto: full, which takes least, 2 GiB by estimate, though a device has 1 GiB."
+        "--config.model.remat=auto: full, which takes least, 2 GiB by estimate, though a device "
+        "has 1 GiB."
     )
     assert str(choose(FAST, 0)) == (
-        "model.remat=auto: full, which takes least, 2 GiB by estimate, as what a device has is "
-        "not known."
+        "--config.model.remat=auto: full, which takes least, 2 GiB by estimate, as what a device "
+        "has is not known."
     )
 
 
@@ -173,8 +174,8 @@ def test_a_run_that_is_resumed_keeps_its_policy_where_it_fits_all_memory():
         assert f"attention, with which the run was begun, 4 GiB{of} by estimate." in str(choice)
     smaller = choose(FAST, 3 * GIB, begun=begun, limit=3 * GIB)
     assert str(smaller) == (
-        "model.remat=auto: full, 2 GiB of 3 GiB by estimate; attention, with which the run was "
-        "begun, would take 4 GiB."
+        "--config.model.remat=auto: full, 2 GiB of 3 GiB by estimate; attention, with which the "
+        "run was begun, would take 4 GiB."
     )
     least = Policy("full", 2 * GIB)
     assert "would take" not in str(choose(FAST, GIB, begun=least, limit=GIB))
@@ -191,9 +192,8 @@ def plan(config: RunConfig, name: str, **patches: Any):
 def test_a_plan_is_of_the_policy_that_is_chosen():
     found, said = plan(run(32, 4096), "h100:8")
     assert found.settings["model.remat"] == "dots" and found.fits
-    assert (
-        said[1]
-        == "model.remat=auto: dots, 64.9 GiB of 73.6 GiB by estimate; none would take 99 GiB."
+    assert said[1] == (
+        "--config.model.remat=auto: dots, 64.9 GiB of 73.6 GiB by estimate; none would take 99 GiB."
     )
 
 

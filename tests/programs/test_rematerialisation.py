@@ -61,7 +61,7 @@ def test_on_a_machine_with_memory_everything_is_kept_and_that_is_recorded(config
     run = config(model__remat="auto", train__steps=2, data__validation=str(home / "held_out.jsonl"))
     result = train(run)
     assert run.model.remat == "auto"
-    assert "model.remat=auto: none, " in said(capfd)
+    assert "--config.model.remat=auto: none, " in said(capfd)
     assert recorded(run) == "none"
     saved = json.loads((result.checkpoint / "config/metadata").read_text())
     assert saved["model.remat"] == "none"
@@ -78,14 +78,14 @@ def test_a_resumed_run_keeps_what_was_chosen_bit_for_bit(config, monkeypatch, ca
     train(whole)
     stop(monkeypatch, parts, step=4)
     words = said(capfd)
-    assert words.count("model.remat=auto: attention, ") == 2
+    assert words.count("--config.model.remat=auto: attention, ") == 2
     assert "; qkv+attention would take " in words
     assert recorded(parts) == "attention"
     # With all of its memory free the machine has room for more.
     has(monkeypatch, 4 * needed)
     result = train(parts, resume=True)
     words = said(capfd)
-    assert "model.remat=auto: attention, with which the run was begun, " in words
+    assert "--config.model.remat=auto: attention, with which the run was begun, " in words
     assert "Changed since the run was started" not in words
     assert recorded(parts) == "attention"
     assert_same_arrays(
@@ -141,7 +141,7 @@ def test_where_no_policy_fits_the_error_names_what_the_least_takes(config, monke
     has(monkeypatch, least // 3)
     with pytest.raises(OutOfMemoryError, match=r"(?s)by estimate it takes .*--config\.train\."):
         train(run)
-    assert "model.remat=auto: full, which takes least, " in said(capfd)
+    assert "--config.model.remat=auto: full, which takes least, " in said(capfd)
     # What is compiled takes more than the estimates say.
     has(monkeypatch, need(run, "none"))
     monkeypatch.setattr(Program, "compile", lambda program: None)
