@@ -328,7 +328,6 @@ def _remat(layer: Callable, numerics: Numerics) -> Callable:
 
 
 def _logits(hidden: Float[Array, "B T D"], w: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    if on_one_cpu():
-        rows = hidden.reshape(-1, hidden.shape[2])
-        return product_by_cores(rows, w, jnp.float32).reshape(*hidden.shape[:2], -1)
+    if hidden.shape[1] == 1 and on_one_cpu():
+        return product_by_cores(hidden[:, 0], w, jnp.float32)[:, None]
     return jnp.einsum("btd,vd->btv", hidden, w, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Products of few rows on a CPU, shared out over its cores."""
+"""Products of few rows on a CPU, as generation has them, shared out over its cores."""
 
 import os
 from typing import Any

@@ -323,9 +323,8 @@ def _product(x: Array, w: Array, inputs: int) -> Array:
         # As two dimensions, which XLA on CPU multiplies as they lie: it would transpose three.
         w = w.reshape(math.prod(outputs), -1)
         x = x.reshape(*x.shape[:2], -1)
-        if on_one_cpu():
-            rows = x.reshape(-1, x.shape[2])
-            return product_by_cores(rows, w).reshape(*x.shape[:2], *outputs)
+        if x.shape[1] == 1 and on_one_cpu():
+            return product_by_cores(x[:, 0], w).reshape(*x.shape[:2], *outputs)
         out = jax.lax.dot_general(x, w, (((2,), (1,)), ((), ())))
         return out.reshape(*out.shape[:2], *outputs)
     contracted = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(w.ndim - inputs, w.ndim))

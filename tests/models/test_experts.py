@@ -524,8 +524,8 @@ def test_the_router_is_never_computed_in_fewer_bits():
     objective = bind(ObjectiveConfig(chunk=0))
     total = jax.make_jaxpr(lambda p: objective.judge(tiny.merge(p), batch).terms.total)
     text = str(total(tiny.params))
-    # [E, D] x [B * T, D], by cores, in float32 at the highest precision.
-    assert re.search(r"f32\[\d,\d,32\] = dot_general\[[^=]*=[^=]*=\(Precision\.HIGHEST", text)
+    # [B, T, D] x [E, D] in float32 at the highest precision.
+    assert re.search(r"f32\[2,16,4\] = dot_general\[[^=]*=[^=]*=\(Precision\.HIGHEST", text)
 
 
 @pytest.mark.parametrize(("length", "capacity"), [(64, 1.5), (256, 1.5)])
