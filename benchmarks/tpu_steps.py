@@ -2,6 +2,7 @@ r"""Steps of models on TPU slices that are not there, and what of each is waited
 
     python -m benchmarks.tpu_steps ../shared/configs --output benchmarks/results/tpu-steps.jsonl
     python -m benchmarks.tpu_steps ../shared/configs --only v5e --options xla_name=value,...
+    python -m benchmarks.tpu_steps ../shared/configs --only v6e --matmul int8
 
 Compiles jaxft's step for each, which needs libtpu and no TPU and takes some minutes of a core,
 plays it through (docs/planning.md) and prints a line. `--options` go on top of those of the chip,
@@ -66,12 +67,12 @@ CASES = (
 )
 
 
-def measure(case: Case, models: Path, options: str) -> dict[str, Any]:
+def measure(case: Case, models: Path, options: str, matmul: str) -> dict[str, Any]:
     """Returns a line of the result file."""
     topology = parse(case.slice)
     config = RunConfig(strategy=case.strategy)
     config.model.path, config.model.remat = case.folder, "full"
-    config.model.expert_capacity = case.capacity
+    config.model.expert_capacity, config.model.matmul = case.capacity, matmul
     config.data.max_length = case.length
     config.train.batch_size = case.rows * topology.device_count
     for axis, size in case.mesh:
@@ -89,8 +90,10 @@ def measure(case: Case, models: Path, options: str) -> dict[str, Any]:
         "rows_per_device": case.rows,
         "strategy": case.strategy,
         "mesh": found.mesh,
+        "matmul": matmul,
         "options": BY_CHIP.get(topology.chip.name, {}) | compiler_options(options),
         "seconds": time.seconds if time else None,
+        "seconds_by_cycles": time.by_cycles if time else None,
         "spent": time.spent if time else None,
         "mfu": speed.mfu if speed else None,
         "memory_gib": found.memory.used / 2**30,
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, help="folder of folders with config.json")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--options", default="", help="options of the compiler on top")
+    parser.add_argument("--matmul", default="", help="as model.matmul")
     parser.add_argument("--plain", action="store_true", help="without the options of the chip")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     options = parser.parse_args()
@@ -126,7 +130,7 @@ def main() -> None:
     for case in CASES:
         if options.only not in case.name:
             continue
-        line = measure(case, options.models, options.options)
+        line = measure(case, options.models, options.options, options.matmul)
         put(line | {"environment": environment()}, options.output)
 
 

@@ -101,6 +101,22 @@ def test_random_weights_are_not_held_in_codes():
     assert "model.random_init has none that could be read again" in problem
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("model.quantise", "nf4", "weights would be rounded twice"),
+        ("objective.reference", "cached", "computed without model.matmul 'int8'"),
+    ],
+)
+def test_products_of_8_bit_numbers_are_of_whole_weights_and_compared_with_the_same(
+    key, value, words
+):
+    values = {"adapter.rank": 2, "objective.name": "dpo", "model.matmul": "int8", key: value}
+    config = from_dict(to_dict(complete()) | values)
+    [problem] = problems_of(config)
+    assert words in problem
+
+
 def test_a_warm_up_longer_than_the_run_is_refused():
     config = complete()
     config.train.steps, config.optim.warmup_steps = 10, 11

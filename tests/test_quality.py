@@ -48,3 +48,12 @@ def test_adapters_learn_beside_quantised_weights_what_they_learn_beside_exact_on
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.count('"quantise"') == 2
+
+
+@pytest.mark.real_data(seconds=200)
+def test_products_of_8_bit_numbers_teach_what_whole_ones_do(shared):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "benchmarks.matmul_losses", str(shared), "--kinds=int8"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count('"matmul"') == 2

@@ -162,6 +162,18 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
     added = model.added_tokens
     if not all(added) or len(set(added)) < len(added):
         yield f"model.add_tokens {model.add_tokens!r} has an empty or a repeated token."
+    if model.matmul and model.quantise:
+        yield (
+            f"model.matmul is {model.matmul!r} and model.quantise {model.quantise!r}: codes that "
+            "have a scale for each block of inputs cannot be multiplied as they are, and weights "
+            "would be rounded twice. Leave one of the two out."
+        )
+    if model.matmul and config.objective.uses_reference == "cached":
+        yield (
+            f"objective.reference is 'cached', which is computed without model.matmul "
+            f"{model.matmul!r}: what training learns from would be the difference that rounding "
+            "makes too. Set --config.objective.reference=fixed, or leave model.matmul out."
+        )
     if model.expert_capacity and config.objective.uses_reference == "cached":
         yield (
             f"objective.reference is 'cached', but model.expert_capacity {model.expert_capacity:g} "

@@ -55,6 +55,15 @@ class ModelConfig:
         "They are encoded as they are read.",
         choices=("", "nf4", "int4", "int8", "fp8"),
     )
+    matmul: str = key(
+        "",
+        "Numbers of 8 bits that training multiplies in the layers: 'int8' (TPU v5e, v5p, v6e), "
+        "'fp8' (NVIDIA Hopper and later, TPU7x); empty: those of computing. Weights, what they are "
+        "applied to and its gradients are rounded where they meet; gradients of weights are not, "
+        "nor are adapters, routers, the embedding and the head. Evaluation and generation never "
+        "round.",
+        choices=("", "int8", "fp8"),
+    )
     attention: str = key(
         "auto",
         "Attention back end; 'auto' prints what it chose for the device.",

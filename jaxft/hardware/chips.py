@@ -7,6 +7,7 @@ does not exist. One file because it is one table, beside the few functions that 
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 _GIB = 1 << 30
 _GIGA, _TERA = 1e9, 1e12
@@ -169,14 +170,26 @@ def _tpu(name: str, kind: str, teraflops: float, **figures) -> Chip:
 
 
 def _gpu(
-    name: str, kind: str, teraflops: float, gib: int, *, float32: float | None = None, **figures
+    name: str,
+    kind: str,
+    teraflops: float,
+    gib: int,
+    *,
+    float32: float | None = None,
+    int8: float = 0,
+    eight_bits: bool = False,
+    **figures,
 ) -> Chip:
     rounded = teraflops / 2 if float32 is None else float32
+    # int8 and float8, where a GPU has both, are made at twice the rate of bfloat16.
+    doubled = 2 * teraflops * _TERA if eight_bits else 0
     return Chip(
         name=name,
         kind=kind,
         bfloat16=teraflops * _TERA,
         float32=rounded * _TERA,
+        int8=int8 or doubled,
+        float8=doubled,
         memory=gib * _GIB,
         product_share=0.73,
         sources=(
@@ -190,6 +203,8 @@ def _gpu(
         **figures,
     )
 
+
+_HOPPER: dict[str, Any] = {"single": 67 * _TERA, "eight_bits": True}
 
 # The first whose `kind` is found wins.
 CHIPS: tuple[Chip, ...] = (
@@ -354,7 +369,7 @@ CHIPS: tuple[Chip, ...] = (
         186,
         float32=1250,
         single=80 * _TERA,
-        float8=5000 * _TERA,
+        eight_bits=True,
         bandwidth=8000 * _GIGA,
         network=Switch(size=72, link=900 * _GIGA),
         dcn=50 * _GIGA,
@@ -368,45 +383,43 @@ CHIPS: tuple[Chip, ...] = (
         180,
         float32=1100,
         single=75 * _TERA,
-        float8=4500 * _TERA,
+        eight_bits=True,
         bandwidth=8000 * _GIGA,
         network=Switch(size=8, link=900 * _GIGA),
         dcn=50 * _GIGA,
         host=64 * _GIGA,
         capability="10.0",
     ),
-    _gpu("gh200-144", r"\bGH200 144G\b", 989.4, 144, single=67 * _TERA, bandwidth=4900 * _GIGA),
-    _gpu("gh200", r"\bGH200\b", 989.4, 96, single=67 * _TERA, bandwidth=4000 * _GIGA),
-    _gpu("h200-nvl", r"\bH200 NVL\b", 835.5, 141),
+    _gpu("gh200-144", r"\bGH200 144G\b", 989.4, 144, bandwidth=4900 * _GIGA, **_HOPPER),
+    _gpu("gh200", r"\bGH200\b", 989.4, 96, bandwidth=4000 * _GIGA, **_HOPPER),
+    _gpu("h200-nvl", r"\bH200 NVL\b", 835.5, 141, eight_bits=True),
     _gpu(
         "h200",
         r"\bH200\b",
         989.4,
         141,
-        single=67 * _TERA,
-        float8=1979 * _TERA,
+        **_HOPPER,
         bandwidth=4800 * _GIGA,
         network=Switch(size=8, link=450 * _GIGA),
         dcn=50 * _GIGA,
         host=64 * _GIGA,
         capability="9.0",
     ),
-    _gpu("h100-nvl", r"\bH100 NVL\b", 835.5, 94),
-    _gpu("h100-pcie", r"\bH100 PCIe\b", 756, 80),
+    _gpu("h100-nvl", r"\bH100 NVL\b", 835.5, 94, eight_bits=True),
+    _gpu("h100-pcie", r"\bH100 PCIe\b", 756, 80, eight_bits=True),
     _gpu(
         "h100",
         r"\bH100\b",
         989.4,
         80,
-        single=67 * _TERA,
-        float8=1979 * _TERA,
+        **_HOPPER,
         bandwidth=3350 * _GIGA,
         network=Switch(size=8, link=450 * _GIGA),
         dcn=50 * _GIGA,
         host=64 * _GIGA,
         capability="9.0",
     ),
-    _gpu("h800", r"\bH800\b", 989.4, 80),
+    _gpu("h800", r"\bH800\b", 989.4, 80, eight_bits=True),
     _gpu(
         "a100",
         r"\bA100\b.*\b80GB\b",
@@ -434,16 +447,15 @@ CHIPS: tuple[Chip, ...] = (
         capability="8.0",
     ),
     _gpu("a800", r"\bA800\b", 312, 80),
-    _gpu("l40s", r"\bL40S\b", 362, 48),
-    _gpu("l40", r"\bL40\b", 181, 48),
+    _gpu("l40s", r"\bL40S\b", 362, 48, eight_bits=True),
+    _gpu("l40", r"\bL40\b", 181, 48, eight_bits=True),
     _gpu(
         "l4",
         r"\bL4\b",
         121,
         24,
         single=30.3 * _TERA,
-        int8=242 * _TERA,
-        float8=242 * _TERA,
+        eight_bits=True,
         bandwidth=300 * _GIGA,
         # No NVLink: by PCIe 4 x16, through the host.
         network=Switch(size=8, link=32 * _GIGA),

@@ -15,6 +15,9 @@ MLP = "mlp"
 # What the feed-forward part adds to the stream.
 MLP_OUT = "mlp_out"
 
+# The result of a product of 8-bit numbers, which `dots` keeps and no setting names.
+PRODUCT = "product"
+
 ALL = (INPUTS, QKV, ATTENTION, ATTENTION_OUT, MLP, MLP_OUT)
 # Settings that say by a rule, and not by names, what is kept.
 RULES = ("none", "dots", "full")

@@ -121,6 +121,7 @@ class Numerics:
       offload: See `config.ModelConfig.offload`.
       attention: Name of a back end in `models/attention.py`.
       expert_capacity: See `config.ModelConfig.expert_capacity`; 0 drops no token.
+      matmul: See `config.ModelConfig.matmul`; empty for products in `compute_dtype`.
     """
 
     param_dtype: Any = jnp.float32
@@ -129,6 +130,7 @@ class Numerics:
     offload: str = ""
     attention: str = "xla"
     expert_capacity: float = 0.0
+    matmul: str = ""
 
 
 def make_numerics(dtypes: str, **settings: Any) -> Numerics:

@@ -312,7 +312,7 @@ def _remat(layer: Callable, numerics: Numerics) -> Callable:
     if numerics.remat == "dots":
         saved = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(activations.MLP),
+            policies.save_only_these_names(activations.MLP, activations.PRODUCT),
         )
     elif offloaded:
         saved = policies.save_and_offload_only_these_names(

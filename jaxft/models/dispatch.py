@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.models.activations import MLP
-from jaxft.models.expert_weights import ExpertWeights, Projection
+from jaxft.models.expert_weights import ExpertWeights, Product, Projection
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement
 
@@ -77,6 +77,8 @@ def on_devices(
         if shared:
             x = jax.lax.all_gather(x, shared, axis=1, tiled=True)
         whole = jax.tree.map(_gathered, plans, parts, weights, is_leaf=_is_plan)
+        for projection, plan in zip(whole, plans, strict=True):
+            projection.cuts = plan.matrix.held[1:]
         if hidden and whole.down.b is not None:
             # The outputs of these devices are added up: the bias counts once.
             first = jax.lax.axis_index(hidden) == 0
@@ -111,7 +113,7 @@ def _planned(projection: Projection, tokens: tuple[int, ...]) -> Projection:
         leaf: plan_weight(projection.axes_of(leaf), x.shape, tokens)
         for leaf, x in projection.leaves().items()
     }
-    return Projection(projection.axes, **plans)
+    return Projection(projection.axes, projection.matmul, **plans)
 
 
 def _is_plan(node: Any) -> bool:
@@ -163,15 +165,12 @@ def in_slots(
     taken = jnp.take_along_axis(_with_zero(x), source[..., None], axis=1)
     taken = peers.all_to_all(taken.reshape(rows, count, capacity, embed), 1, 0)
 
-    def product(x: Array, w: Array) -> Array:
-        return jnp.einsum("becd,efd->becf", x, w)
-
-    gate = checkpoint_name(weights.gate.applied(product, taken), MLP)
-    up = checkpoint_name(weights.up.applied(product, taken), MLP)
+    gate = checkpoint_name(weights.gate.applied(SLOTS, taken), MLP)
+    up = checkpoint_name(weights.up.applied(SLOTS, taken), MLP)
     if weights.gate.b is not None:
         gate += weights.gate.b[None, :, None]
         up += weights.up.b[None, :, None]
-    out = weights.down.applied(product, gating(gate, up))
+    out = weights.down.applied(SLOTS, gating(gate, up))
     out = peers.all_to_all(checkpoint_name(out, MLP), 0, 1)
     out = _with_zero(out.reshape(rows, count * capacity, embed))
     back = jnp.take_along_axis(out, slots.reshape(rows, -1, 1), axis=1)
@@ -215,12 +214,8 @@ def _by_expert(
     used = jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes)
     expert = jnp.repeat(jnp.arange(sizes.size), sizes, total_repeat_length=x.shape[0])
 
-    def product(x: Array, w: Array, sizes: Array, used: Array) -> Array:
-        # What a product leaves in rows of no group is not defined.
-        return jnp.where(used, jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT), 0)
-
     def through(projection: Projection, x: Array, b: Array | None) -> Array:
-        out = checkpoint_name(projection.applied(product, x, sizes, used), MLP)
+        out = checkpoint_name(projection.applied(GROUPS, x, sizes, used, expert), MLP)
         return out if b is None else jnp.where(used, out + b[expert], 0)
 
     x = jnp.where(used, x, 0)
@@ -228,6 +223,23 @@ def _by_expert(
     up = through(weights.up, x, weights.up.b)
     return through(weights.down, gating(gate, up), None)
 
+
+def _multiply_slots(x: Array, w: Array, sums: Any = None) -> Array:
+    return jnp.einsum("becd,efd->becf", x, w, preferred_element_type=sums)
+
+
+def _multiply_groups(
+    x: Array, w: Array, sizes: Array, used: Array, expert: Array, sums: Any = None
+) -> Array:
+    out = jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT, preferred_element_type=sums)
+    # What a product leaves in rows of no group is not defined.
+    return jnp.where(used, out, 0)
+
+
+# Of tokens in slots, `[B, E, slots, in]`; and of rows in consecutive groups, `[N, in]`, given the
+# size of each group, which rows are in one, and in which.
+SLOTS = Product(_multiply_slots, lambda numbers: numbers[None, :, None])
+GROUPS = Product(_multiply_groups, lambda numbers, sizes, used, expert: numbers[expert])
 
 # [tokens, in] x [experts, out, in] -> [tokens, out], tokens in consecutive groups.
 _BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(

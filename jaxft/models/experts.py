@@ -65,7 +65,7 @@ class ExpertLinear(Weight):
             if self.site.start:
                 arrays["start_a"] = self.start_a[...].astype(dtype)
                 arrays["start_b"] = (self.start_b[...] * self.site.scale).astype(dtype)
-        return Projection(self.axes, **arrays)
+        return Projection(self.axes, self.matmul, **arrays)
 
 
 def tokens_of_expert(experts: ExpertsConfig, capacity: float, length: int) -> int:

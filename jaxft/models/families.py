@@ -14,7 +14,7 @@ from jaxft.models.adapters import NOTHING, Adaptation, attach
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.decoder import Decoder
 from jaxft.models.module import AbstractModel, abstract_model
-from jaxft.models.weights import quantise_blocks
+from jaxft.models.weights import weights_of_blocks
 
 # model_type in config.json: module.
 FAMILIES = {
@@ -74,8 +74,10 @@ class Architecture:
             model = Decoder(self.config, numerics, block=self.block, rngs=rngs)
             if self.adaptation:
                 attach(model, self.adaptation, numerics.compute_dtype)
-            if self.quantise:
-                quantise_blocks(model, self.quantise)
+            for weight in weights_of_blocks(model):
+                weight.matmul = numerics.matmul
+                if self.quantise:
+                    weight.quantise(self.quantise)
             return model
 
         return make

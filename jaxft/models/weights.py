@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
+from jaxft.models import activations
 from jaxft.models.module import Param, modules_in, optional
 from jaxft.models.quantised import block_size, decode, encode
 from jaxft.sharding.reduce import project, project_decoded
+from jaxft.sharding.scaled import project_scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ class Weight(nnx.Module):
       site: Adapter of the weight, or None.
       number: Hash of the site, on which dropout depends.
       added: Ids of the tokens whose rows are learnt apart, of a table.
+      matmul: Format of products with the matrix, one of `sharding.scaled.FORMATS`; empty for their
+        own type.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class Weight(nnx.Module):
         self.site: Site | None = None
         self.number = 0
         self.added: tuple[int, ...] = ()
+        self.matmul = ""
         # Declared as data, so that parameters can take their place: first what stands for the
         # matrix where the model is quantised, then the leaves of an adapter.
         self.codes: Any = optional()
@@ -180,14 +186,17 @@ class Weight(nnx.Module):
         return out
 
     def _product(self, x: Array) -> Array:
+        dimensions = {"axes": self.axes, "inputs": self.inputs}
+        if self.matmul:
+            out = project_scaled(x, self.value(x.dtype), **dimensions, kind=self.matmul)
+            return checkpoint_name(out, activations.PRODUCT)
         if self.codes is None:
-            return project(x, self.value(x.dtype), axes=self.axes, inputs=self.inputs)
+            return project(x, self.value(x.dtype), **dimensions)
         return project_decoded(
             x,
             (self.codes[...], self.scales[...]),
             functools.partial(decode, dtype=x.dtype),
-            axes=self.axes,
-            inputs=self.inputs,
+            **dimensions,
         )
 
     def _low_rank(self, x: Array, a: Param, b: Param) -> Array:
@@ -213,11 +222,11 @@ class Weight(nnx.Module):
         return row_norm(w32, a, b, scale=self.site.scale, inputs=self.inputs)
 
 
-def quantise_blocks(module: nnx.Module, kind: str) -> None:
-    """Quantises what the layers of a model multiply with, but routers."""
+def weights_of_blocks(module: nnx.Module) -> Iterator[Weight]:
+    """Yields what the layers of a model multiply with, but routers."""
     for path, part in modules_in(module):
         if isinstance(part, Weight) and path.startswith("layers.") and "router" not in part.axes:
-            part.quantise(kind)
+            yield part
 
 
 def row_norm(

@@ -16,12 +16,12 @@ from jaxft.compiled.collectives import Collective
 from jaxft.config import RunConfig
 from jaxft.models import activations as names
 from jaxft.models.families import Architecture
-from jaxft.planner.footprint import Footprint
-from jaxft.planner.kernels import efficiency, mean_visible_pairs
-from jaxft.planner.placed import Placed, Weight
+from jaxft.planner.placed import Placed
+from jaxft.planner.products import Products, Work
 from jaxft.planner.timeline import ATTENTION, DCN, ICI, MATMUL, MEMORY, TO_HOST, WAIT, Rates
 from jaxft.planner.topology import Topology
 from jaxft.sharding.reduce import WeightPlan
+from jaxft.training.checks import check_matmul
 
 # Share of the exchange of weights and gradients that runs beside the layers' work. The TPU compiler
 # hides little of it unless told to; that of XLA for GPU is an assumption.
@@ -114,8 +114,10 @@ class Estimator:
           placed: The model where the run's strategy puts it.
 
         Raises:
-          ConfigError: If the strategy cannot place the model there.
+          ConfigError: If the strategy cannot place the model there, or the chip has no products
+            such as `model.matmul` asks for.
         """
+        check_matmul(config, self.topology.chip)
         return self._run(config, placed).estimate()
 
     def memory(self, config: RunConfig, placed: Placed) -> dict[str, int]:
@@ -163,16 +165,8 @@ def _reduced(plan: WeightPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return scattered, tuple(n for group in plan.tokens for n in group if n not in own)
 
 
-class _Work(NamedTuple):
-    """FLOPs of one device in one micro-batch, forward and backward."""
-
-    layers: float
-    head: float
-    attention: float
-
-
-class _Run(Footprint):
-    """One run: its footprint, and what computing and exchanging take."""
+class _Run(Products):
+    """One run: its footprint and products, and what computing and exchanging take."""
 
     def estimate(self) -> Estimate:
         """Returns memory and time of a training step."""
@@ -185,11 +179,13 @@ class _Run(Footprint):
             for network in (ICI, DCN)
         }
         to_host = 2 * host * self.passes / self.chip.host if self.chip.host else 0.0
-        peak, products, scores = self._rates_of_products()
+        reached = self._rates_of_products()
         moving = self.chip.bandwidth * self.rates.memory
+        rounded = self.passes * work.rounded
         spent = {
-            MATMUL: self.passes * (work.layers + work.head) / products,
-            ATTENTION: self.passes * work.attention / scores,
+            MATMUL: self.passes * (work.layers + work.head) / reached.products
+            + rounded / reached.rounded,
+            ATTENTION: self.passes * work.attention / reached.scores,
             MEMORY: (self.passes * moved_by_layers + moved_else) / moving,
             # Stages wait for the first micro-batch to come and for the last to go.
             f"{WAIT} stages": self._layer_seconds(work) * (self.turns - self.passes),
@@ -197,7 +193,7 @@ class _Run(Footprint):
         }
         spent[MATMUL] += self._seconds_without_gradients()
         once = self.placed.orthogonalised() if self.config.optim.name == "muon" else 0.0
-        spent[MATMUL] += once / products
+        spent[MATMUL] += once / reached.products
         # What travels to the host does so beside all else.
         spent[f"{WAIT} {TO_HOST}"] = max(0.0, to_host - sum(spent.values()))
         flops = self.passes * sum(work) + once
@@ -205,7 +201,7 @@ class _Run(Footprint):
             kinds=kinds,
             host=host,
             terms={
-                "compute": flops / peak,
+                "compute": (flops - rounded) / reached.peak + rounded / reached.rounded_peak,
                 "memory": (self.passes * moved_by_layers + moved_else) / self.chip.bandwidth,
                 ICI: sum((e.seconds for e in exchanges if e.network == ICI), 0.0),
                 DCN: sum((e.seconds for e in exchanges if e.network == DCN), 0.0),
@@ -222,99 +218,24 @@ class _Run(Footprint):
             return 0.0
         rows = self.config.train.batch_size
         forward = type(self)(*self.made_for, self.config, self.placed, evaluated=rows)
+        forward.matmul = self.matmul  # as what they are compared with
         return passes * forward.evaluation().seconds
 
     def evaluation(self) -> Evaluation:
         """Returns what a forward pass takes, beside parameters alone."""
-        _, products, _ = self._rates_of_products()
         work = self._work()
         waits = sum(e.seconds * (1 - e.hidden) for e in self._exchanges())
         seconds = self.turns * self._layer_seconds(work) + waits
-        seconds += self.passes * work.head / products
+        seconds += self.passes * work.head / self._rates_of_products().products
         return Evaluation(sum(self.evaluation_memory().values()), seconds)
 
-    # Work.
-
-    def _rates_of_products(self) -> tuple[float, float, float]:
-        """Returns FLOP/s: the peak, what products of weights reach, and what attention's reach."""
-        peak = self.chip.exact if self.itemsize == 4 else self.chip.bfloat16
-        reached = self.chip.product_share
-        flash = efficiency(self.chip, self.model.head_dim)
-        return peak, peak * reached, peak * (flash if self.placed.flash else reached)
-
-    def _products(self) -> dict[str, float]:
-        """Returns multiplications of each token in one layer's products, forward."""
-        embed, widths = self.model.embed, self._widths
-        return {
-            names.QKV: embed * widths[names.QKV],
-            names.ATTENTION_OUT: embed * self._heads() * self.model.head_dim,
-            names.MLP: embed * widths[names.MLP],
-            names.MLP_OUT: embed * self.hidden,
-        }
-
-    def _pairs(self) -> float:
-        """Returns pairs of query and key of one device that are multiplied."""
-        if self.placed.flash:
-            return self.tokens / self.length * mean_visible_pairs(self.model, self.length)
-        return self.tokens * self.length
-
-    def _work(self) -> _Work:
-        """Returns the FLOPs of weights and of attention on one device in a micro-batch."""
-        products = self._products()
-        forward, beside = sum(products.values()), self._beside()
-        # Gradients of what products read, and of weights that are trained.
-        layer = forward * (1 + self.back * (1 + self._trained_share()))
-        layer += sum(products[name] for name in self.again - {names.ATTENTION})
-        layer += sum(m * (1 + self.back * (1 + trained)) for m, trained in beside)
-        forward += sum(m for m, _ in beside)
-        layer += sum(m for m, _ in beside) * bool(self.again)
-        # Forward, and two gradients, before which all but cross entropy makes logits once more.
-        again = not self.config.objective.objective.is_cross_entropy
-        head = 1 + self.learns * (again + self.placed.passes_head + self.placed.head.trained)
-        # The kernels of flash attention make scores once more for the gradients.
-        attention = 2 + self.back * (5 if self.placed.flash else 4)
-        if names.ATTENTION in self.again:
-            attention += 2
-        elif self.remat != "none" and not self.placed.flash:
-            attention += self.back  # scores of whole rows are kept by no other setting
-        if self.stages > 1:  # forward again, with the micro-batch's inputs alone
-            layer, attention = layer + self.back * forward, attention + 2 * self.back
-        pairs = self._pairs() * self._heads() * self.model.head_dim
-        return _Work(
-            layers=2 * self.tokens * self.layers * layer,
-            head=2 * self.tokens * head * self.model.embed * self._vocab(),
-            attention=2 * attention * pairs * self.layers,
-        )
-
-    def _met(self, weight: Weight) -> float:
-        """Returns the numbers of a layer's weight that a token is multiplied with."""
-        experts = self.model.experts
-        met = self.chosen / experts.count if experts and weight.routed else 1.0
-        return math.prod(weight.shape) * met
-
-    def _trained_share(self) -> float:
-        """Returns the share of the model's own weights, as tokens meet them, with a gradient."""
-        sizes = [(self._met(w), w.trained) for w in self.placed.weights if not w.beside]
-        return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
-
-    def _beside(self) -> list[tuple[float, bool]]:
-        """Returns multiplications of each token with adapters of one layer, and which train.
-
-        Experts lie along the devices that tokens travel between, each of which has its share.
-        """
-        found = []
-        for weight in self.placed.weights:
-            if weight.beside:
-                cut = weight.plan.held[weight.routed :]
-                found.append((self._met(weight) / self._parts(cut), weight.trained))
-        return found
-
-    def _layer_seconds(self, work: _Work) -> float:
+    def _layer_seconds(self, work: Work) -> float:
         """Returns seconds that layers take for one micro-batch."""
-        _, products, scores = self._rates_of_products()
+        reached = self._rates_of_products()
         moving = self.chip.bandwidth * self.rates.memory
         moved, _ = self._passed_bytes()
-        return work.layers / products + work.attention / scores + moved / moving
+        products = work.layers / reached.products + work.rounded / reached.rounded
+        return products + work.attention / reached.scores + moved / moving
 
     def _passed_bytes(self) -> tuple[float, float]:
         """Returns bytes that memory passes: of layers in a micro-batch, of all else in a step."""
@@ -324,10 +245,12 @@ class _Run(Footprint):
         of_token = self.itemsize * numbers + (0.0 if self.placed.flash else scores)
         repeated = self.remat not in ("none", "dots") or self.stages > 1
         runs = 1 + self.back * (1 + repeated)
+        codes = self._codes() if self.matmul else 0.0
         logits = 4 * 4 * self.tokens * self._vocab()
         state = 2 * self.placed.parameters + 2 * self.optimizer
         sums = 3 * self.placed.gradients
-        return self.tokens * self.layers * runs * of_token, (logits + sums) * self.passes + state
+        of_layers = self.tokens * self.layers * (runs * of_token + codes)
+        return of_layers, (logits + sums) * self.passes + state
 
     # Communication.
 
@@ -368,10 +291,11 @@ class _Run(Footprint):
         uses.append((head, self.passes, 1))
         for weight, times, gathers in uses:
             plan = weight.plan
-            size = weight.stored or math.prod(weight.shape) * self.itemsize
-            whole = size / self._parts(plan.held)
+            parts = self._parts(plan.held)
+            size = weight.stored or math.prod(weight.shape) * self._itemsize_of(weight)
+            travels, whole = size / parts, math.prod(weight.shape) * self.itemsize / parts
             gathered = tuple(name for group in plan.gathered for name in group)
-            add("all-gather", gathered, gathers * whole * times)
+            add("all-gather", gathered, gathers * travels * times)
             if self.learns and weight.trained:
                 scattered, rest = _reduced(plan)
                 add("reduce-scatter", scattered, whole * times)

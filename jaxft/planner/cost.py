@@ -2,8 +2,10 @@
 
 import math
 import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxft.compiled.hlo import HBM, Array, Computation, Instruction, Module, arrays
 
@@ -26,12 +28,14 @@ class Cost:
       cycles: The compiler's own estimate; 0 if it made none.
       passes: Products of bfloat16 that a TPU makes for each product that is asked for: of whole
         float32 six.
+      dtype: Type at whose rate products are made, as `Chip.peak` takes it.
     """
 
     flops: float = 0
     bytes: float = 0
     cycles: float = 0
     passes: int = 1
+    dtype: str = "bfloat16"
 
 
 def cost_of(module: Module, computation: Computation, instruction: Instruction) -> Cost:
@@ -42,15 +46,38 @@ def cost_of(module: Module, computation: Computation, instruction: Instruction) 
     """
     if instruction.opcode in _FREE:
         return Cost()
-    body = module.fused(instruction)
+    products = list(_products(module, computation, instruction))
     cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+    dtypes = {product.dtype for product in products}
     return Cost(
-        flops=_flops(module, body) if body else product_flops(computation, instruction),
+        flops=sum(product.flops for product in products),
         bytes=_bytes_read(module, computation, instruction)
         + _bytes_written(module, computation, instruction),
         cycles=int(cycles[1]) if cycles else 0,
-        passes=_passes(module, body) if body else _PASSES.get(_precision(instruction), 1),
+        passes=max((product.passes for product in products), default=1),
+        dtype=dtypes.pop() if len(dtypes) == 1 else "bfloat16",
     )
+
+
+class _Product(NamedTuple):
+    """A matrix product: its FLOPs, and `passes` and `dtype` of `Cost`."""
+
+    flops: float
+    passes: int
+    dtype: str
+
+
+def _products(
+    module: Module, computation: Computation, instruction: Instruction
+) -> Iterator[_Product]:
+    """Yields the products of an instruction, of a fusion those in its body."""
+    body = module.fused(instruction)
+    if body is not None:
+        for inner in body.instructions.values():
+            yield from _products(module, body, inner)
+    elif flops := product_flops(computation, instruction):
+        passes = _PASSES.get(_precision(instruction), 1)
+        yield _Product(flops, passes, _rated(computation, instruction))
 
 
 # By the precision that a product is asked for with.
@@ -62,13 +89,15 @@ def _precision(instruction: Instruction) -> str:
     return found[1] if found else ""
 
 
-def _passes(module: Module, body: Computation) -> int:
-    found = 1
-    for instruction in body.instructions.values():
-        inner = module.fused(instruction)
-        passes = _passes(module, inner) if inner else _PASSES.get(_precision(instruction), 1)
-        found = max(found, passes)
-    return found
+# Types of 8 bits in XLA's spelling, by which chips have rates of their own. Where a chip has no
+# such products, its compiler converts what is multiplied.
+_RATED = {"s8": "int8", "f8e4m3fn": "float8", "f8e5m2": "float8"}
+
+
+def _rated(computation: Computation, product: Instruction) -> str:
+    operands = (computation.instructions[name] for name in product.operands[:2])
+    rated = {_RATED.get(arrays(operand.shape)[0].dtype, "bfloat16") for operand in operands}
+    return rated.pop() if len(rated) == 1 else "bfloat16"
 
 
 # Instructions that start a copy between memories.
@@ -84,14 +113,6 @@ def moved_bytes(instruction: Instruction) -> int:
 def in_hbm(shape: str) -> list[Array]:
     """Returns the arrays of a shape that lie in main memory."""
     return [array for array in arrays(shape) if array.space == HBM]
-
-
-def _flops(module: Module, body: Computation) -> float:
-    total = 0.0
-    for instruction in body.instructions.values():
-        inner = module.fused(instruction)
-        total += _flops(module, inner) if inner else product_flops(body, instruction)
-    return total
 
 
 def product_flops(computation: Computation, instruction: Instruction) -> float:
@@ -271,24 +292,29 @@ def _written(module: Module, body: Computation, name: str, whole: list[Array]) -
     return sum(array.padded_bytes for array in whole)
 
 
-def totals(module: Module, kernel_flops: Any) -> tuple[float, float]:
-    """Returns FLOPs of matrix products and bytes of main memory of one step on a device."""
+def totals(module: Module, kernel_flops: Any) -> tuple[Mapping[str, float], float]:
+    """Returns FLOPs of matrix products by `Cost.dtype`, and bytes of main memory.
 
-    def visit(name: str, times: float) -> tuple[float, float]:
+    Both of one step on a device.
+    """
+
+    def visit(name: str, times: float) -> tuple[Mapping[str, float], float]:
         computation = module.computations[name]
-        flops = moved = 0.0
+        flops, moved = defaultdict[str, float](float), 0.0
         for instruction in computation.instructions.values():
             called = _called(module, computation, instruction)
             for inner, runs in called:
                 more = visit(inner, times * runs)
-                flops, moved = flops + more[0], moved + more[1]
+                for dtype, count in more[0].items():
+                    flops[dtype] += count
+                moved += more[1]
             if instruction.opcode in MOVES:
                 moved += times * moved_bytes(instruction)
             if called or instruction.opcode.endswith(("-start", "-done")):
                 continue
             cost = cost_of(module, computation, instruction)
             kernel = kernel_flops(instruction, computation)
-            flops += times * (cost.flops + (kernel[0] if kernel else 0.0))
+            flops[cost.dtype] += times * (cost.flops + (kernel[0] if kernel else 0.0))
             moved += times * cost.bytes
         return flops, moved
 

@@ -11,7 +11,7 @@ from jaxft.models.config import make_numerics
 from jaxft.models.experts import tokens_of_expert
 from jaxft.models.families import Architecture
 from jaxft.planner.network import Network
-from jaxft.planner.placed import Placed
+from jaxft.planner.placed import Placed, Weight
 from jaxft.planner.timeline import Rates
 from jaxft.planner.topology import Topology
 from jaxft.sharding.rules import as_names
@@ -64,7 +64,8 @@ class Footprint:
         self.tokens = self.rows * self.part / self._split("batch", self.rows)
         self.layers = self.model.layers / self.stages
         self.turns = self.passes + (self.stages - 1 if self.stages > 1 else 0)
-        # Evaluation drops no token.
+        # Evaluation rounds no product and drops no token.
+        self.matmul = config.model.matmul if self.learns else ""
         self._size_experts(config.model.expert_capacity if self.learns else 0.0)
         # 1 if there is a backward pass through the layers.
         self.back = int(self.learns and placed.reaches_layers)
@@ -178,9 +179,13 @@ class Footprint:
     def _layer_weights(self) -> float:
         """Returns bytes of two layers' weights as a device multiplies with them."""
         return 2 * sum(
-            math.prod(weight.shape) * self.itemsize / self._parts(weight.plan.held)
+            math.prod(weight.shape) * self._itemsize_of(weight) / self._parts(weight.plan.held)
             for weight in self.placed.weights
         )
+
+    def _itemsize_of(self, weight: Weight) -> int:
+        """Returns the bytes of a number of a weight as it travels and is multiplied."""
+        return 1 if self.matmul and weight.dense else self.itemsize
 
     @functools.cached_property
     def _widths(self) -> dict[str, float]:

@@ -38,6 +38,7 @@ class Weight(NamedTuple):
       routed: Whether it is of all experts, of which a token meets a few.
       beside: Whether it is of an adapter.
       stored: Bytes of the codes and scales that travel in its place; None if it travels itself.
+      dense: Whether every token is multiplied with it, in the type that `model.matmul` says.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class Weight(NamedTuple):
     routed: bool = False
     beside: bool = False
     stored: int | None = None
+    dense: bool = False
 
 
 class Placed:
@@ -135,6 +137,7 @@ class Placed:
                 "experts" in axes,
                 is_beside(path),
                 self._stored(path),
+                not (is_beside(path) or {"experts", "router"}.intersection(axes)),
             )
             for path, axes in self._axes.items()
             if axes[0] == "layers" and len(axes) >= 3

@@ -111,7 +111,10 @@ class Planner:
             architecture=self.architecture.config,
         )
         work = Work(
-            model_flops=needed[0], model_flops_full=needed[1], flops=found.flops, bytes=found.bytes
+            model_flops=needed[0],
+            model_flops_full=needed[1],
+            flops=sum(found.flops.values(), 0.0),
+            bytes=found.bytes,
         )
         tested, tested_memory = self._evaluation(config, program, topology, wanted=evaluation)
         return Plan(

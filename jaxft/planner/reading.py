@@ -26,7 +26,7 @@ class Reading(NamedTuple):
       reader: Reader of its collectives.
       step: Timeline of the step.
       by_cycles: Length of the timeline in which matrix products take the compiler's cycles.
-      flops: FLOPs of matrix products on a device.
+      flops: FLOPs of matrix products on a device, by the type at whose rate they are made.
       bytes: Bytes to and from a device's main memory.
     """
 
@@ -34,7 +34,7 @@ class Reading(NamedTuple):
     reader: Reader
     step: Timeline
     by_cycles: float
-    flops: float
+    flops: Mapping[str, float]
     bytes: float
 
 
@@ -49,7 +49,11 @@ def step_time(found: Reading, topology: Topology) -> StepTime:
     return StepTime(
         seconds=step.seconds,
         terms={
-            "compute": found.flops / chip.bfloat16 if chip.bfloat16 else 0.0,
+            "compute": sum(
+                flops / chip.peak(dtype) for dtype, flops in found.flops.items() if flops
+            )
+            if chip.bfloat16
+            else 0.0,
             "memory": found.bytes / chip.bandwidth if chip.bandwidth else 0.0,
             **{lane: step.total(lane=lane) for lane in (lanes.ICI, lanes.DCN, lanes.TO_HOST)},
         },

@@ -338,10 +338,9 @@ class Simulator:
         memory = self._moving(cost.bytes)
         if not cost.flops or not self.chip.bfloat16:
             return memory
-        if self.chip.is_tpu:
-            rate = self.chip.bfloat16 / cost.passes
-        else:
-            rate = self.chip.exact if cost.passes > 1 else self.chip.bfloat16
+        rate = self.chip.peak(cost.dtype)
+        if cost.passes > 1:
+            rate = rate / cost.passes if self.chip.is_tpu else self.chip.exact
         products = cost.flops / (rate * self.chip.product_share)
         cycles = self.rates.cycles and self.chip.clock and cost.cycles / self.chip.clock
         return max(memory, products, cycles)

@@ -2,11 +2,13 @@
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, collected
+from jaxft.hardware.chips import Chip
 from jaxft.models.experts import check_experts
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
 from jaxft.sharding.reduce import plan_weight
 from jaxft.sharding.rules import Placement
+from jaxft.sharding.scaled import FORMATS, rate
 
 
 def check_length(config: RunConfig, architecture: Architecture) -> None:
@@ -17,6 +19,22 @@ def check_length(config: RunConfig, architecture: Architecture) -> None:
             f"data.max_length is {config.data.max_length}, but the model has a table of {context} "
             f"positions and knows none beyond. Set --config.data.max_length={context} or less."
         )
+
+
+def check_matmul(config: RunConfig, chip: Chip | None) -> None:
+    """Raises ConfigError for products of 8-bit numbers that a chip does not make any faster.
+
+    Devices of which no rates are known, such as CPUs, compute whatever they are asked to.
+    """
+    kind = config.model.matmul
+    if not kind or chip is None or not chip.bfloat16 or rate(kind, chip) > chip.bfloat16:
+        return
+    others = [other for other in FORMATS if rate(other, chip) > chip.bfloat16]
+    instead = f" or set --config.model.matmul={others[0]}" if others else ""
+    raise ConfigError(
+        f"model.matmul is {kind!r}, which {chip.name} is not known to multiply faster than "
+        f"bfloat16: rounding would gain nothing. Leave the key out{instead}."
+    )
 
 
 def check_strategy(config: RunConfig, architecture: Architecture, placement: Placement) -> None:

@@ -19,6 +19,7 @@ from jaxft.data.batch import COLUMNS, STANDARD, Batch
 from jaxft.data.rows import TokenRows
 from jaxft.errors import ConfigError
 from jaxft.formatting import counted
+from jaxft.hardware.chips import chip_of
 from jaxft.models.attention import Choice, choose_backend
 from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.families import Architecture, after_layers, reaches_layers
@@ -26,7 +27,13 @@ from jaxft.models.module import AbstractModel
 from jaxft.models.quantised import parameter_count
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, load_strategy
-from jaxft.training.checks import check_length, check_rows, check_strategy, check_weights
+from jaxft.training.checks import (
+    check_length,
+    check_matmul,
+    check_rows,
+    check_strategy,
+    check_weights,
+)
 from jaxft.training.compilation import refused_options
 from jaxft.training.compiler_options import step_options
 from jaxft.training.evaluation_step import make_eval_step, make_score_step, make_whole_step
@@ -266,6 +273,7 @@ def build_evaluator(
     check_strategy(config, architecture, placement)
     numerics = make_numerics(config.model.dtypes)
     device = placement.mesh.devices.flat[0]
+    check_matmul(config, chip_of(device.device_kind))
     attention = choose_backend(
         config.model.attention,
         architecture.config,
@@ -365,7 +373,13 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
     )
     gradients = {path: of_gradients[path] for path in state.trainable}
     shape = (train.accumulation, train.batch_size // train.accumulation, config.data.max_length)
-    fixed, reference = _reference_of(config, evaluator, state)
+    # Evaluation and samples drop no token and round no product; training may.
+    numerics = dataclasses.replace(
+        evaluator.numerics,
+        expert_capacity=config.model.expert_capacity,
+        matmul=config.model.matmul,
+    )
+    fixed, reference = _reference_of(config, evaluator, state, numerics)
     batch = Batch(
         **{
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.micro_batches)
@@ -373,13 +387,8 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         }
     )
     pattern = evaluator.architecture.config.pattern
-    # Evaluation and samples drop no token; training may.
-    numerics = dataclasses.replace(
-        evaluator.numerics,
-        remat=config.model.remat,
-        offload=config.model.offload,
-        expert_capacity=config.model.expert_capacity,
-    )
+    # What layers keep concerns the step alone.
+    numerics = dataclasses.replace(numerics, remat=config.model.remat, offload=config.model.offload)
     step = make_train_step(
         evaluator.architecture.abstract(numerics).graphdef,
         evaluator.objective,
@@ -399,13 +408,16 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
 
 
 def _reference_of(
-    config: RunConfig, evaluator: Evaluator, state: TrainState
+    config: RunConfig, evaluator: Evaluator, state: TrainState, numerics: Numerics
 ) -> tuple[dict[str, Any], ReferenceModel | None]:
-    """Returns what the reference has of its own, without memory, and its model."""
+    """Returns what the reference has of its own, without memory, and its model.
+
+    It is computed as the learner is: the two are the same until something is learnt.
+    """
     if config.objective.uses_reference != "fixed":
         return {}, None
-    start = evaluator.of_start(config)
-    model = ReferenceModel(start.abstract.graphdef, tuple(start.abstract.params))
+    start = evaluator.of_start(config).architecture.abstract(numerics)
+    model = ReferenceModel(start.graphdef, tuple(start.params))
     params = evaluator.abstract_params
     return {path: params[path] for path in model.paths if path in state.trainable}, model
 

@@ -34,17 +34,24 @@ from tests.tpu import compiles_for_tpu, tpu_devices
 CASES_OF_EXPERTS = ["gpt_oss_gqa", "qwen3_moe_unnormalised_mha"]
 
 
-def abstract_layer(case: str, capacity: float) -> tuple[Tiny, AbstractModel]:
+def abstract_layer(case: str, capacity: float, matmul: str = "") -> tuple[Tiny, AbstractModel]:
     """Returns a model, and the experts of one of its layers without their weights."""
     tiny = load_tiny(case)
     config, numerics = tiny.architecture.config, Numerics(expert_capacity=capacity)
     block: Any = tiny.architecture.block
-    return tiny, abstract_model(lambda rngs: block(config, numerics, rngs).mlp)
+
+    def build(rngs: Any) -> Any:
+        experts = block(config, numerics, rngs).mlp
+        for part in (experts.gate, experts.up, experts.down):
+            part.matmul = matmul
+        return experts
+
+    return tiny, abstract_model(build)
 
 
-def one_layer(case: str, capacity: float = 0.0) -> tuple[Any, Any, Any]:
+def one_layer(case: str, capacity: float = 0.0, matmul: str = "") -> tuple[Any, Any, Any]:
     """Returns sizes and weights of the experts of a model's first layer, and a module of them."""
-    tiny, abstract = abstract_layer(case, capacity)
+    tiny, abstract = abstract_layer(case, capacity, matmul)
     prefix = "layers.mlp."
     params = {p[len(prefix) :]: v[0] for p, v in tiny.params.items() if p.startswith(prefix)}
     return tiny.architecture.config, params, functools.partial(merge, abstract.graphdef)
@@ -237,9 +244,9 @@ def place(strategy: str) -> Placement:
     return make_placement(config)
 
 
-def compare_on(strategy: str, capacity: float = 0.0, router: Any = None) -> None:
+def compare_on(strategy: str, capacity: float = 0.0, router: Any = None, matmul: str = "") -> None:
     """Checks outputs, routing and gradients of one layer against those without a mesh."""
-    config, params, module = one_layer("gpt_oss_gqa", capacity)
+    config, params, module = one_layer("gpt_oss_gqa", capacity, matmul)
     params |= router or {}
     x = tokens_of(config, rows=8)
     real = np.arange(12)[None] < np.array([[12], [5], [12], [0], [12], [1], [11], [12]])
@@ -284,6 +291,15 @@ def test_experts_on_a_mesh_give_the_same_and_have_the_same_gradients(strategy, c
 )
 def test_splitting_experts_combines_with_other_splits(strategy, capacity):
     compare_on(strategy, capacity)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "capacity"),
+    [("tensor", 1.0), pytest.param("tensor", 0.0, marks=pytest.mark.slow(seconds=5))],
+)
+def test_experts_of_8_bit_numbers_give_the_same_on_a_mesh(strategy, capacity):
+    """With the hidden width split, which is what products add up."""
+    compare_on(strategy, capacity, matmul="int8")
 
 
 @pytest.mark.slow(seconds=2)

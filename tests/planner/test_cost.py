@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxft.compiled.hlo import Module
-from jaxft.planner.cost import Cost, cost_of, moved_bytes, product_flops
+from jaxft.planner.cost import Cost, cost_of, moved_bytes, product_flops, totals
 
 
 def flops_of(left: str, right: str, result: str, product: str) -> float:
@@ -284,6 +284,38 @@ def test_products_in_fusions_of_fusions_are_added_up():
   ROOT %result = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%outer, \
 backend_config={"window_config":{"estimated_cycles":"1234"}}"""
     assert cost(computations, entry) == Cost(flops=2 * 2 * 8**3, bytes=2 * 256, cycles=1234)
+
+
+@pytest.mark.parametrize(
+    ("types", "dtype"),
+    [
+        (("s8", "s8", "s32"), "int8"),
+        (("f8e5m2", "f8e4m3fn", "bf16"), "float8"),
+        (("bf16", "bf16", "f32"), "bfloat16"),
+        (("s8", "bf16", "bf16"), "bfloat16"),
+    ],
+)
+def test_products_are_made_at_the_rate_of_what_they_multiply(types, dtype):
+    """In a fusion that decodes its operands or what it makes, those of the product itself."""
+    left, right, sums = types
+    computations = f"""\
+%fused (p: bf16[64,128], q: {right}[256,128]) -> bf16[64,256] {{
+  %p = bf16[64,128]{{1,0}} parameter(0)
+  %codes = {left}[64,128]{{1,0}} convert(%p)
+  %q = {right}[256,128]{{1,0}} parameter(1)
+  %d = {sums}[64,256]{{1,0}} convolution(%codes, %q), dim_labels=bf_oi->bf
+  ROOT %out = bf16[64,256]{{1,0}} convert(%d)
+}}
+"""
+    entry = f"""\
+  %a = bf16[64,128]{{1,0}} parameter(0)
+  %b = {right}[256,128]{{1,0}} parameter(1)
+  ROOT %result = bf16[64,256]{{1,0}} fusion(%a, %b), kind=kOutput, calls=%fused"""
+    found = cost(computations, entry)
+    assert (found.dtype, found.flops) == (dtype, 2 * 64 * 128 * 256)
+    module = Module(f"HloModule step\n\n{computations}\nENTRY %main () -> f32[] {{\n{entry}\n}}\n")
+    flops, _ = totals(module, lambda *_: None)
+    assert {name: count for name, count in flops.items() if count} == {dtype: found.flops}
 
 
 @pytest.mark.parametrize(

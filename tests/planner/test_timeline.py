@@ -197,6 +197,22 @@ def test_whole_float32_takes_a_tpu_six_products():
     assert seconds(", operand_precision={highest,highest}") == pytest.approx(6 * seconds(""))
 
 
+@pytest.mark.parametrize("codes", ["s8", "f8e4m3fn"])
+def test_codes_are_multiplied_at_their_own_rate(codes):
+    chip = dataclasses.replace(CHIP, int8=4e12, float8=4e12)
+    dot = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+    def seconds(dtype: str) -> float:
+        body = f"""
+            %p = {dtype}[1000,1000]{{1,0:S(1)}} parameter(0)
+            ROOT %a = bf16[1000,1000]{{1,0:S(1)}} dot(%p, %p), {dot}
+            """
+        return run(body, chip=chip).seconds
+
+    assert seconds("bf16") == pytest.approx(2e9 / 1e12)
+    assert seconds(codes) == pytest.approx(2e9 / 4e12)
+
+
 def test_on_a_gpu_whole_float32_takes_its_own_rate_and_products_the_share_they_reach():
     gpu = dataclasses.replace(
         CHIP, network=Switch(size=8, link=1e9), float32=1e10, product_share=0.5

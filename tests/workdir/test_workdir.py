@@ -78,11 +78,13 @@ def test_a_folder_is_named_without_dots_and_a_link_keeps_its_name(tmp_path, monk
 def test_resume_refuses_changes_that_break_the_continuation_all_at_once(tmp_path, config):
     _run(tmp_path, config)
     config.model.path, config.train.seed, config.data.max_length = "org/other", 7, 64
+    config.model.matmul = "int8"
     with pytest.raises(CheckpointError) as error:
         _open(tmp_path, config, resume=True)
     text = str(error.value)
     assert "model.path was 'org/model' and is now 'org/other'." in text
     assert "train.seed was 0 and is now 7." in text
+    assert "model.matmul was '' and is now 'int8'." in text
     assert "data.max_length was 1024 and is now 64." in text
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model.path"] == "org/model"

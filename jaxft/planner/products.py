@@ -1,0 +1,137 @@
+"""The matrix products of a run in closed form: how many there are, and how fast they are made."""
+
+import math
+from typing import NamedTuple
+
+from jaxft.models import activations as names
+from jaxft.planner.footprint import Footprint
+from jaxft.planner.kernels import efficiency, mean_visible_pairs
+from jaxft.planner.placed import Weight
+from jaxft.sharding.scaled import rate
+
+
+class Work(NamedTuple):
+    """FLOPs of one device in one micro-batch, forward and backward.
+
+    Attributes:
+      layers: Products of layers in the type of computing.
+      rounded: Products of layers in that of `model.matmul`.
+      head: Products with the head.
+      attention: Products of queries, keys and values.
+    """
+
+    layers: float
+    rounded: float
+    head: float
+    attention: float
+
+
+class Reached(NamedTuple):
+    """FLOP/s: peaks, and what is reached of them.
+
+    Attributes:
+      peak: Peak of the type of computing.
+      rounded_peak: Peak of the type of `model.matmul`.
+      products: Rate of products with weights.
+      rounded: Rate of those in the type of `model.matmul`.
+      scores: Rate of attention's products.
+    """
+
+    peak: float
+    rounded_peak: float
+    products: float
+    rounded: float
+    scores: float
+
+
+class Products(Footprint):
+    """The footprint of a run, and its products."""
+
+    def _rates_of_products(self) -> Reached:
+        peak = self.chip.exact if self.itemsize == 4 else self.chip.bfloat16
+        rounded = rate(self.matmul, self.chip) if self.matmul else peak
+        share = self.chip.product_share
+        flash = efficiency(self.chip, self.model.head_dim) if self.placed.flash else share
+        return Reached(peak, rounded, peak * share, rounded * share, peak * flash)
+
+    def _products(self) -> dict[str, float]:
+        """Returns multiplications of each token in one layer's products, forward."""
+        embed, widths = self.model.embed, self._widths
+        return {
+            names.QKV: embed * widths[names.QKV],
+            names.ATTENTION_OUT: embed * self._heads() * self.model.head_dim,
+            names.MLP: embed * widths[names.MLP],
+            names.MLP_OUT: embed * self.hidden,
+        }
+
+    def _pairs(self) -> float:
+        """Returns pairs of query and key of one device that are multiplied."""
+        if self.placed.flash:
+            return self.tokens / self.length * mean_visible_pairs(self.model, self.length)
+        return self.tokens * self.length
+
+    def _work(self) -> Work:
+        """Returns the FLOPs of weights and of attention on one device in a micro-batch."""
+        products = self._products()
+        forward, beside = sum(products.values()), self._beside()
+        # Forward and again, and gradients of what products read; those of weights that are trained.
+        own = forward * (1 + self.back)
+        own += sum(products[name] for name in self.again - {names.ATTENTION})
+        layer = forward * self.back * self._trained_share()
+        layer += sum(m * (1 + self.back * (1 + trained)) for m, trained in beside)
+        layer += sum(m for m, _ in beside) * bool(self.again)
+        # Forward, and two gradients, before which all but cross entropy makes logits once more.
+        again = not self.config.objective.objective.is_cross_entropy
+        head = 1 + self.learns * (again + self.placed.passes_head + self.placed.head.trained)
+        # The kernels of flash attention make scores once more for the gradients.
+        attention = 2 + self.back * (5 if self.placed.flash else 4)
+        if names.ATTENTION in self.again:
+            attention += 2
+        elif self.remat != "none" and not self.placed.flash:
+            attention += self.back  # scores of whole rows are kept by no other setting
+        if self.stages > 1:  # forward again, with the micro-batch's inputs alone
+            own += self.back * forward
+            layer += self.back * sum(m for m, _ in beside)
+            attention += 2 * self.back
+        layer, rounded = (layer, own) if self.matmul else (layer + own, 0.0)
+        pairs = self._pairs() * self._heads() * self.model.head_dim
+        return Work(
+            layers=2 * self.tokens * self.layers * layer,
+            rounded=2 * self.tokens * self.layers * rounded,
+            head=2 * self.tokens * head * self.model.embed * self._vocab(),
+            attention=2 * attention * pairs * self.layers,
+        )
+
+    def _met(self, weight: Weight) -> float:
+        """Returns the numbers of a layer's weight that a token is multiplied with."""
+        experts = self.model.experts
+        met = self.chosen / experts.count if experts and weight.routed else 1.0
+        return math.prod(weight.shape) * met
+
+    def _trained_share(self) -> float:
+        """Returns the share of the model's own weights, as tokens meet them, with a gradient."""
+        sizes = [(self._met(w), w.trained) for w in self.placed.weights if not w.beside]
+        return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+
+    def _beside(self) -> list[tuple[float, bool]]:
+        """Returns multiplications of each token with adapters of one layer, and which train.
+
+        Experts lie along the devices that tokens travel between, each of which has its share.
+        """
+        found = []
+        for weight in self.placed.weights:
+            if weight.beside:
+                cut = weight.plan.held[weight.routed :]
+                found.append((self._met(weight) / self._parts(cut), weight.trained))
+        return found
+
+    def _codes(self) -> float:
+        """Returns bytes of the codes that are made of a token in a layer, one after another.
+
+        Of what products read, forward and again; and backward of the gradients of what they make.
+        """
+        heads = self._heads() * self.model.head_dim
+        stream, widths = self._widths[names.INPUTS], self._widths
+        read = 2 * stream + heads + self.hidden
+        made = widths[names.QKV] + widths[names.MLP] + 2 * stream
+        return read * (1 + bool(self.again)) + made * self.back
