@@ -3,69 +3,55 @@
     .venv/bin/python benchmarks/generation.py --rows 1 --torch-python python3.11 \
         --output benchmarks/results/generation.jsonl
 
-Greedy continuations of random prompts by a Llama with random weights; what is timed depends on
+Greedy continuations of random prompts by a model with random weights; what is timed depends on
 neither. Prints one JSON line per measurement, each made in a process of its own; with
---torch-python both take turns, and a last line gives the ratio of the medians. Seconds are those
-of a whole call, reading the prompts included, of which the best of a few is taken, after one that
-compiles. `bandwidth_share` is what a decoding step reads of weights over its time, as a share of
-what a triad (McCalpin's STREAM: a = b + s c, three arrays counted) moves in the same process.
+--torch-python both take turns, and a last line gives the ratio of the medians with its interval.
+Seconds are those of a whole call, reading the prompts included, of which the best of a few is
+taken, after one that compiles. `bandwidth_share` is what a decoding step reads of weights over its
+time, as a share of what a triad (McCalpin's STREAM: a = b + s c, three arrays counted) moves in the
+same process.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_step import COMMON, SHAPES, take_turns
-from jaxft.hardware import huge_pages
+from benchmarks import turns
+from benchmarks.shapes import SHAPES, shape_of
 
 _KEYS = ("shape", "rows", "length", "new", "dtypes")
 
 
 def main() -> None:
-    """Runs as the orchestrator, or as one measurement with --worker."""
-    options = _options()
-    if options.worker:
-        # As the command `jaxft generate` does.
-        huge_pages.start_again_with_them()
-        print(json.dumps(measure(options)))
-        return
-    take_turns(_run, options, _KEYS)
-
-
-def _options() -> argparse.Namespace:
+    """Runs as the orchestrator, or as one measurement with --once."""
     parser = argparse.ArgumentParser(description="Measures generation.")
-    parser.add_argument("--shape", default="110m", choices=SHAPES)
+    parser.add_argument("--shape", default="110m", help=f"folder, or {', '.join(SHAPES)}")
     parser.add_argument("--rows", type=int, default=1, help="prompts")
     parser.add_argument("--length", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="new tokens of each")
     parser.add_argument("--dtypes", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=3, help="calls, of which the best counts")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--torch-python", default="", help="a Python with torch and transformers")
-    parser.add_argument("--output", type=Path, help="append the lines to this file too")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    turns.add_options(parser)
+    turns.run(parser.parse_args(), measure, keys=_KEYS, torch=measure_torch)
 
 
-def _run(system: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measures in a process of its own, so that memory and threads are not shared."""
-    if system == "torch":
-        workload = vars(options) | {"config": COMMON | SHAPES[options.shape], "output": None}
-        script = Path(__file__).with_name("torch_generate.py")
-        command = [options.torch_python, str(script), json.dumps(workload)]
-    else:
-        command = [sys.executable, *sys.argv, "--worker"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(result.stdout.splitlines()[-1])
+def measure_torch(options: argparse.Namespace) -> dict[str, Any]:
+    """Times transformers' `generate`, by `torch_generate.py`."""
+    work = {key: getattr(options, key) for key in (*_KEYS, "repeats")}
+    work["config"] = shape_of(options.shape)
+    script = Path(__file__).with_name("torch_generate.py")
+    found = turns.once([options.torch_python, str(script), json.dumps(work)])
+    return _record("torch", options, found)
+
+
+def _record(system: str, options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
     best = options.rows * options.new / min(found["seconds"])
-    found["platform"] = found.pop("system", "")  # `system` is whose program ran
-    record = {"measurement": "generation"} | {key: getattr(options, key) for key in _KEYS}
-    return record | {"system": system, "tokens_per_second": round(best, 1)} | found
+    described = {key: getattr(options, key) for key in _KEYS}
+    measured = {"tokens_per_second": round(best, 1), **found}
+    return {"measurement": "generation", "system": system, **described, **measured}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -79,7 +65,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from jaxft.programs.generate import generate_tokens
     from jaxft.workdir.environment import environment
 
-    architecture = architecture_from_hf(COMMON | SHAPES[options.shape])
+    architecture = architecture_from_hf(shape_of(options.shape))
     numerics = make_numerics(options.dtypes)
     build, abstract = architecture.build(numerics), architecture.abstract(numerics)
     params = jax.jit(lambda: init_params(build, 0))()
@@ -108,7 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         short.append(seconds(1))
     step = (min(whole) - min(short)) / max(1, options.new - 1)
     read = sum(w.nbytes for w in params.values())
-    return {
+    found = {
         "seconds": whole,
         "first_seconds": round(first, 2),
         "prompt_seconds": round(min(short), 4),
@@ -116,8 +102,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "weight_bytes": read,
         "triad_bytes_per_second": round(triad),
         "bandwidth_share": round(read / step / triad, 3),
-        **environment(),
     }
+    return _record("jaxft", options, found) | {"environment": environment()}
 
 
 def _triad(jax: Any) -> float:

@@ -28,45 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lines import put
+from benchmarks.shapes import SHAPES
 
-QWEN3_4B: dict[str, Any] = {
-    "model_type": "qwen3",
-    "attention_bias": False,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "max_position_embeddings": 40960,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-}
-LLAMA_70B: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 64,
-    "num_hidden_layers": 80,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-}
-SHAPES = {"qwen3-4b": QWEN3_4B, "llama-3.1-70b": LLAMA_70B}
 HOSTS, DEVICES, HOST = 32, 4, 3
 SHARD_BYTES = 4_000_000_000
 GIB = 2**30

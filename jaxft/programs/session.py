@@ -143,7 +143,7 @@ class Session:
     def save(self, state: TrainState, step: int, period: Sums, score: float | None) -> None:
         """Saves the state, once it is known to be finite."""
         # The metrics of a step tell of the weights before its update.
-        if not _is_finite((state.trainable, state.opt_state)):
+        if not all_finite((state.trainable, state.opt_state)):
             raise TrainingError(self._not_finite(step, "the updated weights are not finite"))
         counts = dataclasses.replace(
             self.counts, data=self.iterator.state(), period=dataclasses.asdict(period)
@@ -333,7 +333,8 @@ class Session:
 
 
 @jax.jit
-def _is_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any) -> jax.Array:
+    """Returns whether no number in a tree of arrays is NaN or infinite."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 

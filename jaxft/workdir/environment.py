@@ -28,6 +28,8 @@ _PACKAGES = (
     "libtpu",
     "jax-cuda12-plugin",
     "jax-cuda13-plugin",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
 )
 
 
