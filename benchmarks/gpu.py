@@ -6,9 +6,10 @@
 Each case is a measurement by another benchmark here, in a process with a time limit of its own:
 what hangs or fails leaves the others, and is a line that says so. Cases that no time is left for
 are named, too. The first asks whether cuDNN's attention is right on this device; if it is not,
-training steps run with XLA's. Models have random weights and published shapes. Prints the lines, a
-table, and the longest operations of the training step with the lowest MFU; exits with 1 if a case
-failed, of which the file .log beside the lines has all that it said.
+training steps run with XLA's. The case of tokamax's attention fails where tokamax is not installed.
+Models have random weights and published shapes. Prints the lines, a table, and the longest
+operations of the training step with the lowest MFU; exits with 1 if a case failed, of which the
+file .log beside the lines has all that it said.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from jaxft.formatting import format_bytes
 
 _LEAST = 15  # seconds, with less of which left no case begins
 _OPERATIONS = 10
+_OF_GPUS = ("cudnn", "tokamax")  # attention that is for GPUs alone
 _TINY_LIMIT = 600.0  # seconds; a busy machine takes minutes to compile
 
 
@@ -77,8 +79,8 @@ def cases(*, torch_python: str) -> Iterator[Case]:
     Args:
       torch_python: Python with torch and transformers; empty to leave PyTorch out.
     """
-    yield _attention("cudnn")
-    yield _attention("xla")
+    for attention in (*_OF_GPUS, "xla"):
+        yield _attention(attention)
     lora = {"model__dtypes": "mixed", "model__remat": "dots", "adapter__rank": "16"}
     mixed = {"model__dtypes": "mixed", "model__remat": "full"}
     eight = "llama-3.1-8b"
@@ -198,7 +200,8 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [c for c in cases(torch_python=options.torch_python) if options.only in c.name]
     if options.tiny:
-        chosen = [tiny(case) for case in chosen if case.name != "attention, cudnn"]
+        names = {_attention(kind).name for kind in _OF_GPUS}
+        chosen = [tiny(case) for case in chosen if case.name not in names]
     elif (found := backend()) != "gpu":
         raise SystemExit(f"jax finds no GPU here, but {found!r}; --tiny (TINY=1) needs none.")
     date = datetime.date.today().isoformat()
