@@ -85,6 +85,8 @@ def cases(*, torch_python: str) -> Iterator[Case]:
     mixed = {"model__dtypes": "mixed", "model__remat": "full"}
     eight = "llama-3.1-8b"
     yield _steps("full, llama-3.2-1b", 90, "llama-3.2-1b", 8, model__dtypes="mixed")
+    fp8 = {"model__dtypes": "mixed", "model__matmul": "fp8"}
+    yield _steps("full, llama-3.2-1b, fp8", 90, "llama-3.2-1b", 8, **fp8)
     yield _steps("LoRA, llama-3.1-8b", 100, eight, 4, **lora)
     yield _steps("QLoRA, llama-3.1-8b", 100, eight, 4, **lora, model__quantise="nf4")
     yield _steps("full, qwen3-4b", 100, "qwen3-4b", 4, **mixed)

@@ -129,12 +129,12 @@ def steps(folder: Path) -> list[Step]:
     keys = ("model", "slice", "length", "rows_per_device")
     ours, theirs = ({}, {})
     for name, table, chosen in (
-        # The chip's own options, and what MaxText has by default.
-        ("tpu-steps", ours, lambda line: line["options"] and line["strategy"] == "fsdp"),
+        # The chip's own options with products in bfloat16, and what MaxText has by default.
+        ("tpu-steps", ours, lambda line: line["options"] and not line.get("matmul")),
         ("peers", theirs, lambda line: not line["options"]),
     ):
         for _, line in read_lines(folder, name):
-            if chosen(line) and line["spent"]:
+            if chosen(line) and line.get("strategy", "fsdp") == "fsdp" and line["spent"]:
                 table[tuple(line[key] for key in keys)] = line["spent"]
     return [
         Step(f"{slice_}, {rows} × {length:,}", ours[key], theirs[key])

@@ -18,6 +18,7 @@ from jaxft.data.batch import Batch
 from jaxft.errors import ConfigError
 from jaxft.flags import read_config
 from jaxft.hardware.devices import peak_flops
+from jaxft.models.activations import AUTO
 from jaxft.models.adapters import is_beside, start_values
 from jaxft.models.families import architecture_from_hf
 from jaxft.models.module import Params, init_params
@@ -68,6 +69,10 @@ def config_of(options: argparse.Namespace) -> RunConfig:
         raise ConfigError(
             f"objective.name is {config.objective.name!r}; the rows here are plain documents, of "
             "which sft alone can learn."
+        )
+    if config.model.remat == AUTO:
+        raise ConfigError(
+            f"model.remat is {AUTO!r}, which depends on the memory that a run finds; name a policy."
         )
     return config
 

@@ -130,6 +130,7 @@ def test_a_variant_is_keys_options_a_checkout_or_pytorch(tmp_path):
         (["--set=model.dtype=float32"], r"model\.dtype"),
         (["--trained=0"], "share above 0"),
         (["--set=objective.name=dpo"], "sft alone"),
+        (["--set=model.remat=auto"], "name a policy"),
         (["--set=model.quantise=nf4"], "adapter"),
     ],
 )
@@ -282,7 +283,7 @@ def test_all_of_a_gpu_is_measured_in_one_call(tmp_path):
     assert [line["case"] for line in lines] == expected[2:]  # without attention of GPUs alone
     assert all(line["tokens_per_second"] > 0 for line in lines)
     steps = [line for line in lines if line["measurement"] == "train_step"]
-    assert len(steps) == 6 and all(len(line["operations"]) == 10 for line in steps)
+    assert len(steps) == 7 and all(len(line["operations"]) == 10 for line in steps)
     assert "Longest operations of a step" in run.stdout
     assert tables.on_gpu(lines).count("\n") == len(lines) + 1
 
