@@ -20,6 +20,8 @@ NF4 = FOLDER / "nf4.npz"
 PREFERENCES = FOLDER / "preferences.npz"
 # Of optimizers.py: what each leaves.
 OPTIMIZERS = FOLDER / "optimizers.npz"
+# Of delta.py: `form/name` of results.
+DELTA = FOLDER / "delta.npz"
 PUBLISHED_SIZES = FOLDER / "published_sizes.json"
 
 # Cases of one batch, by family; the trajectory is of ten.

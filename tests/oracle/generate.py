@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.oracle import optimizers, preferences, reference
+from tests.oracle import delta, optimizers, preferences, reference
 from tests.oracle.adapter_cases import ADAPTERS
 from tests.oracle.cases import (
     CASES,
+    DELTA,
     FAMILY_CASES,
     FOLDER,
     MXFP4,
@@ -198,8 +199,10 @@ def check() -> list[str]:
         problems += differences("preferences", dict(stored), preferences.compute())
     with np.load(OPTIMIZERS) as stored:
         problems += differences("optimizers", dict(stored), optimizers.compute())
+    with np.load(DELTA) as stored:
+        problems += differences("delta", dict(stored), delta.compute())
     # The last two are made by nf4.py, of bitsandbytes, and adapters.py, of PEFT.
-    single = [MXFP4, PREFERENCES, OPTIMIZERS, NF4, ADAPTERS]
+    single = [MXFP4, PREFERENCES, OPTIMIZERS, DELTA, NF4, ADAPTERS]
     expected = {path.name for path in single}
     expected |= {stored_path(name).name for name in CASES}
     problems += [
@@ -224,6 +227,7 @@ def write() -> None:
     np.savez_compressed(MXFP4, **mxfp4())
     np.savez_compressed(PREFERENCES, **preferences.compute())
     np.savez_compressed(OPTIMIZERS, **optimizers.compute())
+    np.savez_compressed(DELTA, **delta.compute())
     if CONFIGS.is_dir():
         PUBLISHED_SIZES.write_text(json.dumps(published_sizes(), indent=2) + "\n")
 
