@@ -172,7 +172,7 @@ def make_workload(options: argparse.Namespace) -> Workload:
     """
     config = config_of(options)
     architecture = as_run(architecture_from_hf(shape_of(options.shape)), config)
-    lengths = _document_lengths(options)
+    lengths = document_lengths(options)
     evaluator = build_evaluator(
         config,
         architecture,
@@ -183,7 +183,7 @@ def make_workload(options: argparse.Namespace) -> Workload:
     return Workload(config, evaluator, rows)
 
 
-def _document_lengths(options: argparse.Namespace) -> list[list[int]]:
+def document_lengths(options: argparse.Namespace) -> list[list[int]]:
     """Returns the lengths of the documents in each row; they fill it."""
     if not options.packed:
         return [[options.length]] * options.rows

@@ -19,8 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Added to the square of a length before it divides, as in transformers.
 _EPSILON = 1e-6
-# Rows that are inverted by substitution; larger triangles are made of such by products.
-_BLOCK = 16
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -44,15 +42,15 @@ def short_convolution(
     """
     length, width = x.shape[1], kernel.shape[-1]
     before = _before(x, width, state)
-    # What a state is of goes on in the first document.
-    numbers = jnp.pad(_documents(segments), ((0, 0), (width - 1, 0)))
-    weights, out = kernel.astype(jnp.float32)[None, None], None
-    for tap in range(width):
-        part = before[:, tap : tap + length].astype(jnp.float32) * weights[..., tap]
-        if tap < width - 1:
-            same = numbers[:, tap : tap + length] == numbers[:, width - 1 :]
-            part = jnp.where(_expand(same, part.ndim), part, 0)
+    borders = jnp.pad(_borders(segments), ((0, 0), (width - 1, 0)))
+    weights = kernel.astype(jnp.float32)[None, None]
+    same, out = jnp.ones(segments.shape, bool), None
+    for back in range(width):
+        first = width - 1 - back
+        part = before[:, first : first + length].astype(jnp.float32) * weights[..., first]
+        part = jnp.where(_expand(same, part.ndim), part, 0)
         out = part if out is None else out + part
+        same &= ~borders[:, first : first + length]
     assert out is not None
     return jax.nn.silu(out).astype(x.dtype)
 
@@ -62,8 +60,8 @@ def convolution_state(
     real: Bool[Array, "B T"],
     *,
     width: int,
-    state: Float[Array, "B W-1 *C"] | None = None,
-) -> Float[Array, "B W-1 *C"]:
+    state: Float[Array, "B P *C"] | None = None,
+) -> Float[Array, "B P *C"]:
     """Returns the last `width - 1` inputs that are real, with which the convolution goes on.
 
     Args:
@@ -128,12 +126,10 @@ def gated_delta_rule(
     )
     q, k, v = (jnp.moveaxis(_chunks(x, chunk), 2, -2) for x in (q, k, v))
     log_decay, beta = (jnp.moveaxis(_chunks(x, chunk), 2, -1) for x in (log_decay, beta))
-    # Places that fill the last chunk go on with the last document.
-    documents = _chunks(_documents(segments), chunk, mode="edge")
-    before = jnp.concatenate([jnp.zeros_like(documents[:1, :, 0]), documents[:-1, :, -1]])
+    borders = _chunks(_borders(segments), chunk)
     start = jnp.zeros((rows, heads, size, width), jnp.float32) if state is None else state
     start = start.astype(jnp.float32).reshape(rows, keys, groups, size, width)
-    last, out = jax.lax.scan(_step, start, _local(q, k, v, log_decay, beta, documents, before))
+    last, out = jax.lax.scan(_step, start, _local(q, k, v, log_decay, beta, borders))
     out = jnp.moveaxis(out, (0, -2), (1, 2)).reshape(rows, -1, heads, width)[:, :length]
     return out, last.reshape(rows, heads, size, width)
 
@@ -187,23 +183,11 @@ def normalised(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 def unit_lower_inverse(a: Float[Array, "... C C"]) -> Float[Array, "... C C"]:
     """Returns the inverse of `1 + a`, where `a` is strictly lower triangular, float32.
 
-    Rows are substituted in blocks, and blocks joined by products, which loses nothing where
-    keys are alike: the sum of the powers of `-a` cancels there to no digit at all.
-
-    Args:
-      a: float32, of a size that is a power of two.
+    By substitution, which loses nothing where keys are alike: of the sum of the powers of `-a` no
+    digit is left there. LAPACK does it on a CPU, cuBLAS on a GPU, and a kernel of libtpu on a TPU.
     """
-    size = a.shape[-1]
-    block = min(size, _BLOCK)
-    inverse = _substituted(_diagonal(a, block))
-    while block < size:
-        upper, lower = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
-        beside = _diagonal(a, 2 * block)[..., block:, :block]
-        corner = -_product(lower, _product(beside, upper))
-        above = jnp.concatenate([upper, jnp.zeros_like(corner)], axis=-1)
-        inverse = jnp.concatenate([above, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
-        block *= 2
-    return inverse[..., 0, :, :]
+    one = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    return jax.lax.linalg.triangular_solve(a, one, left_side=True, lower=True, unit_diagonal=True)
 
 
 def _inverse_forward(a: Array) -> tuple[Array, Array]:
@@ -219,23 +203,6 @@ def _inverse_backward(inverse: Array, pulled: Array) -> tuple[Array]:
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
-def _diagonal(a: Array, block: int) -> Array:
-    """Returns the blocks on the diagonal, `[..., C / block, block, block]`."""
-    parts = [a[..., i : i + block, i : i + block] for i in range(0, a.shape[-1], block)]
-    return jnp.stack(parts, axis=-3)
-
-
-def _substituted(a: Array) -> Array:
-    """Returns the inverse of `1 + a`, row by row."""
-    size = a.shape[-1]
-    one = jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), a.shape)
-    inverse = one[..., :1, :]
-    for i in range(1, size):
-        known = jnp.sum(a[..., i, :i, None] * inverse, axis=-2, keepdims=True)
-        inverse = jnp.concatenate([inverse, one[..., i : i + 1, :] - known], axis=-2)
-    return inverse
-
-
 def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=_EXACT)
 
@@ -246,8 +213,7 @@ def _local(
     v: Float[Array, "N B K G C Dv"],
     log_decay: Float[Array, "N B K G C"],
     beta: Float[Array, "N B K G C"],
-    documents: Int[Array, "N B C"],
-    before: Int[Array, "N B"],
+    borders: Bool[Array, "N B C"],
 ) -> tuple[Array, ...]:
     """Returns for each of N chunks all that does not depend on the state that enters it.
 
@@ -256,6 +222,7 @@ def _local(
     remembered, and how much of the state is left.
     """
     chunk, dtype = k.shape[-2], v.dtype
+    documents = jnp.cumsum(borders, axis=-1, dtype=jnp.int32)
     same = documents[..., :, None] == documents[..., None, :]
     earlier, strictly = (np.tri(chunk, k=k, dtype=bool)[None, None] for k in (0, -1))
     within, strict = same & earlier, same & strictly
@@ -268,8 +235,8 @@ def _local(
     alike = jnp.einsum("nbkid,nbkjd->nbkij", k, k, preferred_element_type=jnp.float32)
     system = jnp.where(strict, beta[..., None] * alike[:, :, :, None] * left, 0)
     inverse = unit_lower_inverse(system) * beta[..., None, :]
-    # The state that enters is of the document of the token before; that which leaves, of the last.
-    reached = (documents == before[..., None])[:, :, None, None]
+    # A state that enters reaches the first border; that which leaves is of the last document.
+    reached = (documents == 0)[:, :, None, None]
     entered = jnp.where(reached, jnp.exp(decays), 0)
     of_last = (documents == documents[..., -1:])[:, :, None, None]
     to_end = jnp.where(of_last, jnp.exp(jnp.where(of_last, decays[..., -1:] - decays, 0)), 0)
@@ -299,16 +266,16 @@ def _summed(formula: str, a: Array, b: Array) -> Array:
     return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32).astype(b.dtype)
 
 
-def _documents(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Numbers documents from 0; padding has the number of the document before it."""
-    starts = (segments[:, 1:] != segments[:, :-1]) & (segments[:, 1:] > 0)
-    return jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+def _borders(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True where a document begins; a state may reach the first token of a row."""
+    begins = (segments[:, 1:] != segments[:, :-1]) & (segments[:, 1:] > 0)
+    return jnp.pad(begins, ((0, 0), (1, 0)))
 
 
-def _chunks(x: Array, chunk: int, mode: str = "constant") -> Array:
-    """Returns `[B, T, …]` as `[N, B, C, …]`, filled up at the right."""
+def _chunks(x: Array, chunk: int) -> Array:
+    """Returns `[B, T, …]` as `[N, B, C, …]`, filled up with zeros at the right."""
     rows, length = x.shape[:2]
-    x = jnp.pad(x, ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2)), mode=mode)
+    x = jnp.pad(x, ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2)))
     return jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
 
 

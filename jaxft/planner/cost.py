@@ -302,15 +302,15 @@ def totals(module: Module, kernel_flops: Any) -> tuple[Mapping[str, float], floa
         computation = module.computations[name]
         flops, moved = defaultdict[str, float](float), 0.0
         for instruction in computation.instructions.values():
-            called = _called(module, computation, instruction)
-            for inner, runs in called:
+            ran = called(module, computation, instruction)
+            for inner, runs in ran:
                 more = visit(inner, times * runs)
                 for dtype, count in more[0].items():
                     flops[dtype] += count
                 moved += more[1]
             if instruction.opcode in MOVES:
                 moved += times * moved_bytes(instruction)
-            if called or instruction.opcode.endswith(("-start", "-done")):
+            if ran or instruction.opcode.endswith(("-start", "-done")):
                 continue
             cost = cost_of(module, computation, instruction)
             kernel = kernel_flops(instruction, computation)
@@ -321,7 +321,7 @@ def totals(module: Module, kernel_flops: Any) -> tuple[Mapping[str, float], floa
     return visit(module.entry, 1.0)
 
 
-def _called(
+def called(
     module: Module, computation: Computation, instruction: Instruction
 ) -> list[tuple[str, float]]:
     """Returns what an instruction runs, and how often; of branches each for its share."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.compiled.collectives import collectives
 from jaxft.models.delta import (
     convolution_state,
     delta_step,
@@ -14,6 +15,8 @@ from jaxft.models.delta import (
     short_convolution,
     unit_lower_inverse,
 )
+from jaxft.sharding.mesh import make_mesh
+from jaxft.sharding.rules import Placement, load_strategy
 from tests.oracle import delta as oracle
 from tests.oracle.cases import DELTA
 
@@ -217,8 +220,8 @@ def test_text_read_in_pieces_and_token_by_token_is_text_read_at_once():
     step = jax.jit(delta_step)
     for _ in range(2):
         before, state = now
-        at = [a[np.arange(rows), starts] for a in tokens]
-        one = np.ones((rows, 1), np.int32)
+        at = [jnp.asarray(a[np.arange(rows), starts]) for a in tokens]
+        one = jnp.ones((rows, 1), jnp.int32)
         out = convolve(at[0][:, None], kernel, one, before)[:, 0]
         before = convolution_state(at[0][:, None], one > 0, width=WIDTH, state=before)
         more, state = step(*at[1:], np.ones(rows, bool), state)
@@ -286,8 +289,8 @@ def test_the_inverse_is_accurate_where_keys_are_alike_and_nothing_decays(size):
 
 def test_transformers_gives_the_same():
     given, stored = oracle.inputs(), dict(np.load(DELTA))
-    start, order = given["state"], ("query", "key", "value", "g", "beta")
-    segments = np.ones((oracle.ROWS, oracle.LENGTH), np.int32)
+    start, order = jnp.asarray(given["state"]), ("query", "key", "value", "g", "beta")
+    segments = jnp.ones((oracle.ROWS, oracle.LENGTH), jnp.int32)
 
     def rule(*arrays):
         return gated_delta_rule(*arrays, segments, chunk=oracle.CHUNK, state=start)
@@ -306,9 +309,45 @@ def test_transformers_gives_the_same():
 
 def test_transformers_convolves_the_same():
     given, stored = oracle.convolved(), dict(np.load(DELTA))
-    x, kernel, before = (given[name] for name in ("x", "kernel", "before"))
-    real = np.ones(x.shape[:2], bool)
-    out = convolve(x, kernel, real.astype(np.int32), before)
+    x, kernel, before = (jnp.asarray(given[name]) for name in ("x", "kernel", "before"))
+    real = jnp.ones(x.shape[:2], bool)
+    out = convolve(x, kernel, real.astype(jnp.int32), before)
     state = convolution_state(x, real, width=oracle.WIDTH, state=before)
     assert_close((out, state), (stored["update/out"], stored["update/state"]), 1e-5)
-    assert_close(convolve(x, kernel, real.astype(np.int32)), stored["convolution/out"], 1e-5)
+    assert_close(convolve(x, kernel, real.astype(jnp.int32)), stored["convolution/out"], 1e-5)
+
+
+def test_rows_and_heads_on_their_own_devices_exchange_gradients_of_kernels_alone():
+    strategy = load_strategy("fsdp_tp")
+    placement = Placement("mine", strategy, make_mesh({"data": 2, "tensor": 4}, strategy, name="x"))
+    rows, length, keys, heads = 4, 64, 4, 8
+    head = ("batch", "seq", "act_heads")
+    shapes = {
+        "q": ((rows, length, keys, KEY_SIZE), (*head, "act_head_dim")),
+        "k": ((rows, length, keys, KEY_SIZE), (*head, "act_head_dim")),
+        "v": ((rows, length, heads, VALUE_SIZE), (*head, "act_head_dim")),
+        "log_decay": ((rows, length, heads), head),
+        "beta": ((rows, length, heads), head),
+        "kernel": ((heads, VALUE_SIZE, WIDTH), ("heads", "head_dim", "norm")),
+    }
+    arrays = {
+        name: jax.ShapeDtypeStruct(
+            shape, np.float32, sharding=placement.sharding(axes, shape, name)
+        )
+        for name, (shape, axes) in shapes.items()
+    }
+    segments = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=placement.rows)
+
+    def total(arrays, segments):
+        v = short_convolution(arrays["v"], arrays["kernel"], segments)
+        given = (arrays["q"], arrays["k"], v, arrays["log_decay"], arrays["beta"])
+        return jnp.sum(gated_delta_rule(*given, segments, chunk=CHUNK)[0] ** 2)
+
+    shardings = {name: array.sharding for name, array in arrays.items()}
+    step = jax.jit(jax.grad(total), out_shardings=shardings)
+    text = step.lower(arrays, segments).compile().as_text()
+    found = collectives(text, placement.mesh)
+    size = heads * VALUE_SIZE * WIDTH * 4 // 4
+    assert [(one.kind, one.axes, sum(one.arrays)) for one in found] == [
+        ("all-reduce", ("data",), size)
+    ]
