@@ -149,11 +149,12 @@ class Workload:
         return training_flops(
             evaluator.multiplied_parameters,
             learning=evaluator.learning(program.state.trainable),
-            layers=config.layers,
+            layers=len(config.windows),
             heads=config.heads,
             head_dim=config.head_dim,
             tokens=int(counts["tokens"]),
             squared_lengths=int(counts["squared_lengths"]),
+            states=config.states,
             untrained_tokens=int(counts["tokens"]) - int(counts["trained_tokens"]),
         )
 

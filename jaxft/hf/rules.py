@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,15 +23,18 @@ class Rule:
       theirs: Tensor name. `{layer}` and `{expert}` stand for indices along our leading axes, which
         have this order; `{expert}` is never without `{layer}`.
       layout: Axes of the file's tensor, an arrow, our axes: `(n h) d -> n h d`. Letters are those
-        of `sharding/axes.py`; a group in brackets is one axis of the file, first letter outermost.
+        of `sharding/axes.py`; a group in brackets is one axis of the file, first letter outermost,
+        and `1` an axis of size 1 that ours has not.
         Leading axes are not written. Rules that name the same tensor are its parts, in the order of
         the table, and all mark with `+` how these lie along an axis: `(+ f)` one after another, `(f
         +)` in turns.
+      layers: Numbers that `{layer}` stands for, along our first axis; from 0 on if absent.
     """
 
     ours: str
     theirs: str
     layout: str
+    layers: range | None = None
     _groups: tuple[str, ...] = field(init=False, repr=False, compare=False)
     _letters: str = field(init=False, repr=False, compare=False)
     _split: tuple[int, str] | None = field(init=False, repr=False, compare=False)
@@ -44,10 +47,10 @@ class Rule:
             )
         theirs, _, ours = self.layout.replace(" ", "").partition("->")
         well_formed = re.fullmatch(
-            r"([a-z]|\((\+?[a-z]+|[a-z]+\+)\))+->[a-z]+", f"{theirs}->{ours}"
+            r"([a-z1]|\((\+?[a-z]+|[a-z]+\+)\))+->[a-z]+", f"{theirs}->{ours}"
         )
         marked = [group or letter for group, letter in re.findall(r"\((.+?)\)|(.)", theirs)]
-        groups = tuple(group.strip("+") for group in marked)
+        groups = tuple(group.strip("+1") for group in marked)
         if (
             not well_formed
             or sorted("".join(groups)) != sorted(set(ours))
@@ -56,8 +59,8 @@ class Rule:
         ):
             raise ValueError(
                 f"layout {self.layout!r} of {self.ours}: expected the same letters, once each, on "
-                "both sides of '->', with groups in brackets on the left only, and at most one '+' "
-                "at the start or end of a group."
+                "both sides of '->', with groups in brackets and '1' on the left only, and at most "
+                "one '+' at the start or end of a group."
             )
         splits = [
             (axis, "+ first" if group[0] == "+" else "+ last")
@@ -82,7 +85,7 @@ class Rule:
     def rows(self) -> int | None:
         """Axis of ours that is the first axis of theirs; None if that is a group or is shared."""
         shared = self._split is not None and self._split[0] == 0
-        if shared or len(self._groups[0]) > 1:
+        if shared or len(self._groups[0]) != 1:
             return None
         return self._letters.index(self._groups[0])
 
@@ -92,6 +95,8 @@ class Rule:
 
         An axis of theirs before these two is one of our leading axes, such as that of experts.
         """
+        if not all(self._groups):
+            return None
         lead = "".join(self._groups[:-2])
         axes = len(self._groups) - 2, len(self._groups) - 1
         for outputs, inputs in (axes, axes[::-1]):
@@ -109,9 +114,13 @@ class Rule:
     def name(self, index: tuple[int, ...]) -> str:
         """Returns the name of the tensor at an index along our leading axes."""
         name = self.theirs
-        for placeholder, number in zip(_LEADING, index, strict=False):
+        for placeholder, number in zip(_LEADING, self.numbers(index), strict=False):
             name = name.replace(placeholder, str(number))
         return name
+
+    def numbers(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the numbers of the layer and the expert at an index along our leading axes."""
+        return index if self.layers is None else (self.layers[index[0]], *index[1:])
 
     def shape_theirs(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of their tensor, or of this rule's part, given the shape of ours."""
@@ -237,6 +246,31 @@ class Tensor:
         return joined
 
 
+def of_stacks(
+    rules: Iterable[Rule],
+    stacks: Mapping[str, range],
+    own: Mapping[str, Iterable[Rule]],
+) -> Iterator[Rule]:
+    """Yields rules for the layers of each stack in the place of those for layers.
+
+    Args:
+      rules: Those whose name has a `{layer}` are for parameters of every stack.
+      stacks: Numbers of its layers by the path of each, such as `layers.0`.
+      own: Further rules for the layers of a stack.
+    """
+    of_layers = []
+    for rule in rules:
+        if "{layer}" in rule.theirs:
+            of_layers.append(rule)
+        else:
+            yield rule
+    for path, numbers in stacks.items():
+        for rule in (*of_layers, *own.get(path, ())):
+            start, _, rest = rule.ours.partition(".")
+            is_only = path == start
+            yield rule if is_only else replace(rule, ours=f"{path}.{rest}", layers=numbers)
+
+
 def expand(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
     """Yields every tensor of theirs that parameters of these shapes consist of.
 
@@ -246,15 +280,15 @@ def expand(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> Iter
       ValueError: If a parameter has no rule or two, or rules that name one tensor do not share it.
     """
     table: dict[str, Rule] = {}
-    sharing: dict[str, list[Rule]] = {}
+    sharing: dict[tuple[str, range | None], list[Rule]] = {}
     for rule in rules:
         if rule.ours in table:
             raise ValueError(f"Two rules speak of {rule.ours}.")
         table[rule.ours] = rule
-        sharing.setdefault(rule.theirs, []).append(rule)
+        sharing.setdefault((rule.theirs, rule.layers), []).append(rule)
     if missing := sorted(shapes.keys() - table.keys()):
         raise ValueError(f"No rule says which tensors these parameters are: {', '.join(missing)}.")
-    for theirs, parts in sharing.items():
+    for (theirs, _), parts in sharing.items():
         present = [rule for rule in parts if rule.ours in shapes]
         if not present:
             continue

@@ -213,11 +213,16 @@ def _named_as(tensors: list[Tensor], names: Iterable[str], naming: Naming) -> li
     ]
 
 
+def _number(tensor: Tensor) -> tuple[int, ...]:
+    """Returns the numbers of a tensor's layer and expert."""
+    return tensor.parts[0].rule.numbers(tensor.parts[0].index)
+
+
 def _split(tensors: list[Tensor], stored: Mapping[str, np.dtype], limit: int) -> list[list[Tensor]]:
     """Returns the shards, in order of layers so that a reader of one layer opens few of them."""
     shards: list[list[Tensor]] = [[]]
     room = limit
-    for tensor in sorted(tensors, key=lambda tensor: tensor.parts[0].index):
+    for tensor in sorted(tensors, key=_number):
         size = _size(tensor, stored)
         if size > room and shards[-1]:
             shards.append([])

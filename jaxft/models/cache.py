@@ -1,4 +1,4 @@
-"""Keys and values of documents that are being written, and attention to them."""
+"""The memory of layers for documents that are being written, and attention to it."""
 
 from typing import Any, NamedTuple
 
@@ -7,28 +7,105 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.models.attention import attention_weights
-from jaxft.models.config import Scoring
+from jaxft.models.config import DecoderConfig, LayerKind, Scoring
 
 
-class KVCache(NamedTuple):
-    """Keys and values of what was read so far, for generation.
+class KeysValues(NamedTuple):
+    """Keys and values of a layer, `[B, K, S, H]` in the compute dtype.
 
-    Each layer's are arrays of their own, heads before slots: the products of attention then read
-    them where they lie, and a token is written in place.
-
-    Attributes:
-      k: Keys of each layer, `[B, K, S, H]` in the compute dtype. Slot s of a row holds its token s;
-        what lies behind a row's last token is never seen.
-      v: Values, laid out like `k`.
+    Slot s of a row holds its token s; what lies behind a row's last token is never seen. Heads come
+    before slots: the products of attention then read them where they lie, and a token is written in
+    place.
     """
 
-    k: tuple[Any, ...]
-    v: tuple[Any, ...]
+    k: Any
+    v: Any
+
+
+class Recurrent(NamedTuple):
+    """The memory of a recurrent layer for the documents that rows hold.
+
+    Attributes:
+      inputs: Last inputs of the convolutions, one array `[B, heads, taps - 1, size]` each for
+        queries, keys and values, in the compute dtype.
+      state: float32 `[B, V, H, W]`, which maps keys to values.
+    """
+
+    inputs: tuple[Any, ...]
+    state: Any
+
+
+class Cache(NamedTuple):
+    """The memory of all layers, for generation, of each in arrays of its own."""
+
+    layers: tuple[KeysValues | Recurrent, ...]
 
     @property
     def slots(self) -> int:
-        """Tokens for which a row has room."""
-        return self.k[0].shape[2]
+        """Tokens for which a row has room; 0 if no layer keeps tokens."""
+        kept = (layer for layer in self.layers if isinstance(layer, KeysValues))
+        return next((layer.k.shape[2] for layer in kept), 0)
+
+    def grown(self, slots: int) -> "Cache":
+        """Returns the cache with room for `slots` tokens a row."""
+        added = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0))
+        return Cache(
+            tuple(
+                KeysValues(*(jnp.pad(x, added) for x in layer))
+                if isinstance(layer, KeysValues)
+                else layer
+                for layer in self.layers
+            )
+        )
+
+
+class Memory(NamedTuple):
+    """The way recurrent layers come to what they kept of some rows, and keep more.
+
+    Attributes:
+      rows: `[R]`, where in the cache the rows are; None as they stand.
+      real: bool `[R, T]`, False on padding, which follows the tokens.
+      is_new: bool `[R]`, whether a row's first token begins its document.
+    """
+
+    rows: Any
+    real: Any
+    is_new: Any
+
+    def read(self, layer: Recurrent) -> Recurrent:
+        """Returns what was kept of the rows, nothing of those whose document begins."""
+
+        def of_rows(x: Array) -> Array:
+            x = x if self.rows is None else x[self.rows]
+            return jnp.where(self.is_new.reshape(-1, *(1,) * (x.ndim - 1)), 0, x)
+
+        return jax.tree.map(of_rows, layer)
+
+    def write(self, old: Recurrent, new: Recurrent) -> Recurrent:
+        """Puts what is kept from now on in the place of what was."""
+        if self.rows is None:
+            return jax.tree.map(lambda old, new: new.astype(old.dtype), old, new)
+        return jax.tree.map(
+            lambda old, new: old.at[self.rows].set(new.astype(old.dtype), unique_indices=True),
+            old,
+            new,
+        )
+
+
+def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cache:
+    """Returns a cache in which nothing was read, with room for `slots` tokens in each row."""
+
+    def of_layer(kind: LayerKind) -> KeysValues | Recurrent:
+        if not kind.recurrent or config.delta is None:
+            empty = jnp.zeros((rows, config.kv_heads, slots, config.head_dim), dtype)
+            return KeysValues(empty, empty)
+        d = config.delta
+        sizes = ((d.key_heads, d.key_dim),) * 2 + ((d.value_heads, d.value_dim),)
+        inputs = (jnp.zeros((rows, heads, d.taps - 1, size), dtype) for heads, size in sizes)
+        state = jnp.zeros((rows, d.value_heads, d.key_dim, d.value_dim), jnp.float32)
+        return Recurrent(tuple(inputs), state)
+
+    return Cache(tuple(of_layer(config.kinds[index]) for index in config.pattern))
 
 
 def seen_slots(

@@ -1,5 +1,7 @@
 """The shape of a decoder, and the way it is computed."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,18 +9,26 @@ import jax.numpy as jnp
 
 from jaxft.models.rope import Rope
 
+LAYERS = "layers"
+"""Path of the layers' parameters."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """Differences between layers of one stack, whose parameters have the same shapes all the same.
+    """Differences between layers.
 
     Attributes:
       window: Positions that a query sees back, its own included; 0 for all.
       rope: Rotation of queries and keys by their positions; None where there is none.
+      block: Name of the family's block, where layers have parameters of several shapes.
+      recurrent: Whether the layer sees what is before a token through a state of fixed size, and
+        not by attention.
     """
 
     window: int = 0
     rope: Rope | None = None
+    block: str = ""
+    recurrent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,25 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaConfig:
+    """Sizes of layers with a gated delta rule.
+
+    Attributes:
+      key_heads: Heads of queries and keys.
+      value_heads: Heads of values, as many of them for each key head.
+      key_dim: Size of a head of queries and keys.
+      value_dim: Size of a head of values.
+      taps: Tokens that the convolution before the rule sees, the present one included.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """Shape of a decoder-only transformer.
 
@@ -78,6 +107,7 @@ class DecoderConfig:
       sinks: Whether each head has a learnt score that takes weight from every key.
       experts: None for a dense feed-forward part.
       mlp_limit: Bound of what enters the activation; 0 for none.
+      delta: Sizes of recurrent layers; None without them.
     """
 
     vocab: int
@@ -102,11 +132,86 @@ class DecoderConfig:
     sinks: bool = False
     experts: ExpertsConfig | None = None
     mlp_limit: float = 0.0
+    delta: DeltaConfig | None = None
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Name of each layer's block."""
+        return tuple(self.kinds[index].block for index in self.pattern)
+
+    @property
+    def runs(self) -> tuple[tuple[range, ...], ...]:
+        """The layers in runs in which a group of blocks recurs; see `runs_of`."""
+        return runs_of(self.blocks)
+
+    @property
+    def parts(self) -> dict[str, range]:
+        """Numbers of the layers whose parameters are stacked, by the path of the stack.
+
+        Layers that are all alike are one part, `layers`; otherwise the first layer of each group
+        is of the part `layers.0`, the second of `layers.1`, and so on through all runs.
+        """
+        parts = [part for run in self.runs for part in run]
+        if len(parts) == 1:
+            return {LAYERS: parts[0]}
+        return {f"{LAYERS}.{number}": part for number, part in enumerate(parts)}
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Window of each layer that has attention; 0 for none."""
+        kinds = (self.kinds[index] for index in self.pattern)
+        return tuple(kind.window for kind in kinds if not kind.recurrent)
+
+    @property
+    def states(self) -> int:
+        """Numbers that all recurrent layers keep of a document."""
+        d = self.delta
+        recurrent = self.layers - len(self.windows)
+        return recurrent * d.value_heads * d.key_dim * d.value_dim if d is not None else 0
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state in the place of keys and values."""
+        return any(kind.recurrent for kind in self.kinds)
+
+    def kind_of(self, part: range) -> int | None:
+        """Returns the index of the kind of all layers of a part; None if they differ."""
+        kinds = {self.pattern[number] for number in part}
+        return kinds.pop() if len(kinds) == 1 else None
 
     def scores(self, kind: LayerKind) -> Scoring:
         """Returns how a layer of this kind scores keys."""
         scale = self.attention_scale or self.head_dim**-0.5
         return Scoring(scale=scale, cap=self.attention_cap, window=kind.window)
+
+
+@functools.cache
+def runs_of(blocks: Sequence[str]) -> tuple[tuple[range, ...], ...]:
+    """Cuts layers into runs in each of which a group of blocks recurs.
+
+    Every part of a run, a range of layer numbers, is one place in the group, so that its layers
+    have parameters of the same shapes. A group recurs as often as it can, and of the ways to cut
+    that one is taken whose groups have the fewest layers in all: a program spells out these, and
+    repeats each group in a loop.
+
+    Args:
+      blocks: Name of each layer's block.
+    """
+    best: list[tuple[int, tuple[tuple[range, ...], ...]]] = [(0, ())]
+    for start in reversed(range(len(blocks))):
+        left = len(blocks) - start
+        ways = []
+        for size in range(1, left + 1):
+            group = blocks[start : start + size]
+            turns = 1
+            while blocks[start + turns * size : start + (turns + 1) * size] == group:
+                turns += 1
+            stop = start + turns * size
+            cost, rest = best[len(blocks) - stop]
+            run = tuple(range(first, stop, size) for first in range(start, start + size))
+            ways.append((size + cost, (run, *rest)))
+        best.append(min(ways, key=lambda way: (way[0], len(way[1]))))
+    return best[-1][1]
 
 
 @dataclass(frozen=True, slots=True)

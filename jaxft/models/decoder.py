@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxft.models import activations
 from jaxft.models.attention import attend, row_attention, row_mask
-from jaxft.models.cache import KVCache, cached_attention, seen_slots, write
+from jaxft.models.cache import (
+    Cache,
+    KeysValues,
+    Memory,
+    cached_attention,
+    empty_cache,
+    seen_slots,
+    write,
+)
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.layers import AttentionFn, Embedding, LayerInputs, Linear, Routing, make_norm
 from jaxft.models.module import Params, merge, split, stack
@@ -23,13 +32,16 @@ from jaxft.sharding.cores import on_one_cpu
 from jaxft.sharding.cores import product as product_by_cores
 from jaxft.sharding.rules import constrain
 
+# Builds one layer of a family.
+Block = Callable[[DecoderConfig, Numerics, nnx.Rngs], nnx.Module]
+
 
 class LayerIndex(NamedTuple):
-    """The place of layers in the model.
+    """The place in the model of the layers of a part, `[P]`.
 
     Attributes:
-      kinds: int32 `[L]`, index of each one's kind.
-      numbers: int32 `[L]`, number of each one, from 0.
+      kinds: int32, index of each one's kind.
+      numbers: int32, number of each one, from 0.
     """
 
     kinds: Any
@@ -37,14 +49,25 @@ class LayerIndex(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """The body that families share; `block` builds one layer of the family."""
+    """The body that families share.
+
+    Layers whose parameters have the same shapes are stacked: `layers` is one stack, or a list of
+    them, in the order of `DecoderConfig.parts`. In training `jax.lax.scan` runs over the groups in
+    which they recur.
+
+    Args:
+      config: Sizes.
+      numerics: Types.
+      blocks: Builders of a layer, by the names of `LayerKind.block`.
+      rngs: Random keys.
+    """
 
     def __init__(
         self,
         config: DecoderConfig,
         numerics: Numerics,
         *,
-        block: Callable[[DecoderConfig, Numerics, nnx.Rngs], nnx.Module],
+        blocks: Mapping[str, Block],
         rngs: nnx.Rngs,
     ):
         self.config, self.numerics = config, numerics
@@ -55,7 +78,13 @@ class Decoder(nnx.Module):
             if config.learned_positions
             else None
         )
-        self.layers = stack(lambda r: block(config, numerics, r), config.layers, rngs)
+        stacks = [
+            stack(
+                functools.partial(blocks[config.blocks[part[0]]], config, numerics), len(part), rngs
+            )
+            for part in config.parts.values()
+        ]
+        self.layers = stacks[0] if len(stacks) == 1 else nnx.List(stacks)
         self.norm = make_norm(config, numerics, config.embed)
         self.head = (
             None
@@ -109,22 +138,24 @@ class Decoder(nnx.Module):
         return constrain(logits, "batch", "seq", "act_vocab")
 
     @property
-    def index(self) -> LayerIndex:
-        """Kind and number of every layer."""
-        kinds = jnp.asarray(self.config.pattern, jnp.int32)
-        return LayerIndex(kinds, jnp.arange(self.config.layers, dtype=jnp.int32))
+    def index(self) -> tuple[LayerIndex, ...]:
+        """Kinds and numbers of the layers of each part."""
+        return tuple(
+            LayerIndex(
+                jnp.asarray([self.config.pattern[number] for number in part], jnp.int32),
+                jnp.asarray(part, jnp.int32),
+            )
+            for part in self.config.parts.values()
+        )
 
     @property
     def head_table(self) -> Float[Array, "V D"]:
         """The weight that logits are made with, a tied one included."""
         return (self.embed if self.head is None else self.head).table()
 
-    def init_cache(self, rows: int, slots: int) -> KVCache:
+    def init_cache(self, rows: int, slots: int) -> Cache:
         """Allocates an empty cache of `slots` tokens for each of some rows."""
-        c = self.config
-        shape = (rows, c.kv_heads, slots, c.head_dim)
-        empty = jnp.zeros(shape, self.numerics.compute_dtype)
-        return KVCache((empty,) * c.layers, (empty,) * c.layers)
+        return empty_cache(self.config, rows, slots, self.numerics.compute_dtype)
 
     def extend(
         self,
@@ -132,11 +163,11 @@ class Decoder(nnx.Module):
         positions: Int[Array, "R T"],
         real: Bool[Array, "R T"],
         limits: Int[Array, " R"],
-        cache: KVCache,
+        cache: Cache,
         *,
         rows: Int[Array, " R"] | None = None,
         layers: Sequence[Params] = (),
-    ) -> tuple[Float[Array, "R T D"], KVCache]:
+    ) -> tuple[Float[Array, "R T D"], Cache]:
         """Returns what `hidden` does, for tokens of documents whose beginning the cache holds.
 
         Reads prompts and decodes (T = 1) alike. Layers are not scanned: a scan would copy each
@@ -145,7 +176,7 @@ class Decoder(nnx.Module):
         Args:
           tokens: Ids, one document in a row.
           positions: In the document; a token's keys and values go into the slot of that number.
-          real: False on padding, which is not kept.
+          real: False on padding, which is not kept; it follows the tokens.
           limits: The length that each document may reach.
           cache: Of any number of rows.
           rows: Where in the cache these rows are; as they stand if absent.
@@ -153,14 +184,17 @@ class Decoder(nnx.Module):
             sliced from the stacked ones.
         """
         c = self.config
-        masks = [seen_slots(positions, real, cache.slots, window=k.window) for k in c.kinds]
+        slots = cache.slots
+        masks = [seen_slots(positions, real, slots, window=k.window) for k in c.kinds]
         scores = c.scores(c.kinds[0])  # only the windows differ, and these are in the masks
 
         def attention_of(kind: int) -> AttentionFn:
             def attention(q: Array, k: Array, v: Array, layer: Any, sinks: Array | None):
-                layer = tuple(
-                    write(old, new, positions, real, rows)
-                    for old, new in zip(layer, (k, v), strict=True)
+                layer = KeysValues(
+                    *(
+                        write(old, new, positions, real, rows)
+                        for old, new in zip(layer, (k, v), strict=True)
+                    )
                 )
                 k, v = layer if rows is None else (x[rows] for x in layer)
                 return cached_attention(q, k, v, masks[kind], scores=scores, sinks=sinks), layer
@@ -168,18 +202,26 @@ class Decoder(nnx.Module):
             return attention
 
         lengths = jnp.broadcast_to(limits[:, None], tokens.shape)
-        inputs = self._inputs_by_kind(positions, lengths, real, attention_of)
-        graphdef, stacked = split(self.layers)
-        x, caches = self.embedded(tokens, positions), []
+        memory = Memory(rows, real, is_new=real[:, 0] & (positions[:, 0] == 0))
+        inputs = self._inputs_by_kind(
+            positions, lengths, real.astype(jnp.int32), attention_of, memory
+        )
+        stacks = list(zip(self._graphdefs, self._by_part(split(self.layers)[1]), strict=True))
+        place = {
+            number: (part, turn)
+            for part, numbers in enumerate(c.parts.values())
+            for turn, number in enumerate(numbers)
+        }
+        x, kept = self.embedded(tokens, positions), []
         with self.precision():
             for number, kind in enumerate(c.pattern):
+                part, turn = place[number]
+                graphdef, stacked = stacks[part]
                 apart = layers[number] if layers else {}
-                params = {p: apart[p] if p in apart else w[number] for p, w in stacked.items()}
-                layer = merge(graphdef, params)
-                x, kept, _ = layer(x, inputs(kind), (cache.k[number], cache.v[number]))
-                caches.append(kept)
-        k, v = zip(*caches, strict=True)
-        return self.norm(x), KVCache(k, v)
+                params = {p: apart[p] if p in apart else w[turn] for p, w in stacked.items()}
+                x, layer, _ = merge(graphdef, params)(x, inputs(kind), cache.layers[number])
+                kept.append(layer)
+        return self.norm(x), Cache(tuple(kept))
 
     def embedded(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -195,7 +237,7 @@ class Decoder(nnx.Module):
     def through(
         self,
         layers: Params,
-        index: LayerIndex,
+        index: tuple[LayerIndex, ...],
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
@@ -204,8 +246,9 @@ class Decoder(nnx.Module):
         """Returns the residual stream after some layers, and what their routers did.
 
         Args:
-          layers: Parameters of these layers, paths as in one layer, each array with an axis L.
-          index: Kind and number of each.
+          layers: Parameters of these layers, paths as in `self.layers`, each array with an axis of
+            the layers of its part. There are as many of each part of a run.
+          index: Kinds and numbers of these layers, for each part.
           x: The residual stream before them.
           positions: Within documents.
           segments: Number of the document, 0 on padding.
@@ -213,50 +256,73 @@ class Decoder(nnx.Module):
         """
         of_kind = _attention_by_kind(self.config, segments, self.numerics.attention)
 
-        def attention_of(kind: Array) -> AttentionFn:
+        def attention_of(kind: Array | int) -> AttentionFn:
             return lambda q, k, v, cache, sinks: (of_kind(kind, q, k, v, sinks), cache)
 
-        inputs = self._inputs_by_kind(
-            positions, document_lengths(positions, segments), segments > 0, attention_of
-        )
-        x, _, routing = self._scan(layers, index, x, inputs, None, seeds)
-        return x, routing
+        lengths = document_lengths(positions, segments)
+        inputs = self._inputs_by_kind(positions, lengths, segments, attention_of)
+        parts = zip(self._graphdefs, self._by_part(layers), index, strict=True)
+        routings: list[Routing] = []
+        with self.precision():
+            for run in self.config.runs:
+                steps, scanned = [], []
+                for part in run:
+                    graphdef, params, of_part = next(parts)
+                    steps.append(self._layer(graphdef, part, inputs, seeds))
+                    scanned.append((params, of_part))
+                x, routing = jax.lax.scan(_in_turn(steps), x, scanned)
+                routings += routing
+        return x, _joined(routings)
+
+    @property
+    def _graphdefs(self) -> list[Any]:
+        """Structure of each part's layers."""
+        stacks = self.layers if isinstance(self.layers, nnx.List) else [self.layers]
+        return [split(one)[0] for one in stacks]
+
+    def _by_part(self, layers: Params) -> list[Params]:
+        """Returns the parameters of each part by their paths in a layer."""
+        count = len(self.config.parts)
+        if count == 1:
+            return [layers]
+        parts: list[Params] = [{} for _ in range(count)]
+        for path, w in layers.items():
+            number, _, rest = path.partition(".")
+            parts[int(number)][rest] = w
+        return parts
 
     def _inputs_by_kind(
         self,
         positions: Array,
         lengths: Array,
-        real: Array,
+        segments: Array,
         attention_of: Callable[[Any], AttentionFn],
+        memory: Memory | None = None,
     ) -> Callable[[Any], LayerInputs]:
         ropes = [
             None if kind.rope is None else rotary_tables(kind.rope, positions, lengths)
             for kind in self.config.kinds
         ]
-        return lambda kind: LayerInputs(_pick(ropes, kind), attention_of(kind), real)
+        real = segments > 0
+        return lambda kind: LayerInputs(
+            _pick(ropes, kind), attention_of(kind), real, segments, memory
+        )
 
-    def _scan(
-        self,
-        layers: Params,
-        index: LayerIndex,
-        x: Array,
-        inputs: Callable[[Array], LayerInputs],
-        caches: Any,
-        seeds: Array | None = None,
-    ) -> tuple[Array, Any, Routing | None]:
-        graphdef, _ = split(self.layers)
+    def _layer(
+        self, graphdef: Any, part: range, inputs: Callable[[Any], LayerInputs], seeds: Array | None
+    ) -> Callable:
+        """Returns what a layer of a part does in a scan, rematerialised as the settings say."""
+        only = self.config.kind_of(part)
 
-        def layer(x: Array, scanned: tuple[Params, Any, LayerIndex]) -> tuple[Array, Any]:
-            params, cache, (kind, number) = scanned
+        def layer(x: Array, scanned: tuple[Params, LayerIndex]) -> tuple[Array, Routing | None]:
+            params, (kind, number) = scanned
             x = checkpoint_name(x, activations.INPUTS)
             with dropout_from(None if seeds is None else Noise(seeds, number)):
-                x, cache, routing = merge(graphdef, params)(x, inputs(kind), cache)
-            return x, (cache, routing)
+                given = inputs(kind if only is None else only)
+                x, _, routing = merge(graphdef, params)(x, given, None)
+            return x, routing
 
-        with self.precision():
-            remat = _remat(layer, self.numerics)
-            x, (caches, routing) = jax.lax.scan(remat, x, (layers, caches, index))
-        return x, caches, routing
+        return _remat(layer, self.numerics)
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Asks for whole products of float32, which accelerators round to fewer bits by default."""
@@ -264,20 +330,44 @@ class Decoder(nnx.Module):
         return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 
 
+def _in_turn(layers: Sequence[Callable]) -> Callable:
+    """Returns the body of a scan over groups of layers."""
+
+    def group(x: Array, scanned: Sequence[Any]) -> tuple[Array, list[Routing]]:
+        routings = []
+        for layer, of_layer in zip(layers, scanned, strict=True):
+            x, routing = layer(x, of_layer)
+            routings += [] if routing is None else [routing]
+        return x, routings
+
+    return group
+
+
+def _joined(routings: Sequence[Routing]) -> Routing | None:
+    """Returns what the routers of all layers did as arrays with one axis of layers."""
+    if len(routings) < 2:
+        return routings[0] if routings else None
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *routings)
+
+
 def _attention_by_kind(
     config: DecoderConfig, segments: Int[Array, "B T"], backend: str
 ) -> Callable[..., Array]:
-    """Returns `(kind, q, k, v, sinks) -> output` of layers whose kind is known at run time."""
+    """Returns `(kind, q, k, v, sinks) -> output`; a kind may be known at run time alone."""
     length = segments.shape[1]
     windows = [kind.window if kind.window < length else 0 for kind in config.kinds]
     distinct = sorted(set(windows))
-    index = jnp.asarray([distinct.index(window) for window in windows], jnp.int32)
+
+    def index(kind: Array | int) -> Array | int:
+        found = [distinct.index(window) for window in windows]
+        return found[kind] if isinstance(kind, int) else jnp.asarray(found, jnp.int32)[kind]
+
     plain = config.scores(LayerKind())
     if backend == "xla":
         # The masks alone differ: picking one costs less than a branch for each.
         masks = [row_mask(segments, window=w) for w in distinct]
         return lambda kind, q, k, v, sinks: checkpoint_name(
-            row_attention(q, k, v, _pick(masks, index[kind]), scores=plain, sinks=sinks),
+            row_attention(q, k, v, _pick(masks, index(kind)), scores=plain, sinks=sinks),
             activations.ATTENTION,
         )
 
@@ -288,9 +378,14 @@ def _attention_by_kind(
         )
 
     branches = [branch(window) for window in distinct]
-    if len(branches) == 1:
-        return lambda kind, *arrays: branches[0](*arrays)
-    return lambda kind, *arrays: jax.lax.switch(index[kind], branches, *arrays)
+
+    def attention(kind: Array | int, *arrays: Any) -> Array:
+        chosen = 0 if len(branches) == 1 else index(kind)
+        if isinstance(chosen, int):
+            return branches[chosen](*arrays)
+        return jax.lax.switch(chosen, branches, *arrays)
+
+    return attention
 
 
 def _pick(options: Sequence[Any], index: Array | int) -> Any:

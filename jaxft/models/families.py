@@ -2,14 +2,14 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flax import nnx
 
 from jaxft.errors import ModelError
-from jaxft.hf.rules import Naming
+from jaxft.hf.rules import Naming, of_stacks
 from jaxft.models.adapters import NOTHING, Adaptation, attach
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.decoder import Decoder
@@ -29,6 +29,7 @@ FAMILIES = {
     "phi3": "jaxft.models.phi3",
     "qwen2": "jaxft.models.qwen2",
     "qwen3": "jaxft.models.qwen3",
+    "qwen3_5_text": "jaxft.models.qwen3_5",
     "qwen3_moe": "jaxft.models.qwen3_moe",
 }
 
@@ -42,14 +43,14 @@ class Architecture:
 
     Attributes:
       config: Shape of the decoder.
-      block: Builds one layer.
+      blocks: Builders of a layer, by the names of `LayerKind.block`.
       naming: Names and layouts in Hugging Face files.
       adaptation: Adapters and further parts that are learnt; nothing by default.
       quantise: Kind of `models/quantised.py` in which the layers' weights are held; empty for none.
     """
 
     config: DecoderConfig
-    block: Callable[..., nnx.Module]
+    blocks: Mapping[str, Callable[..., nnx.Module]]
     naming: Naming
     adaptation: Adaptation = NOTHING
     quantise: str = ""
@@ -71,7 +72,7 @@ class Architecture:
         """Returns the function that makes the module from random keys."""
 
         def make(rngs: nnx.Rngs) -> Decoder:
-            model = Decoder(self.config, numerics, block=self.block, rngs=rngs)
+            model = Decoder(self.config, numerics, blocks=self.blocks, rngs=rngs)
             if self.adaptation:
                 attach(model, self.adaptation, numerics.compute_dtype)
             for weight in weights_of_blocks(model):
@@ -89,7 +90,8 @@ class Architecture:
 
     def abstract(self, numerics: Numerics) -> AbstractModel:
         """Returns structure, shapes, dtypes and axes, without memory."""
-        return abstract_model(self.build(numerics))
+        found = abstract_model(self.build(numerics))
+        return dataclasses.replace(found, stacks=self.config.parts)
 
 
 def reaches_layers(trainable: Iterable[str]) -> bool:
@@ -127,15 +129,20 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     if decoder.tied:
         # The file may carry the shared table a second time, but then it must be the same.
         copies[rules.pop("head.w").theirs] = rules["embed.w"].theirs
+    of_block = getattr(family, "HF_BLOCK_RULES", {})
+    own = {
+        path: of_block.get(decoder.blocks[numbers[0]], ())
+        for path, numbers in decoder.parts.items()
+    }
     return Architecture(
         config=decoder,
-        block=family.Block,
+        blocks=family.BLOCKS if hasattr(family, "BLOCKS") else {"": family.Block},
         naming=Naming(
-            tuple(rules.values()),
+            tuple(of_stacks(rules.values(), decoder.parts, own)),
             ignored=family.HF_IGNORED,
             copies=copies,
             prefix=getattr(family, "HF_PREFIX", ""),
-            renamed=getattr(family, "HF_RENAMED", ()),
+            renamed=tuple(of_stacks(getattr(family, "HF_RENAMED", ()), decoder.parts, {})),
             tables=("embed.w", "positions.w"),
         ),
     )

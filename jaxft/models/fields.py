@@ -157,6 +157,7 @@ class Fields:
         theta: float = 10000.0,
         parameters: dict[str, Any] | None = None,
         partial: bool = False,
+        sections: bool = False,
     ) -> Rope:
         """Reads rotary settings in the newer form (`rope_parameters`) or the older.
 
@@ -165,6 +166,8 @@ class Fields:
           theta: Where config.json names none.
           parameters: Instead of config.json's own, where kinds of layer differ.
           partial: Whether `partial_rotary_factor` may leave dimensions unturned.
+          sections: Whether pairs may be shared out among time, height and width of pictures, which
+            are one position in text.
         """
         own = parameters
         if own is None:
@@ -186,6 +189,14 @@ class Fields:
                 self.problem(
                     f"config.json: partial_rotary_factor {share} turns {dims} of {head_dim} "
                     "dimensions; expected an even number."
+                )
+        if sections:
+            parts = fields.pop("mrope_section", None)
+            fields.pop("mrope_interleaved", None)
+            if parts is not None and sum(parts) > dims // 2:
+                self.problem(
+                    f"config.json: mrope_section {parts} shares out {sum(parts)} pairs of "
+                    f"dimensions; {dims // 2} are turned."
                 )
         return Rope(theta, dims, self._scaling(kind, fields, theta, dims))
 

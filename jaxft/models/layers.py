@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.models import activations
+from jaxft.models.cache import Memory
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.module import Param
 from jaxft.models.rope import rotate
@@ -28,11 +29,16 @@ class LayerInputs(NamedTuple):
       rope: Cosine and sine for the layer's kind, `[B, T, 1, half]`, or None.
       attention: Attention of the layer's kind.
       real: False on padding, `[B, T]`.
+      segments: Number of the document, 0 on padding, `[B, T]`.
+      memory: The way to what a recurrent layer kept of the beginning of documents; None where rows
+        hold them from their start.
     """
 
     rope: tuple[Array, Array] | None
     attention: AttentionFn
     real: Bool[Array, "B T"]
+    segments: Int[Array, "B T"]
+    memory: Memory | None = None
 
 
 class Routing(NamedTuple):
@@ -155,6 +161,8 @@ class SelfAttention(nnx.Module):
       bias: Whether q, k and v have one.
       out_bias: Whether the output projection has one.
       qk_norm: `head` for a norm over each head of queries and keys, `all` over all heads at once.
+      gated: Whether the output is multiplied by the sigmoid of a gate, which the projection of
+        queries makes too: H numbers behind those of each head.
     """
 
     def __init__(
@@ -166,12 +174,14 @@ class SelfAttention(nnx.Module):
         bias: bool = False,
         out_bias: bool = False,
         qk_norm: str = "",
+        gated: bool = False,
     ):
         d, n, k, h = config.embed, config.heads, config.kv_heads, config.head_dim
+        self.gated = gated
         dtype = numerics.param_dtype
         kwargs = {"dtype": dtype, "scale": config.init_scale, "rngs": rngs}
         to_q, to_kv = (("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed"))
-        self.q = Linear((n, h), (d,), axes=to_q, bias=bias, **kwargs)
+        self.q = Linear((n, 2 * h if gated else h), (d,), axes=to_q, bias=bias, **kwargs)
         self.k = Linear((k, h), (d,), axes=to_kv, bias=bias, **kwargs)
         self.v = Linear((k, h), (d,), axes=to_kv, bias=bias, **kwargs)
         self.o = Linear((d,), (n, h), axes=("embed", "heads", "head_dim"), bias=out_bias, **kwargs)
@@ -187,6 +197,10 @@ class SelfAttention(nnx.Module):
         """Returns what is added to the residual stream, and the layer's cache."""
         x = constrain(x, "batch", "seq", "act_embed")
         q, k, v = self.q(x), self.k(x), self.v(x)
+        gate = None
+        if self.gated:
+            q, gate = jnp.split(q, 2, axis=-1)
+            gate = checkpoint_name(gate, activations.QKV)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if inputs.rope is not None:
@@ -197,6 +211,8 @@ class SelfAttention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks[...]
         q, k, v = (checkpoint_name(x, activations.QKV) for x in (q, k, v))
         out, cache = inputs.attention(q, k, v, cache, sinks)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(out.dtype)
         return checkpoint_name(self.o(out), activations.ATTENTION_OUT), cache
 
 

@@ -4,8 +4,8 @@ Everything outside sees a hashable `graphdef` and flat dicts `{dotted path: arra
 functions take without a detour through Python objects.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -26,11 +26,23 @@ class Param(nnx.Param):
 
 @dataclass(frozen=True, slots=True)
 class AbstractModel:
-    """A model without memory: its structure, and shape, dtype and axes of each parameter."""
+    """A model without memory.
+
+    Attributes:
+      graphdef: Structure.
+      params: Shape and dtype of each parameter.
+      axes: Names of the dimensions of each.
+      stacks: Numbers of the layers in each stack by its path, such as `layers`.
+    """
 
     graphdef: Any
     params: dict[str, jax.ShapeDtypeStruct]
     axes: dict[str, tuple[str, ...]]
+    stacks: Mapping[str, range] = field(default_factory=dict)
+
+    def layers_of(self, path: str) -> range:
+        """Returns the numbers of the layers that a stacked parameter is of."""
+        return next(n for stack, n in self.stacks.items() if path.startswith(f"{stack}."))
 
 
 def split(module: nnx.Module) -> tuple[Any, Params]:
@@ -43,7 +55,8 @@ def merge(graphdef: Any, params: Mapping[str, jax.Array]) -> Any:
     """Inverse of `split`."""
     nested: dict = {}
     for path, value in params.items():
-        *parents, leaf = path.split(".")
+        # Numbers are places in lists.
+        *parents, leaf = (int(name) if name.isdigit() else name for name in path.split("."))
         node = nested
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -80,7 +93,7 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -
     return module
 
 
-def apart(params: Params, stack: str, count: int) -> tuple[Params, ...]:
+def apart(params: Params, stacks: Mapping[str, Sequence[int]]) -> tuple[Params, ...]:
     """Returns the parameters of stacked modules one by one, where that takes no memory.
 
     So it is in the memory of one CPU, whose products take an array as it lies but copy what they
@@ -88,21 +101,24 @@ def apart(params: Params, stack: str, count: int) -> tuple[Params, ...]:
 
     Args:
       params: Of the model.
-      stack: Name of the stack.
-      count: Number of modules in it.
+      stacks: Numbers of the modules in each stack by its path; all numbers from 0 on.
+
+    Returns:
+      For each module its parameters by their paths in it.
     """
-    found: tuple[Params, ...] = tuple({} for _ in range(count))
+    found: tuple[Params, ...] = tuple({} for _ in range(sum(map(len, stacks.values()))))
     for path, w in params.items():
+        stack = next((name for name in stacks if path.startswith(f"{name}.")), None)
         devices = list(w.devices())
         on_cpu = len(devices) == 1 and devices[0].platform == "cpu" and w.is_fully_addressable
         # jax packs two numbers of four bits into a byte, and numpy does not.
-        if not (path.startswith(f"{stack}.") and on_cpu) or w.dtype in (jnp.int4, jnp.uint4):
+        if stack is None or not on_cpu or w.dtype in (jnp.int4, jnp.uint4):
             continue
         # The array of the shard is new: what looks at its memory does not outlive the views.
         memory = np.asarray(w.addressable_shards[0].data)
-        for number, of_one in enumerate(found):
-            view = jax.device_put(memory[number], devices[0], may_alias=True)
-            of_one[path.removeprefix(f"{stack}.")] = view
+        for turn, number in enumerate(stacks[stack]):
+            view = jax.device_put(memory[turn], devices[0], may_alias=True)
+            found[number][path.removeprefix(f"{stack}.")] = view
     return found if any(found) else ()
 
 

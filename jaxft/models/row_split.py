@@ -1,14 +1,16 @@
-"""Attention mapped over devices: each takes its rows, its heads and its queries."""
+"""Work on rows mapped over devices: each takes its rows, its heads and its part of a row."""
 
 import math
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jaxft.sharding.rules import Placement
+from jaxft.sharding.rules import Placement, active_placement, as_names, constrain, place
+from jaxft.sharding.sequence import document_order, split_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +71,42 @@ def split_rows(
     if spec != placement.spec(("batch", "seq", "act_kv_heads"), k.shape[:3], "keys"):
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     return RowSplit(placement, spec, placement.split("seq")), k, v
+
+
+def head_shares(placement: Placement, heads: str, count: int) -> int:
+    """Returns how many devices share some heads where each is to have whole rows of its own."""
+    [entry] = placement.spec((heads,), (count,), "heads")
+    split = math.prod(placement.mesh.shape[axis] for axis in as_names(entry))
+    return split * placement.parts("seq")
+
+
+def whole_rows(x: Array, heads: str = "") -> Array:
+    """Returns rows that are split over devices whole and in their order.
+
+    Devices that share a row exchange its parts for heads (Jacobs et al., arXiv:2309.14509). Nothing
+    happens where rows are not split.
+
+    Args:
+      x: `[B, T, heads, …]`, or `[B, T]`, which every device gets.
+      heads: Name of the third dimension.
+    """
+    placement = active_placement()
+    if placement is None or not (over := placement.split("seq")):
+        return x
+    axes = ("batch", "seq", heads)[: 2 + bool(heads)]
+    batch, _, *rest = placement.spec(axes, x.shape[: len(axes)], "an activation")
+    shared = [(*as_names(entry), *over) for entry in rest]
+    x = place(x, NamedSharding(placement.mesh, P(batch, None, *shared)))
+    return document_order(x, placement.parts("seq"))
+
+
+def parts_of_rows(x: Array, *axes: str) -> Array:
+    """Undoes `whole_rows`.
+
+    Args:
+      x: `[B, T, heads, …]`.
+      axes: Names of the dimensions behind T.
+    """
+    placement = active_placement()
+    parts = placement.parts("seq") if placement is not None else 1
+    return constrain(split_order(x, parts), "batch", "seq", *axes)

@@ -241,7 +241,7 @@ class _Run(Products):
         """Returns bytes that memory passes: of layers in a micro-batch, of all else in a step."""
         numbers = _PASSED[0] * self._widths[names.INPUTS] + _PASSED[1] * self.hidden
         # Scores are written, read twice and made weights, which are written and read.
-        scores = self._heads() * self.length * (3 * 4 + 2 * self.itemsize)
+        scores = self.attending * self._heads() * self.length * (3 * 4 + 2 * self.itemsize)
         of_token = self.itemsize * numbers + (0.0 if self.placed.flash else scores)
         repeated = self.remat not in ("none", "dots") or self.stages > 1
         runs = 1 + self.back * (1 + repeated)
@@ -285,7 +285,8 @@ class _Run(Products):
 
     def _of_weights(self, add: Callable[[str, tuple[str, ...], float], None]) -> None:
         """Adds what travels of weights and of their gradients."""
-        uses = [(weight, self.layers * self.turns, 1 + self.back) for weight in self.placed.weights]
+        times = self.layers * self.turns
+        uses = [(weight, times * weight.share, 1 + self.back) for weight in self.placed.weights]
         # The head is gathered once: its backward pass finds it there.
         head = self.placed.head
         uses.append((head, self.passes, 1))
@@ -319,7 +320,7 @@ class _Run(Products):
         """
         m = self.model
         stream = self.tokens * m.embed * self.itemsize
-        keys = self.tokens * m.kv_heads * m.head_dim * self.itemsize
+        keys = self.attending * self.tokens * m.kv_heads * m.head_dim * self.itemsize
         times = self.layers * self.turns
         self._of_halves(add, times * stream)
         parts = self._split("seq", self.length)

@@ -10,6 +10,7 @@ from jaxft.models import activations as names
 from jaxft.models.config import make_numerics
 from jaxft.models.experts import tokens_of_expert
 from jaxft.models.families import Architecture
+from jaxft.planner.kernels import Recurrence, delta_rule
 from jaxft.planner.network import Network
 from jaxft.planner.placed import Placed, Weight
 from jaxft.planner.timeline import Rates
@@ -179,7 +180,10 @@ class Footprint:
     def _layer_weights(self) -> float:
         """Returns bytes of two layers' weights as a device multiplies with them."""
         return 2 * sum(
-            math.prod(weight.shape) * self._itemsize_of(weight) / self._parts(weight.plan.held)
+            math.prod(weight.shape)
+            * weight.share
+            * self._itemsize_of(weight)
+            / self._parts(weight.plan.held)
             for weight in self.placed.weights
         )
 
@@ -189,19 +193,54 @@ class Footprint:
 
     @functools.cached_property
     def _widths(self) -> dict[str, float]:
-        """Numbers that a device makes of each token in one layer, by activation."""
+        """Numbers that a device makes of a token in a layer, by activation; the mean of layers."""
         m = self.model
-        keys = m.kv_heads / self._split("act_kv_heads", m.kv_heads)
         stream = m.embed * self._split("seq", self.length)
         stream /= self._split("stream_seq", self.length)
+        log_sums = self.attending * self._heads() * 4 / self.itemsize
         return {
             names.INPUTS: stream,
-            names.QKV: (self._heads() + 2 * keys) * m.head_dim,
-            names.ATTENTION: self._heads() * (m.head_dim + 4 / self.itemsize),
+            names.QKV: self._made_of_heads(reads=True),
+            names.ATTENTION: self._made_of_heads(reads=False) + log_sums,
             names.ATTENTION_OUT: stream,
             names.MLP: self.placed.expansions * self.hidden,
             names.MLP_OUT: stream,
         }
+
+    @functools.cached_property
+    def attending(self) -> float:
+        """Share of the layers that have attention."""
+        recurrent = sum(self.model.kinds[index].recurrent for index in self.model.pattern)
+        return 1 - recurrent / self.model.layers
+
+    def _made_of_heads(self, *, reads: bool) -> float:
+        """Returns the numbers of heads of one token on a device, the mean over layers.
+
+        Args:
+          reads: Of products that read the residual stream, or of those that add to it.
+        """
+        total = 0.0
+        for weight in self.placed.weights:
+            sizes = dict(zip(weight.axes, weight.shape, strict=True))
+            heads = next((axis for axis in ("heads", "kv_heads") if axis in sizes), None)
+            if heads is None or "embed" not in sizes or weight.beside:
+                continue
+            if (weight.axes[-1] == "embed") != reads:
+                continue
+            size = sizes[heads] / self._split(f"act_{heads}", sizes[heads])
+            total += weight.share * size * sizes.get("head_dim", 1)
+        return total
+
+    def _recurrent(self) -> Recurrence:
+        """Returns what the delta rule does with a token on a device, the mean over layers."""
+        d = self.model.delta
+        if d is None:
+            return Recurrence(0.0, 0.0, 0.0)
+        values = d.value_heads / self._split("act_heads", d.value_heads)
+        keys = d.key_heads / self._split("act_kv_heads", d.key_heads)
+        share = 1 - self.attending
+        found = delta_rule(d, self.length, self.itemsize, values=values, keys=keys)
+        return Recurrence(*(share * number for number in found))
 
     def _routed(self) -> float:
         """Returns numbers of each token that go to experts and come back."""
@@ -224,11 +263,12 @@ class Footprint:
             # Norms and activations stay as well, and what experts read.
             here += self.room * (self.hidden + self._routed() / 2) + 4 * widths[names.INPUTS]
             here += 0.0 if self.placed.flash else self._scores() / self.itemsize
+            here += self._recurrent().in_hand / 2 / self.itemsize
         return of_token * here, of_token * there
 
     def _scores(self) -> float:
         """Returns bytes of a token's scores: float32, their weights, and which are hidden."""
-        return self._heads() * self.length * (4 + self.itemsize + 1)
+        return self.attending * self._heads() * self.length * (4 + self.itemsize + 1)
 
     def _layer_working_set(self) -> float:
         """Returns bytes that the backward pass of one layer has in hand."""
@@ -237,7 +277,7 @@ class Footprint:
         at_once += 6 * widths[names.INPUTS] + 2 * widths[names.QKV]
         # Scores and their gradient, and weights of values.
         scores = 0.0 if self.placed.flash else self._scores() + 4 * self._heads() * self.length
-        return self.tokens * (self.itemsize * at_once + scores)
+        return self.tokens * (self.itemsize * at_once + max(scores, self._recurrent().in_hand))
 
     def _parts(self, cut: tuple[tuple[str, ...], ...]) -> int:
         return math.prod(self.placement.mesh.shape[name] for group in cut for name in group)

@@ -1,10 +1,12 @@
 """Work of attention: kernels, whose insides a compiled program does not show, by their shapes."""
 
 import math
+from typing import NamedTuple
 
 from jaxft.compiled.hlo import Computation, Instruction, arrays
 from jaxft.hardware.chips import Chip
-from jaxft.models.config import DecoderConfig
+from jaxft.models.config import DecoderConfig, DeltaConfig
+from jaxft.models.delta_net import CHUNK
 
 # What share of a matrix unit's rate flash attention reaches if a head is as wide as the unit,
 # counting pairs of query and key that see each other. From a profile of Qwen3-8B on v6e-8: 1,177 ms
@@ -30,9 +32,48 @@ def visible_pairs(length: int, window: int) -> float:
 
 
 def mean_visible_pairs(config: DecoderConfig, length: int) -> float:
-    """Returns `visible_pairs` of a row in a layer, the mean over the model's layers."""
-    windows = [config.kinds[i].window for i in config.pattern]
+    """Returns `visible_pairs` of a row in a layer, the mean over the layers with attention."""
+    windows = config.windows
     return sum(visible_pairs(length, window) for window in windows) / len(windows)
+
+
+class Recurrence(NamedTuple):
+    """Work of the gated delta rule of `models/delta.py` on one token.
+
+    Attributes:
+      forward: Multiplications of products, forward.
+      backward: Multiplications of products that make gradients.
+      in_hand: Bytes that the backward pass of a layer has in hand.
+    """
+
+    forward: float
+    backward: float
+    in_hand: float
+
+
+def delta_rule(
+    sizes: DeltaConfig, length: int, itemsize: int, *, values: float, keys: float
+) -> Recurrence:
+    """Returns the work on one token of a row.
+
+    Args:
+      sizes: Of heads.
+      length: Positions of the row.
+      itemsize: Bytes of a number of values.
+      values: Heads of values on a device.
+      keys: Heads of keys there.
+    """
+    chunk = min(CHUNK, 1 << (length - 1).bit_length())
+    state = sizes.key_dim * sizes.value_dim
+    # Of keys with keys and with queries; of factors with values, keys, the state and corrections.
+    alike = 2 * chunk * sizes.key_dim
+    factors = chunk * (sizes.key_dim + 2 * sizes.value_dim) + 3 * state
+    of_token = itemsize * (3 * sizes.key_dim + sizes.value_dim + chunk) + 4 * 3 * chunk
+    return Recurrence(
+        forward=keys * alike + values * (factors + chunk),
+        backward=2 * (keys * alike + values * factors) + values * (2 * chunk**2 + chunk),
+        in_hand=2 * values * (of_token + 4 * state / chunk),
+    )
 
 
 def splash_flops(

@@ -39,6 +39,8 @@ class Weight(NamedTuple):
       beside: Whether it is of an adapter.
       stored: Bytes of the codes and scales that travel in its place; None if it travels itself.
       dense: Whether every token is multiplied with it, in the type that `model.matmul` says.
+      axes: Names of its dimensions.
+      share: Share of the layers that have it; 1 of a weight outside layers.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +50,8 @@ class Weight(NamedTuple):
     beside: bool = False
     stored: int | None = None
     dense: bool = False
+    axes: tuple[str, ...] = ()
+    share: float = 1.0
 
 
 class Placed:
@@ -128,7 +132,8 @@ class Placed:
 
     @functools.cached_property
     def weights(self) -> list[Weight]:
-        """Each weight of one layer, and each matrix of its adapter."""
+        """Each weight of a layer, and each matrix of its adapter, of all blocks that there are."""
+        layers = sum(map(len, self.abstract.stacks.values()))
         return [
             Weight(
                 shape,
@@ -138,9 +143,11 @@ class Placed:
                 is_beside(path),
                 self._stored(path),
                 not (is_beside(path) or {"experts", "router"}.intersection(axes)),
+                axes[1:],
+                self.abstract.params[path].shape[0] / layers,
             )
             for path, axes in self._axes.items()
-            if axes[0] == "layers" and len(axes) >= 3
+            if axes[0] == "layers" and len(axes) >= 3 and "taps" not in axes
             for shape in [tuple(self.abstract.params[path].shape)[1:]]
         ]
 
@@ -187,10 +194,10 @@ class Placed:
         return self.reaches_layers or after_layers(self.trainable)
 
     @functools.cached_property
-    def expansions(self) -> int:
+    def expansions(self) -> float:
         """Number of products that lead to the feed-forward part's hidden width: two if gated."""
-        wide = sum({"layers", "mlp", "embed"} <= set(axes) for axes in self._axes.values())
-        return wide - 1  # one leads back
+        own = (weight for weight in self.weights if not weight.beside)
+        return sum(w.share for w in own if {"mlp", "embed"} <= set(w.axes)) - 1  # one leads back
 
     @functools.cached_property
     def reads_mlp_out(self) -> bool:
@@ -198,8 +205,10 @@ class Placed:
 
         A norm after it does, and the weights by which outputs of experts are mixed.
         """
-        axes = self.abstract.axes
-        return "layers.mlp_post_norm.scale" in axes or any("experts" in a for a in axes.values())
+        return any(
+            path.endswith(".mlp_post_norm.scale") or "experts" in axes
+            for path, axes in self.abstract.axes.items()
+        )
 
     @functools.cached_property
     def updated(self) -> dict[str, tuple[str, ...]]:

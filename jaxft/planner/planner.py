@@ -322,16 +322,16 @@ def model_flops(
       Attention counted once for each visible pair, and in full; of all devices.
     """
     model, length, rows = architecture.config, config.data.max_length, config.train.batch_size
-    windows = [model.kinds[i].window or length for i in model.pattern]
-    seen = sum(_squared(length, window) for window in windows) / len(windows)
+    seen = sum(_squared(length, window or length) for window in model.windows)
     found = training_flops(
         multiplied,
         learning=learning,
-        layers=model.layers,
+        layers=len(model.windows),
         heads=model.heads,
         head_dim=model.head_dim,
         tokens=rows * length,
-        squared_lengths=rows * seen,
+        squared_lengths=rows * seen / len(model.windows),
+        states=model.states,
         forward_passes=config.objective.forward_passes,
     )
     return found.causal, found.full

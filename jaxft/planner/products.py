@@ -59,13 +59,13 @@ class Products(Footprint):
         embed, widths = self.model.embed, self._widths
         return {
             names.QKV: embed * widths[names.QKV],
-            names.ATTENTION_OUT: embed * self._heads() * self.model.head_dim,
+            names.ATTENTION_OUT: embed * self._made_of_heads(reads=False),
             names.MLP: embed * widths[names.MLP],
             names.MLP_OUT: embed * self.hidden,
         }
 
     def _pairs(self) -> float:
-        """Returns pairs of query and key of one device that are multiplied."""
+        """Returns pairs of query and key of one device that a layer with attention multiplies."""
         if self.placed.flash:
             return self.tokens / self.length * mean_visible_pairs(self.model, self.length)
         return self.tokens * self.length
@@ -94,7 +94,10 @@ class Products(Footprint):
             layer += self.back * sum(m for m, _ in beside)
             attention += 2 * self.back
         layer, rounded = (layer, own) if self.matmul else (layer + own, 0.0)
-        pairs = self._pairs() * self._heads() * self.model.head_dim
+        rule = self._recurrent()
+        again_rule = (names.ATTENTION in self.again) + (self.stages > 1)
+        layer += rule.forward * (1 + self.back * again_rule) + rule.backward * self.back
+        pairs = self.attending * self._pairs() * self._heads() * self.model.head_dim
         return Work(
             layers=2 * self.tokens * self.layers * layer,
             rounded=2 * self.tokens * self.layers * rounded,
@@ -103,10 +106,10 @@ class Products(Footprint):
         )
 
     def _met(self, weight: Weight) -> float:
-        """Returns the numbers of a layer's weight that a token is multiplied with."""
+        """Returns the numbers of a weight that a token is multiplied with, the mean of layers."""
         experts = self.model.experts
         met = self.chosen / experts.count if experts and weight.routed else 1.0
-        return math.prod(weight.shape) * met
+        return math.prod(weight.shape) * met * weight.share
 
     def _trained_share(self) -> float:
         """Returns the share of the model's own weights, as tokens meet them, with a gradient."""
@@ -130,7 +133,7 @@ class Products(Footprint):
 
         Of what products read, forward and again; and backward of the gradients of what they make.
         """
-        heads = self._heads() * self.model.head_dim
+        heads = self._made_of_heads(reads=False)
         stream, widths = self._widths[names.INPUTS], self._widths
         read = 2 * stream + heads + self.hidden
         made = widths[names.QKV] + widths[names.MLP] + 2 * stream

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from jaxft.models.cache import KVCache
+from jaxft.models.cache import Cache
 from jaxft.models.module import Params, merge
 from jaxft.programs.sampling import Draws, choose_tokens
 from jaxft.sharding.rules import place
@@ -52,7 +52,7 @@ def shardings_of(params: Params) -> Shardings | None:
     sharding = next(iter(params.values())).sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None
-    stored = next(w for path, w in params.items() if path.startswith("layers.attn.k."))
+    stored = next(w for path, w in params.items() if path.startswith("layers.") and ".k." in path)
     assert isinstance(stored.sharding, NamedSharding)
     _, heads, *_ = *stored.sharding.spec, None, None
     mesh = sharding.mesh
@@ -60,7 +60,7 @@ def shardings_of(params: Params) -> Shardings | None:
     return Shardings(NamedSharding(mesh, of_cache), NamedSharding(mesh, PartitionSpec()))
 
 
-def _placed(cache: KVCache, shardings: Shardings | None) -> KVCache:
+def _placed(cache: Cache, shardings: Shardings | None) -> Cache:
     if shardings is None:
         return cache
     return place(cache, jax.tree.map(lambda _: shardings.cache, cache))
@@ -69,16 +69,15 @@ def _placed(cache: KVCache, shardings: Shardings | None) -> KVCache:
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows", "slots", "shardings"))
 def make_cache(
     graphdef: Any, params: Params, *, rows: int, slots: int, shardings: Shardings | None
-) -> KVCache:
+) -> Cache:
     """Allocates an empty cache."""
     return _placed(merge(graphdef, params).init_cache(rows, slots), shardings)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "shardings"))
-def grown(cache: KVCache, *, slots: int, shardings: Shardings | None) -> KVCache:
+def grown(cache: Cache, *, slots: int, shardings: Shardings | None) -> Cache:
     """Returns the cache with room for `slots` tokens a row."""
-    added = ((0, 0), (0, 0), (0, slots - cache.slots), (0, 0))
-    return _placed(jax.tree.map(lambda x: jnp.pad(x, added), cache), shardings)
+    return _placed(cache.grown(slots), shardings)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "shardings"), donate_argnames="cache")
@@ -86,7 +85,7 @@ def read_tokens(
     graphdef: Any,
     params: Params,
     layers: Sequence[Params],
-    cache: KVCache,
+    cache: Cache,
     tokens: Int[Array, "R T"],
     rows: Int[Array, " R"],
     starts: Int[Array, " R"],
@@ -94,7 +93,7 @@ def read_tokens(
     limits: Int[Array, " R"],
     *,
     shardings: Shardings | None,
-) -> KVCache:
+) -> Cache:
     """Reads `counts` tokens into some rows, from the slots `starts` on."""
     places = jnp.arange(tokens.shape[1])[None]
     real = places < counts[:, None]
@@ -109,14 +108,14 @@ def decode_tokens(
     graphdef: Any,
     params: Params,
     layers: Sequence[Params],
-    cache: KVCache,
+    cache: Cache,
     state: State,
     has_token: Bool[Array, " V"] | None,
     most: Int[Array, ""],
     leave: Bool[Array, ""],
     *,
     shardings: Shardings | None,
-) -> tuple[Int[Array, "B block"], KVCache]:
+) -> tuple[Int[Array, "B block"], Cache]:
     """Adds up to `most` tokens to each active row, or with `leave` until the first of them ends.
 
     Returns:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxft.errors import ConfigError
-from jaxft.models.cache import KVCache
+from jaxft.models.cache import Cache
 from jaxft.models.config import DecoderConfig
 from jaxft.models.module import Params, apart
 from jaxft.models.rope import LongScaling
@@ -131,7 +131,7 @@ class Engine:
     ):
         self.config = config
         self._graphdef, self._params, self._has_token = graphdef, params, has_token
-        self._layers = apart(params, "layers", config.layers)
+        self._layers = apart(params, config.parts)
         self._shardings = shardings_of(params)
         self._slots, self._cache = slots, None
         self._rows = [_Row(number) for number in range(rows)]
@@ -197,10 +197,18 @@ class Engine:
         while self._waiting and free:
             text = self._waiting.popleft()
             regime = self._regime(text.request.limit)
-            shared = [_common(r.held, text.ids[:-1]) if r.regime == regime else 0 for r in free]
+            shared = [self._shared(row, text, regime) for row in free]
             best = shared.index(max(shared))
             row = free.pop(best)
             row.held, row.regime, row.text = row.held[: shared[best]], regime, text
+
+    def _shared(self, row: _Row, text: _Text, regime: tuple[bool, ...]) -> int:
+        """Returns how many of a text's first tokens need not be read again in a row."""
+        if row.regime != regime:
+            return 0
+        count = _common(row.held, text.ids[:-1])
+        # What a recurrent layer keeps is of all that it read, and cannot be cut.
+        return 0 if self.config.is_recurrent and count < len(row.held) else count
 
     def _regime(self, limit: int) -> tuple[bool, ...]:
         """Returns what decides how keys are turned: whether a text counts as a long one."""
@@ -230,7 +238,7 @@ class Engine:
             self._slots = min(_size(limit), self.config.max_length)
             self._cache = grown(self._take_cache(), slots=self._slots, shardings=self._shardings)
 
-    def _take_cache(self) -> KVCache:
+    def _take_cache(self) -> Cache:
         """Returns the cache, which its next program overwrites: an interrupt leaves none."""
         cache, self._cache = self._cache, None
         assert cache is not None

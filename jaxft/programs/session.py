@@ -271,11 +271,12 @@ class Session:
         return training_flops(
             evaluator.multiplied_parameters,
             learning=evaluator.learning(self.program.state.trainable),
-            layers=config.layers,
+            layers=len(config.windows),
             heads=config.heads,
             head_dim=config.head_dim,
             tokens=tokens,
             squared_lengths=sums.timed("squared_lengths"),
+            states=config.states,
             untrained_tokens=max(0, tokens - sums.timed("trained_tokens")),
             forward_passes=self.config.objective.forward_passes,
         )

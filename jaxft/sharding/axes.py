@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxft.errors import ConfigError, nearest
 
 # letter: B batch, T query length, S key length, D embed, N query heads, K key/value heads,
-# H head size, F mlp, V vocabulary, L layers, E experts.
+# H head size, F mlp, V vocabulary, L layers, E experts, W taps.
 WEIGHT_AXES = {
     "layers": "L, the stacked layers; `lax.scan` runs over it",
     "embed": "D, the residual stream's width",
@@ -18,6 +18,7 @@ WEIGHT_AXES = {
     "mlp": "F, hidden width of the feed-forward part",
     "vocab": "V, rows of the embedding and of the head",
     "positions": "rows of a table of learnt positions",
+    "taps": "W, tokens that a short convolution sees; never split",
     "experts": "E, experts of a layer",
     "router": "E, outputs of the router: small, so named apart from `experts`",
     "rank": "r, between the two matrices of an adapter; never split",
@@ -61,7 +62,8 @@ class Dimensions(NamedTuple):
     Attributes:
       lead: Number of dimensions that stack weights: layers, and experts.
       outputs: Number of those that a product makes, or that a vector has.
-      inputs: Number of those that a product sums over; 0 of a vector, such as a norm's scale.
+      inputs: Number of those that a product sums over; 0 of a vector, such as a norm's scale, and
+        of a convolution of single channels.
     """
 
     lead: int
@@ -74,7 +76,7 @@ def dimensions(axes: tuple[str, ...]) -> Dimensions:
     lead = 0
     while lead < len(axes) - 1 and axes[lead] in ("layers", "experts"):
         lead += 1
-    own = axes[lead:]
+    own = tuple(name for name in axes[lead:] if name != "taps")
     outputs = 2 if own[1:2] == ("head_dim",) else 1  # heads and their size are one
     return Dimensions(lead, outputs, len(own) - outputs)
 

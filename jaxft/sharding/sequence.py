@@ -30,3 +30,12 @@ def document_order(x: Array, parts: int) -> Array:
     chunks = x.reshape(x.shape[0], parts, 2, -1, *x.shape[2:])
     early, late = chunks[:, :, 0], jnp.flip(chunks[:, :, 1], axis=1)
     return jnp.concatenate([early, late], axis=1).reshape(x.shape)
+
+
+def split_order(x: Array, parts: int) -> Array:
+    """Puts `[B, T, …]` in the order of the row into that of `zigzag_order`."""
+    if parts == 1:
+        return x
+    chunks = x.reshape(x.shape[0], 2, parts, -1, *x.shape[2:])
+    early, late = chunks[:, 0], jnp.flip(chunks[:, 1], axis=1)
+    return jnp.stack([early, late], axis=2).reshape(x.shape)

@@ -3,9 +3,11 @@
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, collected
 from jaxft.hardware.chips import Chip
+from jaxft.models.config import DeltaConfig
 from jaxft.models.experts import check_experts
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
+from jaxft.models.row_split import head_shares
 from jaxft.sharding.reduce import plan_weight
 from jaxft.sharding.rules import Placement
 from jaxft.sharding.scaled import FORMATS, rate
@@ -56,6 +58,15 @@ def check_strategy(config: RunConfig, architecture: Architecture, placement: Pla
             f"strategy {placement.name!r} splits experts over {placement.parts('experts')} devices "
             "and the model has none. Use a strategy without experts, such as fsdp."
         )
+    if model.delta is not None:
+        with collected(problems):
+            check_recurrence(model.delta, placement)
+    if placement.split("layers") and len(model.runs) > 1:
+        problems.append(
+            f"strategy {placement.name!r} splits layers over stages, and this model's layers are "
+            "not of blocks that recur in equal groups. Use a strategy without stages, such as "
+            "fsdp_tp."
+        )
     if len(placement.split("layers")) > 1:
         problems.append(
             f"strategy {placement.name!r} splits layers over {placement.split('layers')}; stages "
@@ -63,6 +74,17 @@ def check_strategy(config: RunConfig, architecture: Architecture, placement: Pla
         )
     if problems:
         raise ConfigError(problems)
+
+
+def check_recurrence(sizes: DeltaConfig, placement: Placement) -> None:
+    """Raises ConfigError if devices that share a row cannot share its recurrent heads instead."""
+    heads, shares = sizes.value_heads, head_shares(placement, "act_heads", sizes.value_heads)
+    if placement.split("seq") and heads % shares:
+        raise ConfigError(
+            f"strategy {placement.name!r} splits rows over {placement.parts('seq')} devices, which "
+            f"exchange them for heads in recurrent layers: {heads} heads cannot be shared by "
+            f"{shares} devices. Use a mesh with fewer of them, or a strategy that keeps rows whole."
+        )
 
 
 def check_weights(abstract: AbstractModel, placement: Placement, tokens: tuple[int, int]) -> None:

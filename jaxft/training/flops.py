@@ -42,6 +42,7 @@ def training_flops(
     head_dim: int,
     tokens: int,
     squared_lengths: float,
+    states: int = 0,
     untrained_tokens: float = 0.0,
     forward_passes: int = 0,
 ) -> TrainingFlops:
@@ -54,6 +55,8 @@ def training_flops(
     forward and twice that backward: 12 n² heads head_dim. Rematerialisation, norms, rotary
     embedding and softmax are not counted. For one document of length T as a row this is the
     familiar 6 N + 12 L H T per token, H = heads · head_dim (Chowdhery et al. 2022, appendix B).
+    A token meets each number of a recurrent layer's state in three products forward: with its key,
+    with what is added under it, and with its query.
 
     Args:
       parameters_without_embedding: Without the input embedding, which is a look-up, but with the
@@ -64,6 +67,7 @@ def training_flops(
       head_dim: Size of a head.
       tokens: Tokens of the batch without padding.
       squared_lengths: Sum of the squared lengths of the documents, packed or not.
+      states: Numbers of the states of recurrent layers.
       untrained_tokens: Those of them whose target has no weight: they do not meet the head.
       forward_passes: Passes without gradients beside the one that learns, such as a reference's.
     """
@@ -74,4 +78,5 @@ def training_flops(
     weights -= 2.0 * (learning.head_products + forward_passes) * learning.head * untrained_tokens
     passes = (12.0 if learning.attends_back else 4.0) + 4.0 * forward_passes
     attention = passes * layers * heads * head_dim * squared_lengths
-    return TrainingFlops(weights + attention / 2, weights + attention)
+    linear = weights + 1.5 * passes * states * tokens
+    return TrainingFlops(linear + attention / 2, linear + attention)

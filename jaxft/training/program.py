@@ -386,7 +386,6 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
             for name, dtype in column_dtypes(config).items()
         }
     )
-    pattern = evaluator.architecture.config.pattern
     # What layers keep concerns the step alone.
     numerics = dataclasses.replace(numerics, remat=config.model.remat, offload=config.model.offload)
     step = make_train_step(
@@ -398,7 +397,7 @@ def build(config: RunConfig, evaluator: Evaluator, *, steps: int) -> Program:
         abstract_state=state,
         fixed=fixed,
         gradients=gradients,
-        windows=[evaluator.architecture.config.kinds[k].window for k in pattern],
+        windows=evaluator.architecture.config.windows,
         reference=reference,
         dropout_seed=train.seed if evaluator.architecture.adaptation.has_dropout else None,
     )

@@ -87,7 +87,8 @@ def make_train_step(
       abstract_state: Gives the shardings that the state keeps.
       fixed: Abstract parameters that the reference has of its own.
       gradients: Sharding of the gradient of each trained parameter.
-      windows: Of each layer, 0 for none; only the count of attention's work depends on them.
+      windows: Of each layer with attention, 0 for none; only the count of attention's work depends
+        on them.
       reference: The model that the objective compares with; None if its log-probabilities are a
         column of the batch, or not needed.
       dropout_seed: Of the masks of adapters; None where they have no dropout.

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.hf.rules import Rule, Tensor, expand
+from jaxft.hf.rules import Rule, Tensor, expand, of_stacks
 
 
 def tensor(*shape: int) -> np.ndarray:
@@ -220,3 +220,28 @@ def test_parts_of_different_numbers_of_layers_are_refused():
 def test_two_rules_of_one_parameter_are_refused():
     with pytest.raises(ValueError, match=r"Two rules speak of w\."):
         list(expand([Rule("w", "a", "d -> d"), Rule("w", "b", "d -> d")], {"w": (2,)}))
+
+
+def test_an_axis_of_size_1_is_left_out():
+    rule = Rule("taps", "conv1d", "(k h) 1 w -> k h w")
+    theirs = tensor(6, 1, 4)
+    ours = rule.to_ours(theirs, (3, 2, 4))
+    np.testing.assert_array_equal(ours.reshape(6, 4), theirs[:, 0])
+    np.testing.assert_array_equal(rule.to_theirs(ours), theirs)
+
+
+def test_layers_of_a_stack_have_the_numbers_that_it_has_in_the_model():
+    rules = [
+        Rule("embed", "embed", "v d -> v d"),
+        Rule("layers.up", "layers.{layer}.up", "f d -> f d"),
+    ]
+    own = {"layers.1": [Rule("layers.q", "layers.{layer}.q", "n d -> n d")]}
+    stacks = {"layers.0": range(0, 6, 2), "layers.1": range(1, 6, 2)}
+    shapes = {"embed": (2, 2), "layers.0.up": (3, 2, 2), "layers.1.up": (3, 2, 2)}
+    found = list(expand(of_stacks(rules, stacks, own), shapes | {"layers.1.q": (3, 2, 2)}))
+    places = {t.name: (t.parts[0].rule.ours, t.parts[0].index) for t in found}
+    assert places["layers.4.up"] == ("layers.0.up", (2,))
+    assert places["layers.3.q"] == ("layers.1.q", (1,))
+    assert len(places) == 1 + 6 + 3
+    alone = list(of_stacks(rules, {"layers": range(6)}, {}))
+    assert alone == rules

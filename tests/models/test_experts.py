@@ -38,7 +38,7 @@ def abstract_layer(case: str, capacity: float, matmul: str = "") -> tuple[Tiny, 
     """Returns a model, and the experts of one of its layers without their weights."""
     tiny = load_tiny(case)
     config, numerics = tiny.architecture.config, Numerics(expert_capacity=capacity)
-    block: Any = tiny.architecture.block
+    block: Any = tiny.architecture.blocks[""]
 
     def build(rngs: Any) -> Any:
         experts = block(config, numerics, rngs).mlp

@@ -22,6 +22,7 @@ from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.experts import balance_loss
 from jaxft.models.families import FAMILIES, Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
+from jaxft.programs.engine import Engine, Request
 from jaxft.programs.generate import generate_tokens
 from jaxft.training.objectives.token_scores import cross_entropy_sum
 from jaxft.training.optim import make_optimizer
@@ -68,7 +69,7 @@ def test_every_family_has_cases():
 
 @pytest.mark.slow(
     seconds=3,
-    but=r"^(mqa_tied|mistral_packed|qwen2_packed|qwen3_packed|qwen3_moe_gqa_published|mixtral_packed|gemma2_packed|gemma3_text_packed|olmo2_packed|phi3_packed|gpt2_packed|gpt_oss_gqa)$",
+    but=r"^(mqa_tied|mistral_packed|qwen2_packed|qwen3_packed|qwen3_moe_gqa_published|mixtral_packed|gemma2_packed|gemma3_text_packed|olmo2_packed|phi3_packed|gpt2_packed|gpt_oss_gqa|qwen3_5_packed)$",
 )
 @pytest.mark.parametrize("name", ONE_STEP)
 def test_logits_loss_and_gradients_equal_the_reference_implementation(tmp_path, name):
@@ -166,7 +167,7 @@ GENERATED = {name: names[0] for name, names in FAMILY_CASES.items()} | {
 }
 
 
-@pytest.mark.slow(seconds=3, but=r"^(llama|gemma3_text|mixtral)$")
+@pytest.mark.slow(seconds=3, but=r"^(llama|gemma3_text|mixtral|qwen3_5_text)$")
 @pytest.mark.parametrize("family", FAMILY_CASES)
 def test_decoding_with_a_cache_equals_whole_forward_passes(tmp_path, family):
     name, new = GENERATED[family], 9
@@ -187,6 +188,26 @@ def test_decoding_with_a_cache_equals_whole_forward_passes(tmp_path, family):
         config, abstract.graphdef, params, prompts, max_new_tokens=new, stop_ids=()
     )
     assert found == expected
+
+
+def test_a_text_goes_on_in_a_row_whose_state_is_of_its_beginning_alone(tmp_path):
+    """A state cannot be cut: rows are taken up whole, or read anew."""
+    architecture, abstract, params = load_folder(write_folder("qwen3_5_gqa", tmp_path))
+
+    def engine() -> Engine:
+        return Engine(architecture.config, abstract.graphdef, params, rows=1)
+
+    def write(engine: Engine, prompt: list[int]) -> list[int]:
+        engine.submit(Request(prompt, 4, frozenset()))
+        found = []
+        while not engine.idle:
+            found += [token for piece in engine.step() for token in piece.tokens]
+        return found
+
+    used, first = engine(), [5, 9, 3, 7, 11]
+    begun = write(used, first)
+    for prompt in (first + begun + [2, 8], [*first[:3], 40, 1]):
+        assert write(used, prompt) == write(engine(), prompt)
 
 
 @pytest.mark.slow(seconds=9)
@@ -267,7 +288,8 @@ def test_fields_of_published_files_that_change_nothing_are_accepted(case, change
 
 
 def published_config(shared: Path, name: str) -> dict:
-    return json.loads((shared / "configs" / name / "config.json").read_text())
+    config = json.loads((shared / "configs" / name / "config.json").read_text())
+    return config.get("text_config", config)
 
 
 def test_published_models_build_their_state_with_their_size_and_allocate_nothing(shared):
@@ -303,4 +325,7 @@ def test_other_families_are_refused_with_the_list_of_supported_ones(shared):
         assert f"model_type {config['model_type']!r} is " in problem and "supported" in problem
         assert f"supported are {', '.join(sorted(FAMILIES))}." in problem
         refused.add(config["model_type"])
-    assert refused == {"bert", "deepseek_v3", "qwen3_5"}
+    assert refused == {"bert", "deepseek_v3"}
+    whole = json.loads((shared / "configs" / "Qwen--Qwen3.5-27B" / "config.json").read_text())
+    with pytest.raises(ModelError, match="'qwen3_5' is a multimodal model"):
+        architecture_from_hf(whole)

@@ -12,7 +12,7 @@ import jaxft
 from jaxft.config import ObjectiveConfig
 from jaxft.data.batch import Batch
 from jaxft.errors import ModelError
-from jaxft.models.config import LayerKind, Numerics, make_numerics
+from jaxft.models.config import LayerKind, Numerics, make_numerics, runs_of
 from jaxft.models.families import architecture_from_hf
 from jaxft.models.layers import RMSNorm
 from jaxft.models.module import init_params, merge
@@ -203,7 +203,7 @@ def test_a_dtype_policy_means_what_it_says(batch, case, dtypes, param, compute):
     def outputs(params):
         model = merge(abstract.graphdef, params)
         hidden, _ = model.hidden(batch.tokens, batch.positions, batch.segments)
-        return hidden, model.logits(hidden), model.init_cache(2, 8).k[0]
+        return hidden, model.logits(hidden), model.init_cache(2, 8).layers[0].k
 
     hidden, logits, cache = jax.eval_shape(outputs, abstract.params)
     assert (hidden.dtype, logits.dtype, cache.dtype) == (compute, jnp.float32, compute)
@@ -270,3 +270,19 @@ def test_random_parameters_have_the_configured_scale_and_depend_on_the_seed():
         assert not np.allclose(value, other[path]), path
         if path.startswith("layers."):
             assert not np.allclose(value[0], value[1]), path
+
+
+@pytest.mark.parametrize(
+    ("blocks", "runs"),
+    [
+        ("aaaa", [[range(4)]]),
+        ("aabaab", [[range(0, 6, 3), range(1, 6, 3), range(2, 6, 3)]]),
+        ("dddmmmm", [[range(3)], [range(3, 7)]]),
+        ("abababc", [[range(0, 6, 2), range(1, 6, 2)], [range(6, 7)]]),
+        ("a", [[range(1)]]),
+    ],
+)
+def test_layers_are_cut_into_runs_of_recurring_groups(blocks, runs):
+    found = runs_of(tuple(blocks))
+    assert found == tuple(map(tuple, runs))
+    assert sorted(n for run in found for part in run for n in part) == list(range(len(blocks)))

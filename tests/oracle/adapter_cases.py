@@ -76,6 +76,19 @@ MAKINGS = {
     "gemma3_text_rows": Making(
         "gemma3_text_gqa", {"target_modules": _ALL, "trainable_token_indices": [1, 5, 4]}
     ),
+    "qwen3_5_text": Making(
+        "qwen3_5_gqa",
+        {
+            "target_modules": [
+                *_ALL,
+                "in_proj_qkv",
+                "in_proj_z",
+                "in_proj_a",
+                "in_proj_b",
+                "out_proj",
+            ]
+        },
+    ),
     "olmo2": Making("olmo2_gqa", {"target_modules": _ALL}),
     "phi3": Making("phi3_partial_gqa", {"target_modules": _PHI3}),
     "phi3_dora": Making("phi3_partial_gqa", {"target_modules": _PHI3, "use_dora": True}),

@@ -539,6 +539,73 @@ _GPT_OSS_CASES = {
     "gpt_oss_packed": _gpt_oss(sliding_window=4),
 }
 
+
+def _qwen3_5(**changes: Any) -> Config:
+    family = {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 6,
+        "model_type": "qwen3_5_text",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 1,
+        "partial_rotary_factor": 0.25,
+        # The norm of a document's first output keeps no more than the sign of one score: with a
+        # small epsilon rounding would show where that is near zero.
+        "rms_norm_eps": 0.01,
+        "rope_parameters": {
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+        },
+    }
+    return _SHARED | family | changes
+
+
+_QWEN3_5_CASES = {
+    "qwen3_5_gqa": _qwen3_5(),
+    # As the text part of published files, where every fourth layer has attention.
+    "qwen3_5_published": _without(
+        _qwen3_5(
+            attn_output_gate=True,
+            full_attention_interval=4,
+            linear_value_head_dim=8,
+            rms_norm_eps=1e-5,
+            mamba_ssm_dtype="float32",
+            mlp_only_layers=[],
+            mtp_num_hidden_layers=1,
+            mtp_use_dedicated_embeddings=False,
+            rope_parameters={
+                "mrope_interleaved": True,
+                "mrope_section": [1, 1, 0],
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1000,
+                "rope_type": "default",
+            },
+        ),
+        *("layer_types", "partial_rotary_factor"),
+    ),
+    "qwen3_5_mha_tied": _qwen3_5(
+        linear_conv_kernel_dim=3,
+        linear_num_value_heads=2,
+        linear_value_head_dim=8,
+        num_key_value_heads=2,
+        rope_parameters={
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+        },
+        tie_word_embeddings=True,
+    ),
+    "qwen3_5_packed": _qwen3_5(num_attention_heads=4),
+}
+
 CONFIGS: dict[str, Config] = {
     **_LLAMA_CASES,
     **_MISTRAL_CASES,
@@ -552,4 +619,5 @@ CONFIGS: dict[str, Config] = {
     **_MIXTRAL_CASES,
     **_QWEN3_MOE_CASES,
     **_GPT_OSS_CASES,
+    **_QWEN3_5_CASES,
 }

@@ -158,6 +158,7 @@ def published_sizes() -> dict[str, int]:
     sizes = {}
     for folder in sorted(CONFIGS.iterdir()):
         config = json.loads((folder / "config.json").read_text())
+        config = config.get("text_config", config)
         if config["model_type"] in FAMILY_CASES:
             sizes[folder.name] = reference.count_parameters(config)
     return sizes

@@ -7,14 +7,16 @@ import numpy as np
 
 # Tensors that lie inputs first, `[..., in, out]`: GPT-2's and the experts of gpt-oss.
 _INPUTS_FIRST = re.compile(r"\.c_(attn|proj|fc)\.weight$|\.experts\.(gate_up|down)_proj$")
+# Families that add the scales of norms to 1.
+_ADDED_TO_1 = ("gemma", "qwen3_5")
 
 
 def weight(name: str, shape: tuple[int, ...], family: str) -> np.ndarray:
     """Returns the float32 tensor that a Hugging Face name stands for in every tiny model.
 
     Biases are a tenth of what they are added to, attention sinks of the size of scores; other
-    vectors are scales of norms, near 1 after Gemma's have been added to 1; matrices are scaled by
-    1 / sqrt(inputs).
+    vectors are scales of norms, near 1 after some families' have been added to 1; matrices are
+    scaled by 1 / sqrt(inputs). States fade slowly: rates are exp(A_log).
     """
     # RandomState's stream is frozen, Generator's is not: the stored numbers outlive NumPy releases.
     random = np.random.RandomState(zlib.crc32(name.encode()))
@@ -23,8 +25,11 @@ def weight(name: str, shape: tuple[int, ...], family: str) -> np.ndarray:
         values = 0.1 * values
     elif name.endswith("sinks"):
         pass
+    elif name.endswith("A_log"):
+        values = values - 2
     elif len(shape) == 1:
-        values = 0.1 * values if family.startswith("gemma") else 1 + 0.1 * values
+        added = family.startswith(_ADDED_TO_1) and not name.endswith("linear_attn.norm.weight")
+        values = 0.1 * values if added else 1 + 0.1 * values
     else:
         inputs = shape[-2] if _INPUTS_FIRST.search(name) else shape[-1]
         values = values / np.sqrt(inputs)

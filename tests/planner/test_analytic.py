@@ -190,6 +190,10 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "moe_intermediate_size": 512,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 96,
 }
 GPT2_SIZES = {"n_embd": 256, "n_head": 4, "n_layer": 2, "vocab_size": 512}
 
@@ -238,7 +242,8 @@ IN_SHORT = {"llama", "gemma2", "mixtral", "gpt2"}
 )
 def test_flops_of_every_family_are_those_of_its_compiled_step(family, remat):
     architecture = small(family)
-    config = small_run(remat)
+    # Several chunks of a recurrent layer: the compiler leaves out products with an empty state.
+    config = small_run(remat, data__max_length=256 if architecture.config.is_recurrent else 32)
     config.model.expert_capacity = 1.0 if architecture.config.experts else 0.0
     found = estimate(config, architecture, flash=False)
     assert found.flops == pytest.approx(compiled_flops(config, architecture), rel=3e-3)

@@ -68,7 +68,7 @@ RUNS = {
 
 def model_of() -> AbstractModel:
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()}
-    return AbstractModel(None, shapes, AXES)
+    return AbstractModel(None, shapes, AXES, stacks={"layers": range(3)})
 
 
 def draw(seed: int):
@@ -145,7 +145,7 @@ def test_steps_are_those_of_published_optimizers(name):
     """Of transformers' Adafactor, and of torch's Muon, which multiplies in bfloat16."""
     axes = {"layers.w": ("layers", "mlp", "embed")}
     params = {"layers.w": oracle.gradient(0)[None]}
-    model = AbstractModel(None, jax.eval_shape(lambda: params), axes)
+    model = AbstractModel(None, jax.eval_shape(lambda: params), axes, {"layers": range(1)})
     config = OptimConfig(name=name, clip_norm=0.0, weight_decay=oracle.DECAY)
     optimizer = make_optimizer(config, optax.constant_schedule(oracle.RATE), model)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
@@ -413,7 +413,7 @@ def test_rates_follow_the_first_pattern_and_fall_from_layer_to_layer():
 def test_the_rate_of_an_adapters_b_is_a_multiple_of_its_a():
     axes = {"layers.q.lora_a": ("layers", "norm", "embed"), "layers.q.lora_b": ("layers", "heads")}
     params = {path: jnp.ones((2, 3, 4)[: len(names)]) for path, names in axes.items()}
-    model = AbstractModel(None, jax.eval_shape(lambda: params), axes)
+    model = AbstractModel(None, jax.eval_shape(lambda: params), axes, {"layers": range(2)})
     config = OptimConfig(name="sgd", clip_norm=0.0, weight_decay=0.0, lora_plus=16.0)
     optimizer = make_optimizer(config, lambda _: 1.0, model)
     updates, _ = optimizer.update(params, optimizer.init(params), params)

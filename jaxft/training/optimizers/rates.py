@@ -75,11 +75,8 @@ def scale_by_factors(
 def _of_layer(path: str, decay: float, model: AbstractModel) -> float | np.ndarray:
     """Returns the power of the decay that a parameter's distance from the top makes."""
     axes, shape = model.axes[path], model.params[path].shape
+    layers = sum(map(len, model.stacks.values()))
     if axes[0] == "layers":
-        layers = shape[0]
-        powers = np.float32(decay) ** np.arange(layers, 0, -1, dtype=np.float32)
-        return powers.reshape(layers, *(1,) * (len(shape) - 1))
-    if not precedes_layers(path):
-        return 1.0
-    stacks = [model.params[p].shape[0] for p, names in model.axes.items() if names[0] == "layers"]
-    return decay ** (1 + max(stacks, default=0))
+        distances = np.asarray([layers - number for number in model.layers_of(path)], np.float32)
+        return (np.float32(decay) ** distances).reshape(-1, *(1,) * (len(shape) - 1))
+    return decay ** (1 + layers) if precedes_layers(path) else 1.0
