@@ -21,6 +21,39 @@ MESHES: dict[str, dict[str, int]] = {
     "pp": {"stage": 2, "data": 4},
     "pp_fsdp_tp": {"stage": 2, "data": 1, "fsdp": 2, "tensor": 2},
 }
-# What they split is in mixtures of experts alone.
+# What these split is in mixtures of experts alone.
 FOR_EXPERTS = ("ep", "fsdp_ep")
+# Families that consist of parts which others have under every strategy, in another order or with
+# other numbers: of all strategies they run under one that splits weights, rows and positions, and
+# one with stages, as each pair takes 5 s. A family that adds a parameter with an axis of its own,
+# or a way to compute, is not one of them.
+COMPOSED = (
+    "cohere",
+    "cohere2",
+    "exaone4",
+    "glm",
+    "glm4",
+    "granite",
+    "hunyuan_v1_dense",
+    "ministral",
+    "ministral3",
+    "nanochat",
+    "olmo3",
+    "seed_oss",
+    "smollm3",
+)
+FOR_COMPOSED = ("fsdp_tp_sp", "pp_fsdp_tp")
 BUILT_IN = tuple(module.name for module in pkgutil.iter_modules(strategies.__path__))
+
+
+def runs(strategy: str, family: str, *, mixture: bool) -> bool:
+    """Returns whether tests of every strategy with every family have this pair.
+
+    Args:
+      strategy: A built-in one.
+      family: Key of the table of families.
+      mixture: Whether its models have experts.
+    """
+    if strategy in FOR_EXPERTS and not mixture:
+        return False
+    return family not in COMPOSED or strategy in FOR_COMPOSED

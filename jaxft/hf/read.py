@@ -118,7 +118,7 @@ class Entry:
 
     def tasks(self, part: Part, index: tuple[slice, ...], out: np.ndarray) -> Iterator[Task]:
         """Yields what reads a part of it in our layout, at `index`, into `out`, cast."""
-        return self.select(lambda whole: part.to_ours(whole)[index], out)
+        return self.select(lambda whole: part.to_ours(whole)[(*index, ...)], out)
 
     def select(
         self, view_of: Callable[[np.ndarray], np.ndarray], out: np.ndarray

@@ -24,10 +24,10 @@ class Rule:
         have this order; `{expert}` is never without `{layer}`.
       layout: Axes of the file's tensor, an arrow, our axes: `(n h) d -> n h d`. Letters are those
         of `sharding/axes.py`; a group in brackets is one axis of the file, first letter outermost,
-        and `1` an axis of size 1 that ours has not.
-        Leading axes are not written. Rules that name the same tensor are its parts, in the order of
-        the table, and all mark with `+` how these lie along an axis: `(+ f)` one after another, `(f
-        +)` in turns.
+        and `1` an axis of size 1 that ours has not. Leading axes are not written; of a number
+        nothing is left but the arrow. Rules that name the same tensor are its parts, in the order
+        of the table, and all mark with `+` how these lie along an axis: `(+ f)` one after another,
+        `(f +)` in turns.
       layers: Numbers that `{layer}` stands for, along our first axis; from 0 on if absent.
     """
 
@@ -47,7 +47,7 @@ class Rule:
             )
         theirs, _, ours = self.layout.replace(" ", "").partition("->")
         well_formed = re.fullmatch(
-            r"([a-z1]|\((\+?[a-z]+|[a-z]+\+)\))+->[a-z]+", f"{theirs}->{ours}"
+            r"([a-z1]|\((\+?[a-z]+|[a-z]+\+)\))*->[a-z]*", f"{theirs}->{ours}"
         )
         marked = [group or letter for group, letter in re.findall(r"\((.+?)\)|(.)", theirs)]
         groups = tuple(group.strip("+1") for group in marked)
@@ -83,9 +83,12 @@ class Rule:
 
     @property
     def rows(self) -> int | None:
-        """Axis of ours that is the first axis of theirs; None if that is a group or is shared."""
+        """Axis of ours that is the first axis of theirs; None if that is a group or is shared.
+
+        Of a number it is None, too.
+        """
         shared = self._split is not None and self._split[0] == 0
-        if shared or len(self._groups[0]) != 1:
+        if shared or not self._groups or len(self._groups[0]) != 1:
             return None
         return self._letters.index(self._groups[0])
 
@@ -99,6 +102,8 @@ class Rule:
             return None
         lead = "".join(self._groups[:-2])
         axes = len(self._groups) - 2, len(self._groups) - 1
+        if axes[0] < 0:
+            return None
         for outputs, inputs in (axes, axes[::-1]):
             if self._letters == lead + self._groups[outputs] + self._groups[inputs]:
                 return outputs, inputs
@@ -198,7 +203,8 @@ class Part:
         It is a view: indexing it touches only the bytes of `tensor` that the index selects, which
         is what makes reading a slice from a file cheap.
         """
-        return self.rule.to_ours(tensor[self.where], self.shape)
+        # With the dots a number is a view as well.
+        return self.rule.to_ours(tensor[(*self.where, ...)], self.shape)
 
     def locate(self, index: tuple[slice, ...], whole: tuple[int, ...]) -> tuple[range, ...]:
         """Returns what `index` of ours takes of their tensor, along each axis of theirs.

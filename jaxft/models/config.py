@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxft.models.rope import Rope
+from jaxft.models.rope import QueryGrowth, Rope
 
 LAYERS = "layers"
 """Path of the layers' parameters."""
@@ -23,12 +23,14 @@ class LayerKind:
       block: Name of the family's block, where layers have parameters of several shapes.
       recurrent: Whether the layer sees what is before a token through a state of fixed size, and
         not by attention.
+      growth: Growth of queries with their position; all kinds of a model have one, or none has.
     """
 
     window: int = 0
     rope: Rope | None = None
     block: str = ""
     recurrent: bool = False
+    growth: QueryGrowth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +100,18 @@ class DecoderConfig:
       init_scale: Standard deviation of random weights.
       kinds: The different kinds of layer.
       pattern: Index of each layer's kind.
-      norm: `rms`, `rms_offset` (the weight is added to 1) or `layer` (with a mean and a bias).
+      norm: `rms`, `rms_offset` (the weight is added to 1), `rms_bare` (no weight), `layer` (with a
+        mean and a bias) or `layer_unbiased` (without the bias).
+      attention_bias: Whether queries, keys and values have biases, where files differ.
+      qk_norm: Kind of norm of queries and keys, as of `SelfAttention`, where files differ.
       attention_scale: Multiplies attention scores; 0 for 1 / sqrt(H).
       attention_cap: Soft bound of attention scores; 0 for none.
       logit_cap: Soft bound of logits; 0 for none.
+      logit_scale: Multiplies logits before they are bounded.
       embed_scale: Multiplies token vectors.
+      embed_norm: Whether token vectors go through a norm.
+      residual_scale: Multiplies what each part of a layer adds to the residual stream.
+      parallel: Whether attention and feed-forward part of a layer read the same.
       learned_positions: Whether a table of `max_length` vectors is added to token vectors.
       sinks: Whether each head has a learnt score that takes weight from every key.
       experts: None for a dense feed-forward part.
@@ -124,10 +133,16 @@ class DecoderConfig:
     kinds: tuple[LayerKind, ...]
     pattern: tuple[int, ...]
     norm: str = "rms"
+    attention_bias: bool = False
+    qk_norm: str = ""
     attention_scale: float = 0.0
     attention_cap: float = 0.0
     logit_cap: float = 0.0
+    logit_scale: float = 1.0
     embed_scale: float = 1.0
+    embed_norm: bool = False
+    residual_scale: float = 1.0
+    parallel: bool = False
     learned_positions: bool = False
     sinks: bool = False
     experts: ExpertsConfig | None = None

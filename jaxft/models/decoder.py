@@ -26,7 +26,7 @@ from jaxft.models.cache import (
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.layers import AttentionFn, Embedding, LayerInputs, Linear, Routing, make_norm
 from jaxft.models.module import Params, merge, split, stack
-from jaxft.models.rope import document_lengths, rotary_tables
+from jaxft.models.rope import document_lengths, rotary_tables, unturned
 from jaxft.models.weights import Noise, dropout_from
 from jaxft.sharding.cores import on_one_cpu
 from jaxft.sharding.cores import product as product_by_cores
@@ -78,6 +78,7 @@ class Decoder(nnx.Module):
             if config.learned_positions
             else None
         )
+        self.embed_norm = make_norm(config, numerics, config.embed) if config.embed_norm else None
         stacks = [
             stack(
                 functools.partial(blocks[config.blocks[part[0]]], config, numerics), len(part), rngs
@@ -133,6 +134,8 @@ class Decoder(nnx.Module):
         w = self.head_table.astype(hidden.dtype)
         with self.precision():
             logits = _logits(hidden, w)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
         if cap := self.config.logit_cap:
             logits = cap * jnp.tanh(logits / cap)
         return constrain(logits, "batch", "seq", "act_vocab")
@@ -232,6 +235,8 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         if self.positions is not None:
             x = x + self.positions(positions, x.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         return constrain(x, "batch", "stream_seq", "act_embed")
 
     def through(
@@ -303,9 +308,17 @@ class Decoder(nnx.Module):
             None if kind.rope is None else rotary_tables(kind.rope, positions, lengths)
             for kind in self.config.kinds
         ]
+        if tables := next((rope for rope in ropes if rope is not None), None):
+            ropes = [unturned(*tables) if rope is None else rope for rope in ropes]
+        growths = [kind.growth and kind.growth.at(positions) for kind in self.config.kinds]
         real = segments > 0
         return lambda kind: LayerInputs(
-            _pick(ropes, kind), attention_of(kind), real, segments, memory
+            rope=_pick(ropes, kind),
+            growth=_pick(growths, kind),
+            attention=attention_of(kind),
+            real=real,
+            segments=segments,
+            memory=memory,
         )
 
     def _layer(

@@ -18,19 +18,33 @@ from jaxft.models.weights import weights_of_blocks
 
 # model_type in config.json: module.
 FAMILIES = {
+    "apertus": "jaxft.models.apertus",
+    "cohere": "jaxft.models.cohere",
+    "cohere2": "jaxft.models.cohere2",
+    "exaone4": "jaxft.models.exaone4",
     "gemma2": "jaxft.models.gemma2",
     "gemma3_text": "jaxft.models.gemma3",
+    "glm": "jaxft.models.glm",
+    "glm4": "jaxft.models.glm4",
     "gpt2": "jaxft.models.gpt2",
     "gpt_oss": "jaxft.models.gpt_oss",
+    "granite": "jaxft.models.granite",
+    "hunyuan_v1_dense": "jaxft.models.hunyuan",
     "llama": "jaxft.models.llama",
+    "ministral": "jaxft.models.ministral",
+    "ministral3": "jaxft.models.ministral3",
     "mistral": "jaxft.models.mistral",
     "mixtral": "jaxft.models.mixtral",
+    "nanochat": "jaxft.models.nanochat",
     "olmo2": "jaxft.models.olmo2",
+    "olmo3": "jaxft.models.olmo3",
     "phi3": "jaxft.models.phi3",
     "qwen2": "jaxft.models.qwen2",
     "qwen3": "jaxft.models.qwen3",
     "qwen3_5_text": "jaxft.models.qwen3_5",
     "qwen3_moe": "jaxft.models.qwen3_moe",
+    "seed_oss": "jaxft.models.seed_oss",
+    "smollm3": "jaxft.models.smollm3",
 }
 
 # Parts of a config.json that describe other senses than text.

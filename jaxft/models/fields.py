@@ -59,6 +59,14 @@ class Fields:
             return 1
         return value
 
+    def factor(self, name: str, default: float) -> float:
+        """Returns a field that must be a positive number."""
+        value = self.get(name, default)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            self.problem(f"config.json: {name} is {value!r}; expected a positive number.")
+            return 1.0
+        return float(value)
+
     def get(self, name: str, default: Any = None) -> Any:
         """Returns a field, or a default where it is absent or null."""
         self._read.add(name)
@@ -200,6 +208,35 @@ class Fields:
                 )
         return Rope(theta, dims, self._scaling(kind, fields, theta, dims))
 
+    def ropes(self, head_dim: int, *, local: float, everywhere: float) -> tuple[Rope, Rope]:
+        """Reads the settings of layers with and of those without a window, which may differ.
+
+        Where `rope_parameters` does not hold both, scaling is of layers without one alone.
+
+        Args:
+          head_dim: Size of a head.
+          local: Base of layers with a window, where their settings name none.
+          everywhere: Likewise of the others.
+        """
+        by_kind = self.get("rope_parameters", {})
+        if by_kind and by_kind.keys() != {"sliding_attention", "full_attention"}:
+            self.problem(
+                f"config.json: rope_parameters has {sorted(by_kind)}; expected 'full_attention' "
+                "and 'sliding_attention', each with its own settings."
+            )
+            by_kind = {}
+        settings = [
+            (by_kind.get("sliding_attention", {}), local),
+            (by_kind.get("full_attention", self.get("rope_scaling", {})), everywhere),
+        ]
+        if not all(own.get("truncate", True) for own, _ in settings):
+            self.problem(
+                "config.json: 'truncate' is false in rotary settings of kinds of layer, where this "
+                "family's model in transformers does not heed it. Remove it."
+            )
+        ropes = [self.rope(head_dim, theta=theta, parameters=own) for own, theta in settings]
+        return ropes[0], ropes[1]
+
     def _scaling(
         self, kind: str, fields: dict[str, Any], theta: float, dims: int
     ) -> Scaling | None:
@@ -242,7 +279,7 @@ class Fields:
                 beta_slow=fields.get("beta_slow") or 1.0,
                 original_length=original,
                 truncate=fields.get("truncate", True),
-                magnitude=fields.get("attention_factor"),
+                magnitude=_magnitude(fields),
             )
         return self._long_scaling(fields, dims)
 
@@ -263,11 +300,14 @@ class Fields:
             magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         return LongScaling(short, long, original, magnitude)
 
-    def decoder(self, kinds: list[LayerKind], **family: Any) -> DecoderConfig:
+    def decoder(
+        self, kinds: list[LayerKind], *, epsilon: str = "rms_norm_eps", **family: Any
+    ) -> DecoderConfig:
         """Reads the fields that nearly all families share, under their usual names.
 
         Args:
           kinds: Of each layer.
+          epsilon: Name of the field that norms add.
           **family: What the family sets itself.
 
         Raises:
@@ -283,7 +323,7 @@ class Fields:
             "kv_heads": self.size("num_key_value_heads", heads),
             "head_dim": self.head_dim(),
             "mlp": self.size("intermediate_size"),
-            "norm_epsilon": self.need("rms_norm_eps"),
+            "norm_epsilon": self.need(epsilon),
             "tied": self.get("tie_word_embeddings", False),
             "max_length": self.size("max_position_embeddings", 2048),
             "init_scale": self.get("initializer_range", 0.02),
@@ -292,6 +332,15 @@ class Fields:
         }
         self.finish()
         return DecoderConfig(**shared | family)
+
+
+def _magnitude(yarn: dict[str, Any]) -> float | None:
+    """Returns what YaRN's settings say of the size of cosine and sine; None for the paper's."""
+    scales = [yarn.get(name) for name in ("mscale", "mscale_all_dim")]
+    if yarn.get("attention_factor") is not None or not all(scales) or yarn["factor"] <= 1:
+        return yarn.get("attention_factor")
+    above, below = (0.1 * scale * math.log(yarn["factor"]) + 1.0 for scale in scales if scale)
+    return above / below
 
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -304,7 +353,16 @@ _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     # transformers reads `attention_factor` and not `attn_factor`, which some files have.
     "yarn": (
         {"factor"},
-        {_ORIGINAL, "beta_fast", "beta_slow", "truncate", "attention_factor", "attn_factor"},
+        {
+            _ORIGINAL,
+            "beta_fast",
+            "beta_slow",
+            "truncate",
+            "attention_factor",
+            "attn_factor",
+            "mscale",
+            "mscale_all_dim",
+        },
     ),
     "longrope": (
         {"short_factor", "long_factor"},

@@ -29,28 +29,13 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     fields.unused("_sliding_window_pattern")  # transformers 5 writes it beside layer_types
     period = fields.get("sliding_window_pattern", 6)
     windows = fields.windows(lambda layer: (layer + 1) % period != 0)
-    local, everywhere = _ropes(fields)
+    local, everywhere = fields.ropes(
+        fields.head_dim(),
+        local=fields.need("rope_local_base_freq"),
+        everywhere=fields.need("rope_theta"),
+    )
     kinds = [LayerKind(window, local if window else everywhere) for window in windows]
     return gemma_config(fields, kinds)
-
-
-def _ropes(fields: Fields) -> tuple[Any, Any]:
-    """Returns the rotary positions of layers with and without a window."""
-    head_dim = fields.head_dim()
-    by_kind = fields.get("rope_parameters", {})
-    if by_kind and by_kind.keys() != {"sliding_attention", "full_attention"}:
-        fields.problem(
-            f"config.json: rope_parameters has {sorted(by_kind)}; expected 'full_attention' and "
-            "'sliding_attention', each with its own settings."
-        )
-        by_kind = {}
-    base, local = fields.need("rope_theta"), fields.need("rope_local_base_freq")
-    settings = [
-        (by_kind.get("sliding_attention", {}), local),
-        (by_kind.get("full_attention", fields.get("rope_scaling", {})), base),
-    ]
-    ropes = [fields.rope(head_dim, theta=theta, parameters=own) for own, theta in settings]
-    return ropes[0], ropes[1]
 
 
 HF_RULES = (*BODY, *SANDWICH_NORMS, *ATTENTION, *HEAD_NORMS, *GATED_MLP)

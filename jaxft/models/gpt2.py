@@ -15,7 +15,7 @@ class Block(ResidualBlock):
 
     def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
         attn = SelfAttention(config, numerics, rngs, bias=True, out_bias=True)
-        mlp = MLP(config, numerics, rngs, activation=gelu_tanh)
+        mlp = MLP(config, numerics, rngs, activation=gelu_tanh, bias=True)
         super().__init__(config, numerics, attn=attn, mlp=mlp)
 
 

@@ -27,6 +27,7 @@ class LayerInputs(NamedTuple):
 
     Attributes:
       rope: Cosine and sine for the layer's kind, `[B, T, 1, half]`, or None.
+      growth: Factor of each query, float32 `[B, T, 1, 1]`, or None.
       attention: Attention of the layer's kind.
       real: False on padding, `[B, T]`.
       segments: Number of the document, 0 on padding, `[B, T]`.
@@ -35,6 +36,7 @@ class LayerInputs(NamedTuple):
     """
 
     rope: tuple[Array, Array] | None
+    growth: Float[Array, "B T 1 1"] | None
     attention: AttentionFn
     real: Bool[Array, "B T"]
     segments: Int[Array, "B T"]
@@ -105,33 +107,65 @@ class Embedding(Weight):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
+    """Root-mean-square normalisation in float32 (Zhang and Sennrich, arXiv:1910.07467).
+
+    Args:
+      shape: Of the weight; the norm is over as many last dimensions.
+      epsilon: Added to the mean square.
+      dtype: Of the weight.
+      axes: Names of its dimensions.
+      offset: Whether the weight is added to 1.
+      bare: Whether there is none.
+    """
 
     def __init__(
-        self, *shape: int, epsilon: float, dtype, axes: tuple[str, ...] = ("norm",), offset=False
+        self,
+        *shape: int,
+        epsilon: float,
+        dtype,
+        axes: tuple[str, ...] = ("norm",),
+        offset: bool = False,
+        bare: bool = False,
     ):
-        self.epsilon, self.offset = epsilon, offset
+        self.epsilon, self.offset, self.over = epsilon, offset, len(shape)
         start = jnp.zeros if offset else jnp.ones
-        self.scale = Param(start(shape, dtype), axes=axes)
+        self.scale = None if bare else Param(start(shape, dtype), axes=axes)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalises over the dimensions of the scale; the result has the type of `x`."""
+        """Normalises; the result has the type of `x`."""
         x32 = x.astype(jnp.float32)
-        scale = self.scale[...]
-        axes = tuple(range(x.ndim - scale.ndim, x.ndim))
+        axes = tuple(range(x.ndim - self.over, x.ndim))
         mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
-        scale = 1.0 + scale.astype(jnp.float32) if self.offset else scale.astype(jnp.float32)
+        if self.scale is None:
+            return normed.astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        scale = 1.0 + scale if self.offset else scale
         return (normed * _broadcast(scale, x.ndim)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-    """Normalisation by mean and variance in float32 (Ba et al., arXiv:1607.06450)."""
+    """Normalisation by mean and variance in float32 (Ba et al., arXiv:1607.06450).
 
-    def __init__(self, size: int, *, epsilon: float, dtype):
+    Args:
+      shape: Of the weight; the norm is over the last dimension alone.
+      epsilon: Added to the variance.
+      dtype: Of the weight.
+      axes: Names of its dimensions.
+      bias: Whether a vector is added.
+    """
+
+    def __init__(
+        self,
+        *shape: int,
+        epsilon: float,
+        dtype,
+        axes: tuple[str, ...] = ("norm",),
+        bias: bool = True,
+    ):
         self.epsilon = epsilon
-        self.scale = Param(jnp.ones(size, dtype), axes=("norm",))
-        self.b = Param(jnp.zeros(size, dtype), axes=("norm",))
+        self.scale = Param(jnp.ones(shape, dtype), axes=axes)
+        self.b = Param(jnp.zeros(shape, dtype), axes=axes) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last dimension; the result has the type of `x`."""
@@ -139,16 +173,19 @@ class LayerNorm(nnx.Module):
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        scale, b = (_broadcast(p[...].astype(jnp.float32), x.ndim) for p in (self.scale, self.b))
-        return (normed * scale + b).astype(x.dtype)
+        normed = normed * _broadcast(self.scale[...].astype(jnp.float32), x.ndim)
+        if self.b is not None:
+            normed = normed + _broadcast(self.b[...].astype(jnp.float32), x.ndim)
+        return normed.astype(x.dtype)
 
 
 def make_norm(config: DecoderConfig, numerics: Numerics, size: int) -> RMSNorm | LayerNorm:
     """Returns a norm of the model's kind over the last dimension."""
     kwargs = {"epsilon": config.norm_epsilon, "dtype": numerics.param_dtype}
-    if config.norm == "layer":
-        return LayerNorm(size, **kwargs)
-    return RMSNorm(size, offset=config.norm == "rms_offset", **kwargs)
+    if config.norm.startswith("layer"):
+        return LayerNorm(size, bias=config.norm == "layer", **kwargs)
+    kind = {"offset": config.norm == "rms_offset", "bare": config.norm == "rms_bare"}
+    return RMSNorm(size, **kind, **kwargs)
 
 
 class SelfAttention(nnx.Module):
@@ -160,7 +197,9 @@ class SelfAttention(nnx.Module):
       rngs: Random keys.
       bias: Whether q, k and v have one.
       out_bias: Whether the output projection has one.
-      qk_norm: `head` for a norm over each head of queries and keys, `all` over all heads at once.
+      qk_norm: `head` for a norm over each head of queries and keys, `turned` for one after they are
+        turned, `own` for one with a weight of each head, `all` for one over all heads at once.
+      interleaved: Whether neighbours are the pairs of dimensions that are turned.
       gated: Whether the output is multiplied by the sigmoid of a gate, which the projection of
         queries makes too: H numbers behind those of each head.
     """
@@ -174,6 +213,7 @@ class SelfAttention(nnx.Module):
         bias: bool = False,
         out_bias: bool = False,
         qk_norm: str = "",
+        interleaved: bool = False,
         gated: bool = False,
     ):
         d, n, k, h = config.embed, config.heads, config.kv_heads, config.head_dim
@@ -189,6 +229,7 @@ class SelfAttention(nnx.Module):
             _qk_norm(config, numerics, qk_norm, count, axis)
             for count, axis in ((n, "heads"), (k, "kv_heads"))
         )
+        self.norms_turned, self.interleaved = qk_norm == "turned", interleaved
         self.sinks = Param(jnp.zeros(n, dtype), axes=("heads",)) if config.sinks else None
 
     def __call__(
@@ -201,10 +242,14 @@ class SelfAttention(nnx.Module):
         if self.gated:
             q, gate = jnp.split(q, 2, axis=-1)
             gate = checkpoint_name(gate, activations.QKV)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if not self.norms_turned:
+            q, k = _maybe(self.q_norm, q), _maybe(self.k_norm, k)
         if inputs.rope is not None:
-            q, k = rotate(q, *inputs.rope), rotate(k, *inputs.rope)
+            q, k = (rotate(x, *inputs.rope, interleaved=self.interleaved) for x in (q, k))
+        if self.norms_turned:
+            q, k = _maybe(self.q_norm, q), _maybe(self.k_norm, k)
+        if inputs.growth is not None:
+            q = (q * inputs.growth).astype(q.dtype)
         q = constrain(q, "batch", "seq", "act_heads", "act_head_dim")
         k = constrain(k, "batch", "seq", "act_kv_heads", "act_head_dim")
         v = constrain(v, "batch", "seq", "act_kv_heads", "act_head_dim")
@@ -219,12 +264,13 @@ class SelfAttention(nnx.Module):
 def _qk_norm(
     config: DecoderConfig, numerics: Numerics, kind: str, heads: int, axis: str
 ) -> RMSNorm | LayerNorm | None:
-    if kind == "head":
+    if kind in ("head", "turned"):
         return make_norm(config, numerics, config.head_dim)
-    if kind == "all":
-        shape, axes = (heads, config.head_dim), (axis, "head_dim")
-        return RMSNorm(*shape, epsilon=config.norm_epsilon, dtype=numerics.param_dtype, axes=axes)
-    return None
+    shape, axes = (heads, config.head_dim), (axis, "head_dim")
+    kwargs: Any = {"epsilon": config.norm_epsilon, "dtype": numerics.param_dtype, "axes": axes}
+    if kind == "own":
+        return LayerNorm(*shape, bias=False, **kwargs)
+    return RMSNorm(*shape, **kwargs) if kind == "all" else None
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -261,7 +307,15 @@ class GatedMLP(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """`down(activation(up(x)))` with biases."""
+    """`down(activation(up(x)))`.
+
+    Args:
+      config: Sizes.
+      numerics: Types.
+      rngs: Random keys.
+      activation: Function, or a module where it has parameters of its own.
+      bias: Whether both products have one.
+    """
 
     def __init__(
         self,
@@ -270,12 +324,13 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
         *,
         activation: Callable[[Array], Array],
+        bias: bool = False,
     ):
         self.activation = activation
         d, f = config.embed, config.mlp
         kwargs = {"dtype": numerics.param_dtype, "scale": config.init_scale, "rngs": rngs}
-        self.up = Linear((f,), (d,), axes=("mlp", "embed"), bias=True, **kwargs)
-        self.down = Linear((d,), (f,), axes=("embed", "mlp"), bias=True, **kwargs)
+        self.up = Linear((f,), (d,), axes=("mlp", "embed"), bias=bias, **kwargs)
+        self.down = Linear((d,), (f,), axes=("embed", "mlp"), bias=bias, **kwargs)
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
@@ -289,6 +344,9 @@ class MLP(nnx.Module):
 
 class ResidualBlock(nnx.Module):
     """One layer: attention, then the feed-forward part, each added to the residual stream.
+
+    Where the model's parts are parallel both read the stream as it enters the layer, through one
+    norm.
 
     Args:
       config: Sizes.
@@ -312,20 +370,28 @@ class ResidualBlock(nnx.Module):
         def norm(wanted: bool) -> RMSNorm | LayerNorm | None:
             return make_norm(config, numerics, config.embed) if wanted else None
 
+        self.parallel, self.scale = config.parallel, config.residual_scale
         self.attn_norm, self.attn_post_norm = norm(pre), norm(post)
-        self.mlp_norm, self.mlp_post_norm = norm(pre), norm(post)
+        self.mlp_norm, self.mlp_post_norm = norm(pre and not self.parallel), norm(post)
         self.attn, self.mlp = attn, mlp
 
     def __call__(
         self, x: Float[Array, "B T D"], inputs: LayerInputs, cache
     ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
         """Returns the residual stream after the layer, the layer's cache and its routing."""
-        out, cache = self.attn(_maybe(self.attn_norm, x), inputs, cache)
-        x = constrain(x + _maybe(self.attn_post_norm, out), "batch", "stream_seq", "act_embed")
-        out, routing = self.mlp(_maybe(self.mlp_norm, x), inputs.real)
+        read = _maybe(self.attn_norm, x)
+        out, cache = self.attn(read, inputs, cache)
+        after = self._add(x, _maybe(self.attn_post_norm, out))
+        read = read if self.parallel else _maybe(self.mlp_norm, after)
+        out, routing = self.mlp(read, inputs.real)
         out = checkpoint_name(out, activations.MLP_OUT)
-        x = constrain(x + _maybe(self.mlp_post_norm, out), "batch", "stream_seq", "act_embed")
-        return x, cache, routing
+        return self._add(after, _maybe(self.mlp_post_norm, out)), cache, routing
+
+    def _add(self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the stream with what a part adds to it."""
+        if self.scale != 1:
+            out = (out.astype(jnp.float32) * self.scale).astype(out.dtype)
+        return constrain(x + out, "batch", "stream_seq", "act_embed")
 
 
 def _maybe(norm: Any, x: Array) -> Array:

@@ -19,6 +19,10 @@ SANDWICH_NORMS = (
     Rule("layers.mlp_norm.scale", _LAYER + "pre_feedforward_layernorm.weight", "d -> d"),
     Rule("layers.mlp_post_norm.scale", _LAYER + "post_feedforward_layernorm.weight", "d -> d"),
 )
+POST_NORMS = (
+    Rule("layers.attn_post_norm.scale", _LAYER + "post_attention_layernorm.weight", "d -> d"),
+    Rule("layers.mlp_post_norm.scale", _LAYER + "post_feedforward_layernorm.weight", "d -> d"),
+)
 ATTENTION = (
     Rule("layers.attn.q.w", _LAYER + "self_attn.q_proj.weight", "(n h) d -> n h d"),
     Rule("layers.attn.k.w", _LAYER + "self_attn.k_proj.weight", "(k h) d -> k h d"),
@@ -37,6 +41,11 @@ HEAD_NORMS = (
 GATED_MLP = (
     Rule("layers.mlp.gate.w", _LAYER + "mlp.gate_proj.weight", "f d -> f d"),
     Rule("layers.mlp.up.w", _LAYER + "mlp.up_proj.weight", "f d -> f d"),
+    Rule("layers.mlp.down.w", _LAYER + "mlp.down_proj.weight", "d f -> d f"),
+)
+FUSED_GATED_MLP = (
+    Rule("layers.mlp.gate.w", _LAYER + "mlp.gate_up_proj.weight", "(+ f) d -> f d"),
+    Rule("layers.mlp.up.w", _LAYER + "mlp.gate_up_proj.weight", "(+ f) d -> f d"),
     Rule("layers.mlp.down.w", _LAYER + "mlp.down_proj.weight", "d f -> d f"),
 )
 # What models of transformers 5 make of experts that files keep apart, and how they call the router.

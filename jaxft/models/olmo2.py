@@ -8,7 +8,7 @@ from jaxft.hf.rules import Rule
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.fields import Fields
 from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention
-from jaxft.models.naming import ATTENTION, BODY, GATED_MLP
+from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, POST_NORMS
 
 
 class Block(ResidualBlock):
@@ -31,11 +31,10 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
 _LAYER = "model.layers.{layer}."
 HF_RULES = (
     *BODY,
+    *POST_NORMS,
     *ATTENTION,
     *GATED_MLP,
     Rule("layers.attn.q_norm.scale", _LAYER + "self_attn.q_norm.weight", "(n h) -> n h"),
     Rule("layers.attn.k_norm.scale", _LAYER + "self_attn.k_norm.weight", "(k h) -> k h"),
-    Rule("layers.attn_post_norm.scale", _LAYER + "post_attention_layernorm.weight", "d -> d"),
-    Rule("layers.mlp_post_norm.scale", _LAYER + "post_feedforward_layernorm.weight", "d -> d"),
 )
 HF_IGNORED = ()

@@ -6,7 +6,7 @@ from jaxft.hf.rules import Rule
 from jaxft.models.config import DecoderConfig, LayerKind
 from jaxft.models.fields import Fields
 from jaxft.models.llama import HF_IGNORED, Block
-from jaxft.models.naming import BODY, PRE_NORMS
+from jaxft.models.naming import BODY, FUSED_GATED_MLP, PRE_NORMS
 
 __all__ = ["HF_IGNORED", "HF_RULES", "Block", "config_from_hf"]
 
@@ -30,7 +30,7 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
 
 
 _LAYER = "model.layers.{layer}."
-_QKV, _GATE_UP = _LAYER + "self_attn.qkv_proj.weight", _LAYER + "mlp.gate_up_proj.weight"
+_QKV = _LAYER + "self_attn.qkv_proj.weight"
 HF_RULES = (
     *BODY,
     *PRE_NORMS,
@@ -38,7 +38,5 @@ HF_RULES = (
     Rule("layers.attn.k.w", _QKV, "(+ k h) d -> k h d"),
     Rule("layers.attn.v.w", _QKV, "(+ k h) d -> k h d"),
     Rule("layers.attn.o.w", _LAYER + "self_attn.o_proj.weight", "d (n h) -> d n h"),
-    Rule("layers.mlp.gate.w", _GATE_UP, "(+ f) d -> f d"),
-    Rule("layers.mlp.up.w", _GATE_UP, "(+ f) d -> f d"),
-    Rule("layers.mlp.down.w", _LAYER + "mlp.down_proj.weight", "d f -> d f"),
+    *FUSED_GATED_MLP,
 )

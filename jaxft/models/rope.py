@@ -154,6 +154,26 @@ class Rope:
     scaling: Scaling | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class QueryGrowth:
+    """Queries that grow with their position, so that attention over long texts stays sharp.
+
+    As Llama 4's code has it: 1 + beta ln(1 + floor(position / length)).
+
+    Attributes:
+      beta: Growth with the logarithm of the position.
+      length: Positions at the start of a text in which they do not.
+    """
+
+    beta: float
+    length: int
+
+    def at(self, positions: Int[Array, "B T"]) -> Float[Array, "B T 1 1"]:
+        """Returns the factor of each query, float32."""
+        spans = (positions // self.length).astype(jnp.float32)
+        return (1.0 + self.beta * jnp.log1p(spans))[:, :, None, None]
+
+
 def rotary_tables(
     rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
@@ -175,13 +195,34 @@ def rotary_tables(
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
-def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
-    """Turns pairs (i, i + half) of the first dimensions: the half-split layout of Hugging Face."""
+def unturned(cos: Array, sin: Array) -> tuple[Array, Array]:
+    """Returns tables of these shapes that turn nothing, for layers beside some that turn."""
+    return jnp.ones_like(cos), jnp.zeros_like(sin)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], cos: Array, sin: Array, *, interleaved: bool = False
+) -> Float[Array, "B T N H"]:
+    """Turns pairs of the first dimensions, as many as the tables have.
+
+    Args:
+      x: Queries or keys.
+      cos: Of each pair's angle, as `rotary_tables` makes it.
+      sin: Likewise.
+      interleaved: Whether the pairs are neighbours (2i, 2i + 1), as in RoFormer, and not
+        (i, i + half), as in most files of Hugging Face.
+    """
     half = cos.shape[-1]
     x32 = x.astype(jnp.float32)
-    first, second, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    turning, rest = x32[..., : 2 * half], x32[..., 2 * half :]
+    if interleaved:
+        first, second = turning[..., ::2], turning[..., 1::2]
+    else:
+        first, second = turning[..., :half], turning[..., half:]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    if interleaved:
+        turned = [jnp.stack(turned, axis=-1).reshape(turning.shape)]
+    return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)
 
 
 def document_lengths(

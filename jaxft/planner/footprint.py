@@ -105,6 +105,8 @@ class Footprint:
         if self.remat == "dots":
             return frozenset({names.ATTENTION})
         made = {names.QKV, names.ATTENTION, names.ATTENTION_OUT, names.MLP} - self.kept
+        if self.model.parallel:  # nothing in the layer reads what attention adds
+            made.discard(names.ATTENTION_OUT)
         # Of experts all products have one name.
         last = names.MLP if self.model.experts else names.MLP_OUT
         if self.placed.reads_mlp_out and last not in self.kept:

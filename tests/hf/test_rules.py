@@ -81,6 +81,7 @@ LAYOUTS = [
     ("(k h) d -> d k h", "dkh"),
     ("d (n h) -> n h d", "nhd"),
     ("d -> d", "d"),
+    ("->", ""),
     ("e (a b c) d -> c d e b a", "cdeba"),
 ]
 

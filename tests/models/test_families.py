@@ -28,7 +28,16 @@ from jaxft.training.objectives.token_scores import cross_entropy_sum
 from jaxft.training.optim import make_optimizer
 from jaxft.training.program import make_placement
 from jaxft.training.state import abstract_state
-from tests.oracle.cases import CASES, FAMILY_CASES, load_case, load_published_sizes, write_folder
+from tests.oracle.cases import (
+    CASES,
+    FAMILY_CASES,
+    load_case,
+    load_published_sizes,
+    published_configs,
+    write_folder,
+)
+from tests.oracle.shared import YARN
+from tests.strategies import COMPOSED
 
 # Those that compile longest and differ least from others.
 IN_LONG = set(
@@ -64,12 +73,12 @@ def in_their_names(folder: Path, architecture: Architecture, params: Params) -> 
 
 def test_every_family_has_cases():
     assert FAMILY_CASES.keys() == FAMILIES.keys()
-    assert all(len(names) > 3 for names in FAMILY_CASES.values())
+    assert all(len(names) > 2 for names in FAMILY_CASES.values())
 
 
 @pytest.mark.slow(
     seconds=3,
-    but=r"^(mqa_tied|mistral_packed|qwen2_packed|qwen3_packed|qwen3_moe_gqa_published|mixtral_packed|gemma2_packed|gemma3_text_packed|olmo2_packed|phi3_packed|gpt2_packed|gpt_oss_gqa|qwen3_5_packed)$",
+    but=r"^(mqa_tied|mistral_packed|qwen2_packed|qwen3_packed|qwen3_moe_gqa_published|mixtral_packed|gemma2_packed|gemma3_text_packed|olmo2_packed|phi3_packed|gpt2_packed|gpt_oss_gqa|qwen3_5_packed|cohere2_packed|nanochat_gqa)$",
 )
 @pytest.mark.parametrize("name", ONE_STEP)
 def test_logits_loss_and_gradients_equal_the_reference_implementation(tmp_path, name):
@@ -164,11 +173,17 @@ GENERATED = {name: names[0] for name, names in FAMILY_CASES.items()} | {
     "mixtral": "mixtral_window_mha",
     "qwen2": "qwen2_window",
     "qwen3": "qwen3_window",
+    "smollm3": "smollm3_packed",
 }
 
 
+# Of composed families those that have what no other has beside a cache: layers with and without
+# positions, queries that grow, parts beside each other, norms of token vectors.
+DECODED = {"smollm3", "ministral3", "cohere2", "nanochat"}
+
+
 @pytest.mark.slow(seconds=3, but=r"^(llama|gemma3_text|mixtral|qwen3_5_text)$")
-@pytest.mark.parametrize("family", FAMILY_CASES)
+@pytest.mark.parametrize("family", [f for f in FAMILY_CASES if f not in COMPOSED or f in DECODED])
 def test_decoding_with_a_cache_equals_whole_forward_passes(tmp_path, family):
     name, new = GENERATED[family], 9
     architecture, abstract, params = load_folder(write_folder(name, tmp_path))
@@ -264,6 +279,33 @@ def test_published_settings_that_files_leave_out_mean_what_transformers_means():
         ("qwen3_moe_tied", {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\]; only \[\]"),
         ("qwen2_gqa", {"use_mrope": True}, "use_mrope is True; only False"),
         ("gpt2_tied", {"n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
+        ("olmo3_gqa", {"rope_theta": 1e4}, r"rope_theta is 10000\.0; only 500000\.0"),
+        (
+            "olmo3_gqa",
+            {"rope_parameters": {"full_attention": YARN, "sliding_attention": {}}},
+            "'truncate' is false in rotary settings of kinds of layer",
+        ),
+        ("smollm3_gqa", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries; expected 2"),
+        ("seed_oss_gqa", {"attention_out_bias": True}, "attention_out_bias is True; only False"),
+        ("granite_gqa", {"logits_scaling": 0}, "logits_scaling is 0; expected a positive number"),
+        ("exaone4_gqa", {"layer_types": None}, "sliding_window_pattern is 'LG' and there are no"),
+        ("cohere2_gqa", {"use_parallel_block": False}, "use_parallel_block is False; only True"),
+        ("ministral_gqa", {"head_dim": None}, "has no 'head_dim'"),
+        (
+            "ministral3_gqa",
+            {"rope_parameters": {"rope_type": "default"}},
+            "llama_4_scaling_beta None and original_max_position_embeddings None; expected",
+        ),
+        (
+            "hunyuan_v1_dense_gqa",
+            {"rope_parameters": {"rope_type": "dynamic", "alpha": 9.0, "other": 1}},
+            "'dynamic' has .* for heads of 12; expected a positive alpha and at most alpha,",
+        ),
+        (
+            "nanochat_gqa",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope scaling of nanochat is not supported",
+        ),
     ],
 )
 def test_what_would_change_the_maths_is_refused(case, changes, message):
@@ -287,16 +329,16 @@ def test_fields_of_published_files_that_change_nothing_are_accepted(case, change
     assert architecture_from_hf(CASES[case] | changes) == architecture_from_hf(CASES[case])
 
 
-def published_config(shared: Path, name: str) -> dict:
-    config = json.loads((shared / "configs" / name / "config.json").read_text())
-    return config.get("text_config", config)
+# Families of which there is no config here from a source that can be named.
+NOT_COUNTED = set("cohere2 exaone4 granite hunyuan_v1_dense ministral nanochat olmo3".split())
 
 
 def test_published_models_build_their_state_with_their_size_and_allocate_nothing(shared):
     placement = make_placement(RunConfig(strategy="fsdp"))
     sizes = load_published_sizes()
-    configs = {name: published_config(shared, name) for name in sizes}
-    assert {config["model_type"] for config in configs.values()} == FAMILIES.keys()
+    configs = {n: c for n, c in published_configs(shared / "configs").items() if n in sizes}
+    counted = {config["model_type"] for config in configs.values()}
+    assert counted | NOT_COUNTED == FAMILIES.keys() and not counted & NOT_COUNTED
     gc.collect()  # arrays of other tests would go meanwhile
     before = len(jax.live_arrays())
     found = {}
@@ -315,10 +357,9 @@ def test_published_models_build_their_state_with_their_size_and_allocate_nothing
 
 def test_other_families_are_refused_with_the_list_of_supported_ones(shared):
     refused = set()
-    for folder in sorted((shared / "configs").iterdir()):
-        if folder.name in load_published_sizes():
+    for name, config in published_configs(shared / "configs").items():
+        if name in load_published_sizes():
             continue
-        config = published_config(shared, folder.name)
         with pytest.raises(ModelError) as error:
             architecture_from_hf(config)
         (problem,) = error.value.problems

@@ -8,12 +8,19 @@ from jaxft.models.families import FAMILIES
 from tests.adapters import adapted, bare_model, logits_of, merged, shapes_of
 from tests.oracle.adapter_cases import MAKINGS, load_made
 from tests.oracle.cases import CASES
+from tests.strategies import COMPOSED
 
 
 def marked(short: tuple[str, ...]) -> list:
     """Returns the names of all adapters; those that do not begin so take long."""
     long = pytest.mark.slow(seconds=4)
     return [pytest.param(name, marks=[] if name.startswith(short) else [long]) for name in MAKINGS]
+
+
+# Whose sites are made of the same parts as others' sites are.
+BESIDE = [
+    param for param in marked(("llama_dora", "llama_head")) if param.values[0] not in COMPOSED
+]
 
 
 def test_peft_made_an_adapter_of_every_family():
@@ -31,7 +38,7 @@ def test_an_adapter_made_by_peft_gives_its_logits_when_it_is_merged(name, tmp_pa
 
 
 @pytest.mark.slow(seconds=2)
-@pytest.mark.parametrize("name", marked(("llama_dora", "llama_head")))
+@pytest.mark.parametrize("name", BESIDE)
 def test_an_adapter_made_by_peft_gives_its_logits_beside_the_model(name, tmp_path):
     made = load_made(name)
     tiny = bare_model(made.case)

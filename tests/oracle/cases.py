@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tests.oracle.configs import CONFIGS as CASES
+from tests.oracle.published import PUBLISHED
 from tests.oracle.weights import weight
 
 FOLDER = Path(__file__).parent
@@ -105,8 +106,19 @@ def load_case(name: str) -> Case:
 
 
 def load_published_sizes() -> dict[str, int]:
-    """Returns `{folder of ../shared/configs: parameters}`, shared ones once."""
+    """Returns `{name of a published model, ORG--NAME: parameters}`, shared ones once."""
     return json.loads(PUBLISHED_SIZES.read_text())
+
+
+def published_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns `{ORG--NAME: content of config.json}` of a folder, and of those it does not hold.
+
+    Of a model that takes other senses too it is what the file says of its language model.
+    """
+    configs = {
+        f.parent.name: json.loads(f.read_text()) for f in sorted(folder.glob("*/config.json"))
+    }
+    return {name: c.get("text_config", c) for name, c in configs.items()} | PUBLISHED
 
 
 def load_preferences() -> dict[str, dict[str, np.ndarray]]:

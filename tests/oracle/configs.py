@@ -2,35 +2,8 @@
 
 from typing import Any
 
-Config = dict[str, Any]
-
-
-def _without(config: Config, *names: str) -> Config:
-    return {name: value for name, value in config.items() if name not in names}
-
-
-# What nearly every family's file holds. `pad_token_id` is null throughout: PyTorch would zero the
-# gradient of that row of the embedding.
-_SHARED = {
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "dtype": "float32",
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 32,
-    "initializer_range": 0.02,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": None,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "vocab_size": 64,
-}
+from tests.oracle.composed import COMPOSED
+from tests.oracle.shared import LLAMA3, SHARED, YARN, Config, without
 
 
 def _llama(**changes: Any) -> Config:
@@ -61,17 +34,8 @@ def _llama(**changes: Any) -> Config:
     } | changes
 
 
-# A rotation of wavelength w is kept below original / high, divided by `factor` above original / low
-# and blended between. These sizes put frequencies of the 8 pairs into each of the three.
-_LLAMA3 = {
-    "factor": 8.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 64,
-    "rope_type": "llama3",
-}
 # Files written by transformers 4 keep theta outside and call the rest `rope_scaling`.
-_LLAMA3_PUBLISHED = {"rope_theta": 10000.0, "rope_scaling": _LLAMA3}
+_LLAMA3_PUBLISHED = {"rope_theta": 10000.0, "rope_scaling": LLAMA3}
 _LLAMA_GQA = _llama()
 
 _LLAMA_CASES = {
@@ -82,9 +46,9 @@ _LLAMA_CASES = {
         head_dim=16,
         num_attention_heads=2,
         num_key_value_heads=1,
-        rope_parameters={"rope_theta": 10000.0} | _LLAMA3,
+        rope_parameters={"rope_theta": 10000.0} | LLAMA3,
     ),
-    "llama3_rope_tied_published": _without(
+    "llama3_rope_tied_published": without(
         _llama(head_dim=16, num_attention_heads=2, tie_word_embeddings=True, **_LLAMA3_PUBLISHED),
         "rope_parameters",
     ),
@@ -117,16 +81,16 @@ def _mistral(**changes: Any) -> Config:
         "model_type": "mistral",
         "sliding_window": 7,
     }
-    return _SHARED | family | changes
+    return SHARED | family | changes
 
 
 _MISTRAL_CASES = {
     "mistral_window": _mistral(),
-    "mistral_nemo": _without(
+    "mistral_nemo": without(
         _mistral(head_dim=12, num_key_value_heads=1, sliding_window=None, rope_theta=1000000.0),
         "rope_parameters",
     ),
-    "mistral_mha_tied": _without(
+    "mistral_mha_tied": without(
         _mistral(num_key_value_heads=4, sliding_window=2, tie_word_embeddings=True), "head_dim"
     ),
     "mistral_packed": _mistral(sliding_window=4),
@@ -142,11 +106,11 @@ def _qwen2(**changes: Any) -> Config:
         "sliding_window": 6,
         "use_sliding_window": False,
     }
-    return _SHARED | family | changes
+    return SHARED | family | changes
 
 
 _QWEN2_CASES = {
-    "qwen2_gqa": _without(_qwen2(rope_theta=1000000.0), "rope_parameters"),
+    "qwen2_gqa": without(_qwen2(rope_theta=1000000.0), "rope_parameters"),
     "qwen2_mha_tied": _qwen2(num_key_value_heads=4, tie_word_embeddings=True),
     "qwen2_window": _qwen2(num_hidden_layers=3, max_window_layers=1, use_sliding_window=True),
     "qwen2_layer_types": _qwen2(
@@ -169,11 +133,11 @@ def _qwen3(**changes: Any) -> Config:
         "sliding_window": None,
         "use_sliding_window": False,
     }
-    return _SHARED | family | changes
+    return SHARED | family | changes
 
 
 _QWEN3_CASES = {
-    "qwen3_gqa_tied": _without(
+    "qwen3_gqa_tied": without(
         _qwen3(rope_scaling=None, rope_theta=1000000, tie_word_embeddings=True), "rope_parameters"
     ),
     "qwen3_mha": _qwen3(num_key_value_heads=4),
@@ -201,12 +165,12 @@ def _gemma2(**changes: Any) -> Config:
         "tie_word_embeddings": True,
         "use_bidirectional_attention": None,
     }
-    return _without(_SHARED | family, "hidden_act") | changes
+    return without(SHARED | family, "hidden_act") | changes
 
 
 _GEMMA2_CASES = {
     "gemma2_gqa": _gemma2(),
-    "gemma2_published": _without(
+    "gemma2_published": without(
         _gemma2(
             attn_logit_softcapping=50.0,
             cache_implementation="hybrid",
@@ -253,7 +217,7 @@ def _gemma3(**changes: Any) -> Config:
         "tie_word_embeddings": True,
         "use_bidirectional_attention": False,
     }
-    return _without(_SHARED | family, "hidden_act") | changes
+    return without(SHARED | family, "hidden_act") | changes
 
 
 # What files written by transformers 4 lack.
@@ -262,7 +226,7 @@ _GEMMA3_NEW = ("layer_types", "rope_parameters", "use_bidirectional_attention")
 _GEMMA3_CASES = {
     # transformers 5 writes this field, which repeats what layer_types say.
     "gemma3_text_gqa": _gemma3(_sliding_window_pattern=6),
-    "gemma3_text_published": _without(
+    "gemma3_text_published": without(
         _gemma3(
             cache_implementation="hybrid",
             num_key_value_heads=1,
@@ -273,7 +237,7 @@ _GEMMA3_CASES = {
         ),
         *_GEMMA3_NEW,
     ),
-    "gemma3_text_linear_published": _without(
+    "gemma3_text_linear_published": without(
         _gemma3(
             num_key_value_heads=4,
             rope_local_base_freq=100.0,
@@ -302,12 +266,12 @@ def _olmo2(**changes: Any) -> Config:
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
     }
-    return _SHARED | family | changes
+    return SHARED | family | changes
 
 
 _OLMO2_CASES = {
     "olmo2_gqa": _olmo2(),
-    "olmo2_mha_published": _without(
+    "olmo2_mha_published": without(
         _olmo2(num_key_value_heads=4, rope_scaling=None, rope_theta=500000), "rope_parameters"
     ),
     "olmo2_tied": _olmo2(num_key_value_heads=1, tie_word_embeddings=True),
@@ -329,7 +293,7 @@ def _phi3(**changes: Any) -> Config:
         },
         "sliding_window": None,
     }
-    return _SHARED | family | changes
+    return SHARED | family | changes
 
 
 def _longrope(original: int, **changes: Any) -> Config:
@@ -354,7 +318,7 @@ def _longrope(original: int, **changes: Any) -> Config:
         tie_word_embeddings=True,
         **changes,
     )
-    return _without(config, "rope_parameters")
+    return without(config, "rope_parameters")
 
 
 _PHI3_CASES = {
@@ -412,7 +376,7 @@ def _gpt2(**changes: Any) -> Config:
 
 _GPT2_CASES = {
     "gpt2_tied": _gpt2(),
-    "gpt2_inner": _without(
+    "gpt2_inner": without(
         _gpt2(n_ctx=48, n_head=2, n_inner=40, n_layer=3, layer_norm_epsilon=0.1),
         "tie_word_embeddings",
     ),
@@ -433,11 +397,11 @@ def _mixtral(**changes: Any) -> Config:
         "router_jitter_noise": 0.0,
         "sliding_window": None,
     }
-    return _SHARED | family | changes
+    return SHARED | family | changes
 
 
 _MIXTRAL_CASES = {
-    "mixtral_gqa_published": _without(
+    "mixtral_gqa_published": without(
         _mixtral(rope_theta=1000000.0), "rope_parameters", "router_jitter_noise"
     ),
     "mixtral_window_mha": _mixtral(num_key_value_heads=4, sliding_window=7),
@@ -465,31 +429,19 @@ def _qwen3_moe(**changes: Any) -> Config:
         "sliding_window": None,
         "use_sliding_window": False,
     }
-    return _SHARED | family | changes
+    return SHARED | family | changes
 
 
 _QWEN3_MOE_CASES = {
-    "qwen3_moe_gqa_published": _without(
+    "qwen3_moe_gqa_published": without(
         _qwen3_moe(rope_scaling=None, rope_theta=1000000.0), "rope_parameters"
     ),
     # Files written by transformers 5 call the experts `num_local_experts`.
-    "qwen3_moe_unnormalised_mha": _without(
+    "qwen3_moe_unnormalised_mha": without(
         _qwen3_moe(norm_topk_prob=False, num_key_value_heads=4, num_local_experts=4), "num_experts"
     ),
     "qwen3_moe_tied": _qwen3_moe(num_key_value_heads=1, tie_word_embeddings=True),
     "qwen3_moe_packed": _qwen3_moe(num_experts=5, num_experts_per_tok=3),
-}
-
-
-# Of the 8 pairs these sizes keep the fastest two rotations, divide the slowest by `factor` and
-# blend two or three between, where rounding the bounds (`truncate`) shows.
-_YARN = {
-    "beta_fast": 4.0,
-    "beta_slow": 1.0,
-    "factor": 32.0,
-    "original_max_position_embeddings": 128,
-    "rope_type": "yarn",
-    "truncate": False,
 }
 
 
@@ -507,28 +459,28 @@ def _gpt_oss(**changes: Any) -> Config:
         "num_key_value_heads": 1,
         "num_local_experts": 4,
         "output_router_logits": False,
-        "rope_parameters": {"rope_theta": 1000.0} | _YARN,
+        "rope_parameters": {"rope_theta": 1000.0} | YARN,
         "router_aux_loss_coef": 0.9,
         "sliding_window": 6,
         "swiglu_limit": 0.8,
     }
-    return _SHARED | family | changes
+    return SHARED | family | changes
 
 
 _GPT_OSS_CASES = {
     "gpt_oss_gqa": _gpt_oss(),
-    "gpt_oss_published": _without(
+    "gpt_oss_published": without(
         _gpt_oss(
             experts_per_token=2,
             initial_context_length=128,
-            rope_scaling=_YARN,
+            rope_scaling=YARN,
             rope_theta=1000,
             swiglu_limit=7.0,
         ),
         "rope_parameters",
     ),
     "gpt_oss_truncate_mha": _gpt_oss(
-        num_key_value_heads=2, rope_parameters={"rope_theta": 1000.0} | _YARN | {"truncate": True}
+        num_key_value_heads=2, rope_parameters={"rope_theta": 1000.0} | YARN | {"truncate": True}
     ),
     "gpt_oss_default_rope": _gpt_oss(
         layer_types=["sliding_attention", "full_attention", "full_attention"],
@@ -565,13 +517,13 @@ def _qwen3_5(**changes: Any) -> Config:
             "rope_type": "default",
         },
     }
-    return _SHARED | family | changes
+    return SHARED | family | changes
 
 
 _QWEN3_5_CASES = {
     "qwen3_5_gqa": _qwen3_5(),
     # As the text part of published files, where every fourth layer has attention.
-    "qwen3_5_published": _without(
+    "qwen3_5_published": without(
         _qwen3_5(
             attn_output_gate=True,
             full_attention_interval=4,
@@ -620,4 +572,5 @@ CONFIGS: dict[str, Config] = {
     **_QWEN3_MOE_CASES,
     **_GPT_OSS_CASES,
     **_QWEN3_5_CASES,
+    **COMPOSED,
 }

@@ -54,6 +54,17 @@ def _as_files(model: Any) -> dict[str, np.ndarray]:
         return dict(sorted(load_file(Path(folder) / "model.safetensors").items()))
 
 
+def _numbers(model: Any) -> dict[str, torch.Tensor]:
+    """Returns what files hold and no model learns."""
+    stored = model.state_dict().keys()
+    return {name: value for name, value in model.named_buffers() if name in stored}
+
+
+def unlearnt(model: Any) -> set[str]:
+    """Returns the names of what files hold and no model learns."""
+    return set(_numbers(model))
+
+
 def gradients(model: Any) -> dict[str, np.ndarray]:
     """Returns the gradients as files would hold them, in place of the model's weights."""
     total = 0.0
@@ -62,6 +73,8 @@ def gradients(model: Any) -> dict[str, np.ndarray]:
             raise SystemExit(f"{name} has no gradient")
         total += float(value.grad.double().square().sum())
         value.data = value.grad
+    for value in _numbers(model).values():
+        value.zero_()
     found = _as_files(model)
     named = sum(float(np.square(value, dtype=np.float64).sum()) for value in found.values())
     if abs(named / total - 1) > 1e-6:
@@ -111,13 +124,13 @@ def balance_loss(routers: list[torch.Tensor], chosen: int) -> np.ndarray:
 
 
 def count_parameters(config: dict[str, Any]) -> int:
-    """Returns the number of parameters of a config.json, shared ones once, without memory."""
+    """Returns how many numbers files of a config.json hold, shared ones once, without memory."""
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(plain))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return sum(value.numel() for value in model.parameters())
+    return sum(value.numel() for value in (*model.parameters(), *_numbers(model).values()))
 
 
 def dequantise_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -10,17 +10,23 @@ _INPUTS_FIRST = re.compile(r"\.c_(attn|proj|fc)\.weight$|\.experts\.(gate_up|dow
 # Families that add the scales of norms to 1.
 _ADDED_TO_1 = ("gemma", "qwen3_5")
 
+# Other than those that transformers starts from, so that it shows whose are used.
+_NUMBERS = {"beta": 0.6, "eps": -0.01}
+
 
 def weight(name: str, shape: tuple[int, ...], family: str) -> np.ndarray:
     """Returns the float32 tensor that a Hugging Face name stands for in every tiny model.
 
-    Biases are a tenth of what they are added to, attention sinks of the size of scores; other
-    vectors are scales of norms, near 1 after some families' have been added to 1; matrices are
-    scaled by 1 / sqrt(inputs). States fade slowly: rates are exp(A_log).
+    Numbers that no model learns are those of xIELU. Biases are a tenth of what they are added to,
+    attention sinks of the size of scores; other vectors are scales of norms, near 1 after some
+    families' have been added to 1; matrices are scaled by 1 / sqrt(inputs). States fade slowly:
+    rates are exp(A_log).
     """
     # RandomState's stream is frozen, Generator's is not: the stored numbers outlive NumPy releases.
     random = np.random.RandomState(zlib.crc32(name.encode()))
     values = random.standard_normal(shape)
+    if not shape:
+        return np.asarray(_NUMBERS[name.rpartition(".")[2]], np.float32)
     if name.endswith("bias"):
         values = 0.1 * values
     elif name.endswith("sinks"):

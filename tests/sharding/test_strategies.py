@@ -15,7 +15,7 @@ from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig
 from jaxft.sharding.rules import Strategy, load_strategy
 from tests.oracle.cases import FAMILY_CASES
-from tests.strategies import BUILT_IN, FOR_EXPERTS, MESHES
+from tests.strategies import BUILT_IN, MESHES, runs
 from tests.tiny import Tiny, feed, load_tiny, make_program, random_rows, relative_error, start
 
 STEPS, LENGTH, ROWS = 5, 24, 16
@@ -31,7 +31,7 @@ MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 
 
 def families_of(strategy: str) -> list[str]:
-    return [f for f in CASES if strategy not in FOR_EXPERTS or f in MIXTURES]
+    return [f for f in CASES if runs(strategy, f, mixture=f in MIXTURES)]
 
 
 def turn_of(strategy: str) -> str:

@@ -144,7 +144,7 @@ class _Head:
         self.plan = plan_weight(("vocab", "embed"), model.head_table.shape, shape)
         with model.precision():
             precision = jax.config.jax_default_matmul_precision
-        self.local = _Local(self.plan, chunk, model.config.logit_cap, precision)
+        self.local = _Local(self.plan, chunk, model.config, precision)
         self.of_tokens = self.plan.of_tokens()
         self.of_hidden = self.plan.of_tokens(self.plan.held[1])
         self.inputs = (self.of_hidden, self.plan.of_weight, self.of_tokens, self.of_tokens)
@@ -173,8 +173,9 @@ class _Head:
 class _Local:
     """The computation of each device for its own positions and its own part of the vocabulary."""
 
-    def __init__(self, plan: WeightPlan, chunk: int, cap: float, precision: Any):
-        self.plan, self.chunk, self.cap, self.precision = plan, chunk, cap, precision
+    def __init__(self, plan: WeightPlan, chunk: int, config: DecoderConfig, precision: Any):
+        self.plan, self.chunk, self.precision = plan, chunk, precision
+        self.cap, self.scale = config.logit_cap, config.logit_scale
         self.vocab_over, self.embed_over = plan.held
 
     def forward(
@@ -243,6 +244,8 @@ class _Local:
         """Returns float32 logits of this device's part of the vocabulary, and its ids."""
         logits = jnp.einsum("td,vd->tv", hidden, w, preferred_element_type=jnp.float32)
         logits = _over(jax.lax.psum, logits, self.embed_over)
+        if self.scale != 1:
+            logits = logits * self.scale
         if self.cap:
             logits = self.cap * jnp.tanh(logits / self.cap)
         first = w.shape[0] * jax.lax.axis_index(self.vocab_over) if self.vocab_over else 0
@@ -260,9 +263,11 @@ class _Local:
         return at_target - log_z, (first == targets).astype(jnp.float32), log_z
 
     def _pulled(self, logits: Array, ids: Array, targets: Array, log_z: Array) -> Array:
-        """Returns the gradient of a target's nats by what logits are before they are capped."""
+        """Returns the gradient of a target's nats by the product of which logits are made."""
         d = jnp.exp(logits - log_z[:, None]) - (ids == targets[:, None])
-        return d * (1.0 - jnp.square(logits / self.cap)) if self.cap else d
+        if self.cap:
+            d = d * (1.0 - jnp.square(logits / self.cap))
+        return d if self.scale == 1 else d * self.scale
 
     def _no_gradients(
         self, trained: "TrainedFirst", hidden: Array, w: Array, learns: bool

@@ -1,0 +1,40 @@
+"""EXAONE 4: norms after each part and over heads; layers without a window know no positions."""
+
+from typing import Any
+
+from flax import nnx
+
+from jaxft.models.config import DecoderConfig, LayerKind, Numerics
+from jaxft.models.fields import Fields
+from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention
+from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, HEAD_NORMS, POST_NORMS
+
+
+class Block(ResidualBlock):
+    """One layer."""
+
+    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+        attn = SelfAttention(config, numerics, rngs, qk_norm="head")
+        mlp = GatedMLP(config, numerics, rngs)
+        super().__init__(config, numerics, attn=attn, mlp=mlp, pre=False, post=True)
+
+
+def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
+    """Reads config.json; raises ModelError with all that is missing or not understood."""
+    fields = Fields(config)
+    fields.require(hidden_act="silu")
+    pattern, types = fields.get("sliding_window_pattern", 4), fields.get("layer_types")
+    period = pattern if type(pattern) is int and pattern > 0 else 1
+    if types is None and "sliding_window" in fields and period != pattern:
+        fields.problem(
+            f"config.json: sliding_window_pattern is {pattern!r} and there are no layer_types; "
+            "expected one of them to say which layers have the window, the first by a period."
+        )
+    windows = fields.windows(lambda layer: (layer + 1) % period != 0)
+    rope = fields.rope(fields.head_dim())
+    everywhere = None if "sliding_window" in fields else rope
+    return fields.decoder([LayerKind(w, rope if w else everywhere) for w in windows])
+
+
+HF_RULES = (*BODY, *POST_NORMS, *ATTENTION, *HEAD_NORMS, *GATED_MLP)
+HF_IGNORED = ()
