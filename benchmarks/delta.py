@@ -4,7 +4,8 @@
     .venv/bin/python -m benchmarks.delta --chunk 64 --dtype bfloat16 --slice v5e:1x1
 
 Random queries, keys and values; heads of 128 as in Qwen3.5, whose models have 16 of keys and 32 to
-64 of values. With --torch-python, jaxft and the chunked form of transformers in PyTorch take turns.
+64 of values. With --torch-python, jaxft and the chunked form of transformers in PyTorch take turns;
+`core_seconds` are those that cores worked, which other work on a machine lengthens less.
 With --slice the program is compiled for one chip of it, which need not be here, and played through
 (docs/planning.md): `step_seconds` are those of its products and of what it moves to and from the
 chip's memory, `cycles_seconds` the sum of the compiler's estimates of all instructions, in which
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32, help="heads of values")
     parser.add_argument("--size", type=int, default=128, help="of each head")
     parser.add_argument("--chunk", type=int, default=64, help="tokens of a chunk")
+    parser.add_argument("--span", type=int, default=0, help="chunks that are made ready at once")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=5, help="timed passes, after another")
     parser.add_argument("--slice", default="", help="compile for a chip of it, such as v5e:1x1")
@@ -50,7 +52,7 @@ def main() -> None:
 
 def described(options: argparse.Namespace) -> dict[str, Any]:
     """Returns what a record says of the work."""
-    names = ("rows", "length", "packed", "keys", "heads", "size", "chunk", "dtype")
+    names = ("rows", "length", "packed", "keys", "heads", "size", "chunk", "span", "dtype")
     return {"measurement": "delta"} | {name: getattr(options, name) for name in names}
 
 
@@ -58,7 +60,7 @@ def forward(options: argparse.Namespace) -> Callable[..., Any]:
     """Returns the rule, of q, k, v, log_decay, beta and segments."""
     from jaxft.models.delta import gated_delta_rule
 
-    return lambda *arrays: gated_delta_rule(*arrays, chunk=options.chunk)[0]
+    return lambda *arrays: gated_delta_rule(*arrays, chunk=options.chunk, span=options.span)[0]
 
 
 def passes(options: argparse.Namespace) -> Callable[..., Any]:
@@ -104,22 +106,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     segments = [np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]
     arrays[5] = jnp.asarray(np.stack(segments), jnp.int32)
 
-    def seconds(step: Any) -> float:
+    def seconds(step: Any) -> tuple[float, float]:
         jax.block_until_ready(step())
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         for _ in range(options.steps):
             jax.block_until_ready(step())
-        return (time.monotonic() - started) / options.steps
+        passed = time.monotonic() - started, time.process_time() - worked
+        return passed[0] / options.steps, passed[1] / options.steps
 
     alone = jax.jit(forward(options)).lower(*arrays[:-1]).compile()
     whole = jax.jit(passes(options)).lower(*arrays).compile()
-    once, both = seconds(lambda: alone(*arrays[:-1])), seconds(lambda: whole(*arrays))
+    once, forward_cores = seconds(lambda: alone(*arrays[:-1]))
+    both, cores = seconds(lambda: whole(*arrays))
     count, memory = options.rows * options.length, whole.memory_analysis()
     return {
         **described(options),
         "system": "jaxft",
         "forward_seconds": round(once, 6),
         "step_seconds": round(both, 6),
+        "forward_core_seconds": round(forward_cores, 6),
+        "core_seconds": round(cores, 6),
         "forward_tokens_per_second": round(count / once, 1),
         "tokens_per_second": round(count / both, 1),
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,

@@ -45,18 +45,21 @@ def main() -> None:
         leaves = [x.detach().requires_grad_() for x in arrays]
         forward(leaves).backward(pulled)
 
-    def seconds(step) -> float:
+    def seconds(step) -> tuple[float, float]:
         step()
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         for _ in range(work["steps"]):
             step()
-        return (time.monotonic() - started) / work["steps"]
+        passed = time.monotonic() - started, time.process_time() - worked
+        return passed[0] / work["steps"], passed[1] / work["steps"]
 
-    once, both = seconds(plain), seconds(passes)
+    (once, forward_cores), (both, cores) = seconds(plain), seconds(passes)
     count = work["rows"] * work["length"]
     record = {
         "forward_seconds": round(once, 6),
         "step_seconds": round(both, 6),
+        "forward_core_seconds": round(forward_cores, 6),
+        "core_seconds": round(cores, 6),
         "forward_tokens_per_second": round(count / once, 1),
         "tokens_per_second": round(count / both, 1),
         "threads": torch.get_num_threads(),

@@ -22,9 +22,6 @@ from jaxft.models.module import Param
 from jaxft.models.row_split import head_shares, parts_of_rows, whole_rows
 from jaxft.sharding.rules import active_placement, constrain
 
-# Tokens whose corrections are solved for at once.
-CHUNK = 64
-
 _KEYS = ("act_kv_heads", "act_head_dim")
 _VALUES = ("act_heads", "act_head_dim")
 
@@ -104,7 +101,7 @@ class GatedDeltaNet(nnx.Module):
             short_convolution(x, kernel, segments)
             for x, kernel in zip((q, k, v), taps, strict=True)
         )
-        out, _ = gated_delta_rule(q, k, v, log_decay, beta, segments, chunk=CHUNK)
+        out, _ = gated_delta_rule(q, k, v, log_decay, beta, segments)
         return parts_of_rows(out, *_VALUES)
 
     def _going_on(
@@ -130,7 +127,7 @@ class GatedDeltaNet(nnx.Module):
             out = out[:, None]
         else:
             out, state = gated_delta_rule(
-                q, k, v, log_decay, beta, inputs.segments, chunk=CHUNK, state=old.state
+                q, k, v, log_decay, beta, inputs.segments, state=old.state
             )
         width = self.v_taps.shape[-1]
         kept = tuple(

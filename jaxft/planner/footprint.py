@@ -237,11 +237,12 @@ class Footprint:
         """Returns what the delta rule does with a token on a device, the mean over layers."""
         d = self.model.delta
         if d is None:
-            return Recurrence(0.0, 0.0, 0.0)
+            return Recurrence(0.0, 0.0, 0.0, 0.0)
         values = d.value_heads / self._split("act_heads", d.value_heads)
         keys = d.key_heads / self._split("act_kv_heads", d.key_heads)
         share = 1 - self.attending
-        found = delta_rule(d, self.length, self.itemsize, values=values, keys=keys)
+        platform = "tpu" if self.is_tpu else "gpu"
+        found = delta_rule(d, self.length, self.itemsize, platform, values=values, keys=keys)
         return Recurrence(*(share * number for number in found))
 
     def _routed(self) -> float:
@@ -265,7 +266,7 @@ class Footprint:
             # Norms and activations stay as well, and what experts read.
             here += self.room * (self.hidden + self._routed() / 2) + 4 * widths[names.INPUTS]
             here += 0.0 if self.placed.flash else self._scores() / self.itemsize
-            here += self._recurrent().in_hand / 2 / self.itemsize
+            here += self._recurrent().kept / self.itemsize
         return of_token * here, of_token * there
 
     def _scores(self) -> float:

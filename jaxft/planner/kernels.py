@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxft.compiled.hlo import Computation, Instruction, arrays
 from jaxft.hardware.chips import Chip
 from jaxft.models.config import DecoderConfig, DeltaConfig
-from jaxft.models.delta_net import CHUNK
+from jaxft.models.delta import chunking
 
 # What share of a matrix unit's rate flash attention reaches if a head is as wide as the unit,
 # counting pairs of query and key that see each other. From a profile of Qwen3-8B on v6e-8: 1,177 ms
@@ -42,17 +42,19 @@ class Recurrence(NamedTuple):
 
     Attributes:
       forward: Multiplications of products, forward.
-      backward: Multiplications of products that make gradients.
+      backward: Multiplications of products of the backward pass.
+      kept: Bytes that wait for the backward pass: what is given, and states.
       in_hand: Bytes that the backward pass of a layer has in hand.
     """
 
     forward: float
     backward: float
+    kept: float
     in_hand: float
 
 
 def delta_rule(
-    sizes: DeltaConfig, length: int, itemsize: int, *, values: float, keys: float
+    sizes: DeltaConfig, length: int, itemsize: int, platform: str, *, values: float, keys: float
 ) -> Recurrence:
     """Returns the work on one token of a row.
 
@@ -60,19 +62,28 @@ def delta_rule(
       sizes: Of heads.
       length: Positions of the row.
       itemsize: Bytes of a number of values.
+      platform: Kind of device.
       values: Heads of values on a device.
       keys: Heads of keys there.
     """
-    chunk = min(CHUNK, 1 << (length - 1).bit_length())
+    suited = chunking(platform)
+    chunk = min(suited.chunk, 1 << (length - 1).bit_length())
+    span = math.gcd(suited.span, -(-length // chunk))
     state = sizes.key_dim * sizes.value_dim
     # Of keys with keys and with queries; of factors with values, keys, the state and corrections.
     alike = 2 * chunk * sizes.key_dim
     factors = chunk * (sizes.key_dim + 2 * sizes.value_dim) + 3 * state
+    # The backward pass makes corrections again, and the states within a span, but no outputs.
+    corrected = chunk * (sizes.key_dim + sizes.value_dim + 1) + state * (1 + (span > 1))
     of_token = itemsize * (3 * sizes.key_dim + sizes.value_dim + chunk) + 4 * 3 * chunk
+    given = itemsize * (2 * keys * sizes.key_dim + values * sizes.value_dim)
+    kept = given + 4 * values * state / (chunk * span)
+    at_once = 2 * values * (of_token + (4 * state / chunk if span > 1 else 0))
     return Recurrence(
         forward=keys * alike + values * (factors + chunk),
-        backward=2 * (keys * alike + values * factors) + values * (2 * chunk**2 + chunk),
-        in_hand=2 * values * (of_token + 4 * state / chunk),
+        backward=3 * keys * alike + values * (2 * factors + corrected + 2 * chunk**2 + chunk),
+        kept=kept,
+        in_hand=kept + given + at_once * min(1.0, chunk * span / length),
     )
 
 

@@ -103,10 +103,12 @@ def with_gradients(rule):
     return passes
 
 
-@with_gradients
-def in_chunks(*arguments):
+def chunked(*arguments, span):
     *arrays, state, segments = arguments
-    return gated_delta_rule(*arrays, segments, chunk=CHUNK, state=state)
+    return gated_delta_rule(*arrays, segments, chunk=CHUNK, span=span, state=state)
+
+
+in_chunks, in_one_span = (with_gradients(functools.partial(chunked, span=span)) for span in (1, 3))
 
 
 def expected(arrays, segments, pulled):
@@ -129,10 +131,10 @@ def assert_close(found, wanted, tolerance: float):
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("keys", "heads"), [(2, 4), (2, 2)])
-def test_chunks_give_what_tokens_give_one_by_one_and_so_do_gradients(keys, heads):
+@pytest.mark.parametrize(("keys", "heads", "rule"), [(2, 4, in_chunks), (2, 2, in_one_span)])
+def test_chunks_give_what_tokens_give_one_by_one_and_so_do_gradients(keys, heads, rule):
     arguments = inputs(keys, heads), SEGMENTS, pulled_of(heads)
-    found, wanted = in_chunks(*arguments), expected(*arguments)
+    found, wanted = rule(*arguments), expected(*arguments)
     assert_close(found[0], wanted[0], 1e-5)
     assert_close(found[1], wanted[1], 2e-5)
 
@@ -236,7 +238,7 @@ def test_text_read_in_pieces_and_token_by_token_is_text_read_at_once():
 def test_rows_shorter_than_a_chunk():
     arrays = tuple(x[:, :5] for x in inputs(2, 4)[:5])
     segments = np.tile(np.array([1, 1, 2, 2, 2], np.int32), (ROWS, 1))
-    rule = jax.jit(functools.partial(gated_delta_rule, chunk=64))
+    rule = jax.jit(gated_delta_rule)
     out, state = rule(*arrays, segments)
     zeros = np.zeros_like(inputs(2, 4)[5])
     assert_close((out, state), token_by_token(*arrays, zeros, segments), 1e-5)
