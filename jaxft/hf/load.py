@@ -154,7 +154,7 @@ def _find(
     """Returns where each parameter is stored, or raises ModelError with all that does not fit."""
     tensors = list(expand(naming.rules, shapes))
     stored, problems = stored_tensors(folder)
-    stored = named_as(stored, [*(tensor.name for tensor in tensors), *naming.copies], naming.prefix)
+    stored = named_as(stored, [*(tensor.name for tensor in tensors), *naming.copies], naming)
     if stored or not problems:
         problems += mismatches(stored, tensors, naming)
     if not problems:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -163,22 +163,56 @@ class Naming:
       ignored: Regular expressions searched in names: tensors that files may carry, unused.
       copies: `{name: other name}` of tensors that files may carry if they equal the other one, such
         as the head of a model with tied embeddings.
-      prefix: Start of names that files may leave out, such as `transformer.`.
+      spellings: Starts of names, and what files may have in their place, such as `transformer.` and
+        nothing.
       renamed: Names and layouts of weights in the models that transformers builds, where these
         differ from the files, such as experts that lie in one tensor.
       tables: Parameters whose rows are looked up.
+      others: Starts of names of tensors beside the model's, such as those of a tower for images,
+        which are written as they were read.
     """
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
-    prefix: str = ""
+    spellings: tuple[tuple[str, str], ...] = ()
     renamed: tuple[Rule, ...] = ()
     tables: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     def is_known(self, name: str) -> bool:
         """Whether a tensor that no rule names may be in a file."""
-        return name in self.copies or any(re.search(pattern, name) for pattern in self.ignored)
+        ignored = any(re.search(pattern, name) for pattern in self.ignored)
+        return name in self.copies or ignored or self.is_other(name)
+
+    def is_other(self, name: str) -> bool:
+        """Whether a tensor belongs to a part beside the model."""
+        return name.startswith(self.others)
+
+    def as_ours(self, name: str, known: Collection[str]) -> str:
+        """Returns the one of the known names that a file may spell so; else the name itself."""
+        if name in known:
+            return name
+        spelt = (
+            ours + name.removeprefix(theirs)
+            for ours, theirs in self.spellings
+            if name.startswith(theirs)
+        )
+        return next((ours for ours in spelt if ours in known), name)
+
+    def as_written(self, name: str, known: Collection[str]) -> str:
+        """Returns the one of a file's names that stands for a name of ours; else the name itself.
+
+        The inverse of `as_ours`.
+        """
+        if name in known:
+            return name
+        spelt = (
+            theirs + name.removeprefix(ours)
+            for ours, theirs in self.spellings
+            if name.startswith(ours)
+        )
+        return next((theirs for theirs in spelt if theirs in known), name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,8 +151,8 @@ def save_params(
 
     Args:
       folder: Where the files go; it exists.
-      naming: The one that loading uses. Its copies are written if `dtypes` names them, and its
-        prefix is left out where `dtypes` leaves it out.
+      naming: The one that loading uses. Its copies are written if `dtypes` names them, and names
+        are spelt as `dtypes` spells them.
       params: `{dotted path: parameter}`.
       dtypes: 'float32', 'float16', 'bfloat16' or 'float64' for all, or one for each of their names,
         which then are the names that are written.
@@ -200,15 +200,14 @@ def save_params(
 def _named_as(tensors: list[Tensor], names: Iterable[str], naming: Naming) -> list[Tensor]:
     """Returns tensors under the names that a file had, with those it had twice."""
     known = set(names)
-
-    def as_written(name: str) -> str:
-        bare = name.removeprefix(naming.prefix)
-        return bare if name not in known and bare in known else name
-
     by_name = {tensor.name: tensor for tensor in tensors}
-    again = {name: other for name, other in naming.copies.items() if as_written(name) in known}
+    again = {
+        name: other
+        for name, other in naming.copies.items()
+        if naming.as_written(name, known) in known
+    }
     return [
-        dataclasses.replace(by_name[other], name=as_written(name))
+        dataclasses.replace(by_name[other], name=naming.as_written(name, known))
         for name, other in {**{name: name for name in by_name}, **again}.items()
     ]
 

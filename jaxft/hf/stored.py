@@ -61,12 +61,12 @@ def paired(entries: Mapping[str, Entry | None]) -> dict[str, Stored | None]:
 
 
 def named_as(
-    stored: Mapping[str, Stored | None], expected: Iterable[str], prefix: str
+    stored: Mapping[str, Stored | None], expected: Iterable[str], naming: Naming
 ) -> dict[str, Stored | None]:
-    """Returns tensors under the names that are expected where files leave out their prefix."""
-    known = set(expected)
+    """Returns tensors under the names that are expected where files spell them otherwise."""
+    known = set(expected) - stored.keys()
     return {
-        prefix + name if prefix + name in known - stored.keys() else name: entry
+        name if naming.is_other(name) else naming.as_ours(name, known): entry
         for name, entry in stored.items()
     }
 

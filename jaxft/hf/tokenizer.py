@@ -102,7 +102,8 @@ def _put_begin_and_end(tokenizer: Any, folder: Path) -> None:
     name = settings.get("tokenizer_class")
     if not name:
         config = read_settings(folder / "config.json")
-        name = config.get("tokenizer_class") or _CLASS_OF.get(config.get("model_type", ""), "")
+        kind = (config.get("text_config") or config).get("model_type", "")
+        name = config.get("tokenizer_class") or _CLASS_OF.get(kind, "")
     name = str(name).removesuffix("Fast")
     if name not in _ADDS_BEGIN or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return
@@ -164,7 +165,7 @@ def stop_ids(
     that each of them alone may miss one.
     """
     ids: list[Any] = [] if tokenizer is None else [tokenizer.eos_token_id]
-    for source in (generation_config, config):
+    for source in (generation_config, config, config.get("text_config") or {}):
         eos = source.get("eos_token_id")
         ids += eos if isinstance(eos, list) else [eos]
     return tuple(sorted(set(ids) - {None}))

@@ -14,6 +14,7 @@ from jaxft.models.adapters import NOTHING, Adaptation, attach
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.decoder import Decoder
 from jaxft.models.module import AbstractModel, abstract_model
+from jaxft.models.towers import TOWERS, inside, text_config
 from jaxft.models.weights import weights_of_blocks
 
 # model_type in config.json: module.
@@ -47,6 +48,8 @@ FAMILIES = {
     "smollm3": "jaxft.models.smollm3",
 }
 
+# Text models that are there only inside of multimodal ones; those of `FAMILIES` may be, too.
+_TEXTS = {"qwen3_vl_text": "jaxft.models.qwen3_vl"}
 # Parts of a config.json that describe other senses than text.
 _OTHER_SENSES = ("vision_config", "audio_config", "image_config", "speech_config")
 
@@ -128,16 +131,19 @@ def precedes_layers(path: str) -> bool:
 
 
 def architecture_from_hf(config: dict[str, Any]) -> Architecture:
-    """Reads config.json.
+    """Reads config.json; of a multimodal model, its text tower is meant.
 
     Raises:
       ModelError: If the family is not supported, or a field is not understood.
     """
-    kind = config.get("model_type", "")
-    if kind not in FAMILIES:
-        raise ModelError(_unsupported(config, str(kind)))
-    family = importlib.import_module(FAMILIES[kind])
-    decoder = family.config_from_hf(config)
+    whole = config.get("model_type", "")
+    text = text_config(config) if whole in TOWERS else config
+    modules = FAMILIES if text is config else FAMILIES | _TEXTS
+    kind = text.get("model_type", "")
+    if kind not in modules:
+        raise ModelError(_unsupported(config, str(whole)))
+    family = importlib.import_module(modules[kind])
+    decoder = family.config_from_hf(text)
     rules = {rule.ours: rule for rule in family.HF_RULES}
     copies = {}
     if decoder.tied:
@@ -148,17 +154,18 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         path: of_block.get(decoder.blocks[numbers[0]], ())
         for path, numbers in decoder.parts.items()
     }
+    naming = Naming(
+        tuple(of_stacks(rules.values(), decoder.parts, own)),
+        ignored=family.HF_IGNORED,
+        copies=copies,
+        spellings=getattr(family, "HF_SPELLINGS", ()),
+        renamed=tuple(of_stacks(getattr(family, "HF_RENAMED", ()), decoder.parts, {})),
+        tables=("embed.w", "positions.w"),
+    )
     return Architecture(
         config=decoder,
         blocks=family.BLOCKS if hasattr(family, "BLOCKS") else {"": family.Block},
-        naming=Naming(
-            tuple(of_stacks(rules.values(), decoder.parts, own)),
-            ignored=family.HF_IGNORED,
-            copies=copies,
-            prefix=getattr(family, "HF_PREFIX", ""),
-            renamed=tuple(of_stacks(getattr(family, "HF_RENAMED", ()), decoder.parts, {})),
-            tables=("embed.w", "positions.w"),
-        ),
+        naming=naming if text is config else inside(whole, naming),
     )
 
 
@@ -172,8 +179,9 @@ def _unsupported(config: dict[str, Any], kind: str) -> str:
         return (
             f"config.json: model_type {kind!r} is a multimodal model: a language model"
             f"{f' ({inner})' if inner else ''} inside one that also takes what {', '.join(others)} "
-            f"{'describes' if len(others) == 1 else 'describe'}. jaxft trains models of text "
-            f"alone; use one whose config.json has a model_type that is supported: {supported}"
+            f"{'describes' if len(others) == 1 else 'describe'}. jaxft trains the text of "
+            f"{', '.join(sorted(TOWERS))}, as far as that is of a family that is supported: "
+            f"{supported}"
         )
     if config.get("is_encoder_decoder"):
         return (

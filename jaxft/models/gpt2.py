@@ -80,6 +80,6 @@ HF_RULES = (
     Rule("head.w", "lm_head.weight", "v d -> v d"),
 )
 # Published files leave it out: they were written from the model without its head.
-HF_PREFIX = "transformer."
+HF_SPELLINGS = (("transformer.", ""),)
 # The causal mask, which old files store.
 HF_IGNORED = (r"\.attn\.(masked_)?bias$",)

@@ -106,7 +106,7 @@ def check(path_or_repo_id: str | Path, *, revision: str = "", dtypes: str = "flo
         expand(architecture.naming.rules, {path: spec.shape for path, spec in params.items()})
     )
     expected = {tensor.name: tensor for tensor in tensors}
-    stored = named_as(stored, [*expected, *architecture.naming.copies], architecture.naming.prefix)
+    stored = named_as(stored, [*expected, *architecture.naming.copies], architecture.naming)
     lines = list(_known(architecture, params, tensors, stored))
     lines += _unknown(architecture, expected, stored)
     return Check(

@@ -135,7 +135,13 @@ def context_of(source: Source) -> int:
 
 def hf_config(source: Source, architecture: Architecture) -> dict[str, Any]:
     """Returns the content of config.json for an architecture that may have grown since."""
-    config = source.described.config | {"vocab_size": architecture.config.vocab}
+    vocab = {"vocab_size": architecture.config.vocab}
+    config = source.described.config
+    if architecture.naming.others:
+        inner = {"text_config": config["text_config"] | vocab}
+        config = config | inner | (vocab if "vocab_size" in config else {})
+    else:
+        config = config | vocab
     # Weights that were quantised in the files are so no more.
     return {name: value for name, value in config.items() if name != "quantization_config"}
 

@@ -100,6 +100,11 @@ def export(
         _export_adapter(source, output, overwrite=overwrite, verify=verify, on_log=on_log)
         return output
     described, stored = source.described, source.architecture
+    if stored.naming.others:
+        raise ModelError(
+            f"{source.name} is the text of a multimodal model, of which no whole is written yet: "
+            "the other towers would be lost. Export an adapter without --merge."
+        )
     tokenizer = described.load_tokenizer()
     architecture = grown(stored, tokenizer)
     config = hf_config(source, architecture)

@@ -472,7 +472,9 @@ def test_names_may_leave_out_a_prefix(tmp_path):
         Rule("bias", "body.h.{layer}.bias", "d -> d"),
     ]
     shapes = {"embed": np.empty((4, 2)), "bias": np.empty((1, 3))}
-    params = load_params(tmp_path, Naming(tuple(rules), prefix="body."), specs_of(shapes))
+    params = load_params(
+        tmp_path, Naming(tuple(rules), spellings=(("body.", ""),)), specs_of(shapes)
+    )
     np.testing.assert_array_equal(params["embed"], tensors["wte.weight"])
     with pytest.raises(ModelError) as error:
         load_params(tmp_path, Naming(tuple(rules)), specs_of(shapes))
@@ -642,12 +644,12 @@ def test_a_file_without_tensors_names_what_is_missing(tmp_path):
 
 
 def test_a_name_with_and_without_its_prefix_is_one_too_many(tmp_path):
-    values = np.arange(3, dtype=np.float32)
+    values, spellings = np.arange(3, dtype=np.float32), (("body.", ""),)
     save_file({"w": values}, tmp_path / "model.safetensors")
-    np.testing.assert_array_equal(load_vector(tmp_path, prefix="body."), values)
+    np.testing.assert_array_equal(load_vector(tmp_path, spellings=spellings), values)
     save_file({"w": values, "body.w": values + 1}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"Unexpected: w\."):
-        load_vector(tmp_path, prefix="body.")
+        load_vector(tmp_path, spellings=spellings)
 
 
 def test_copies_are_equal_if_their_bytes_are(tmp_path):

@@ -286,7 +286,10 @@ def test_names_and_copies_are_written_as_the_file_had_them(tmp_path):
     copies = {"head": "body.wte", "other_head": "body.wte"}
     dtypes = {"wte": "float32", "norm": "bfloat16", "head": "float16", "ignored": "int8"}
     save_params(
-        tmp_path, Naming(tuple(rules), copies=copies, prefix="body."), arrays, dtypes=dtypes
+        tmp_path,
+        Naming(tuple(rules), copies=copies, spellings=(("body.", ""),)),
+        arrays,
+        dtypes=dtypes,
     )
     dtypes.pop("ignored")
     assert tensor_dtypes(tmp_path) == dtypes

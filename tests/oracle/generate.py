@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.oracle import delta, optimizers, preferences, reference
+from tests.oracle import delta, optimizers, preferences, reference, towers
 from tests.oracle.adapter_cases import ADAPTERS
 from tests.oracle.cases import (
     CASES,
@@ -191,6 +191,17 @@ def drift(stored: Case, computed: Case) -> list[str]:
     return problems + differences(stored.name, stored.arrays, computed.arrays)
 
 
+def towers_drift() -> list[str]:
+    """Returns what of multimodal models differs from what is stored."""
+    problems, numbers = [], []
+    with np.load(towers.STORED) as stored:
+        for found in (dict(stored), towers.compute()):
+            numbers.append({name: x for name, x in found.items() if x.dtype.kind == "f"})
+            problems.append({name: str(x) for name, x in found.items() if name not in numbers[-1]})
+    changed = [] if problems[0] == problems[1] else ["towers: configs or names of tensors changed"]
+    return changed + differences("towers", *numbers)
+
+
 def check() -> list[str]:
     """Returns what differs from what is stored."""
     problems = []
@@ -204,8 +215,9 @@ def check() -> list[str]:
         problems += differences("optimizers", dict(stored), optimizers.compute())
     with np.load(DELTA) as stored:
         problems += differences("delta", dict(stored), delta.compute())
+    problems += towers_drift()
     # The last two are made by nf4.py, of bitsandbytes, and adapters.py, of PEFT.
-    single = [MXFP4, PREFERENCES, OPTIMIZERS, DELTA, NF4, ADAPTERS]
+    single = [MXFP4, PREFERENCES, OPTIMIZERS, DELTA, NF4, ADAPTERS, towers.STORED]
     expected = {path.name for path in single}
     expected |= {stored_path(name).name for name in CASES}
     problems += [
@@ -238,6 +250,7 @@ def write() -> None:
     np.savez_compressed(PREFERENCES, **preferences.compute())
     np.savez_compressed(OPTIMIZERS, **optimizers.compute())
     np.savez_compressed(DELTA, **delta.compute())
+    np.savez_compressed(towers.STORED, **towers.compute())
 
 
 def main() -> None:

@@ -105,7 +105,8 @@ class _Folder:
         self._config = config
         self._naming = naming
         self._shapes = shapes
-        self._left, self._problems = _scan(folder)
+        left, self._problems = _scan(folder)
+        self._left = {_respelt(name, naming): entry for name, entry in left.items()}
         # Names of tensors by what is wrong with them.
         self._reasons: dict[str, list[str]] = collections.defaultdict(list)
         self._pairs = self._find_pairs()
@@ -295,6 +296,14 @@ class _Folder:
         if any(ids) and not found:
             self._problems.append(f"{WEIGHTS} has no rows of the tokens that {CONFIG} names.")
         return found
+
+
+def _respelt(name: str, naming: Naming) -> str:
+    """Returns a name as the models of transformers 5 have it, which its older versions spelt."""
+    for ours, theirs in naming.spellings:
+        if theirs and name.startswith(PREFIX + theirs):
+            return PREFIX + ours + name.removeprefix(PREFIX + theirs)
+    return name
 
 
 def _scan(folder: Path) -> tuple[dict[str, Entry], list[str]]:

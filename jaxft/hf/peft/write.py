@@ -8,6 +8,7 @@ either, with alpha of the config over the rank of the tensor.
 
 import collections
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ class _Content:
             "peft_type": "LORA",
             "r": self._rank,
             "revision": adapter.revision or None,
-            "target_modules": self._targets(parameters=False) or None,
+            "target_modules": self._target_modules(),
             "task_type": "CAUSAL_LM",
             "use_dora": bool(adapter.owners("magnitude")),
             "use_rslora": False,
@@ -203,6 +204,16 @@ class _Content:
         tables = self._adapter.owners("rows")
         names = {site_of(rule): module_name(rule.theirs) for rule in self._naming.rules}
         return {names[table]: f"{table}.rows" for table in sorted(tables)}
+
+    def _target_modules(self) -> list[str] | str | None:
+        """Returns what names all adapted modules and no others."""
+        ends = self._targets(parameters=False)
+        if not self._naming.others or not ends:
+            return ends or None
+        # Other towers have modules that end so: only whole names tell them apart.
+        rules = {m.tensor.parts[0].rule.theirs for m in self._modules if not m.is_parameter}
+        names = sorted(re.escape(module_name(name)) for name in rules)
+        return re.sub(r"\\{\w+\\}", lambda _: r"\d+", "|".join(names))
 
     def _targets(self, *, parameters: bool) -> list[str]:
         """Returns ends of names that all adapted modules have, and no others."""

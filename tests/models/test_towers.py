@@ -1,0 +1,95 @@
+"""Text towers of multimodal folders: their names, fields, maths, and what lies beside them."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig
+
+import jaxft
+from jaxft.errors import ModelError
+from jaxft.models.config import make_numerics
+from jaxft.models.families import architecture_from_hf
+from jaxft.models.towers import ABSENT
+from jaxft.programs.conversion import check
+from tests.oracle.towers import CONFIGS, load_logits, tokens, write_tower
+
+SLOW = pytest.mark.slow(seconds=4)
+CASES = [pytest.param(n, marks=() if n in ("gemma3", "qwen3_vl") else SLOW) for n in CONFIGS]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_text_equal_those_of_the_whole(tmp_path, case):
+    model = jaxft.load(write_tower(case, tmp_path))
+    np.testing.assert_allclose(model(tokens()), load_logits(case), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_every_tensor_of_a_folder_is_the_text_or_known(tmp_path, case):
+    found = check(write_tower(case, tmp_path))
+    assert found.fits
+    names = [line.theirs for line in found.lines if not line.ours]
+    assert names and not any("language_model" in name for name in names)
+
+
+def test_a_tensor_of_an_unknown_part_is_refused(tmp_path):
+    folder = write_tower("llava", tmp_path)
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {"audio_tower.w": np.ones(3, np.float32)}, file)
+    with pytest.raises(ModelError, match=r"Unexpected: audio_tower\.w"):
+        jaxft.load(folder)
+
+
+GEMMA_12B: dict[str, Any] = {
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"model_type": "siglip_vision_model"},
+}
+
+
+def test_fields_that_files_of_multimodal_models_leave_out_have_their_classes_values():
+    for kind, fields in ABSENT.items():
+        theirs = AutoConfig.for_model(kind).to_dict()
+        assert fields == {name: theirs[name] for name in fields}
+    abstract = architecture_from_hf(GEMMA_12B).abstract(make_numerics("mixed"))
+    # As https://arxiv.org/abs/2503.19786 has it, table 1: 1,012M of the embedding, 10,759M beside.
+    assert sum(spec.size for spec in abstract.params.values()) == 11_766_034_176
+
+
+def test_the_published_model_whose_fields_are_nested_is_that_of_its_text(shared):
+    file = shared / "configs" / "Qwen--Qwen3.5-27B" / "config.json"
+    config = json.loads(file.read_text())
+    whole = architecture_from_hf(config)
+    assert whole.config == architecture_from_hf(config["text_config"]).config
+    names = {rule.theirs for rule in whole.naming.rules}
+    assert "lm_head.weight" in names
+    assert all(name.startswith("model.language_model.") for name in names - {"lm_head.weight"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_scale": 3.0}, "'query_scale' .* not understood for model_type 'gemma3'"),
+        ({"text_config": None}, "'text_config' describes; there is none"),
+        ({"text_config": {"model_type": "gemma2"}}, "'gemma2' is not supported inside .*'gemma3'"),
+        ({"tie_word_embeddings": False}, "is False, and True in text_config"),
+        ({"text_config": {"model_type": "gemma3_text", "top_gain": 2}}, "'top_gain' .* not under"),
+    ],
+)
+def test_what_might_change_the_maths_is_refused(changes, message):
+    inner = {"tie_word_embeddings": True} if "tie_word_embeddings" in changes else {}
+    config = {**GEMMA_12B, "text_config": GEMMA_12B["text_config"] | inner} | changes
+    with pytest.raises(ModelError, match=message):
+        architecture_from_hf(config)
