@@ -25,6 +25,7 @@ from tests.adapters import (
     random_adapter,
     shapes_of,
 )
+from tests.oracle import towers
 from tests.oracle.cases import FAMILY_CASES, write_folder
 from tests.oracle.read_tokenizer import describe
 from tests.tiny_run import tiny_config
@@ -260,3 +261,27 @@ def test_tokenizers_of_every_making_are_read_alike_by_transformers_4_and_5(
         "tool_use": TEMPLATE,
         "rag": "rag: " + TEMPLATE,
     }
+
+
+@pytest.mark.parametrize("case", ["gemma3", "qwen3_5"])
+def test_a_multimodal_model_has_its_other_tower_and_our_text_in_transformers(
+    oracle, tmp_path, case
+):
+    config = tiny_config(tmp_path, train__steps=4, optim__learning_rate=1e-2)
+    towers.write_tower(case, tmp_path / "base")
+    jaxft.train(config)
+    jaxft.export(tmp_path / "run", tmp_path / "out")
+    np.save(tmp_path / "tokens.npy", towers.tokens())
+    script, found = Path(__file__).parent / "oracle/read_tower.py", {}
+    for name in ("base", "out"):
+        numbers = tmp_path / f"{name}.npz"
+        arguments = [oracle, script, tmp_path / name, tmp_path / "tokens.npy", numbers]
+        subprocess.run(arguments, check=True)
+        found[name] = dict(np.load(numbers))
+    before, after = found["base"].pop("logits"), found["out"].pop("logits")
+    assert found["base"].keys() == found["out"].keys() and len(found["out"]) > 10
+    for name, value in found["base"].items():
+        np.testing.assert_array_equal(found["out"][name], value)
+    ours = np.asarray(jaxft.load(tmp_path / "run")(towers.tokens()))
+    np.testing.assert_allclose(after, ours, atol=1e-4)
+    assert np.max(np.abs(after - before)) > 0.01

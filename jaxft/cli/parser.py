@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace the folder")
     export.add_argument("--verify", action="store_true", help="load it again, compare logits")
     _add_step(export)
-    _add_base(export)
+    _add_base(export, "; or the multimodal model of which a run holds the text, if that has moved")
 
     convert = command(
         "convert",
@@ -261,12 +261,12 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_base(parser: argparse.ArgumentParser) -> None:
+def _add_base(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "--base",
         default="",
         metavar="PATH",
-        help="model that an adapter is made for; default: as the adapter names it",
+        help=f"model that an adapter is made for; default: as the adapter names it{more}",
     )
 
 

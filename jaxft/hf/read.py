@@ -112,6 +112,21 @@ class Entry:
             return f"takes {self.size} bytes, which is not its shape's size."
         return ""
 
+    def parts(self) -> Iterator[np.ndarray]:
+        """Yields its bytes in order, whatever their type is, some at a time.
+
+        Raises:
+          ModelError: If the file ends before, because it was changed after its header was read.
+        """
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            for start in range(self.start, self.end, _STRAIGHT):
+                wanted = min(_STRAIGHT, self.end - start)
+                some = stream.read(wanted)
+                if len(some) < wanted:
+                    raise ModelError(f"{self.file} became shorter while it was read; try again.")
+                yield np.frombuffer(some, np.uint8)
+
     def map(self) -> np.ndarray:
         """Returns it backed by its file: bytes are read where it is indexed."""
         return np.memmap(self.file, _BYTES[self.dtype], "r", self.start, self.shape)

@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -19,7 +21,7 @@ import numpy as np
 from jaxft.errors import ModelError
 from jaxft.files import as_json
 from jaxft.formatting import format_storage
-from jaxft.hf.read import DTYPES
+from jaxft.hf.read import DTYPES, Entry
 from jaxft.hf.rules import Naming, Tensor, expand
 from jaxft.hf.stored import INDEX, SINGLE
 
@@ -37,6 +39,32 @@ type Spec = tuple[np.dtype, tuple[int, ...]]
 
 class _NoRoomError(ModelError):
     """The disk is too small; what is written stays."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Item:
+    """A tensor that is to be written.
+
+    Attributes:
+      name: Name in the file.
+      word: Type in the words of safetensors.
+      shape: Shape in the file.
+      size: Number of bytes.
+      number: Numbers of its layer and expert.
+      values: Yields what it consists of, from its first byte to its last.
+    """
+
+    name: str
+    word: str
+    shape: tuple[int, ...]
+    size: int
+    number: tuple[int, ...]
+    values: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def width(self) -> int:
+        """Number of bytes of a value."""
+        return self.size // max(1, math.prod(self.shape))
 
 
 class Readable(Protocol):
@@ -141,6 +169,7 @@ def save_params(
     params: Mapping[str, Readable],
     *,
     dtypes: Mapping[str, str] | str,
+    others: Mapping[str, Entry] = MappingProxyType({}),
     max_shard_bytes: int = 5_000_000_000,
 ) -> int:
     """Writes parameters as safetensors in their names and layouts, one file or several shards.
@@ -156,6 +185,7 @@ def save_params(
       params: `{dotted path: parameter}`.
       dtypes: 'float32', 'float16', 'bfloat16' or 'float64' for all, or one for each of their names,
         which then are the names that are written.
+      others: Tensors that are written byte for byte as they lie in other files.
       max_shard_bytes: Largest shard; a tensor above it gets a shard of its own.
 
     Returns:
@@ -168,11 +198,12 @@ def save_params(
     tensors = list(expand(naming.rules, {path: param.shape for path, param in params.items()}))
     if not isinstance(dtypes, str):
         tensors = _named_as(tensors, dtypes, naming)
-    stored = {
-        tensor.name: _NAMED[dtypes if isinstance(dtypes, str) else dtypes[tensor.name]]
-        for tensor in tensors
-    }
-    shards = _split(tensors, stored, max_shard_bytes)
+    items = [
+        _of_params(t, params, _NAMED[dtypes if isinstance(dtypes, str) else dtypes[t.name]])
+        for t in tensors
+    ]
+    items += [_as_it_is(name, entry) for name, entry in others.items()]
+    shards = _split(items, max_shard_bytes)
     files = _file_names(len(shards))
     for file in [*folder.glob("*.unfinished"), *folder.glob("*.safetensors"), folder / INDEX]:
         if file.name not in files and not file.is_symlink():
@@ -180,18 +211,18 @@ def save_params(
     missing = [
         number
         for number, shard in enumerate(shards)
-        if not _is_complete(folder / files[number], shard, stored)
+        if not _is_complete(folder / files[number], shard)
     ]
-    _check_room(folder, sum(_size(t, stored) for number in missing for t in shards[number]))
+    _check_room(folder, sum(item.size for number in missing for item in shards[number]))
     for number in missing:
         shard = shards[number]
-        values = _values(shard, params, stored)
-        write_tensors(folder / files[number], _specs(shard, stored), values)
+        values = itertools.chain.from_iterable(item.values() for item in shard)
+        _write(folder / files[number], _header(shard), values)
     if len(shards) > 1:
         weight_map = {
-            t.name: file for file, shard in zip(files, shards, strict=True) for t in shard
+            item.name: file for file, shard in zip(files, shards, strict=True) for item in shard
         }
-        metadata = {"total_size": sum(_size(tensor, stored) for tensor in tensors)}
+        metadata = {"total_size": sum(item.size for item in items)}
         text = as_json({"metadata": metadata, "weight_map": weight_map})
         (folder / INDEX).write_text(text, encoding="utf-8")
     return len(files) - len(missing)
@@ -212,24 +243,32 @@ def _named_as(tensors: list[Tensor], names: Iterable[str], naming: Naming) -> li
     ]
 
 
-def _number(tensor: Tensor) -> tuple[int, ...]:
-    """Returns the numbers of a tensor's layer and expert."""
-    return tensor.parts[0].rule.numbers(tensor.parts[0].index)
+def _of_params(tensor: Tensor, params: Mapping[str, Readable], dtype: np.dtype) -> _Item:
+    def values() -> Iterator[np.ndarray]:
+        for rows in _rows(tensor, params):
+            yield _cast(rows, dtype, tensor.name)
+
+    number = tensor.parts[0].rule.numbers(tensor.parts[0].index)
+    size = math.prod(tensor.shape) * dtype.itemsize
+    return _Item(tensor.name, _WORDS[dtype], tensor.shape, size, number, values)
 
 
-def _split(tensors: list[Tensor], stored: Mapping[str, np.dtype], limit: int) -> list[list[Tensor]]:
+def _as_it_is(name: str, entry: Entry) -> _Item:
+    return _Item(name, entry.dtype, entry.shape, entry.size, (), entry.parts)
+
+
+def _split(items: list[_Item], limit: int) -> list[list[_Item]]:
     """Returns the shards, in order of layers so that a reader of one layer opens few of them."""
-    shards: list[list[Tensor]] = [[]]
+    shards: list[list[_Item]] = [[]]
     room = limit
-    for tensor in sorted(tensors, key=_number):
-        size = _size(tensor, stored)
-        if size > room and shards[-1]:
+    for item in sorted(items, key=lambda item: item.number):
+        if item.size > room and shards[-1]:
             shards.append([])
             room = limit
-        shards[-1].append(tensor)
-        room -= size
+        shards[-1].append(item)
+        room -= item.size
     # Wide types first keep every tensor aligned to its own item size.
-    return [sorted(shard, key=lambda tensor: -stored[tensor.name].itemsize) for shard in shards]
+    return [sorted(shard, key=lambda item: -item.width) for shard in shards]
 
 
 def _file_names(count: int) -> list[str]:
@@ -238,25 +277,22 @@ def _file_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _is_complete(file: Path, tensors: list[Tensor], stored: Mapping[str, np.dtype]) -> bool:
+def _is_complete(file: Path, items: list[_Item]) -> bool:
     if not file.is_file():
         return False
-    header = _header(_specs(tensors, stored))
+    header = _header(items)
     with file.open("rb") as stream:
         same = stream.read(len(header)) == header
-    return same and file.stat().st_size == len(header) + sum(_size(t, stored) for t in tensors)
+    return same and file.stat().st_size == len(header) + sum(item.size for item in items)
 
 
-def _specs(tensors: list[Tensor], stored: Mapping[str, np.dtype]) -> dict[str, Spec]:
-    return {tensor.name: (stored[tensor.name], tensor.shape) for tensor in tensors}
-
-
-def _header(specs: Mapping[str, Spec]) -> bytes:
+def _header(items: Iterable[_Item]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, (dtype, shape) in specs.items():
-        end = start + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _WORDS[dtype], "shape": shape, "data_offsets": [start, end]}
+    for item in items:
+        end = start + item.size
+        offsets = {"data_offsets": [start, end]}
+        header[item.name] = {"dtype": item.word, "shape": item.shape, **offsets}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -271,22 +307,22 @@ def write_tensors(file: Path, specs: Mapping[str, Spec], values: Iterable[np.nda
       specs: `{tensor name: (dtype, shape)}`; wide types first keep every tensor aligned.
       values: Of the tensors in this order, whole or some rows at a time, in these types.
     """
+    items = [
+        _Item(name, _WORDS[dtype], shape, math.prod(shape) * dtype.itemsize, (), lambda: iter(()))
+        for name, (dtype, shape) in specs.items()
+    ]
+    _write(file, _header(items), values)
+
+
+def _write(file: Path, header: bytes, values: Iterable[np.ndarray]) -> None:
     unfinished = file.with_suffix(".unfinished")
     with unfinished.open("wb") as stream:
-        stream.write(_header(specs))
+        stream.write(header)
         for some in values:
             stream.write(np.ascontiguousarray(some).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.rename(file)
-
-
-def _values(
-    tensors: list[Tensor], params: Mapping[str, Readable], stored: Mapping[str, np.dtype]
-) -> Iterator[np.ndarray]:
-    for tensor in tensors:
-        for rows in _rows(tensor, params):
-            yield _cast(rows, stored[tensor.name], tensor.name)
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -322,10 +358,6 @@ def _rows(tensor: Tensor, params: Mapping[str, Readable]) -> Iterator[np.ndarray
             arrays.append(values.reshape(values.shape[len(leading) :]))
         shape = (taken.stop - taken.start, *tensor.shape[1:])[: len(tensor.shape)]
         yield dataclasses.replace(tensor, shape=shape).to_theirs(arrays)
-
-
-def _size(tensor: Tensor, stored: Mapping[str, np.dtype]) -> int:
-    return math.prod(tensor.shape) * stored[tensor.name].itemsize
 
 
 def _check_room(folder: Path, needed: int) -> None:

@@ -48,6 +48,22 @@ def stored_tensors(folder: Path) -> tuple[dict[str, Stored | None], list[str]]:
     return paired(entries), problems
 
 
+def other_tensors(folder: Path, naming: Naming) -> dict[str, Entry]:
+    """Returns the tensors of a folder that lie beside its model, by their headers.
+
+    Raises:
+      ModelError: If a file is missing, truncated or broken.
+    """
+    entries, problems = _scan(folder)
+    if problems:
+        raise ModelError(problems)
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if entry is not None and naming.is_other(name)
+    }
+
+
 def paired(entries: Mapping[str, Entry | None]) -> dict[str, Stored | None]:
     """Puts one tensor in the place of the two that MXFP4 makes of it."""
     stored: dict[str, Stored | None] = dict(entries)

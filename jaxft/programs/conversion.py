@@ -64,6 +64,7 @@ class Check:
       lines: One for each rule that the model uses, then the names that no rule knows.
       problems: Problems of files that cannot be read.
       parameters: Number of parameters.
+      beside: Number of values in tensors that are passed through.
       loaded_bytes: Size once loaded.
       stored_bytes: Size in the files.
     """
@@ -71,6 +72,7 @@ class Check:
     lines: list[Line]
     problems: list[str]
     parameters: int
+    beside: int
     loaded_bytes: int
     stored_bytes: int
 
@@ -113,6 +115,11 @@ def check(path_or_repo_id: str | Path, *, revision: str = "", dtypes: str = "flo
         lines,
         problems,
         parameters=sum(math.prod(spec.shape) for spec in params.values()),
+        beside=sum(
+            math.prod(entry.shape)
+            for name, entry in stored.items()
+            if entry is not None and architecture.naming.is_other(name)
+        ),
         loaded_bytes=sum(math.prod(s.shape) * s.dtype.itemsize for s in params.values()),
         stored_bytes=sum(s.size for name in expected if (s := stored.get(name)) is not None),
     )
@@ -168,6 +175,8 @@ def _unknown(
         known = architecture.naming.is_known(name)
         copied = architecture.naming.copies.get(name)
         state = f"copy of {copied} (values not compared)" if copied else "ignored"
+        if architecture.naming.is_other(name):
+            state = "passed through"
         key = (state if known else "UNEXPECTED", known, entry.shape, _words([entry]))
         extra.setdefault(key, []).append(name)
     for (state, fits, shape, dtypes), names in extra.items():
@@ -198,8 +207,10 @@ def describe(found: Check) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     bad = sum(not line.fits for line in found.lines) + len(found.problems)
+    whole = f" of text, {found.parameters + found.beside:,} in all" if found.beside else ""
     totals = (
-        f"{found.parameters:,} parameters; {format_storage(found.stored_bytes)} in the files, "
+        f"{found.parameters:,} parameters{whole}; "
+        f"{format_storage(found.stored_bytes)} in the files, "
         f"{format_storage(found.loaded_bytes)} loaded. "
         + (f"Lines that do not fit: {bad}." if bad else "Everything fits.")
     )

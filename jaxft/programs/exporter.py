@@ -4,8 +4,9 @@ import collections
 import contextlib
 import functools
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jaxft.errors import ConfigError, ModelError, nearest
@@ -13,11 +14,13 @@ from jaxft.files import as_json
 from jaxft.hf.folder import ModelFolder
 from jaxft.hf.peft.modules import CONFIG
 from jaxft.hf.peft.write import write_adapter
+from jaxft.hf.read import Entry
 from jaxft.hf.save import Readable, atomic_folder, save_params
 from jaxft.hf.save_tokenizer import save_tokenizer
-from jaxft.hf.stored import tensor_dtypes
+from jaxft.hf.stored import other_tensors, tensor_dtypes
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
+from jaxft.programs.beside import copy_files, differing, find_others, identity_of
 from jaxft.programs.description import (
     default_template,
     grown,
@@ -62,7 +65,8 @@ def export(
       output: Folder to make; appears under its name only when it is complete.
       step: Which checkpoint of a workdir: `best`, `latest` or a number.
       revision: Branch, tag or commit of a repository id.
-      base: Model that an adapter is made for, where it is not the one that the adapter names.
+      base: Model that an adapter is made for, where it is not the one that the adapter names; or
+        the multimodal model of which a run holds the text, where that has moved.
       merge: Write a whole model with the adapter in it: merged in float32 into the weights of the
         base's own files. How much of the adapter is left after rounding, and how far logits move,
         is said.
@@ -85,7 +89,7 @@ def export(
         raise ConfigError(
             f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}"
         )
-    source = find_source(checkpoint, step=step, revision=revision, base=str(base))
+    source = find_source(checkpoint, step=step, revision=revision, base=str(base), whole=True)
     if merge and not source.is_adapter:
         raise ConfigError(f"{source.name} is a whole model: there is no adapter to merge.")
     output = Path(output).expanduser()
@@ -100,11 +104,10 @@ def export(
         _export_adapter(source, output, overwrite=overwrite, verify=verify, on_log=on_log)
         return output
     described, stored = source.described, source.architecture
-    if stored.naming.others:
-        raise ModelError(
-            f"{source.name} is the text of a multimodal model, of which no whole is written yet: "
-            "the other towers would be lost. Export an adapter without --merge."
-        )
+    others = find_others(source, stored)
+    _check_apart(output, others=others)
+    if others:
+        on_log(f"Tensors beside the text, which are written as they are: {len(others)}.")
     tokenizer = described.load_tokenizer()
     architecture = grown(stored, tokenizer)
     config = hf_config(source, architecture)
@@ -115,7 +118,7 @@ def export(
     if tokenizer is None:
         on_log(f"{source.folder} has no tokenizer; the export has none either.")
     opened = functools.partial(_open, source, architecture, tokenizer)
-    content = {"from": _identity(source), "dtypes": dtypes}
+    content = {"from": _identity(source), "dtypes": dtypes, "others": identity_of(others)}
     with atomic_folder(output, overwrite=overwrite, content=content) as folder:
         with opened() as params:
             kept = save_params(
@@ -123,14 +126,23 @@ def export(
                 architecture.naming,
                 params,
                 dtypes=dtypes,
+                others=others,
             )
         if kept:
             on_log(f"Files of weights that an earlier export had written: {kept}.")
-        config |= _dtype_fields(config, folder)
+        held = tensor_dtypes(folder)
+        config |= _dtype_fields(config, held.values())
+        if stored.naming.others:
+            text = [kind for name, kind in held.items() if not stored.naming.is_other(name)]
+            config["text_config"] |= _dtype_fields(config["text_config"], text)
         (folder / "config.json").write_text(as_json(config), encoding="utf-8")
         _write_generation_config(described, tokenizer, folder)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
+        if stored.naming.others:
+            copy_files(described.path, folder)
+        if verify:
+            _check_others(folder, stored, others)
         if merge:
             for line in judge_merged(source, architecture, folder, opened, weights=verify):
                 on_log(line)
@@ -139,9 +151,9 @@ def export(
     return output
 
 
-def _dtype_fields(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
+def _dtype_fields(config: Mapping[str, Any], dtypes: Iterable[str]) -> dict[str, str]:
     """Returns what config.json says of types, where that is not what the files hold."""
-    held = collections.Counter(tensor_dtypes(folder).values())
+    held = collections.Counter(dtypes)
     named = [name for name in ("dtype", "torch_dtype") if name in config]
     return {name: held.most_common(1)[0][0] for name in named if config[name] not in held}
 
@@ -203,10 +215,22 @@ def _export_adapter(
             on_log(verify_adapter(source, Source(folder, base=source.base)))
 
 
-def _check_apart(output: Path, source: Source) -> None:
+def _check_others(folder: Path, architecture: Architecture, others: Mapping[str, Entry]) -> None:
+    """Raises ModelError if tensors beside the text were not written as they are."""
+    if names := differing(others, other_tensors(folder, architecture.naming)):
+        raise ModelError(
+            f"The export holds other tensors beside the text than {len(others)} that were to be "
+            f"passed on: {', '.join(names[:5])}. Nothing was kept of it; report this."
+        )
+
+
+def _check_apart(
+    output: Path, source: Source | None = None, others: Mapping[str, Entry] = MappingProxyType({})
+) -> None:
     """Raises ModelError where replacing `output` would delete what is exported."""
-    parts = [source, *([] if source.base is None else [source.base])]
-    for folder in [path for part in parts for path in (part.folder, part.checkpoints)]:
+    parts = [part for part in (source, source and source.base) if part is not None]
+    folders = [path for part in parts for path in (part.folder, part.checkpoints)]
+    for folder in {*folders, *(entry.file.parent for entry in others.values())}:
         if folder is not None and folder.resolve().is_relative_to(output.resolve()):
             raise ModelError(
                 f"{output} holds what is exported, {folder}. Name a folder apart from it."

@@ -14,6 +14,7 @@ from jaxft.errors import CheckpointError, ConfigError, TrainingError
 from jaxft.files import as_json, rewrite_jsonl, write_json
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.models.families import Architecture
+from jaxft.programs.beside import copy_files, note_others
 from jaxft.programs.description import hf_config, tensor_dtypes_of
 from jaxft.workdir.checkpoint import Checkpoints, Progress
 from jaxft.workdir.lock import Lock
@@ -133,6 +134,8 @@ def keep_model_files(
             if file.is_file():
                 (folder / name).write_bytes(file.read_bytes())
         described = hf_config(source, architecture)
+        if architecture.naming.others:
+            copy_files(source.described.path, folder)
         if described != source.described.config:
             (folder / "config.json").write_text(as_json(described), encoding="utf-8")
         save_tokenizer(tokenizer, folder, chat_template=template)
@@ -141,6 +144,8 @@ def keep_model_files(
             f"{folder} cannot be written: {error}. Free some disk space or fix the folder's "
             "permissions, then start again."
         ) from error
+    if not architecture.adaptation or architecture.adaptation.whole:
+        note_others(source, architecture, folder)
     write_json(folder / "tensor_dtypes.json", dtypes)
 
 

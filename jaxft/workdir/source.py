@@ -45,6 +45,8 @@ class Source:
       choice: Reason for this step, such as "the best".
       revision: Branch, tag or commit that was asked for of a repository.
       base: Model that an adapter is made for, and that is read from elsewhere.
+      beside: Folder or repository of a multimodal model of which a run holds the text alone, where
+        it is not the one that the run names.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class Source:
     choice: str = ""
     revision: str = ""
     base: "Source | None" = None
+    beside: str = ""
 
     @property
     def is_adapter(self) -> bool:
@@ -154,6 +157,7 @@ def find_source(
     step: str = "best",
     weights: bool = True,
     base: str = "",
+    whole: bool = False,
 ) -> Source:
     """Tells a Hugging Face folder or id from a run's workdir or one of its checkpoints.
 
@@ -166,6 +170,7 @@ def find_source(
       weights: Whether a repository's weights are needed.
       base: Model that an adapter is made for, where it is no longer the one that the adapter
         names; found as `path_or_repo_id` is.
+      whole: Whether the base may be the multimodal model of which a run holds the text alone.
 
     Raises:
       ConfigError: If a step is named of what has none, or a base of what is a whole model.
@@ -175,6 +180,8 @@ def find_source(
     found = _find_alone(path_or_repo_id, revision=revision, step=step, weights=weights)
     if found.is_adapter and not (found.note and found.note.adaptation.whole):
         return _with_base(found, base, "", weights=weights)
+    if base and whole and found.checkpoints is not None and found.architecture.naming.others:
+        return dataclasses.replace(found, beside=base)
     if base:
         held = "holds all its weights" if found.is_adapter else "is a whole model and no adapter"
         raise ConfigError(f"{found.name} {held}: it takes no other base ({base}).")
