@@ -23,6 +23,7 @@ from jaxft.models.families import architecture_from_hf
 from jaxft.programs.beside import FILES
 from jaxft.programs.conversion import check, describe
 from jaxft.programs.description import hf_config
+from jaxft.programs.exporter import _check_apart
 from jaxft.workdir.source import Source
 from tests.oracle.towers import tokens, write_tower
 from tests.tiny_run import tiny_config, write_base
@@ -139,6 +140,12 @@ def test_an_export_over_the_folder_that_holds_the_rest_is_refused(tmp_path):
     base = write_whole(tmp_path / "base", "llava")
     with pytest.raises(ModelError, match="holds what is exported"):
         jaxft.export(base, base, overwrite=True, on_log=lambda text: None)
+
+
+def test_a_run_is_not_exported_over_the_folder_that_its_rest_lies_in(tmp_path):
+    others = {"visual.w": Entry(tmp_path / "model.safetensors", "F32", (1,), 8, 12)}
+    with pytest.raises(ModelError, match="holds what is exported"):
+        _check_apart(tmp_path, others=others)
 
 
 def test_bytes_of_a_file_that_became_shorter_are_refused(tmp_path):
