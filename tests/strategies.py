@@ -24,9 +24,9 @@ MESHES: dict[str, dict[str, int]] = {
 # What these split is in mixtures of experts alone.
 FOR_EXPERTS = ("ep", "fsdp_ep")
 # Families that consist of parts which others have under every strategy, in another order or with
-# other numbers: of all strategies they run under one that splits weights, rows and positions, and
-# one with stages, as each pair takes 5 s. A family that adds a parameter with an axis of its own,
-# or a way to compute, is not one of them.
+# other numbers: of all strategies they run under one that splits weights, rows and positions, one
+# with stages, and of experts one that splits these, as each pair takes 5 s. A family that adds a
+# parameter with an axis of its own, or a way to compute, is not one of them.
 COMPOSED = (
     "cohere",
     "cohere2",
@@ -39,6 +39,8 @@ COMPOSED = (
     "ministral3",
     "nanochat",
     "olmo3",
+    "qwen3_5_moe_text",
+    "qwen3_next",
     "seed_oss",
     "smollm3",
 )
@@ -56,4 +58,4 @@ def runs(strategy: str, family: str, *, mixture: bool) -> bool:
     """
     if strategy in FOR_EXPERTS and not mixture:
         return False
-    return family not in COMPOSED or strategy in FOR_COMPOSED
+    return family not in COMPOSED or strategy in (*FOR_COMPOSED, "fsdp_ep")

@@ -56,11 +56,13 @@ class ExpertsConfig:
       count: E, experts of a layer.
       chosen: Experts that a token goes through.
       normalised: Whether the weights of the chosen experts are scaled to a sum of 1.
+      shared: Hidden width of an expert that every token goes through; 0 for none.
     """
 
     count: int
     chosen: int
     normalised: bool
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)

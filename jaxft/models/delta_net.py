@@ -1,5 +1,6 @@
 """Layers that see what is before a token through a state: gated DeltaNet."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,20 +32,42 @@ class GatedDeltaNet(nnx.Module):
 
     Heads of keys are on `kv_heads` and those of values on `heads`, so that strategies split them as
     they split attention's.
+
+    Args:
+      config: Sizes.
+      numerics: Types.
+      rngs: Random keys.
+      by_key_head: Whether one projection makes all of a key head: query, key, values and gates; and
+        another what the rule corrects and how it fades.
     """
 
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+        *,
+        by_key_head: bool = False,
+    ):
         assert config.delta is not None
         sizes, d, dtype = config.delta, config.embed, numerics.param_dtype
         keys, values = (sizes.key_heads, sizes.key_dim), (sizes.value_heads, sizes.value_dim)
         of_keys, of_values = ("kv_heads", "head_dim"), ("heads", "head_dim")
         kwargs = {"dtype": dtype, "scale": config.init_scale, "rngs": rngs}
-        self.q = Linear(keys, (d,), axes=(*of_keys, "embed"), **kwargs)
-        self.k = Linear(keys, (d,), axes=(*of_keys, "embed"), **kwargs)
-        self.v = Linear(values, (d,), axes=(*of_values, "embed"), **kwargs)
-        self.gate = Linear(values, (d,), axes=(*of_values, "embed"), **kwargs)
-        self.beta = Linear(values[:1], (d,), axes=("heads", "embed"), **kwargs)
-        self.decay = Linear(values[:1], (d,), axes=("heads", "embed"), **kwargs)
+        self.sizes, self.by_key_head = sizes, by_key_head
+        if by_key_head:
+            groups = sizes.value_heads // sizes.key_heads
+            made = (sizes.key_heads, 2 * (sizes.key_dim + groups * sizes.value_dim))
+            rated = (sizes.key_heads, 2 * groups)
+            self.qkvg = Linear(made, (d,), axes=(*of_keys, "embed"), **kwargs)
+            self.rates = Linear(rated, (d,), axes=(*of_keys, "embed"), **kwargs)
+        else:
+            self.q = Linear(keys, (d,), axes=(*of_keys, "embed"), **kwargs)
+            self.k = Linear(keys, (d,), axes=(*of_keys, "embed"), **kwargs)
+            self.v = Linear(values, (d,), axes=(*of_values, "embed"), **kwargs)
+            self.gate = Linear(values, (d,), axes=(*of_values, "embed"), **kwargs)
+            self.beta = Linear(values[:1], (d,), axes=("heads", "embed"), **kwargs)
+            self.decay = Linear(values[:1], (d,), axes=("heads", "embed"), **kwargs)
         self.q_taps, self.k_taps, self.v_taps = (
             Param(_uniform(rngs, (*shape, sizes.taps), dtype), axes=(*axes, "taps"))
             for shape, axes in ((keys, of_keys), (keys, of_keys), (values, of_values))
@@ -62,27 +85,42 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Recurrent | None]:
         """Returns what is added to the residual stream, and the layer's cache."""
         x = constrain(x, "batch", "seq", "act_embed")
-        made = tuple(
-            checkpoint_name(constrain(project(x), "batch", "seq", *axes), activations.QKV)
-            for project, axes in ((self.q, _KEYS), (self.k, _KEYS), (self.v, _VALUES))
+        *made, gate, beta, decay = self._projected(x)
+        *made, gate = (
+            checkpoint_name(constrain(one, "batch", "seq", *axes), activations.QKV)
+            for one, axes in zip((*made, gate), (_KEYS, _KEYS, _VALUES, _VALUES), strict=True)
         )
-        beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+        beta = jax.nn.sigmoid(beta.astype(jnp.float32))
         rate, bias = (
             p[...].astype(jnp.float32)[None, None] for p in (self.log_rate, self.decay_bias)
         )
-        log_decay = -jnp.exp(rate) * jax.nn.softplus(self.decay(x).astype(jnp.float32) + bias)
+        log_decay = -jnp.exp(rate) * jax.nn.softplus(decay.astype(jnp.float32) + bias)
         if inputs.memory is None or cache is None:
             out = self._whole(made, log_decay, beta, inputs)
         else:
             out, cache = self._going_on(made, log_decay, beta, inputs, inputs.memory, cache)
         out = checkpoint_name(out, activations.ATTENTION)
-        gate = jax.nn.silu(self.gate(x).astype(jnp.float32))
+        gate = jax.nn.silu(gate.astype(jnp.float32))
         out = (self.norm(out).astype(jnp.float32) * gate).astype(x.dtype)
         out = constrain(out, "batch", "seq", *_VALUES)
         return checkpoint_name(self.o(out), activations.ATTENTION_OUT), cache
 
+    def _projected(self, x: Float[Array, "B T D"]) -> tuple[Array, ...]:
+        """Returns queries, keys, values and their gates, and what betas and decays are made of."""
+        if not self.by_key_head:
+            made = self.q, self.k, self.v, self.gate, self.beta, self.decay
+            return tuple(project(x) for project in made)
+        d = self.sizes
+        values = d.value_heads // d.key_heads * d.value_dim
+        ends = (d.key_dim, 2 * d.key_dim, 2 * d.key_dim + values)
+        q, k, v, gate = jnp.split(self.qkvg(x), ends, axis=-1)
+        beta, decay = jnp.split(self.rates(x), 2, axis=-1)
+        whole = (*x.shape[:2], d.value_heads)
+        v, gate = (one.reshape(*whole, d.value_dim) for one in (v, gate))
+        return q, k, v, gate, beta.reshape(whole), decay.reshape(whole)
+
     def _whole(
-        self, made: tuple[Array, ...], log_decay: Array, beta: Array, inputs: LayerInputs
+        self, made: Sequence[Array], log_decay: Array, beta: Array, inputs: LayerInputs
     ) -> Array:
         """Returns outputs of rows that hold their documents from the start."""
         q, k, v = made
@@ -106,7 +144,7 @@ class GatedDeltaNet(nnx.Module):
 
     def _going_on(
         self,
-        made: tuple[Array, ...],
+        made: Sequence[Array],
         log_decay: Array,
         beta: Array,
         inputs: LayerInputs,

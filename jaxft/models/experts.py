@@ -19,7 +19,7 @@ from jaxft.models.dispatch import (
     slots_of,
 )
 from jaxft.models.expert_weights import ExpertWeights, Projection
-from jaxft.models.layers import Linear, Routing
+from jaxft.models.layers import GatedMLP, Linear, Routing
 from jaxft.models.module import Param
 from jaxft.models.weights import Weight
 from jaxft.sharding.rules import Placement, active_placement
@@ -166,6 +166,26 @@ class Experts(nnx.Module):
             tokens=jnp.sum(counted),
             dropped=jnp.sum(dropped),
         )
+
+
+class ExpertsAndShared(nnx.Module):
+    """Experts, and one that every token goes through as far as a gate of its own lets it."""
+
+    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+        assert config.experts is not None
+        self.routed = Experts(config, numerics, rngs)
+        self.shared = GatedMLP(config, numerics, rngs, width=config.experts.shared)
+        kwargs = {"dtype": numerics.param_dtype, "scale": config.init_scale, "rngs": rngs}
+        self.shared_gate = Linear((1,), (config.embed,), axes=("router", "embed"), **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """Returns what is added to the residual stream, and the routing."""
+        out, routing = self.routed(x, real)
+        shared, _ = self.shared(x, real)
+        gate = jax.nn.sigmoid(self.shared_gate(x).astype(jnp.float32))
+        return out + (gate * shared.astype(jnp.float32)).astype(out.dtype), routing
 
 
 def _top_k(

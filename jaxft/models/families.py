@@ -42,8 +42,10 @@ FAMILIES = {
     "phi3": "jaxft.models.phi3",
     "qwen2": "jaxft.models.qwen2",
     "qwen3": "jaxft.models.qwen3",
+    "qwen3_5_moe_text": "jaxft.models.qwen3_5_moe",
     "qwen3_5_text": "jaxft.models.qwen3_5",
     "qwen3_moe": "jaxft.models.qwen3_moe",
+    "qwen3_next": "jaxft.models.qwen3_next",
     "seed_oss": "jaxft.models.seed_oss",
     "smollm3": "jaxft.models.smollm3",
 }

@@ -89,6 +89,10 @@ class Fields:
                     f"config.json: {name} is {self._config[name]!r}; only {value!r} is supported."
                 )
 
+    def absent(self, **meant: Any) -> None:
+        """Says what fields mean that config.json does not have."""
+        self._config = meant | self._config
+
     def unused(self, *names: str) -> None:
         """Marks fields that this family carries without effect."""
         self._read.update(names)
@@ -165,6 +169,7 @@ class Fields:
         theta: float = 10000.0,
         parameters: dict[str, Any] | None = None,
         partial: bool = False,
+        share: float = 1.0,
         sections: bool = False,
     ) -> Rope:
         """Reads rotary settings in the newer form (`rope_parameters`) or the older.
@@ -174,6 +179,7 @@ class Fields:
           theta: Where config.json names none.
           parameters: Instead of config.json's own, where kinds of layer differ.
           partial: Whether `partial_rotary_factor` may leave dimensions unturned.
+          share: What it is where it is absent.
           sections: Whether pairs may be shared out among time, height and width of pictures, which
             are one position in text.
         """
@@ -191,7 +197,7 @@ class Fields:
         fields.pop("type", None)
         dims = head_dim
         if partial:
-            share = fields.pop("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
+            share = fields.pop("partial_rotary_factor", self.get("partial_rotary_factor", share))
             dims = int(head_dim * share)
             if dims % 2:
                 self.problem(

@@ -279,7 +279,15 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class GatedMLP(nnx.Module):
-    """`down(activation(gate(x)) * up(x))` (Shazeer, arXiv:2002.05202); SwiGLU by default."""
+    """`down(activation(gate(x)) * up(x))` (Shazeer, arXiv:2002.05202); SwiGLU by default.
+
+    Args:
+      config: Sizes.
+      numerics: Types.
+      rngs: Random keys.
+      activation: Of the gate.
+      width: Hidden width, where it is not the model's.
+    """
 
     def __init__(
         self,
@@ -288,9 +296,10 @@ class GatedMLP(nnx.Module):
         rngs: nnx.Rngs,
         *,
         activation: Callable[[Array], Array] = jax.nn.silu,
+        width: int = 0,
     ):
         self.activation = activation
-        d, f = config.embed, config.mlp
+        d, f = config.embed, width or config.mlp
         kwargs = {"dtype": numerics.param_dtype, "scale": config.init_scale, "rngs": rngs}
         self.gate = Linear((f,), (d,), axes=("mlp", "embed"), **kwargs)
         self.up = Linear((f,), (d,), axes=("mlp", "embed"), **kwargs)

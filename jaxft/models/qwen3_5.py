@@ -35,13 +35,18 @@ BLOCKS = {LINEAR: LinearBlock, FULL: FullBlock}
 
 def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     """Reads config.json; raises ModelError with all that is missing or not understood."""
-    fields = Fields(config, head_dim=256, num_key_value_heads=4, partial_rotary_factor=0.25)
+    return hybrid(Fields(config, head_dim=256, num_key_value_heads=4))
+
+
+def hybrid(fields: Fields, **family: Any) -> DecoderConfig:
+    """Reads what families with layers of both blocks share; `family` as for `Fields.decoder`."""
     fields.require(hidden_act="silu", attention_bias=False, attn_output_gate=True)
     fields.require(mlp_only_layers=[])
     # The type of the state, which is float32 here as well, and parts for guessing several tokens.
     fields.require(mamba_ssm_dtype="float32")
     fields.unused("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
-    return fields.decoder(hybrid_kinds(fields), norm="rms_offset", delta=delta_sizes(fields))
+    kinds, sizes = hybrid_kinds(fields), delta_sizes(fields)
+    return fields.decoder(kinds, norm="rms_offset", delta=sizes, **family)
 
 
 def delta_sizes(fields: Fields) -> DeltaConfig:
@@ -74,7 +79,7 @@ def hybrid_kinds(fields: Fields) -> list[LayerKind]:
             f"{f', some of kind {unknown[0]!r}' if unknown else ''}; expected {layers}, each "
             f"{LINEAR!r} or {FULL!r}."
         )
-    rope = fields.rope(fields.head_dim(), partial=True, sections=True)
+    rope = fields.rope(fields.head_dim(), partial=True, share=0.25, sections=True)
     full = LayerKind(rope=rope, block=FULL)
     return [full if kind == FULL else LayerKind(block=LINEAR, recurrent=True) for kind in types]
 
@@ -90,7 +95,7 @@ DELTA_NET = (
     Rule("layers.attn.o.w", _DELTA + "out_proj.weight", "d (n h) -> d n h"),
 )
 HF_RULES = (*BODY, *PRE_NORMS, *GATED_MLP)
-# Of the layers of each block.
+# Of the layers of each block. A head of queries and its gate are one head of twice the size.
 HF_BLOCK_RULES = {
     LINEAR: (
         Rule("layers.attn.q.w", _DELTA + "in_proj_qkv.weight", "(+ k h) d -> k h d"),
@@ -101,7 +106,6 @@ HF_BLOCK_RULES = {
         Rule("layers.attn.decay.w", _DELTA + "in_proj_a.weight", "n d -> n d"),
         *DELTA_NET,
     ),
-    # A head of queries and its gate are one head of twice the size.
     FULL: (*ATTENTION, *HEAD_NORMS),
 }
 HF_IGNORED = (r"^mtp\.",)

@@ -65,7 +65,10 @@ TOWERS = {
         ("qwen3_5_text",), f"{_QWEN_FIELDS} language_model_only", _QWEN_OTHERS, ("mtp.",)
     ),
     "qwen3_5_moe": Tower(
-        ("qwen3_5_moe_text",), f"{_QWEN_FIELDS} language_model_only", _QWEN_OTHERS, ("mtp.",)
+        ("qwen3_5_moe_text",),
+        f"{_QWEN_FIELDS} language_model_only",
+        _QWEN_OTHERS,
+        ("mtp.",),
     ),
     "qwen3_vl": Tower(("qwen3_vl_text",), _QWEN_FIELDS, _QWEN_OTHERS),
 }

@@ -96,7 +96,7 @@ class Footprint:
                 # In the worst case all tokens of all peers come to one device (models/experts.py).
                 self.room = parts * min(experts.chosen, experts.count / parts) / experts.chosen
         # Numbers of each token at the hidden width of the feed-forward part.
-        self.hidden = self.model.mlp * self.chosen / self._split("act_mlp", self.model.mlp)
+        self.hidden = self._made_hidden(reads=False)
 
     def _again(self) -> frozenset[str]:
         """Returns what the backward pass makes again."""
@@ -205,7 +205,7 @@ class Footprint:
             names.QKV: self._made_of_heads(reads=True),
             names.ATTENTION: self._made_of_heads(reads=False) + log_sums,
             names.ATTENTION_OUT: stream,
-            names.MLP: self.placed.expansions * self.hidden,
+            names.MLP: self._made_hidden(reads=True),
             names.MLP_OUT: stream,
         }
 
@@ -231,6 +231,22 @@ class Footprint:
                 continue
             size = sizes[heads] / self._split(f"act_{heads}", sizes[heads])
             total += weight.share * size * sizes.get("head_dim", 1)
+        return total
+
+    def _made_hidden(self, *, reads: bool) -> float:
+        """Returns the hidden numbers of feed-forward parts of a token, the mean over layers.
+
+        Args:
+          reads: Of products that read the residual stream, or of those that add to it.
+        """
+        total = 0.0
+        for weight in self.placed.weights:
+            sizes = dict(zip(weight.axes, weight.shape, strict=True))
+            if not {"mlp", "embed"} <= sizes.keys() or weight.beside:
+                continue
+            if (weight.axes[-1] == "embed") == reads:
+                size = sizes["mlp"] / self._split("act_mlp", sizes["mlp"])
+                total += weight.share * size * (self.chosen if weight.routed else 1.0)
         return total
 
     def _recurrent(self) -> Recurrence:

@@ -194,12 +194,6 @@ class Placed:
         return self.reaches_layers or after_layers(self.trainable)
 
     @functools.cached_property
-    def expansions(self) -> float:
-        """Number of products that lead to the feed-forward part's hidden width: two if gated."""
-        own = (weight for weight in self.weights if not weight.beside)
-        return sum(w.share for w in own if {"mlp", "embed"} <= set(w.axes)) - 1  # one leads back
-
-    @functools.cached_property
     def reads_mlp_out(self) -> bool:
         """Whether the backward pass reads what the feed-forward part returns.
 

@@ -89,6 +89,16 @@ MAKINGS = {
             ]
         },
     ),
+    "qwen3_5_moe_text": Making(
+        "qwen3_5_moe_gqa",
+        {
+            "target_modules": [*_ALL, "in_proj_qkv", "in_proj_z", "shared_expert_gate"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
+    ),
+    "qwen3_next": Making(
+        "qwen3_next_gqa", {"target_modules": [*_ALL, "in_proj_qkvz", "in_proj_ba"]}
+    ),
     "olmo2": Making("olmo2_gqa", {"target_modules": _ALL}),
     "olmo3": Making("olmo3_gqa", {"target_modules": _ALL}),
     "smollm3": Making("smollm3_gqa", {"target_modules": _ALL}),

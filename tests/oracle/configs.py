@@ -558,6 +558,49 @@ _QWEN3_5_CASES = {
     "qwen3_5_packed": _qwen3_5(num_attention_heads=4),
 }
 
+
+def _qwen3_5_moe(**changes: Any) -> Config:
+    family = {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.9,
+        "shared_expert_intermediate_size": 20,
+    }
+    return without(_qwen3_5(), "intermediate_size") | family | changes
+
+
+_QWEN3_5_MOE_CASES = {
+    "qwen3_5_moe_gqa": _qwen3_5_moe(),
+    "qwen3_5_moe_tied": _qwen3_5_moe(
+        linear_num_value_heads=2, num_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "qwen3_5_moe_packed": _qwen3_5_moe(num_experts=5, num_experts_per_tok=3),
+}
+
+
+def _qwen3_next(**changes: Any) -> Config:
+    family = {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "decoder_sparse_step": 1,
+        "intermediate_size": 48,
+        "model_type": "qwen3_next",
+        "norm_topk_prob": True,
+    }
+    return _qwen3_5_moe() | family | changes
+
+
+_QWEN3_NEXT_CASES = {
+    "qwen3_next_gqa": _qwen3_next(mlp_only_layers=[]),
+    "qwen3_next_unnormalised_mha": _qwen3_next(
+        linear_num_value_heads=2, norm_topk_prob=False, num_key_value_heads=2
+    ),
+    "qwen3_next_packed": _qwen3_next(num_experts=5, num_experts_per_tok=3),
+}
+
 CONFIGS: dict[str, Config] = {
     **_LLAMA_CASES,
     **_MISTRAL_CASES,
@@ -572,5 +615,7 @@ CONFIGS: dict[str, Config] = {
     **_QWEN3_MOE_CASES,
     **_GPT_OSS_CASES,
     **_QWEN3_5_CASES,
+    **_QWEN3_5_MOE_CASES,
+    **_QWEN3_NEXT_CASES,
     **COMPOSED,
 }

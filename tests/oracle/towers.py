@@ -96,6 +96,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_IDS,
         **_ENDS,
     },
+    "qwen3_5_moe": {
+        "model_type": "qwen3_5_moe",
+        "text_config": {
+            **_TEXT,
+            "model_type": "qwen3_5_moe_text",
+            "layer_types": ["linear_attention", "full_attention"],
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_expert_intermediate_size": 20,
+            "rope_parameters": {**_sections(1e4, 1, 1, 0), "partial_rotary_factor": 0.25},
+        },
+        "vision_config": {**_QWEN_VISION, "model_type": "qwen3_5_moe_vision"},
+        **_IDS,
+        **_ENDS,
+    },
     "qwen3_vl": {
         "model_type": "qwen3_vl",
         "text_config": {

@@ -27,7 +27,7 @@ CASES = {family: names[0] for family, names in FAMILY_CASES.items()} | {
     "phi3": "phi3_longrope_long",
     "gpt_oss": "gpt_oss_packed",
 }
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_5_moe_text", "qwen3_next")
 
 
 def families_of(strategy: str) -> list[str]:

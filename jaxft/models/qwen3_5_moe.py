@@ -1,0 +1,74 @@
+"""Qwen3.5-MoE and Qwen3.6-MoE, the text models: Qwen3.5 with experts and a shared one."""
+
+from typing import Any
+
+from flax import nnx
+
+from jaxft.hf.rules import Rule
+from jaxft.models import qwen3_5
+from jaxft.models.config import DecoderConfig, ExpertsConfig, Numerics
+from jaxft.models.delta_net import GatedDeltaNet
+from jaxft.models.experts import ExpertsAndShared
+from jaxft.models.fields import Fields
+from jaxft.models.layers import ResidualBlock, SelfAttention
+from jaxft.models.naming import BODY, FUSED_EXPERTS, PRE_NORMS
+from jaxft.models.qwen3_5 import FULL, LINEAR
+
+
+class LinearBlock(ResidualBlock):
+    """A layer with a state."""
+
+    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+        attn, mlp = (part(config, numerics, rngs) for part in (GatedDeltaNet, ExpertsAndShared))
+        super().__init__(config, numerics, attn=attn, mlp=mlp)
+
+
+class FullBlock(ResidualBlock):
+    """A layer with attention."""
+
+    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+        attn = SelfAttention(config, numerics, rngs, qk_norm="head", gated=True)
+        mlp = ExpertsAndShared(config, numerics, rngs)
+        super().__init__(config, numerics, attn=attn, mlp=mlp)
+
+
+BLOCKS = {LINEAR: LinearBlock, FULL: FullBlock}
+
+
+def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
+    """Reads config.json; raises ModelError with all that is missing or not understood."""
+    return with_experts(Fields(config, head_dim=256, num_key_value_heads=2), normalised=True)
+
+
+def with_experts(fields: Fields, *, normalised: bool) -> DecoderConfig:
+    """Reads what families of both blocks with experts share."""
+    found = fields.experts(normalised=normalised)
+    shared = fields.size("shared_expert_intermediate_size", 512)
+    width = fields.size("moe_intermediate_size", 512)
+    fields.require(decoder_sparse_step=1)
+    experts = ExpertsConfig(found.count, found.chosen, found.normalised, shared)
+    # The width of layers without experts, of which there are none.
+    fields.absent(intermediate_size=width)
+    return qwen3_5.hybrid(fields, experts=experts, mlp=width)
+
+
+_MLP = "model.layers.{layer}.mlp."
+_EXPERT = _MLP + "experts.{expert}."
+HF_RULES = (
+    *BODY,
+    *PRE_NORMS,
+    Rule("layers.mlp.routed.router.w", _MLP + "gate.weight", "e d -> e d"),
+    Rule("layers.mlp.routed.gate.w", _EXPERT + "gate_proj.weight", "f d -> f d"),
+    Rule("layers.mlp.routed.up.w", _EXPERT + "up_proj.weight", "f d -> f d"),
+    Rule("layers.mlp.routed.down.w", _EXPERT + "down_proj.weight", "d f -> d f"),
+    Rule("layers.mlp.shared.gate.w", _MLP + "shared_expert.gate_proj.weight", "f d -> f d"),
+    Rule("layers.mlp.shared.up.w", _MLP + "shared_expert.up_proj.weight", "f d -> f d"),
+    Rule("layers.mlp.shared.down.w", _MLP + "shared_expert.down_proj.weight", "d f -> d f"),
+    Rule("layers.mlp.shared_gate.w", _MLP + "shared_expert_gate.weight", "e d -> e d"),
+)
+HF_BLOCK_RULES = qwen3_5.HF_BLOCK_RULES
+HF_IGNORED = qwen3_5.HF_IGNORED
+HF_RENAMED = tuple(
+    Rule(rule.ours.replace(".mlp.", ".mlp.routed."), rule.theirs, rule.layout)
+    for rule in FUSED_EXPERTS
+)
