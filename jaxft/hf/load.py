@@ -152,8 +152,8 @@ def _find(
     folder: Path, naming: Naming, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Sources]:
     """Returns where each parameter is stored, or raises ModelError with all that does not fit."""
-    tensors = list(expand(naming.rules, shapes))
     stored, problems = stored_tensors(folder)
+    tensors = list(expand(naming.rules_for(stored), shapes))
     stored = named_as(stored, [*(tensor.name for tensor in tensors), *naming.copies], naming)
     if stored or not problems:
         problems += mismatches(stored, tensors, naming)

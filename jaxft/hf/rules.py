@@ -166,7 +166,7 @@ class Naming:
       spellings: Starts of names, and what files may have in their place, such as `transformer.` and
         nothing.
       renamed: Names and layouts of weights in the models that transformers builds, where these
-        differ from the files, such as experts that lie in one tensor.
+        differ from most files, such as experts that lie in one tensor.
       tables: Parameters whose rows are looked up.
       others: Starts of names of tensors beside the model's, such as those of a tower for images,
         which are written as they were read.
@@ -179,6 +179,18 @@ class Naming:
     renamed: tuple[Rule, ...] = ()
     tables: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+
+    def rules_for(self, names: Collection[str]) -> tuple[Rule, ...]:
+        """Returns the rules of files that hold tensors of some names.
+
+        They are those of `renamed` for what a file holds as transformers' models do.
+        """
+
+        def first(rule: Rule) -> str:
+            return self.as_written(rule.name((0,) * rule.leading), names)
+
+        held = {rule.ours: rule for rule in self.renamed if first(rule) in names}
+        return tuple(held.get(rule.ours, rule) for rule in self.rules)
 
     def is_known(self, name: str) -> bool:
         """Whether a tensor that no rule names may be in a file."""

@@ -195,7 +195,8 @@ def save_params(
       ModelError: If the disk has too little room.
     """
     params = {p: np.asarray(v) if isinstance(v, jax.Array) else v for p, v in params.items()}
-    tensors = list(expand(naming.rules, {path: param.shape for path, param in params.items()}))
+    rules = naming.rules if isinstance(dtypes, str) else naming.rules_for(dtypes)
+    tensors = list(expand(rules, {path: param.shape for path, param in params.items()}))
     if not isinstance(dtypes, str):
         tensors = _named_as(tensors, dtypes, naming)
     items = [

@@ -104,9 +104,8 @@ def check(path_or_repo_id: str | Path, *, revision: str = "", dtypes: str = "flo
         problems = []
     else:
         stored, problems = stored_tensors(folder)
-    tensors = list(
-        expand(architecture.naming.rules, {path: spec.shape for path, spec in params.items()})
-    )
+    rules = architecture.naming.rules_for(stored)
+    tensors = list(expand(rules, {path: spec.shape for path, spec in params.items()}))
     expected = {tensor.name: tensor for tensor in tensors}
     stored = named_as(stored, [*expected, *architecture.naming.copies], architecture.naming)
     lines = list(_known(architecture, params, tensors, stored))
@@ -135,7 +134,7 @@ def _known(
     for tensor in tensors:
         for part in tensor.parts:
             of_rule.setdefault(part.rule.ours, []).append(tensor)
-    for rule in architecture.naming.rules:
+    for rule in architecture.naming.rules_for(stored):
         if rule.ours in params:
             spec = params[rule.ours]
             state, fits = _state(of_rule[rule.ours], stored)

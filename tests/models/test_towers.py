@@ -42,6 +42,28 @@ def test_a_tensor_of_an_unknown_part_is_refused(tmp_path):
         jaxft.load(folder)
 
 
+def test_experts_that_files_hold_in_one_tensor_go_in_and_out(tmp_path):
+    """As those of published Qwen3.5-MoE do; transformers writes one for each expert."""
+    folder = write_tower("qwen3_5_moe", tmp_path)
+    file = folder / "model.safetensors"
+    tensors, expected = load_file(file), load_logits("qwen3_5_moe")
+    for layer in range(2):
+        start = f"model.language_model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            np.stack([tensors.pop(f"{start}{e}.{part}_proj.weight") for e in range(4)])
+            for part in ("gate", "up", "down")
+        )
+        tensors[f"{start}gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        tensors[f"{start}down_proj"] = down
+    save_file(tensors, file, metadata={"format": "pt"})
+    np.testing.assert_allclose(jaxft.load(folder)(tokens()), expected, atol=1e-4)
+    assert check(folder).fits
+    target = jaxft.export(folder, tmp_path / "out", on_log=lambda text: None)
+    written = load_file(target / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(np.array_equal(written[name], tensors[name]) for name in tensors)
+
+
 GEMMA_12B: dict[str, Any] = {
     "model_type": "gemma3",
     "eos_token_id": [1, 106],
