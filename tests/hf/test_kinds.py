@@ -106,15 +106,15 @@ def test_a_pointer_of_git_lfs_is_called_one(tmp_path, name):
 
 
 def test_a_multimodal_model_is_called_one():
-    gemma = {"text_config": {"model_type": "gemma3_text"}, "vision_config": {"hidden_size": 8}}
+    idefics = {"text_config": {"model_type": "llama"}, "vision_config": {"hidden_size": 8}}
     with pytest.raises(ModelError) as caught:
-        architecture_from_hf({"model_type": "gemma3", **gemma})
+        architecture_from_hf({"model_type": "idefics3", **idefics})
     text = str(caught.value)
-    assert "'gemma3' is a multimodal model: a language model (gemma3_text) inside one" in text
+    assert "'idefics3' is a multimodal model: a language model (llama) inside one" in text
     assert "vision_config" in text
     assert "Did you mean" not in text
-    with pytest.raises(ModelError, match="'llava' is a multimodal model"):
-        architecture_from_hf({"model_type": "llava", "vision_config": {}, "text_config": {}})
+    with pytest.raises(ModelError, match="'blip' is a multimodal model"):
+        architecture_from_hf({"model_type": "blip", "vision_config": {}, "text_config": {}})
     with pytest.raises(ModelError, match="'t5' is an encoder and a decoder"):
         architecture_from_hf({"model_type": "t5", "is_encoder_decoder": True})
 

@@ -91,8 +91,8 @@ def test_an_adapter_takes_r_times_inputs_and_outputs_of_every_linear_layer(famil
         found += sum(map(np.prod, leaves))
     beside = sum(np.prod(s.shape) for path, s in abstract.params.items() if is_beside(path))
     assert found == beside
-    of_layers = [p for p, a in abstract.axes.items() if p.endswith(".w") and a[0] == "layers"]
-    assert {p.removesuffix(".w") for p in of_layers if "router" not in p} == (
+    of_layers = {p: a for p, a in abstract.axes.items() if p.endswith(".w") and a[0] == "layers"}
+    assert {p.removesuffix(".w") for p, a in of_layers.items() if "router" not in a} == (
         architecture.adaptation.sites.keys()
     )
 
