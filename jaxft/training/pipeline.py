@@ -148,7 +148,7 @@ class _Stages:
         return self._vmap(of_stage)(layers, fixed, x, d, self.micros(indices), self.index)
 
     def _stage(
-        self, layers: Params, x: Array, columns: dict[str, Array], index: LayerIndex
+        self, layers: Params, x: Array, columns: dict[str, Array], index: tuple[LayerIndex, ...]
     ) -> tuple[Array, Routing | None]:
         return self.template.through(layers, index, x, **columns)
 
