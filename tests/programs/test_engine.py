@@ -8,11 +8,15 @@ import pytest
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
+from jaxft.models.config import Numerics
+from jaxft.models.families import architecture_from_hf
+from jaxft.models.module import init_params
 from jaxft.programs import engine as module
 from jaxft.programs.engine import Engine, Request
 from jaxft.programs.generate import generate_tokens
 from jaxft.programs.sampling import Sampling
 from jaxft.training.program import make_placement
+from tests.oracle.cases import CASES
 from tests.tiny import Tiny, load_tiny
 
 LONG = {"max_position_embeddings": 4096}
@@ -205,16 +209,19 @@ def test_what_does_not_fit_the_context_is_refused():
     assert engine.idle
 
 
+def on_devices(tiny: Tiny, strategy: str, count: int) -> Tiny:
+    config = RunConfig()
+    config.strategy = strategy
+    placement = make_placement(config, jax.devices()[:count])
+    shardings = placement.shardings(tiny.abstract.params, tiny.abstract.axes)
+    return dataclasses.replace(tiny, params=jax.device_put(tiny.params, shardings))
+
+
 @pytest.mark.slow(seconds=6)
 @pytest.mark.parametrize("strategy", ["fsdp", "tp"])
 def test_parameters_on_several_devices_give_what_one_device_gives(strategy):
     tiny = load_tiny("gqa", **LONG)
-    config = RunConfig()
-    config.strategy = strategy
-    placement = make_placement(config, jax.devices()[:2])
-    shardings = placement.shardings(tiny.abstract.params, tiny.abstract.axes)
-    split = dataclasses.replace(tiny, params=jax.device_put(tiny.params, shardings))
-    engine = engine_of(split, rows=2, slots=128)
+    engine = engine_of(on_devices(tiny, strategy, 2), rows=2, slots=128)
     requests = requests_of(tiny.architecture.config.vocab)[:5]
     tickets = [engine.submit(request) for request in requests]
     found = run(engine)
@@ -222,4 +229,21 @@ def test_parameters_on_several_devices_give_what_one_device_gives(strategy):
         assert found[ticket][0] == alone(tiny, request)
     cache = engine._cache
     assert cache is not None
-    assert cache.k[0].sharding.is_fully_replicated == (strategy == "fsdp")
+    assert cache.layers[0][0].sharding.is_fully_replicated == (strategy == "fsdp")
+
+
+@pytest.mark.slow(seconds=10)
+def test_layers_whose_heads_cannot_be_split_have_theirs_on_every_device():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "linear_num_key_heads": 4}
+    architecture = architecture_from_hf(CASES["qwen3_5_gqa"] | heads)
+    params = init_params(architecture.build(Numerics()), seed=0)
+    tiny = Tiny(architecture, architecture.abstract(Numerics()), params)
+    engine = engine_of(on_devices(tiny, "tp", 4), rows=2, slots=16)
+    request = Request([5, 9, 3, 7], 3)
+    ticket = engine.submit(request)
+    assert run(engine)[ticket][0] == alone(tiny, request)
+    assert engine._cache is not None
+    recurrent, attending, *_ = engine._cache.layers
+    # Four heads of keys and of values under the rule, and two of attention's.
+    assert not recurrent.state.sharding.is_fully_replicated
+    assert attending.k.sharding.is_fully_replicated
