@@ -203,28 +203,28 @@ class Naming:
 
     def as_ours(self, name: str, known: Collection[str]) -> str:
         """Returns the one of the known names that a file may spell so; else the name itself."""
-        if name in known:
-            return name
-        spelt = (
-            ours + name.removeprefix(theirs)
-            for ours, theirs in self.spellings
-            if name.startswith(theirs)
-        )
-        return next((ours for ours in spelt if ours in known), name)
+        return _respelt(name, known, ((theirs, ours) for ours, theirs in self.spellings))
 
     def as_written(self, name: str, known: Collection[str]) -> str:
         """Returns the one of a file's names that stands for a name of ours; else the name itself.
 
         The inverse of `as_ours`.
         """
-        if name in known:
-            return name
-        spelt = (
-            theirs + name.removeprefix(ours)
-            for ours, theirs in self.spellings
-            if name.startswith(ours)
-        )
-        return next((theirs for theirs in spelt if theirs in known), name)
+        return _respelt(name, known, self.spellings)
+
+
+def _respelt(name: str, known: Collection[str], starts: Iterable[tuple[str, str]]) -> str:
+    """Returns a known name, this one or what another start makes of it; this one if there is none.
+
+    Args:
+      name: As one side has it.
+      known: Names that the other side has.
+      starts: Starts of names on the one side, and on the other.
+    """
+    if name in known:
+        return name
+    spelt = (new + name.removeprefix(old) for old, new in starts if name.startswith(old))
+    return next((other for other in spelt if other in known), name)
 
 
 @dataclass(frozen=True, slots=True)

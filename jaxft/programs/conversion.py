@@ -1,7 +1,7 @@
 """Says how each parameter of a model is stored, and what does not fit, without reading weights."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from jaxft.formatting import format_storage
 from jaxft.hf.folder import read_config
 from jaxft.hf.hub import remote_tensors, resolve
 from jaxft.hf.read import DTYPES, Entry, Stored
-from jaxft.hf.rules import Tensor, expand
+from jaxft.hf.rules import Rule, Tensor, expand
 from jaxft.hf.stored import group_names, named_as, paired, stored_tensors, unfit
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
@@ -108,7 +108,7 @@ def check(path_or_repo_id: str | Path, *, revision: str = "", dtypes: str = "flo
     tensors = list(expand(rules, {path: spec.shape for path, spec in params.items()}))
     expected = {tensor.name: tensor for tensor in tensors}
     stored = named_as(stored, [*expected, *architecture.naming.copies], architecture.naming)
-    lines = list(_known(architecture, params, tensors, stored))
+    lines = list(_known(rules, params, tensors, stored))
     lines += _unknown(architecture, expected, stored)
     return Check(
         lines,
@@ -125,7 +125,7 @@ def check(path_or_repo_id: str | Path, *, revision: str = "", dtypes: str = "flo
 
 
 def _known(
-    architecture: Architecture,
+    rules: Iterable[Rule],
     params: Mapping[str, jax.ShapeDtypeStruct],
     tensors: list[Tensor],
     stored: Mapping[str, Stored | None],
@@ -134,7 +134,7 @@ def _known(
     for tensor in tensors:
         for part in tensor.parts:
             of_rule.setdefault(part.rule.ours, []).append(tensor)
-    for rule in architecture.naming.rules_for(stored):
+    for rule in rules:
         if rule.ours in params:
             spec = params[rule.ours]
             state, fits = _state(of_rule[rule.ours], stored)
