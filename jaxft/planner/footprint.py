@@ -96,7 +96,7 @@ class Footprint:
                 # In the worst case all tokens of all peers come to one device (models/experts.py).
                 self.room = parts * min(experts.chosen, experts.count / parts) / experts.chosen
         # Numbers of each token at the hidden width of the feed-forward part.
-        self.hidden = self._made_hidden(reads=False)
+        self.hidden = self._made("mlp", reads=False)
 
     def _again(self) -> frozenset[str]:
         """Returns what the backward pass makes again."""
@@ -205,52 +205,41 @@ class Footprint:
             names.QKV: self._made_of_heads(reads=True),
             names.ATTENTION: self._made_of_heads(reads=False) + log_sums,
             names.ATTENTION_OUT: stream,
-            names.MLP: self._made_hidden(reads=True),
+            names.MLP: self._made("mlp", reads=True),
             names.MLP_OUT: stream,
         }
 
     @functools.cached_property
     def attending(self) -> float:
         """Share of the layers that have attention."""
-        recurrent = sum(self.model.kinds[index].recurrent for index in self.model.pattern)
-        return 1 - recurrent / self.model.layers
+        return len(self.model.windows) / self.model.layers
 
-    def _made_of_heads(self, *, reads: bool) -> float:
-        """Returns the numbers of heads of one token on a device, the mean over layers.
+    def _made(self, *axes: str, reads: bool) -> float:
+        """Returns numbers that products make of a token on a device, or read; the mean over layers.
 
         Args:
+          axes: Names of the dimension that they have beside that of the residual stream.
           reads: Of products that read the residual stream, or of those that add to it.
         """
         total = 0.0
         for weight in self.placed.weights:
             sizes = dict(zip(weight.axes, weight.shape, strict=True))
-            heads = next((axis for axis in ("heads", "kv_heads") if axis in sizes), None)
-            if heads is None or "embed" not in sizes or weight.beside:
-                continue
-            if (weight.axes[-1] == "embed") != reads:
-                continue
-            size = sizes[heads] / self._split(f"act_{heads}", sizes[heads])
-            total += weight.share * size * sizes.get("head_dim", 1)
-        return total
-
-    def _made_hidden(self, *, reads: bool) -> float:
-        """Returns the hidden numbers of feed-forward parts of a token, the mean over layers.
-
-        Args:
-          reads: Of products that read the residual stream, or of those that add to it.
-        """
-        total = 0.0
-        for weight in self.placed.weights:
-            sizes = dict(zip(weight.axes, weight.shape, strict=True))
-            if not {"mlp", "embed"} <= sizes.keys() or weight.beside:
+            axis = next((axis for axis in axes if axis in sizes), None)
+            if axis is None or "embed" not in sizes or weight.beside:
                 continue
             if (weight.axes[-1] == "embed") == reads:
-                size = sizes["mlp"] / self._split("act_mlp", sizes["mlp"])
-                total += weight.share * size * (self.chosen if weight.routed else 1.0)
+                numbers = sizes[axis] / self._split(f"act_{axis}", sizes[axis])
+                numbers *= sizes.get("head_dim", 1) * (self.chosen if weight.routed else 1.0)
+                total += weight.share * numbers
         return total
 
+    def _made_of_heads(self, *, reads: bool) -> float:
+        """Returns those of heads."""
+        return self._made("heads", "kv_heads", reads=reads)
+
+    @functools.cached_property
     def _recurrent(self) -> Recurrence:
-        """Returns what the delta rule does with a token on a device, the mean over layers."""
+        """Work of the delta rule on a token on a device, the mean over layers."""
         d = self.model.delta
         if d is None:
             return Recurrence(0.0, 0.0, 0.0, 0.0)
@@ -282,7 +271,7 @@ class Footprint:
             # Norms and activations stay as well, and what experts read.
             here += self.room * (self.hidden + self._routed() / 2) + 4 * widths[names.INPUTS]
             here += 0.0 if self.placed.flash else self._scores() / self.itemsize
-            here += self._recurrent().kept / self.itemsize
+            here += self._recurrent.kept / self.itemsize
         return of_token * here, of_token * there
 
     def _scores(self) -> float:
@@ -296,7 +285,7 @@ class Footprint:
         at_once += 6 * widths[names.INPUTS] + 2 * widths[names.QKV]
         # Scores and their gradient, and weights of values.
         scores = 0.0 if self.placed.flash else self._scores() + 4 * self._heads() * self.length
-        return self.tokens * (self.itemsize * at_once + max(scores, self._recurrent().in_hand))
+        return self.tokens * (self.itemsize * at_once + max(scores, self._recurrent.in_hand))
 
     def _parts(self, cut: tuple[tuple[str, ...], ...]) -> int:
         return math.prod(self.placement.mesh.shape[name] for group in cut for name in group)

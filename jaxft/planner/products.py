@@ -94,7 +94,7 @@ class Products(Footprint):
             layer += self.back * sum(m for m, _ in beside)
             attention += 2 * self.back
         layer, rounded = (layer, own) if self.matmul else (layer + own, 0.0)
-        rule = self._recurrent()
+        rule = self._recurrent
         again_rule = (names.ATTENTION in self.again) + (self.stages > 1)
         layer += rule.forward * (1 + self.back * again_rule) + rule.backward * self.back
         pairs = self.attending * self._pairs() * self._heads() * self.model.head_dim
