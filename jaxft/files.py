@@ -100,6 +100,12 @@ def _as_line(record: dict[str, Any]) -> str:
     return json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def stamps(files: Iterable[Path]) -> list[list[Any]]:
+    """Returns path, size and time of each file, which change if its content does."""
+    stats = [(file, file.stat()) for file in files]
+    return [[str(file.absolute()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+
 def finite(value: Any) -> Any:
     """Returns a value for JSON: None for what it cannot say (nan, inf), numbers for NumPy's."""
     if isinstance(value, dict):

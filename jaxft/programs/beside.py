@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.errors import JaxftError, ModelError
-from jaxft.files import write_json
+from jaxft.files import stamps, write_json
 from jaxft.hf.folder import read_json
 from jaxft.hf.hub import found_anywhere, resolve
 from jaxft.hf.read import Entry
@@ -124,9 +124,7 @@ def differing(entries: Mapping[str, Entry], written: Mapping[str, Entry]) -> lis
 
 def identity_of(entries: Mapping[str, Entry]) -> list[Any]:
     """Returns what changes if the files that tensors lie in do."""
-    files = sorted({entry.file for entry in entries.values()})
-    stats = [(file, file.stat()) for file in files]
-    return [[str(file.absolute()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    return stamps(sorted({entry.file for entry in entries.values()}))
 
 
 def copy_files(source: Path, target: Path) -> None:

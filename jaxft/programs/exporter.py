@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxft.errors import ConfigError, ModelError, nearest
-from jaxft.files import as_json
+from jaxft.files import as_json, stamps
 from jaxft.hf.folder import ModelFolder
 from jaxft.hf.peft.modules import CONFIG
 from jaxft.hf.peft.write import write_adapter
@@ -245,8 +245,7 @@ def _identity(source: Source) -> list[Any]:
     else:
         files = sorted(source.folder.glob("*.safetensors"))
         files += [source.folder / CONFIG] if source.is_peft else []
-    stats = [(file, file.stat()) for file in files]
-    return [*base, *([str(f.absolute()), stat.st_size, stat.st_mtime_ns] for f, stat in stats)]
+    return [*base, *stamps(files)]
 
 
 def _write_generation_config(described: ModelFolder, tokenizer: Any, folder: Path) -> None:
