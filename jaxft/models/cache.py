@@ -96,10 +96,11 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cac
     """Returns a cache in which nothing was read, with room for `slots` tokens in each row."""
 
     def of_layer(kind: LayerKind) -> KeysValues | Recurrent:
-        if not kind.recurrent or config.delta is None:
+        if not kind.recurrent:
             empty = jnp.zeros((rows, config.kv_heads, slots, config.head_dim), dtype)
             return KeysValues(empty, empty)
         d = config.delta
+        assert d is not None
         sizes = ((d.key_heads, d.key_dim),) * 2 + ((d.value_heads, d.value_dim),)
         inputs = (jnp.zeros((rows, heads, d.taps - 1, size), dtype) for heads, size in sizes)
         state = jnp.zeros((rows, d.value_heads, d.key_dim, d.value_dim), jnp.float32)

@@ -1,6 +1,6 @@
 """Layers that see what is before a token through a state: gated DeltaNet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -119,12 +119,17 @@ class GatedDeltaNet(nnx.Module):
         v, gate = (one.reshape(*whole, d.value_dim) for one in (v, gate))
         return q, k, v, gate, beta.reshape(whole), decay.reshape(whole)
 
+    @property
+    def _taps(self) -> list[Array]:
+        """Weights of the convolutions of queries, keys and values."""
+        return [p[...] for p in (self.q_taps, self.k_taps, self.v_taps)]
+
     def _whole(
         self, made: Sequence[Array], log_decay: Array, beta: Array, inputs: LayerInputs
     ) -> Array:
         """Returns outputs of rows that hold their documents from the start."""
         q, k, v = made
-        taps = [p[...] for p in (self.q_taps, self.k_taps, self.v_taps)]
+        taps = self._taps
         placement = active_placement()
         if placement and k.shape[2] % head_shares(placement, "act_kv_heads", k.shape[2]):
             # Too few key heads to share: there is one for each head of values.
@@ -135,10 +140,7 @@ class GatedDeltaNet(nnx.Module):
         q, k = (whole_rows(x, keys) for x in (q, k))
         v, log_decay, beta = (whole_rows(x, _VALUES[0]) for x in (v, log_decay, beta))
         segments = whole_rows(inputs.segments)
-        q, k, v = (
-            short_convolution(x, kernel, segments)
-            for x, kernel in zip((q, k, v), taps, strict=True)
-        )
+        q, k, v = _convolved((q, k, v), taps, segments, (None,) * 3)
         out, _ = gated_delta_rule(q, k, v, log_decay, beta, segments)
         return parts_of_rows(out, *_VALUES)
 
@@ -154,11 +156,7 @@ class GatedDeltaNet(nnx.Module):
         """Returns outputs of texts whose beginning the cache holds, and the cache after them."""
         old = memory.read(cache)
         before = tuple(jnp.swapaxes(x, 1, 2) for x in old.inputs)
-        kernels = (taps[...] for taps in (self.q_taps, self.k_taps, self.v_taps))
-        q, k, v = (
-            short_convolution(x, kernel, inputs.segments, state)
-            for x, kernel, state in zip(made, kernels, before, strict=True)
-        )
+        q, k, v = _convolved(made, self._taps, inputs.segments, before)
         if v.shape[1] == 1:
             q, k, v, log_decay, beta = (x[:, 0] for x in (q, k, v, log_decay, beta))
             out, state = delta_step(q, k, v, log_decay, beta, memory.real[:, 0], old.state)
@@ -167,12 +165,20 @@ class GatedDeltaNet(nnx.Module):
             out, state = gated_delta_rule(
                 q, k, v, log_decay, beta, inputs.segments, state=old.state
             )
-        width = self.v_taps.shape[-1]
+        width = self.sizes.taps
         kept = tuple(
-            jnp.swapaxes(convolution_state(x, memory.real, width=width, state=state), 1, 2)
-            for x, state in zip(made, before, strict=True)
+            jnp.swapaxes(convolution_state(x, memory.real, width=width, state=last), 1, 2)
+            for x, last in zip(made, before, strict=True)
         )
         return out, memory.write(cache, Recurrent(kept, state))
+
+
+def _convolved(
+    made: Sequence[Array], taps: Sequence[Array], segments: Array, before: Sequence[Array | None]
+) -> Iterator[Array]:
+    """Yields queries, keys and values after their convolutions, given the inputs before them."""
+    for x, kernel, state in zip(made, taps, before, strict=True):
+        yield short_convolution(x, kernel, segments, state)
 
 
 def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -89,10 +89,6 @@ class Fields:
                     f"config.json: {name} is {self._config[name]!r}; only {value!r} is supported."
                 )
 
-    def absent(self, **meant: Any) -> None:
-        """Says what fields mean that config.json does not have."""
-        self._config = meant | self._config
-
     def unused(self, *names: str) -> None:
         """Marks fields that this family carries without effect."""
         self._read.update(names)
@@ -137,20 +133,29 @@ class Fields:
         """
         size = self.size("sliding_window") if in_use and "sliding_window" in self else 0
         self.unused("sliding_window")
-        layers = self.size("num_hidden_layers")
-        types = self.get("layer_types")
+        types = self.layer_types("sliding_attention", "full_attention", first=local)
+        if "sliding_attention" in self.get("layer_types", ()) and not size:
+            self.problem("config.json: layers with 'sliding_attention' need a sliding_window.")
+        return [size if kind == "sliding_attention" else 0 for kind in types]
+
+    def layer_types(self, *kinds: str, first: Callable[[int], bool]) -> list[str]:
+        """Reads which of two kinds each layer is of.
+
+        Args:
+          *kinds: Names of the two.
+          first: Whether the layer of an index is of the first, where there are no `layer_types`.
+        """
+        layers, types = self.size("num_hidden_layers"), self.get("layer_types")
         if types is None:
-            return [size if local(layer) else 0 for layer in range(layers)]
-        unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+            return [kinds[0] if first(layer) else kinds[1] for layer in range(layers)]
+        unknown = sorted(set(types) - set(kinds))
         if unknown or len(types) != layers:
             self.problem(
                 f"config.json: layer_types names {len(types)} layers"
                 f"{f', some of kind {unknown[0]!r}' if unknown else ''}; expected {layers}, each "
-                "'sliding_attention' or 'full_attention'."
+                f"{' or '.join(map(repr, kinds))}."
             )
-        if "sliding_attention" in types and not size:
-            self.problem("config.json: layers with 'sliding_attention' need a sliding_window.")
-        return [size if kind == "sliding_attention" else 0 for kind in types]
+        return types
 
     def uniform_windows(self, *, in_use: bool = True) -> list[int]:
         """Reads `windows` for families whose layers are all alike whatever `layer_types` says."""

@@ -6,6 +6,7 @@ from flax import nnx
 
 from jaxft.hf.rules import Rule
 from jaxft.models.config import DecoderConfig, DeltaConfig, LayerKind, Numerics
+from jaxft.models.decoder import Block as Builder
 from jaxft.models.delta_net import GatedDeltaNet
 from jaxft.models.fields import Fields
 from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention
@@ -14,23 +15,26 @@ from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, HEAD_NORMS, PRE_NORM
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
-class LinearBlock(ResidualBlock):
-    """A layer with a state."""
+def hybrid_blocks(mlp: Builder, **delta: Any) -> dict[str, Builder]:
+    """Returns the blocks of layers with a state and with attention.
 
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
-        attn = GatedDeltaNet(config, numerics, rngs)
-        super().__init__(config, numerics, attn=attn, mlp=GatedMLP(config, numerics, rngs))
+    Args:
+      mlp: Builds the feed-forward part.
+      **delta: Keywords of `GatedDeltaNet`.
+    """
 
+    def linear(config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs) -> nnx.Module:
+        attn = GatedDeltaNet(config, numerics, rngs, **delta)
+        return ResidualBlock(config, numerics, attn=attn, mlp=mlp(config, numerics, rngs))
 
-class FullBlock(ResidualBlock):
-    """A layer with attention."""
-
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+    def full(config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs) -> nnx.Module:
         attn = SelfAttention(config, numerics, rngs, qk_norm="head", gated=True)
-        super().__init__(config, numerics, attn=attn, mlp=GatedMLP(config, numerics, rngs))
+        return ResidualBlock(config, numerics, attn=attn, mlp=mlp(config, numerics, rngs))
+
+    return {LINEAR: linear, FULL: full}
 
 
-BLOCKS = {LINEAR: LinearBlock, FULL: FullBlock}
+BLOCKS = hybrid_blocks(GatedMLP)
 
 
 def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
@@ -40,8 +44,9 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
 
 def hybrid(fields: Fields, **family: Any) -> DecoderConfig:
     """Reads what families with layers of both blocks share; `family` as for `Fields.decoder`."""
-    fields.require(hidden_act="silu", attention_bias=False, attn_output_gate=True)
-    fields.require(mlp_only_layers=[])
+    fields.require(
+        hidden_act="silu", attention_bias=False, attn_output_gate=True, mlp_only_layers=[]
+    )
     # The type of the state, which is float32 here as well, and parts for guessing several tokens.
     fields.require(mamba_ssm_dtype="float32")
     fields.unused("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
@@ -68,17 +73,8 @@ def delta_sizes(fields: Fields) -> DeltaConfig:
 
 def hybrid_kinds(fields: Fields) -> list[LayerKind]:
     """Reads which layers have a state and which attention, and the rotation of the latter."""
-    layers, every = fields.size("num_hidden_layers"), fields.size("full_attention_interval", 4)
-    types = fields.get("layer_types")
-    if types is None:
-        types = [FULL if (layer + 1) % every == 0 else LINEAR for layer in range(layers)]
-    unknown = sorted(set(types) - {LINEAR, FULL})
-    if unknown or len(types) != layers:
-        fields.problem(
-            f"config.json: layer_types names {len(types)} layers"
-            f"{f', some of kind {unknown[0]!r}' if unknown else ''}; expected {layers}, each "
-            f"{LINEAR!r} or {FULL!r}."
-        )
+    every = fields.size("full_attention_interval", 4)
+    types = fields.layer_types(LINEAR, FULL, first=lambda layer: (layer + 1) % every != 0)
     rope = fields.rope(fields.head_dim(), partial=True, share=0.25, sections=True)
     full = LayerKind(rope=rope, block=FULL)
     return [full if kind == FULL else LayerKind(block=LINEAR, recurrent=True) for kind in types]

@@ -1,54 +1,33 @@
 """Qwen3.5-MoE and Qwen3.6-MoE, the text models: Qwen3.5 with experts and a shared one."""
 
+import dataclasses
 from typing import Any
-
-from flax import nnx
 
 from jaxft.hf.rules import Rule
 from jaxft.models import qwen3_5
-from jaxft.models.config import DecoderConfig, ExpertsConfig, Numerics
-from jaxft.models.delta_net import GatedDeltaNet
+from jaxft.models.config import DecoderConfig
 from jaxft.models.experts import ExpertsAndShared
 from jaxft.models.fields import Fields
-from jaxft.models.layers import ResidualBlock, SelfAttention
 from jaxft.models.naming import BODY, FUSED_EXPERTS, PRE_NORMS
-from jaxft.models.qwen3_5 import FULL, LINEAR
 
-
-class LinearBlock(ResidualBlock):
-    """A layer with a state."""
-
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
-        attn, mlp = (part(config, numerics, rngs) for part in (GatedDeltaNet, ExpertsAndShared))
-        super().__init__(config, numerics, attn=attn, mlp=mlp)
-
-
-class FullBlock(ResidualBlock):
-    """A layer with attention."""
-
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
-        attn = SelfAttention(config, numerics, rngs, qk_norm="head", gated=True)
-        mlp = ExpertsAndShared(config, numerics, rngs)
-        super().__init__(config, numerics, attn=attn, mlp=mlp)
-
-
-BLOCKS = {LINEAR: LinearBlock, FULL: FullBlock}
+BLOCKS = qwen3_5.hybrid_blocks(ExpertsAndShared)
 
 
 def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     """Reads config.json; raises ModelError with all that is missing or not understood."""
-    return with_experts(Fields(config, head_dim=256, num_key_value_heads=2), normalised=True)
+    # The hidden width is that of layers without experts, of which there are none.
+    fields = Fields(config, head_dim=256, num_key_value_heads=2, intermediate_size=12288)
+    return with_experts(fields, normalised=True)
 
 
 def with_experts(fields: Fields, *, normalised: bool) -> DecoderConfig:
     """Reads what families of both blocks with experts share."""
-    found = fields.experts(normalised=normalised)
-    shared = fields.size("shared_expert_intermediate_size", 512)
-    width = fields.size("moe_intermediate_size", 512)
+    experts = dataclasses.replace(
+        fields.experts(normalised=normalised),
+        shared=fields.size("shared_expert_intermediate_size", 512),
+    )
     fields.require(decoder_sparse_step=1)
-    experts = ExpertsConfig(found.count, found.chosen, found.normalised, shared)
-    # The width of layers without experts, of which there are none.
-    fields.absent(intermediate_size=width)
+    width = fields.size("moe_intermediate_size", 512)
     return qwen3_5.hybrid(fields, experts=experts, mlp=width)
 
 

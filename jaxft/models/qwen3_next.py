@@ -2,36 +2,23 @@
 
 from typing import Any
 
-from flax import nnx
-
 from jaxft.hf.rules import Rule
-from jaxft.models.config import DecoderConfig, Numerics
-from jaxft.models.delta_net import GatedDeltaNet
+from jaxft.models.config import DecoderConfig
 from jaxft.models.experts import ExpertsAndShared
 from jaxft.models.fields import Fields
-from jaxft.models.layers import ResidualBlock
 from jaxft.models.naming import ATTENTION, HEAD_NORMS
-from jaxft.models.qwen3_5 import DELTA_NET, FULL, LINEAR
-from jaxft.models.qwen3_5_moe import HF_IGNORED, HF_RENAMED, HF_RULES, FullBlock, with_experts
+from jaxft.models.qwen3_5 import DELTA_NET, FULL, LINEAR, hybrid_blocks
+from jaxft.models.qwen3_5_moe import HF_IGNORED, HF_RENAMED, HF_RULES, with_experts
 
 __all__ = ["BLOCKS", "HF_BLOCK_RULES", "HF_IGNORED", "HF_RENAMED", "HF_RULES", "config_from_hf"]
 
 
-class LinearBlock(ResidualBlock):
-    """A layer with a state."""
-
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
-        attn = GatedDeltaNet(config, numerics, rngs, by_key_head=True)
-        mlp = ExpertsAndShared(config, numerics, rngs)
-        super().__init__(config, numerics, attn=attn, mlp=mlp)
-
-
-BLOCKS = {LINEAR: LinearBlock, FULL: FullBlock}
+BLOCKS = hybrid_blocks(ExpertsAndShared, by_key_head=True)
 
 
 def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     """Reads config.json; raises ModelError with all that is missing or not understood."""
-    fields = Fields(config, head_dim=256, num_key_value_heads=2)
+    fields = Fields(config, head_dim=256, num_key_value_heads=2, intermediate_size=5632)
     return with_experts(fields, normalised=fields.get("norm_topk_prob", True))
 
 
