@@ -151,7 +151,7 @@ class Workload:
             learning=evaluator.learning(program.state.trainable),
             layers=len(config.windows),
             heads=config.heads,
-            head_dim=config.head_dim,
+            head_dim=config.mean_head_dim,
             tokens=int(counts["tokens"]),
             squared_lengths=int(counts["squared_lengths"]),
             states=config.states,

@@ -31,6 +31,7 @@ COMPOSED = (
     "cohere",
     "cohere2",
     "exaone4",
+    "gemma4_text",
     "glm",
     "glm4",
     "granite",

@@ -263,7 +263,7 @@ def test_tokenizers_of_every_making_are_read_alike_by_transformers_4_and_5(
     }
 
 
-@pytest.mark.parametrize("case", ["gemma3", "qwen3_5"])
+@pytest.mark.parametrize("case", ["gemma3", "gemma4", "qwen3_5"])
 def test_a_multimodal_model_has_its_other_tower_and_our_text_in_transformers(
     oracle, tmp_path, case
 ):

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.errors import ConfigError
 from jaxft.models.activations import ATTENTION
 from jaxft.models.config import DecoderConfig, Scoring
+from jaxft.models.cudnn import MAX_SEGMENTS, cudnn_attention
 from jaxft.models.ring import BLOCK, ring_attention
 from jaxft.models.row_split import split_rows
 from jaxft.models.tokamax import is_installed, tokamax_attention
@@ -159,58 +160,6 @@ def _xla(
     return checkpoint_name(row_attention(q, k, v, mask, scores=scores, sinks=sinks), ATTENTION)
 
 
-def _cudnn(
-    q: Array, k: Array, v: Array, segments: Array, scores: Scoring, sinks: Array | None
-) -> Array:
-    """Flash attention of cuDNN; packed rows reach it as offsets and lengths of segments."""
-    # A window as long as the row is none, and `choose_backend` has refused all else.
-    assert not scores.cap and sinks is None
-    assert not 0 < scores.window < q.shape[1]
-    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
-
-    offsets, lengths = segment_offsets(segments)
-    out = dot_product_attention(
-        q,
-        k,
-        v,
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
-        q_offsets=offsets,
-        kv_offsets=offsets,
-        scale=scores.scale,
-        mask_type=MaskType.PADDING_CAUSAL,
-    )
-    # The kernel leaves positions outside every segment as they happen to be.
-    return checkpoint_name(
-        jnp.where((segments > 0)[:, :, None, None], cast(Array, out), 0), ATTENTION
-    )
-
-
-# cuDNN takes a static bound on the documents in a row; `choose_backend` refuses data with more.
-MAX_SEGMENTS = 64
-
-
-def segment_offsets(
-    segments: Int[Array, "B T"],
-) -> tuple[Int[Array, "B M1"], Int[Array, "B M"]]:
-    """Start and length of each segment, `-1` where a row has fewer than `MAX_SEGMENTS`.
-
-    Segments are numbered from 1 without gaps and lie side by side, padding (0) after them.
-
-    Returns:
-      Offsets `[B, M + 1]` and lengths `[B, M]`, int32. cuDNN's binding lists the entries of all
-      rows that are not -1 one after the other, so a row has as many offsets as lengths; the last
-      column, which the binding asks for, is -1.
-    """
-    numbers = jnp.arange(1, MAX_SEGMENTS + 1, dtype=segments.dtype)
-    lengths = jnp.sum(segments[:, None, :] == numbers[None, :, None], axis=-1, dtype=jnp.int32)
-    starts = jnp.cumsum(lengths, axis=-1, dtype=jnp.int32) - lengths
-    starts = jnp.where(lengths > 0, starts, -1)
-    return jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1), jnp.where(
-        lengths > 0, lengths, -1
-    )
-
-
 def _splash(
     q: Array, k: Array, v: Array, segments: Array, scores: Scoring, sinks: Array | None
 ) -> Array:
@@ -222,7 +171,7 @@ def _splash(
 
 BACKENDS: dict[str, Backend] = {
     "xla": _xla,
-    "cudnn": _cudnn,
+    "cudnn": cudnn_attention,
     "tokamax": tokamax_attention,
     "splash": _splash,
     "ring": ring_attention,
@@ -309,7 +258,7 @@ def _xla_obstacles(run: _Run) -> list[str]:
 
 
 def _cudnn_obstacles(run: _Run) -> list[str]:
-    config, head_dim = run.config, run.config.head_dim
+    config = run.config
     windows = sorted({kind.window for kind in config.kinds if 0 < kind.window < run.length})
     return _failed(
         (run.platform == "gpu", f"it runs on NVIDIA GPUs and the device is a {run.platform}"),
@@ -322,7 +271,10 @@ def _cudnn_obstacles(run: _Run) -> list[str]:
             jnp.dtype(run.compute_dtype).itemsize == 2,
             "it computes in bfloat16, and compute is float32 (model.dtypes)",
         ),
-        (head_dim % 8 == 0 and head_dim <= 256, f"head size {head_dim} is not 8, 16 … 256"),
+        *(
+            (size % 8 == 0 and size <= 256, f"head size {size} is not 8, 16 … 256")
+            for size in config.head_dims
+        ),
         (not config.attention_cap, "the model bounds its scores (attn_logit_softcapping)"),
         (not config.sinks, "the model has attention sinks"),
         (not windows, f"packed rows of {run.length} exceed a layer's window of {windows}"),
@@ -368,7 +320,10 @@ def _splash_obstacles(run: _Run) -> list[str]:
             all(x < 512 or x % 512 == 0 for x in (run.length, part)),
             f"{size} is over 512 and not a multiple of it",
         ),
-        (run.config.head_dim % 64 == 0, f"head size {run.config.head_dim} is not a multiple of 64"),
+        *(
+            (size % 64 == 0, f"head size {size} is not a multiple of 64")
+            for size in run.config.head_dims
+        ),
     )
 
 
@@ -410,9 +365,6 @@ def check_backend(backend: str, config: DecoderConfig) -> None:
         return
     length, dtype = 256, jnp.bfloat16
     keys = jax.random.split(jax.random.key(0), 4)
-    heads = (config.heads, config.kv_heads, config.kv_heads)
-    shapes = [(2, length, n, config.head_dim) for n in heads]
-    q, k, v = (jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=False))
     sinks = jax.random.normal(keys[3], (config.heads,), dtype) if config.sinks else None
     slots = jnp.arange(length)
     segments = jnp.stack([1 + (slots >= 100), jnp.where(slots < 200, 1 + (slots >= 37), 0)])
@@ -428,10 +380,14 @@ def check_backend(backend: str, config: DecoderConfig) -> None:
         return out, gradients
 
     # A window is tried at a size at which it hides something here.
-    windows = {kind.window and min(kind.window, 64) for kind in config.kinds}
-    for window in sorted(windows) if backend != "cudnn" else [0]:
+    tried = {
+        (layer.kv_heads, layer.head_dim, 0 if backend == "cudnn" else min(window, 64))
+        for layer, window in zip(config.attending, config.windows, strict=True)
+    }
+    for kv_heads, head_dim, window in sorted(tried):
         scores = dataclasses.replace(config.scores(config.kinds[0]), window=window)
-        arrays = (q, k, v, sinks)
+        shapes = [(2, length, n, head_dim) for n in (config.heads, kv_heads, kv_heads)]
+        arrays = (*(jax.random.normal(*a, dtype) for a in zip(keys, shapes, strict=False)), sinks)
         ours = output_and_gradients(backend, scores, *arrays)
         exact = output_and_gradients(
             "xla", scores, *jax.tree.map(lambda x: x.astype(jnp.float32), arrays)

@@ -97,7 +97,8 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cac
 
     def of_layer(kind: LayerKind) -> KeysValues | Recurrent:
         if not kind.recurrent:
-            empty = jnp.zeros((rows, config.kv_heads, slots, config.head_dim), dtype)
+            c = config.of_kind(kind)
+            empty = jnp.zeros((rows, c.kv_heads, slots, c.head_dim), dtype)
             return KeysValues(empty, empty)
         d = config.delta
         assert d is not None

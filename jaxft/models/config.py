@@ -1,5 +1,6 @@
 """The shape of a decoder, and the way it is computed."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ class LayerKind:
       recurrent: Whether the layer sees what is before a token through a state of fixed size, and
         not by attention.
       growth: Growth of queries with their position; all kinds of a model have one, or none has.
+      kv_heads: K, where it is not the model's; else 0.
+      head_dim: H, where it is not the model's; else 0.
     """
 
     window: int = 0
@@ -31,6 +34,8 @@ class LayerKind:
     block: str = ""
     recurrent: bool = False
     growth: QueryGrowth | None = None
+    kv_heads: int = 0
+    head_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,31 @@ class DecoderConfig:
     def is_recurrent(self) -> bool:
         """Whether some layers keep a state in the place of keys and values."""
         return any(kind.recurrent for kind in self.kinds)
+
+    def of_kind(self, kind: LayerKind) -> "DecoderConfig":
+        """Returns the config as layers of a kind have it: with the sizes of their heads."""
+        kv_heads, head_dim = kind.kv_heads or self.kv_heads, kind.head_dim or self.head_dim
+        return dataclasses.replace(self, kv_heads=kv_heads, head_dim=head_dim)
+
+    def of_block(self, block: str) -> "DecoderConfig":
+        """Returns the config as layers of a block have it, whose kinds have heads of one size."""
+        return self.of_kind(next(kind for kind in self.kinds if kind.block == block))
+
+    @property
+    def attending(self) -> tuple["DecoderConfig", ...]:
+        """The config as each layer that has attention has it."""
+        kinds = (self.kinds[index] for index in self.pattern)
+        return tuple(self.of_kind(kind) for kind in kinds if not kind.recurrent)
+
+    @property
+    def head_dims(self) -> list[int]:
+        """Sizes of a head in the layers that have attention, each once."""
+        return sorted({layer.head_dim for layer in self.attending})
+
+    @property
+    def mean_head_dim(self) -> float:
+        """Size of a head, the mean of the layers that have attention."""
+        return sum(layer.head_dim for layer in self.attending) / len(self.attending)
 
     def kind_of(self, part: range) -> int | None:
         """Returns the index of the kind of all layers of a part; None if they differ."""

@@ -19,7 +19,7 @@ from jaxft.models.dispatch import (
     slots_of,
 )
 from jaxft.models.expert_weights import ExpertWeights, Projection
-from jaxft.models.layers import GatedMLP, Linear, Routing
+from jaxft.models.layers import GatedMLP, Linear, Routing, gelu_tanh
 from jaxft.models.module import Param
 from jaxft.models.weights import Weight
 from jaxft.sharding.rules import Placement, active_placement
@@ -28,6 +28,11 @@ from jaxft.sharding.rules import Placement, active_placement
 def swiglu(gate: Array, up: Array) -> Array:
     """SwiGLU (Shazeer, arXiv:2002.05202)."""
     return jax.nn.silu(gate) * up
+
+
+def geglu(gate: Array, up: Array) -> Array:
+    """GEGLU of the same paper, with the approximation of GELU by tanh."""
+    return gelu_tanh(gate) * up
 
 
 class Routes(NamedTuple):
@@ -96,6 +101,7 @@ class Experts(nnx.Module):
       rngs: Random keys.
       bias: Whether router and projections have one.
       gating: Makes the hidden activation.
+      scaled: Whether what an expert gives is multiplied by a number of its own.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class Experts(nnx.Module):
         *,
         bias: bool = False,
         gating: Gating = swiglu,
+        scaled: bool = False,
     ):
         assert config.experts is not None
         self.config, self.gating, self.capacity = config.experts, gating, numerics.expert_capacity
@@ -120,17 +127,28 @@ class Experts(nnx.Module):
         self.gate = ExpertLinear(e, f, d, axes=("experts", "mlp", "embed"), **kwargs)
         self.up = ExpertLinear(e, f, d, axes=("experts", "mlp", "embed"), **kwargs)
         self.down = ExpertLinear(e, d, f, axes=("experts", "embed", "mlp"), **kwargs)
+        ones = jnp.ones(e, numerics.param_dtype)
+        self.expert_scale = Param(ones, axes=("router",)) if scaled else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
+        self,
+        x: Float[Array, "B T D"],
+        real: Bool[Array, "B T"],
+        judged: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """Returns what is added to the residual stream, nothing on padding, and the routing."""
+        """Returns what is added to the residual stream, nothing on padding, and the routing.
+
+        Args:
+          x: What experts read.
+          real: False on padding.
+          judged: What the router reads, where it is not that.
+        """
         placement = active_placement()
         if placement is not None:
             check_experts(placement, capacity=self.capacity)
         # Few operations whose errors would change which experts are chosen: never in fewer bits.
         with jax.default_matmul_precision("highest"):
-            routes = self._route(x)
+            routes = self._route(x if judged is None else judged)
         count = self.config.count
         if self.capacity:
             capacity = tokens_of_expert(self.config, self.capacity, x.shape[1])
@@ -151,6 +169,8 @@ class Experts(nnx.Module):
         weights, experts = _top_k(probabilities, self.config.chosen)
         if self.config.normalised:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale[...].astype(jnp.float32)[experts]
         return Routes(experts, weights, probabilities)
 
     def _weights(self, dtype: Any) -> ExpertWeights:

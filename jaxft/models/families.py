@@ -25,6 +25,7 @@ FAMILIES = {
     "exaone4": "jaxft.models.exaone4",
     "gemma2": "jaxft.models.gemma2",
     "gemma3_text": "jaxft.models.gemma3",
+    "gemma4_text": "jaxft.models.gemma4",
     "glm": "jaxft.models.glm",
     "glm4": "jaxft.models.glm4",
     "gpt2": "jaxft.models.gpt2",
@@ -51,7 +52,10 @@ FAMILIES = {
 }
 
 # Text models that are there only inside of multimodal ones; those of `FAMILIES` may be, too.
-_TEXTS = {"qwen3_vl_text": "jaxft.models.qwen3_vl"}
+_TEXTS = {
+    "gemma4_unified_text": "jaxft.models.gemma4_unified",
+    "qwen3_vl_text": "jaxft.models.qwen3_vl",
+}
 # Parts of a config.json that describe other senses than text.
 _OTHER_SENSES = ("vision_config", "audio_config", "image_config", "speech_config")
 

@@ -6,7 +6,15 @@ from typing import Any
 
 from jaxft.errors import ModelError
 from jaxft.models.config import DecoderConfig, ExpertsConfig, LayerKind
-from jaxft.models.rope import LinearScaling, Llama3Scaling, LongScaling, Rope, Scaling, make_yarn
+from jaxft.models.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    Proportional,
+    Rope,
+    Scaling,
+    make_yarn,
+)
 
 # Fields that do not change what the model computes from given weights and tokens. Dropout is among
 # them: fine-tuning runs without it.
@@ -73,12 +81,17 @@ class Fields:
         value = self._config.get(name)
         return default if value is None else value
 
-    def experts(self, *, normalised: bool) -> ExpertsConfig:
-        """Reads the number of experts, for which two names are in use, and of those chosen."""
+    def experts(self, *, normalised: bool, of_token: str = "num_experts_per_tok") -> ExpertsConfig:
+        """Reads the number of experts, for which two names are in use, and of those chosen.
+
+        Args:
+          normalised: As in the result.
+          of_token: Name of the field with the number of those that a token goes through.
+        """
         name = "num_local_experts" if "num_local_experts" in self else "num_experts"
-        count, chosen = self.size(name), self.size("num_experts_per_tok")
+        count, chosen = self.size(name), self.size(of_token)
         if chosen > count:
-            self.problem(f"config.json: num_experts_per_tok {chosen} exceeds {name} {count}.")
+            self.problem(f"config.json: {of_token} {chosen} exceeds {name} {count}.")
         return ExpertsConfig(count, chosen, normalised)
 
     def require(self, **expected: Any) -> None:
@@ -219,7 +232,9 @@ class Fields:
                 )
         return Rope(theta, dims, self._scaling(kind, fields, theta, dims))
 
-    def ropes(self, head_dim: int, *, local: float, everywhere: float) -> tuple[Rope, Rope]:
+    def ropes(
+        self, head_dim: int, *, local: float, everywhere: float, wide: int = 0
+    ) -> tuple[Rope, Rope]:
         """Reads the settings of layers with and of those without a window, which may differ.
 
         Where `rope_parameters` does not hold both, scaling is of layers without one alone.
@@ -228,6 +243,7 @@ class Fields:
           head_dim: Size of a head.
           local: Base of layers with a window, where their settings name none.
           everywhere: Likewise of the others.
+          wide: Size of a head in the others, where it is not the same.
         """
         by_kind = self.get("rope_parameters", {})
         if by_kind and by_kind.keys() != {"sliding_attention", "full_attention"}:
@@ -237,15 +253,19 @@ class Fields:
             )
             by_kind = {}
         settings = [
-            (by_kind.get("sliding_attention", {}), local),
-            (by_kind.get("full_attention", self.get("rope_scaling", {})), everywhere),
+            (head_dim, by_kind.get("sliding_attention", {}), local),
+            (
+                wide or head_dim,
+                by_kind.get("full_attention", self.get("rope_scaling", {})),
+                everywhere,
+            ),
         ]
-        if not all(own.get("truncate", True) for own, _ in settings):
+        if not all(own.get("truncate", True) for _, own, _ in settings):
             self.problem(
                 "config.json: 'truncate' is false in rotary settings of kinds of layer, where this "
                 "family's model in transformers does not heed it. Remove it."
             )
-        ropes = [self.rope(head_dim, theta=theta, parameters=own) for own, theta in settings]
+        ropes = [self.rope(size, theta=theta, parameters=own) for size, own, theta in settings]
         return ropes[0], ropes[1]
 
     def _scaling(
@@ -273,6 +293,8 @@ class Fields:
             return None
         if kind == "linear":
             return LinearScaling(fields["factor"])
+        if kind == "proportional":
+            return Proportional(int(fields["partial_rotary_factor"] * dims // 2))
         original = fields.get(_ORIGINAL) or self.size("max_position_embeddings", 2048)
         if kind == "llama3":
             return Llama3Scaling(
@@ -360,6 +382,7 @@ _NO_NUMBERS = {"truncate", "short_factor", "long_factor"}
 _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
+    "proportional": ({"partial_rotary_factor"}, set()),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {_ORIGINAL}),
     # transformers reads `attention_factor` and not `attn_factor`, which some files have.
     "yarn": (

@@ -202,6 +202,8 @@ class SelfAttention(nnx.Module):
       interleaved: Whether neighbours are the pairs of dimensions that are turned.
       gated: Whether the output is multiplied by the sigmoid of a gate, which the projection of
         queries makes too: H numbers behind those of each head.
+      v_norm: Whether each head of values goes through a norm without a weight.
+      values: Whether they have a projection of their own; else they are keys before norm and turn.
     """
 
     def __init__(
@@ -215,6 +217,8 @@ class SelfAttention(nnx.Module):
         qk_norm: str = "",
         interleaved: bool = False,
         gated: bool = False,
+        v_norm: bool = False,
+        values: bool = True,
     ):
         d, n, k, h = config.embed, config.heads, config.kv_heads, config.head_dim
         self.gated = gated
@@ -223,12 +227,14 @@ class SelfAttention(nnx.Module):
         to_q, to_kv = (("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed"))
         self.q = Linear((n, 2 * h if gated else h), (d,), axes=to_q, bias=bias, **kwargs)
         self.k = Linear((k, h), (d,), axes=to_kv, bias=bias, **kwargs)
-        self.v = Linear((k, h), (d,), axes=to_kv, bias=bias, **kwargs)
+        self.v = Linear((k, h), (d,), axes=to_kv, bias=bias, **kwargs) if values else None
         self.o = Linear((d,), (n, h), axes=("embed", "heads", "head_dim"), bias=out_bias, **kwargs)
         self.q_norm, self.k_norm = (
             _qk_norm(config, numerics, qk_norm, count, axis)
             for count, axis in ((n, "heads"), (k, "kv_heads"))
         )
+        bare = {"epsilon": config.norm_epsilon, "dtype": dtype, "bare": True}
+        self.v_norm = RMSNorm(h, **bare) if v_norm else None
         self.norms_turned, self.interleaved = qk_norm == "turned", interleaved
         self.sinks = Param(jnp.zeros(n, dtype), axes=("heads",)) if config.sinks else None
 
@@ -237,7 +243,8 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns what is added to the residual stream, and the layer's cache."""
         x = constrain(x, "batch", "seq", "act_embed")
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k = self.q(x), self.k(x)
+        v = _maybe(self.v_norm, k if self.v is None else self.v(x))
         gate = None
         if self.gated:
             q, gate = jnp.split(q, 2, axis=-1)
@@ -392,9 +399,15 @@ class ResidualBlock(nnx.Module):
         out, cache = self.attn(read, inputs, cache)
         after = self._add(x, _maybe(self.attn_post_norm, out))
         read = read if self.parallel else _maybe(self.mlp_norm, after)
-        out, routing = self.mlp(read, inputs.real)
+        out, routing = self.feed_forward(read, after, inputs.real)
         out = checkpoint_name(out, activations.MLP_OUT)
         return self._add(after, _maybe(self.mlp_post_norm, out)), cache, routing
+
+    def feed_forward(
+        self, read: Float[Array, "B T D"], stream: Float[Array, "B T D"], real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """Returns what the feed-forward part makes of the stream, which it reads through a norm."""
+        return self.mlp(read, real)
 
     def _add(self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the stream with what a part adds to it."""

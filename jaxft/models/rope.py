@@ -136,7 +136,29 @@ class LongScaling:
         return jnp.where(is_long, long, short)
 
 
-type Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongScaling
+@dataclass(frozen=True, slots=True)
+class Proportional:
+    """The first pairs alone turn, as fast as they would if all did: the slowest stay as they are.
+
+    As Gemma 4's code in transformers has it.
+
+    Attributes:
+      pairs: Number of those that turn.
+    """
+
+    pairs: int
+
+    @property
+    def magnitude(self) -> float:
+        """Angles alone change."""
+        return 1.0
+
+    def change(self, frequencies: Float[Array, " half"], lengths: Array) -> Array:
+        """Returns the changed frequencies."""
+        return jnp.where(jnp.arange(frequencies.shape[0]) < self.pairs, frequencies, 0.0)
+
+
+type Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongScaling | Proportional
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,10 @@ from jaxft.models.fields import Fields
 _BODY, _INSIDE = "model.", "model.language_model."
 _SPELLINGS = ((_INSIDE, "language_model.model."), ("lm_head.", "language_model.lm_head."))
 _LLAVA_OTHERS = ("vision_tower.", "multi_modal_projector.", "image_newline")
+_GEMMA4_FIELDS = (
+    "audio_config audio_token_id boa_token_id boi_token_id eoa_token_id eoa_token_index "
+    "eoi_token_id image_token_id initializer_range video_token_id"
+)
 _QWEN_OTHERS = ("visual.",)
 _QWEN_FIELDS = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
 _LLAVA_FIELDS = (
@@ -51,6 +55,18 @@ TOWERS = {
         _LLAVA_OTHERS[:2],
         tied=True,
     ),
+    "gemma4": Tower(
+        ("gemma4_text",),
+        f"{_GEMMA4_FIELDS} vision_soft_tokens_per_image",
+        ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio."),
+        tied=True,
+    ),
+    "gemma4_unified": Tower(
+        ("gemma4_unified_text",),
+        _GEMMA4_FIELDS,
+        ("vision_embedder.", "embed_vision.", "embed_audio."),
+        tied=True,
+    ),
     "llava": Tower(("llama", "mistral"), _LLAVA_FIELDS, _LLAVA_OTHERS),
     "llava_next": Tower(
         ("llama", "mistral"),
@@ -73,6 +89,16 @@ TOWERS = {
     "qwen3_vl": Tower(("qwen3_vl_text",), _QWEN_FIELDS, _QWEN_OTHERS),
 }
 
+_GEMMA4_ABSENT = {
+    "vocab_size": 262144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 131072,
+}
 # What fields mean that `text_config` leaves out, by its model_type. Files of text models have them.
 ABSENT: dict[str, dict[str, Any]] = {
     "gemma3_text": {
@@ -85,6 +111,8 @@ ABSENT: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 131072,
     },
+    "gemma4_text": _GEMMA4_ABSENT,
+    "gemma4_unified_text": {**_GEMMA4_ABSENT, "max_position_embeddings": 262144},
     "llama": {
         "vocab_size": 32000,
         "hidden_size": 4096,

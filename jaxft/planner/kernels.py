@@ -31,10 +31,21 @@ def visible_pairs(length: int, window: int) -> float:
     return window * (length - window / 2)
 
 
-def mean_visible_pairs(config: DecoderConfig, length: int) -> float:
-    """Returns `visible_pairs` of a row in a layer, the mean over the layers with attention."""
-    windows = config.windows
-    return sum(visible_pairs(length, window) for window in windows) / len(windows)
+def mean_visible_pairs(config: DecoderConfig, length: int, *, head_dim: int = 0) -> float:
+    """Returns `visible_pairs` of a row in a layer, the mean over the layers with attention.
+
+    Layers count by the size of their heads, so that products of all heads are this times their
+    mean size.
+
+    Args:
+      config: Of the model.
+      length: Positions of the row.
+      head_dim: Size of a head in the layers that count; all do if it is 0.
+    """
+    sizes = [layer.head_dim for layer in config.attending]
+    counts = [size * (head_dim in (0, size)) for size in sizes]
+    pairs = [visible_pairs(length, window) for window in config.windows]
+    return math.sumprod(pairs, counts) / sum(counts)
 
 
 class Recurrence(NamedTuple):
@@ -97,7 +108,8 @@ def splash_flops(
     Args:
       instruction: The call.
       computation: Where it stands.
-      config: Of the model, whose layers' windows hide pairs; the mean over layers.
+      config: Of the model, whose layers' windows hide pairs; the mean over layers with heads of
+        this size.
     """
     kind = next((k for k in _PRODUCTS if f"splash_mha_{k}" in instruction.name), "")
     if not kind:
@@ -106,7 +118,7 @@ def splash_flops(
     # Queries, keys and values `[rows, heads, positions, size]`, rows left out where there is one.
     tables = [a.sizes for a in operands if a.dtype in ("bf16", "f32") and len(a.sizes) >= 3]
     (*rows, heads, queries, size), keys = tables[0], max(table[-2] for table in tables)
-    pairs = mean_visible_pairs(config, keys)
+    pairs = mean_visible_pairs(config, keys, head_dim=size)
     products = _PRODUCTS[kind]
     if kind == "dkv" and len(arrays(instruction.shape)) > 2:
         products = _FUSED_PRODUCTS

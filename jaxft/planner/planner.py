@@ -322,15 +322,17 @@ def model_flops(
       Attention counted once for each visible pair, and in full; of all devices.
     """
     model, length, rows = architecture.config, config.data.max_length, config.train.batch_size
-    seen = sum(_squared(length, window or length) for window in model.windows)
+    # Of all layers, each as often as its heads have numbers.
+    layers = zip(model.windows, model.attending, strict=True)
+    seen = sum(_squared(length, window or length) * layer.head_dim for window, layer in layers)
     found = training_flops(
         multiplied,
         learning=learning,
-        layers=len(model.windows),
+        layers=1,
         heads=model.heads,
-        head_dim=model.head_dim,
+        head_dim=1,
         tokens=rows * length,
-        squared_lengths=rows * seen / len(model.windows),
+        squared_lengths=rows * seen,
         states=model.states,
         forward_passes=config.objective.forward_passes,
     )

@@ -97,7 +97,7 @@ class Products(Footprint):
         rule = self._recurrent
         again_rule = (names.ATTENTION in self.again) + (self.stages > 1)
         layer += rule.forward * (1 + self.back * again_rule) + rule.backward * self.back
-        pairs = self.attending * self._pairs() * self._heads() * self.model.head_dim
+        pairs = self.attending * self._pairs() * self._heads() * self.model.mean_head_dim
         return Work(
             layers=2 * self.tokens * self.layers * layer,
             rounded=2 * self.tokens * self.layers * rounded,

@@ -252,7 +252,8 @@ class Model:
                 raise
             c, embedding = self.architecture.config, self.params["embed.w"]
             width = embedding.dtype.itemsize
-            cache = 2 * c.layers * rows * length * c.kv_heads * c.head_dim * width
+            widths = sum(layer.kv_heads * layer.head_dim for layer in c.attending)
+            cache = 2 * rows * length * widths * width
             weights = sum(array.nbytes for array in self.params.values())
             fewer = f"at most {rows // 2} prompts, " if rows > 1 else ""
             narrow = ", or weights of half the size (--dtypes=bfloat16)" if width > 2 else ""

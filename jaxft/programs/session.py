@@ -273,7 +273,7 @@ class Session:
             learning=evaluator.learning(self.program.state.trainable),
             layers=len(config.windows),
             heads=config.heads,
-            head_dim=config.head_dim,
+            head_dim=config.mean_head_dim,
             tokens=tokens,
             squared_lengths=sums.timed("squared_lengths"),
             states=config.states,

@@ -39,7 +39,7 @@ def training_flops(
     learning: Learning | None = None,
     layers: int,
     heads: int,
-    head_dim: int,
+    head_dim: float,
     tokens: int,
     squared_lengths: float,
     states: int = 0,
@@ -64,7 +64,7 @@ def training_flops(
       learning: What learns; all by default.
       layers: Layers with attention.
       heads: Query heads; grouped keys do not lower the count.
-      head_dim: Size of a head.
+      head_dim: Size of a head, the mean of these layers.
       tokens: Tokens of the batch without padding.
       squared_lengths: Sum of the squared lengths of the documents, packed or not.
       states: Numbers of the states of recurrent layers.

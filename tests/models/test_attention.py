@@ -17,14 +17,13 @@ from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
 from jaxft.models import attention, splash
 from jaxft.models.attention import (
-    MAX_SEGMENTS,
     attend,
     causal_mask,
     check_backend,
     choose_backend,
-    segment_offsets,
 )
 from jaxft.models.config import LayerKind, Scoring
+from jaxft.models.cudnn import MAX_SEGMENTS, segment_offsets
 from jaxft.models.families import architecture_from_hf
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, Strategy, if_divisible

@@ -276,6 +276,32 @@ def test_published_settings_that_files_leave_out_mean_what_transformers_means():
             r"rope_parameters has \['factor', 'rope_type'\]; expected 'full_attention' and",
         ),
         ("gemma3_text_gqa", {"sliding_window": None}, "has no 'sliding_window'"),
+        (
+            "gemma4_text_gqa",
+            {"hidden_size_per_layer_input": 8},
+            r"every layer adds vectors of a table of its own \(as in Gemma 4 E2B and E4B\), which",
+        ),
+        (
+            "gemma4_text_gqa",
+            {"num_kv_shared_layers": 2},
+            "the last 2 layers read keys and values of layers before them .* not supported",
+        ),
+        (
+            "gemma4_text_gqa",
+            {"per_layer_config": {"05": {"head_dim": 16}}},
+            r"expected the layers without a window \(2, 5\), all with the same head_dim",
+        ),
+        (
+            "gemma4_text_gqa",
+            {"num_global_key_value_heads": 3},
+            "4 is not a multiple of the 3 heads of keys in layers without a window",
+        ),
+        ("gemma4_text_gqa", {"use_bidirectional_attention": "all"}, "is 'all'; only 'vision'"),
+        (
+            "gemma4_text_gqa",
+            {"layer_types": ["sliding_attention"] * 6},
+            "ends with 'sliding_attention', in the place of which transformers takes",
+        ),
         ("qwen3_moe_tied", {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\]; only \[\]"),
         ("qwen2_gqa", {"use_mrope": True}, "use_mrope is True; only False"),
         ("gpt2_tied", {"n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),

@@ -76,6 +76,13 @@ MAKINGS = {
     "gemma3_text_rows": Making(
         "gemma3_text_gqa", {"target_modules": _ALL, "trainable_token_indices": [1, 5, 4]}
     ),
+    "gemma4_text": Making(
+        "gemma4_text_packed",
+        {
+            "target_modules": _ALL,
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
+    ),
     "qwen3_5_text": Making(
         "qwen3_5_gqa",
         {

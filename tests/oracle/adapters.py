@@ -3,6 +3,7 @@
 Run from the project's root by a Python that has torch, transformers, peft and safetensors:
 
   python -m tests.oracle.adapters           writes tests/oracle/adapters.npz
+  python -m tests.oracle.adapters --new     adds to it those that it does not hold
   python -m tests.oracle.adapters --check   fails where it differs from what is stored
 """
 
@@ -80,14 +81,19 @@ def run(case: str, folder: str, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         logits = adapted(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits
     if routers:
-        reference.balance_loss(routers, CASES[case]["num_experts_per_tok"])
+        reference.balance_loss(routers, CASES[case])
     return logits.numpy()
 
 
-def write() -> None:
-    """Writes everything."""
+def write(*, new: bool) -> None:
+    """Writes everything, or what is not stored."""
     stored: dict[str, Any] = {}
+    if new:
+        with np.load(ADAPTERS) as before:
+            stored = dict(before)
     for name in MAKINGS:
+        if f"{name}/config" in stored:
+            continue
         made = make(name)
         stored[f"{name}/config"] = json.dumps(made.config, sort_keys=True)
         stored[f"{name}/shapes"] = json.dumps(made.shapes)
@@ -113,9 +119,11 @@ def main() -> None:
     """Writes or checks every adapter."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with what is stored")
+    parser.add_argument("--new", action="store_true", help="write what is not stored")
     torch.set_num_threads(1)
-    if not parser.parse_args().check:
-        write()
+    options = parser.parse_args()
+    if not options.check:
+        write(new=options.new)
     elif problems := check():
         sys.exit("\n".join(problems))
 

@@ -258,6 +258,70 @@ _GEMMA3_CASES = {
 }
 
 
+def _gemma4(**changes: Any) -> Config:
+    """Returns six layers, in which a group of two windows and a full one recurs."""
+    family = {
+        "architectures": ["Gemma4ForCausalLM"],
+        "attention_bias": False,
+        "attention_k_eq_v": True,
+        "enable_moe_block": False,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 16,
+        "head_dim": 8,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 24,
+        "hidden_size_per_layer_input": 0,
+        "intermediate_size": 32,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "model_type": "gemma4_text",
+        "num_global_key_value_heads": 1,
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 0,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "full_attention": {
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1000.0,
+                "rope_type": "proportional",
+            },
+            "sliding_attention": {"rope_theta": 50.0, "rope_type": "default"},
+        },
+        "sliding_window": 6,
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": "vision",
+        "use_double_wide_mlp": False,
+        "vocab_size_per_layer_input": 64,
+    }
+    return without(SHARED | family, "hidden_act") | changes
+
+
+_GEMMA4_CASES = {
+    "gemma4_text_gqa": _gemma4(),
+    # As transformers writes it; of values of their own the number of heads is the same everywhere.
+    "gemma4_text_values": without(
+        _gemma4(
+            attention_k_eq_v=False,
+            final_logit_softcapping=None,
+            num_key_value_heads=4,
+            per_layer_config={"5": {"head_dim": 12}},
+            tie_word_embeddings=False,
+            use_bidirectional_attention=None,
+        ),
+        "global_head_dim",
+        "layer_types",
+        "num_global_key_value_heads",
+        "rope_parameters",
+    ),
+    "gemma4_text_packed": _gemma4(
+        enable_moe_block=True,
+        moe_intermediate_size=20,
+        num_experts=4,
+        sliding_window=4,
+        top_k_experts=2,
+    ),
+}
+
+
 def _olmo2(**changes: Any) -> Config:
     family = {
         "architectures": ["Olmo2ForCausalLM"],
@@ -608,6 +672,7 @@ CONFIGS: dict[str, Config] = {
     **_QWEN3_CASES,
     **_GEMMA2_CASES,
     **_GEMMA3_CASES,
+    **_GEMMA4_CASES,
     **_OLMO2_CASES,
     **_PHI3_CASES,
     **_GPT2_CASES,

@@ -98,8 +98,7 @@ def one_step(name: str, batch: Arrays) -> Case:
         "grad_norms": np.array([norms[key] for key in shapes], np.float32),
     }
     if routers:
-        chosen = CASES[name]["num_experts_per_tok"]
-        numbers["aux_loss"] = reference.balance_loss(routers, chosen)
+        numbers["aux_loss"] = reference.balance_loss(routers, CASES[name])
     return Case(name, CASES[name], batch | numbers, shapes)
 
 

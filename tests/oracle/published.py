@@ -88,6 +88,34 @@ _BY_CLASS: dict[str, Config] = {
         "vocab_size": 131072,
     },
 }
+_PERIOD = ["sliding_attention"] * 5 + ["full_attention"]
+_GEMMA4: Config = {
+    "attention_bias": False,
+    "attention_k_eq_v": True,
+    "enable_moe_block": False,
+    "final_logit_softcapping": 30.0,
+    "global_head_dim": 512,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size_per_layer_input": 0,
+    "max_position_embeddings": 262144,
+    "model_type": "gemma4_text",
+    "num_kv_shared_layers": 0,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "full_attention": {
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1000000.0,
+            "rope_type": "proportional",
+        },
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "sliding_window": 1024,
+    "tie_word_embeddings": True,
+    "use_bidirectional_attention": "vision",
+    "use_double_wide_mlp": False,
+    "vocab_size": 262144,
+}
 PUBLISHED: dict[str, Config] = {
     **_BY_CLASS,
     "THUDM--glm-4-9b": _BY_CLASS["THUDM--GLM-4-9B-0414"] | {"model_type": "glm"},
@@ -111,6 +139,30 @@ PUBLISHED: dict[str, Config] = {
         "vocab_size": 155136,
     },
     # Likewise.
+    "google--gemma-4-31B-it": {
+        **_GEMMA4,
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "layer_types": _PERIOD * 10,
+        "num_attention_heads": 32,
+        "num_global_key_value_heads": 4,
+        "num_hidden_layers": 60,
+        "num_key_value_heads": 16,
+    },
+    "google--gemma-4-26B-A4B-it": {
+        **_GEMMA4,
+        "enable_moe_block": True,
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "layer_types": _PERIOD * 5,
+        "moe_intermediate_size": 704,
+        "num_attention_heads": 16,
+        "num_experts": 128,
+        "num_global_key_value_heads": 2,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 8,
+        "top_k_experts": 8,
+    },
     "swiss-ai--Apertus-8B-2509": {
         "attention_bias": False,
         "hidden_act": "xielu",

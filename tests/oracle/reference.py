@@ -109,13 +109,19 @@ def record_routers(model: Any) -> list[torch.Tensor]:
     """Returns a list to which a router adds its logits `[tokens, E]` whenever it runs."""
     found: list[torch.Tensor] = []
     for module in model.modules():
-        if type(module).__name__.endswith("TopKRouter"):
+        kind = type(module).__name__
+        if kind.endswith("TopKRouter"):
             module.register_forward_hook(lambda _, __, output: found.append(output[0].detach()))
+        elif kind == "Gemma4TextRouter":  # gives probabilities
+            module.register_forward_hook(
+                lambda _, __, output: found.append(output[0].detach().log())
+            )
     return found
 
 
-def balance_loss(routers: list[torch.Tensor], chosen: int) -> np.ndarray:
-    """Returns the load-balancing loss over all that routers did, each sending to `chosen`."""
+def balance_loss(routers: list[torch.Tensor], config: dict[str, Any]) -> np.ndarray:
+    """Returns the load-balancing loss over all that routers of a model did."""
+    chosen = config.get("top_k_experts") or config["num_experts_per_tok"]
     experts = routers[0].shape[1]
     ranked = torch.cat(routers).sort(descending=True).values
     if chosen < experts and (ranked[:, chosen - 1] - ranked[:, chosen]).min() < _MARGIN:

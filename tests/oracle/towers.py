@@ -25,6 +25,15 @@ _TEXT = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
+_GEMMA4_TEXT = {
+    **_TEXT,
+    "attention_k_eq_v": True,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_global_key_value_heads": 1,
+    "sliding_window": 8,
+    "use_bidirectional_attention": "vision",
+}
 _VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -59,6 +68,47 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": {**_VISION, "model_type": "siglip_vision_model"},
         "mm_tokens_per_image": 4,
         "image_token_index": 60,
+    },
+    "gemma4": {
+        "model_type": "gemma4",
+        "text_config": {
+            **_GEMMA4_TEXT,
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "top_k_experts": 2,
+        },
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 4,
+            "position_embedding_size": 16,
+        },
+        "audio_config": None,
+        **_IDS,
+        "audio_token_id": 62,
+    },
+    "gemma4_unified": {
+        "model_type": "gemma4_unified",
+        "text_config": {**_GEMMA4_TEXT, "model_type": "gemma4_unified_text"},
+        "vision_config": {
+            "model_type": "gemma4_unified_vision",
+            "patch_size": 2,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 16,
+            "mm_posemb_size": 8,
+            "output_proj_dims": 16,
+        },
+        "audio_config": {"model_type": "gemma4_unified_audio", "audio_embed_dim": 8},
+        **_IDS,
+        "audio_token_id": 62,
     },
     "llava": {
         "model_type": "llava",

@@ -8,7 +8,7 @@ import numpy as np
 # Tensors that lie inputs first, `[..., in, out]`: GPT-2's and the experts of gpt-oss.
 _INPUTS_FIRST = re.compile(r"\.c_(attn|proj|fc)\.weight$|\.experts\.(gate_up|down)_proj$")
 # Families that add the scales of norms to 1.
-_ADDED_TO_1 = ("gemma", "qwen3_5", "qwen3_next")
+_ADDED_TO_1 = ("gemma2", "gemma3", "qwen3_5", "qwen3_next")
 
 # Other than those that transformers starts from, so that it shows whose are used.
 _NUMBERS = {"beta": 0.6, "eps": -0.01}

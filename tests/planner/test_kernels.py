@@ -6,12 +6,16 @@ import pytest
 
 from jaxft.compiled.hlo import Module
 from jaxft.hardware.chips import chip_named
+from jaxft.models.config import LayerKind
 from jaxft.models.families import architecture_from_hf
 from jaxft.planner.kernels import EFFICIENCY, efficiency, mean_visible_pairs, splash_flops
 from tests.oracle.cases import CASES
 
-ALTERNATING = architecture_from_hf(CASES["qwen2_layer_types"]).config  # windows of 6 and none
 ROWS, HEADS, LENGTH, SIZE = 2, 4, 64, 128
+# Windows of 6 and none.
+ALTERNATING = dataclasses.replace(
+    architecture_from_hf(CASES["qwen2_layer_types"]).config, head_dim=SIZE
+)
 
 
 def visible(window: int, length: int = LENGTH) -> int:
@@ -22,6 +26,17 @@ def test_visible_pairs_are_right_to_half_a_token_of_each_query():
     for length in (1, 5, 64):
         exact = (visible(6, length) + visible(0, length)) / 2
         assert abs(mean_visible_pairs(ALTERNATING, length) - exact) <= length / 2
+
+
+def test_layers_count_by_the_size_of_their_heads():
+    """Four layers have windows and heads of 8, two have none and heads of 16."""
+    config = architecture_from_hf(CASES["gemma4_text_gqa"]).config
+    local, full = (mean_visible_pairs(config, LENGTH, head_dim=size) for size in (8, 16))
+    plain = dataclasses.replace(config, kinds=(LayerKind(),), pattern=(0,), layers=1)
+    assert local < full == mean_visible_pairs(plain, LENGTH)
+    assert mean_visible_pairs(config, LENGTH) == pytest.approx((local + full) / 2)
+    assert config.mean_head_dim == pytest.approx((4 * 8 + 2 * 16) / 6)
+    assert config.head_dims == [8, 16]
 
 
 def call(

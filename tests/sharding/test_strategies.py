@@ -26,8 +26,9 @@ CASES = {family: names[0] for family, names in FAMILY_CASES.items()} | {
     "qwen2": "qwen2_window",
     "phi3": "phi3_longrope_long",
     "gpt_oss": "gpt_oss_packed",
+    "gemma4_text": "gemma4_text_packed",
 }
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_5_moe_text", "qwen3_next")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "gemma4_text", "qwen3_5_moe_text", "qwen3_next")
 
 
 def families_of(strategy: str) -> list[str]:

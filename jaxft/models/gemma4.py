@@ -1,0 +1,244 @@
+"""Gemma 4, text, dense and with experts.
+
+Layers without a window have fewer and wider heads of keys, which may be their values as well. What
+differs of the smallest models, a table of vectors for every layer and keys that layers share, is
+refused.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from jaxft.hf.rules import Rule
+from jaxft.models.config import DecoderConfig, LayerKind, Numerics
+from jaxft.models.experts import Experts, geglu
+from jaxft.models.fields import Fields
+from jaxft.models.layers import (
+    GatedMLP,
+    ResidualBlock,
+    Routing,
+    SelfAttention,
+    gelu_tanh,
+    make_norm,
+)
+from jaxft.models.module import Param
+from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, HEAD_NORMS, SANDWICH_NORMS
+
+# Blocks: with a window, without one, and without one or a projection of values.
+LOCAL, FULL, KEYS_ARE_VALUES = "sliding_attention", "full_attention", "keys_are_values"
+
+
+class DenseAndExperts(GatedMLP):
+    """A dense part and experts that read the stream side by side, each between norms of its own."""
+
+    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+        assert config.experts is not None
+        width = config.experts.shared
+        super().__init__(config, numerics, rngs, activation=gelu_tanh, width=width)
+        self.routed = Experts(config, numerics, rngs, gating=geglu, scaled=True)
+        self.router_norm, self.routed_norm, self.routed_post_norm, self.post_norm = (
+            make_norm(config, numerics, config.embed) for _ in range(4)
+        )
+
+    def with_experts(
+        self, read: Float[Array, "B T D"], stream: Float[Array, "B T D"], real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """Returns the sum of both, and the routing.
+
+        Args:
+          read: What the dense part reads.
+          stream: The residual stream, of which router and experts have norms of their own.
+          real: False on padding.
+        """
+        dense, _ = self(read, real)
+        judged = self.router_norm(stream.astype(jnp.float32)) * stream.shape[-1] ** -0.5
+        routed, routing = self.routed(self.routed_norm(stream), real, judged)
+        return self.post_norm(dense) + self.routed_post_norm(routed), routing
+
+
+class Block(ResidualBlock):
+    """One layer, whose result is multiplied by a number of the file that no model learns.
+
+    Args:
+      config: Sizes.
+      numerics: Types.
+      rngs: Random keys.
+      name: Of the block.
+    """
+
+    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs, *, name: str):
+        attn = SelfAttention(
+            config.of_block(name),
+            numerics,
+            rngs,
+            qk_norm="head",
+            v_norm=True,
+            values=name != KEYS_ARE_VALUES,
+        )
+        if config.experts is None:
+            mlp = GatedMLP(config, numerics, rngs, activation=gelu_tanh)
+        else:
+            mlp = DenseAndExperts(config, numerics, rngs)
+        super().__init__(config, numerics, attn=attn, mlp=mlp, post=True)
+        self.factor = Param(jnp.ones((), numerics.param_dtype), axes=())
+
+    def __call__(self, x: Float[Array, "B T D"], inputs, cache):
+        """Returns what `ResidualBlock` does, the stream multiplied."""
+        x, cache, routing = super().__call__(x, inputs, cache)
+        return x * jax.lax.stop_gradient(self.factor[...].astype(x.dtype)), cache, routing
+
+    def feed_forward(self, read, stream, real):
+        """Returns what the dense part makes of the stream, or it and experts."""
+        if isinstance(self.mlp, DenseAndExperts):
+            return self.mlp.with_experts(read, stream, real)
+        return super().feed_forward(read, stream, real)
+
+
+BLOCKS = {name: functools.partial(Block, name=name) for name in (LOCAL, FULL, KEYS_ARE_VALUES)}
+
+
+def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
+    """Reads config.json; raises ModelError with all that is missing or not understood."""
+    fields = Fields(config, **ABSENT, hidden_size_per_layer_input=256, sliding_window=512)
+    if not fields.get("enable_moe_block", False):
+        fields.unused("num_experts", "top_k_experts", "moe_intermediate_size")
+        return gemma4_config(fields)
+    experts = fields.experts(normalised=True, of_token="top_k_experts")
+    shared = fields.size("intermediate_size")
+    experts = dataclasses.replace(experts, shared=shared)
+    return gemma4_config(fields, experts=experts, mlp=fields.size("moe_intermediate_size"))
+
+
+# What absent fields mean, as configurations of Gemma 4 in transformers have it.
+ABSENT = {
+    "head_dim": 256,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e6,
+        },
+    },
+    "tie_word_embeddings": True,
+}
+
+
+def gemma4_config(fields: Fields, **family: Any) -> DecoderConfig:
+    """Reads what Gemma 4's text models share, and finishes; `family` as for `Fields.decoder`."""
+    fields.require(hidden_activation="gelu_pytorch_tanh", attention_bias=False)
+    # Tokens of pictures see each other both ways; of text there is nothing to see.
+    fields.require(use_bidirectional_attention="vision")
+    _refuse_what_layers_share(fields)
+    kinds = _kinds(fields)
+    return fields.decoder(
+        kinds,
+        attention_scale=1.0,
+        logit_cap=fields.get("final_logit_softcapping", 0.0),
+        embed_scale=math.sqrt(fields.size("hidden_size")),
+        **family,
+    )
+
+
+def _refuse_what_layers_share(fields: Fields) -> None:
+    """Notes that layers read what is made elsewhere, of which their scan knows nothing."""
+    fields.unused("vocab_size_per_layer_input", "use_double_wide_mlp")
+    if size := fields.get("hidden_size_per_layer_input", 0):
+        fields.problem(
+            f"config.json: hidden_size_per_layer_input is {size}: every layer adds vectors of a "
+            "table of its own (as in Gemma 4 E2B and E4B), which is not supported; only 0 is, as "
+            "in Gemma 4 12B, 26B-A4B and 31B."
+        )
+    if count := fields.get("num_kv_shared_layers", 0):
+        fields.problem(
+            f"config.json: num_kv_shared_layers is {count}: the last {count} layers read keys and "
+            "values of layers before them (as in Gemma 4 E2B and E4B), which is not supported; "
+            "only 0 is."
+        )
+
+
+def _kinds(fields: Fields) -> list[LayerKind]:
+    """Reads windows, rotary positions and heads of each layer."""
+    layers = fields.size("num_hidden_layers")
+    windows = fields.windows(lambda layer: (layer + 1) % 6 != 0 and layer + 1 < layers)
+    if windows[-1]:
+        fields.problem(
+            "config.json: layer_types ends with 'sliding_attention', in the place of which "
+            "transformers takes 'full_attention' for this family. Write that."
+        )
+    size, one = fields.head_dim(), bool(fields.get("attention_k_eq_v", False))
+    kv_heads, wide = _heads_without_window(fields, windows, may_differ=one)
+    local, everywhere = fields.ropes(size, local=1e4, everywhere=1e6, wide=wide)
+    block = KEYS_ARE_VALUES if one else FULL
+    full = LayerKind(rope=everywhere, block=block, kv_heads=kv_heads, head_dim=wide)
+    return [LayerKind(window, local, LOCAL) if window else full for window in windows]
+
+
+def _heads_without_window(
+    fields: Fields, windows: list[int], *, may_differ: bool
+) -> tuple[int, int]:
+    """Reads the heads of layers without a window: in published files fields of their own.
+
+    Args:
+      fields: Of config.json.
+      windows: Of each layer.
+      may_differ: Whether `num_global_key_value_heads` counts.
+
+    Returns:
+      How many of keys there are, and their size.
+    """
+    kv_heads = fields.size("num_key_value_heads", 4)
+    own = fields.size("num_global_key_value_heads", kv_heads)
+    count, size = own if may_differ else kv_heads, fields.size("global_head_dim", 512)
+    # transformers writes the same by layer.
+    by_layer = fields.get("per_layer_config")
+    if by_layer is not None:
+        names = {"num_key_value_heads": kv_heads, "head_dim": fields.head_dim()}
+        distinct = {tuple({**names, **one}.items()) for one in by_layer.values()}
+        full = [layer for layer, window in enumerate(windows) if not window]
+        given = dict(next(iter(distinct), ()))
+        is_known = len(distinct) == 1 and given.keys() == names.keys()
+        if not is_known or sorted(map(int, by_layer)) != full:
+            fields.problem(
+                f"config.json: per_layer_config is {by_layer}; expected the layers without a "
+                f"window ({', '.join(map(str, full))}), all with the same head_dim and "
+                "num_key_value_heads."
+            )
+            return count, size
+        count, size = given["num_key_value_heads"], given["head_dim"]
+    heads = fields.size("num_attention_heads")
+    if heads % count:
+        fields.problem(
+            f"config.json: num_attention_heads {heads} is not a multiple of the "
+            f"{count} heads of keys in layers without a window."
+        )
+    return count, size
+
+
+_LAYER = "model.layers.{layer}."
+_ROUTER, _EXPERTS = _LAYER + "router.", _LAYER + "experts."
+_NORM_1, _NORM_2 = (_LAYER + f"post_feedforward_layernorm_{n}.weight" for n in (1, 2))
+HF_RULES = (
+    *BODY,
+    *SANDWICH_NORMS,
+    *ATTENTION,
+    *HEAD_NORMS,
+    *GATED_MLP,
+    Rule("layers.factor", _LAYER + "layer_scalar", "1 ->"),
+    Rule("layers.mlp.post_norm.scale", _NORM_1, "d -> d"),
+    Rule("layers.mlp.routed_post_norm.scale", _NORM_2, "d -> d"),
+    Rule("layers.mlp.routed_norm.scale", _LAYER + "pre_feedforward_layernorm_2.weight", "d -> d"),
+    Rule("layers.mlp.router_norm.scale", _ROUTER + "scale", "d -> d"),
+    Rule("layers.mlp.routed.router.w", _ROUTER + "proj.weight", "e d -> e d"),
+    Rule("layers.mlp.routed.expert_scale", _ROUTER + "per_expert_scale", "e -> e"),
+    Rule("layers.mlp.routed.gate.w", _EXPERTS + "gate_up_proj", "e (+ f) d -> e f d"),
+    Rule("layers.mlp.routed.up.w", _EXPERTS + "gate_up_proj", "e (+ f) d -> e f d"),
+    Rule("layers.mlp.routed.down.w", _EXPERTS + "down_proj", "e d f -> e d f"),
+)
+HF_IGNORED = ()
