@@ -8,12 +8,13 @@ from typing import Any
 
 from flax import nnx
 
-from jaxft.errors import ModelError
+from jaxft.errors import ModelError, nearest
 from jaxft.hf.rules import Naming, of_stacks
 from jaxft.models.adapters import NOTHING, Adaptation, attach
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.decoder import Decoder
 from jaxft.models.module import AbstractModel, abstract_model
+from jaxft.models.refused import reason_for
 from jaxft.models.towers import TOWERS, inside, text_config
 from jaxft.models.weights import weights_of_blocks
 
@@ -179,9 +180,14 @@ def _unsupported(config: dict[str, Any], kind: str) -> str:
     """Returns what a model of no supported family is, as far as its config.json tells."""
     supported = f"supported are {', '.join(sorted(FAMILIES))}."
     others = [name for name in _OTHER_SENSES if isinstance(config.get(name), dict)]
+    text = config.get("text_config")
+    inner = str(text.get("model_type", "")) if isinstance(text, dict) else ""
+    if reason := reason_for(kind) or reason_for(inner):
+        return (
+            f"config.json: model_type {kind!r} is refused: models of this type {reason}, which is "
+            f"not supported here; {supported}"
+        )
     if others:
-        text = config.get("text_config") or {}
-        inner = text.get("model_type", "") if isinstance(text, dict) else ""
         return (
             f"config.json: model_type {kind!r} is a multimodal model: a language model"
             f"{f' ({inner})' if inner else ''} inside one that also takes what {', '.join(others)} "
@@ -194,4 +200,6 @@ def _unsupported(config: dict[str, Any], kind: str) -> str:
             f"config.json: model_type {kind!r} is an encoder and a decoder; jaxft trains models "
             f"that are a decoder alone; {supported}"
         )
-    return f"config.json: model_type {kind!r} is not supported; {supported}"
+    return (
+        f"config.json: model_type {kind!r} is not supported; {supported}{nearest(kind, FAMILIES)}"
+    )

@@ -38,6 +38,7 @@ class Tower:
       others: Starts of names of the other towers' tensors, within `model.` or without.
       beside: Starts of further names, such as of layers that guess several tokens.
       tied: Whether head and embedding are one table where config.json does not say it.
+      unheeded: Fields of the text model that the whole, in transformers, does not apply.
     """
 
     texts: tuple[str, ...]
@@ -45,6 +46,7 @@ class Tower:
     others: tuple[str, ...]
     beside: tuple[str, ...] = ()
     tied: bool = False
+    unheeded: tuple[str, ...] = ()
 
 
 # model_type of the whole: what is known of it.
@@ -54,6 +56,7 @@ TOWERS = {
         "boi_token_index eoi_token_index image_token_index mm_tokens_per_image initializer_range",
         _LLAVA_OTHERS[:2],
         tied=True,
+        unheeded=("final_logit_softcapping",),
     ),
     "gemma4": Tower(
         ("gemma4_text",),
@@ -155,6 +158,12 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
             f"config.json: text_config.model_type {inner!r} is not supported inside model_type "
             f"{kind!r}; expected one of {', '.join(tower.texts)}."
         )
+    for name in tower.unheeded:
+        if text.get(name) is not None:
+            fields.problem(
+                f"config.json: {name} is {text[name]!r} in text_config, which models of type "
+                f"{kind!r} in transformers do not heed. Make it null."
+            )
     whole, own = fields.get("tie_word_embeddings"), text.get("tie_word_embeddings")
     if None not in (whole, own) and whole != own:
         fields.problem(

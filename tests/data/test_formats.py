@@ -327,15 +327,36 @@ def test_keys_that_nobody_reads_are_listed(tmp_path):
         ),
         ({"question": "q", "answer": "a", "audio": {"path": "a.wav"}}, "'audio'"),
         ({"text": "see <image>", "image": "a.png"}, "'image'"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, PAIR[1]]},
-            r"content\[0\] is .*expected a part with a 'text'",
-        ),
     ],
 )
 def test_rows_that_lose_their_meaning_are_refused(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
         read(tmp_path, row)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+        {"type": "input_image", "image_url": "data:image/png;base64,AAAA"},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+        {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
+        {"type": "image"},
+        {"type": "video", "video": "a.mp4"},
+        {"type": "audio", "text": None},
+        {"type": "file", "file": {"file_id": "f"}},
+        {"type": "text", "text": "see", "image_url": "a.png"},
+    ],
+)
+def test_parts_that_are_not_text_are_refused_with_a_sentence_that_says_so(tmp_path, part):
+    message = {"role": "user", "content": [{"type": "text", "text": "q", "image": None}, part]}
+    text_only = "jaxft tunes text only: no pictures, audio, video or files"
+    with pytest.raises(
+        DataError, match=rf"rows.jsonl:2: .*messages\[0\]\.content\[1\] .*{text_only}"
+    ):
+        read(tmp_path, {"messages": PAIR}, {"messages": [message, PAIR[1]]})
+    with pytest.raises(DataError, match=rf"messages\[0\] has 'images': {text_only}"):
+        read(tmp_path, {"messages": [{**PAIR[0], "images": ["a.png"]}, PAIR[1]]})
 
 
 def test_what_is_preferred_may_be_left_out_on_request(tmp_path):

@@ -274,7 +274,7 @@ def first_row(row):
             "'chosen' is a whole conversation in which \"q\" of the prompt does not occur",
         ),
         ({**PAIR, "label": True}, "the row has 'label' beside two answers"),
-        ({**PAIR, "images": ["x.png"]}, "the row has 'images', which no model here takes"),
+        ({**PAIR, "images": ["x.png"]}, "the row has 'images': jaxft tunes text only"),
         (
             {"prompt": [Q], "chosen": {**GOOD, "weight": 0}, "rejected": BAD},
             "'chosen' ends with a turn of weight 0",

@@ -22,6 +22,8 @@ from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.experts import balance_loss
 from jaxft.models.families import FAMILIES, Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
+from jaxft.models.refused import REFUSED
+from jaxft.models.towers import TOWERS
 from jaxft.programs.engine import Engine, Request
 from jaxft.programs.generate import generate_tokens
 from jaxft.training.objectives.token_scores import cross_entropy_sum
@@ -393,6 +395,19 @@ def test_other_families_are_refused_with_the_list_of_supported_ones(shared):
         assert f"supported are {', '.join(sorted(FAMILIES))}." in problem
         refused.add(config["model_type"])
     assert refused == {"bert", "deepseek_v3"}
+    with pytest.raises(ModelError, match=r"'llama3' is not supported; .*mean 'llama'"):
+        architecture_from_hf({"model_type": "llama3"})
     whole = {"model_type": "idefics3", "text_config": {"model_type": "llama"}, "vision_config": {}}
     with pytest.raises(ModelError, match=r"'idefics3' is a multimodal model: .* \(llama\) inside"):
         architecture_from_hf(whole)
+
+
+def test_strange_models_are_refused_by_what_they_have():
+    assert not REFUSED.keys() & (FAMILIES.keys() | TOWERS.keys())
+    for kind, reason in REFUSED.items():
+        for name in (kind, f"{kind}_text"):
+            whole = {"text_config": {"model_type": name}, "vision_config": {}}
+            for config in ({"model_type": name}, {"model_type": "some_vl"} | whole):
+                with pytest.raises(ModelError) as error:
+                    architecture_from_hf(config)
+                assert f"is refused: models of this type {reason}, which is not" in str(error.value)

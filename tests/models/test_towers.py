@@ -108,6 +108,10 @@ def test_the_published_model_whose_fields_are_nested_is_that_of_its_text(shared)
         ({"text_config": {"model_type": "gemma2"}}, "'gemma2' is not supported inside .*'gemma3'"),
         ({"tie_word_embeddings": False}, "is False, and True in text_config"),
         ({"text_config": {"model_type": "gemma3_text", "top_gain": 2}}, "'top_gain' .* not under"),
+        (
+            {"text_config": {"final_logit_softcapping": 30.0}},
+            r"final_logit_softcapping is 30\.0 in text_config, which models of type 'gemma3' in",
+        ),
     ],
 )
 def test_what_might_change_the_maths_is_refused(changes, message):

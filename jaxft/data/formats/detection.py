@@ -7,6 +7,7 @@ from jaxft.data.formats.cells import as_row, cell_text, optional_text, quoted
 from jaxft.data.formats.converters import CONVERTERS, make_document, single_turn
 from jaxft.data.formats.items import Conversation, Format
 from jaxft.data.formats.layouts import LABELS, describe_unused, pair_columns, single_layout
+from jaxft.data.formats.media import check_text_only
 from jaxft.data.problems import RowError
 from jaxft.data.sources import Row
 from jaxft.data.specs import SourceSpec
@@ -23,7 +24,6 @@ EXAMPLES = {
     '{"question": "Is it open?", "answer": "Yes, until six."}',
     "text": '{"text": "A document."}',
 }
-_MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 _PREFERENCE_COLUMNS = ("chosen", "rejected", "label", "kto_tag")
 UNIT_FORMATS = ("preference", "labelled")
 """Formats of answers that are compared, which objectives of preferences take."""
@@ -82,12 +82,7 @@ def check_meaning(value: Any, row_format: Format, *, named: bool) -> None:
     """
     if not isinstance(value, dict):
         return
-    media = [column for column in _MEDIA_COLUMNS if value.get(column) not in (None, "", [], {})]
-    if media:
-        raise RowError(
-            f"the row has {quoted(media)}, which no model here takes: only text is read. Remove "
-            "the row, or the column if the text is complete without it."
-        )
+    check_text_only(value, "the row", "column")
     preferred = [column for column in _PREFERENCE_COLUMNS if _is_preference(value, column)]
     if row_format.name in UNIT_FORMATS:
         return

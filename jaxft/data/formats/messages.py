@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxft.data.formats.cells import check_one_of, optional_text, parsed, quoted, show
 from jaxft.data.formats.items import Conversation
+from jaxft.data.formats.media import TEXT_ONLY, check_text_only
 from jaxft.data.problems import RowError
 from jaxft.data.thinking import THINKING_KEYS
 from jaxft.errors import nearest
@@ -77,6 +78,7 @@ def make_conversation(messages: Any, where: str, row: dict[str, Any], origin: st
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RowError(f"{where} is {show(message)}; expected an object.")
+    check_text_only(message, where, "key")
     role = message.get("role")
     if not isinstance(role, str) or role not in (*ROLES, *_ROLE_NAMES):
         raise RowError(
@@ -149,10 +151,10 @@ def _content(message: dict[str, Any], where: str) -> str:
 
 def _part(part: Any, where: str) -> str:
     kinds = ("text", "input_text", "output_text")
+    if isinstance(part, dict):
+        check_text_only(part, where, "part")
     if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-        raise RowError(
-            f"{where} is {show(part)}; expected a part with a 'text': only text is read."
-        )
+        raise RowError(f"{where} is {show(part)}; expected a part with a 'text'. {TEXT_ONLY}")
     if part.get("type", "text") not in kinds:
         raise RowError(f"{where}.type is {show(part['type'])}; expected one of {', '.join(kinds)}.")
     return part["text"]
