@@ -167,6 +167,7 @@ class Naming:
         nothing.
       renamed: Names and layouts of weights in the models that transformers builds, where these
         differ from most files, such as experts that lie in one tensor.
+      adapted: Those of `renamed` whose names adapters have, as PEFT reads them under no others.
       tables: Parameters whose rows are looked up.
       others: Starts of names of tensors beside the model's, such as those of a tower for images,
         which are written as they were read.
@@ -177,6 +178,7 @@ class Naming:
     copies: Mapping[str, str] = field(default_factory=dict)
     spellings: tuple[tuple[str, str], ...] = ()
     renamed: tuple[Rule, ...] = ()
+    adapted: tuple[Rule, ...] = ()
     tables: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 
@@ -189,8 +191,17 @@ class Naming:
         def first(rule: Rule) -> str:
             return self.as_written(rule.name((0,) * rule.leading), names)
 
-        held = {rule.ours: rule for rule in self.renamed if first(rule) in names}
-        return tuple(held.get(rule.ours, rule) for rule in self.rules)
+        return self._with(rule for rule in self.renamed if first(rule) in names)
+
+    @property
+    def adapter_rules(self) -> tuple[Rule, ...]:
+        """The rules by which adapters name and shape what they change."""
+        return self._with(self.adapted)
+
+    def _with(self, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+        """Returns the rules, with some in place of those of the same parameters."""
+        others = {rule.ours: rule for rule in rules}
+        return tuple(others.get(rule.ours, rule) for rule in self.rules)
 
     def is_known(self, name: str) -> bool:
         """Whether a tensor that no rule names may be in a file."""

@@ -167,6 +167,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         copies=copies,
         spellings=getattr(family, "HF_SPELLINGS", ()),
         renamed=tuple(of_stacks(getattr(family, "HF_RENAMED", ()), decoder.parts, {})),
+        adapted=tuple(of_stacks(getattr(family, "HF_ADAPTED", ()), decoder.parts, {})),
         tables=("embed.w", "positions.w"),
     )
     return Architecture(

@@ -51,3 +51,5 @@ HF_RENAMED = tuple(
     Rule(rule.ours.replace(".mlp.", ".mlp.routed."), rule.theirs, rule.layout)
     for rule in FUSED_EXPERTS
 )
+# Of this family PEFT makes one tensor of experts that are kept apart for models, not for adapters.
+HF_ADAPTED = tuple(rule for rule in HF_RENAMED if "router" not in rule.ours)

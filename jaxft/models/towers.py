@@ -195,6 +195,7 @@ def inside(kind: str, naming: Naming) -> Naming:
         naming,
         rules=of_rules(naming.rules),
         renamed=of_rules(naming.renamed),
+        adapted=of_rules(naming.adapted),
         copies={moved(name): moved(other) for name, other in naming.copies.items()},
         spellings=_SPELLINGS,
         others=(*tower.others, *(_BODY + name for name in tower.others), *tower.beside),

@@ -44,8 +44,8 @@ def write_adapter(
 ) -> None:
     """Writes both files into an existing folder; each appears when it is complete.
 
-    Experts have the names that their files have, of one module each: current PEFT makes of them
-    what the models of current transformers have, and the others know no other names.
+    Experts have the names that their files have, of one module each, if current PEFT makes of them
+    what the models of current transformers have: others know no other names.
 
     Args:
       folder: Where they go.
@@ -67,12 +67,13 @@ class _Content:
     def __init__(self, adapter: Adapter, naming: Naming, shapes: Mapping[str, tuple[int, ...]]):
         self._adapter = adapter
         self._naming = naming
+        self._rules = naming.adapter_rules
         self._shapes = shapes
         whole = adapter.whole()
-        self._whole = [t for t in expand(naming.rules, shapes) if _paths(t) & whole]
+        self._whole = [t for t in expand(self._rules, shapes) if _paths(t) & whole]
         sites = adapter.owners("lora_b")
-        modules = find_modules(naming, naming.rules, shapes)
-        partners = _partners(sites, naming.renamed)
+        modules = find_modules(naming, self._rules, shapes)
+        partners = _partners(sites, set(naming.renamed) - set(naming.adapted))
         adapted = sites | partners
         self._modules = [module for module in modules if adapted & set(module.sites)]
         if problems := [*self._homeless(sites), *self._torn(), *self._halves()]:
@@ -202,7 +203,7 @@ class _Content:
     def _tables(self) -> dict[str, str]:
         """Returns `{module: path of its rows}`."""
         tables = self._adapter.owners("rows")
-        names = {site_of(rule): module_name(rule.theirs) for rule in self._naming.rules}
+        names = {site_of(rule): module_name(rule.theirs) for rule in self._rules}
         return {names[table]: f"{table}.rows" for table in sorted(tables)}
 
     def _target_modules(self) -> list[str] | str | None:
@@ -218,7 +219,7 @@ class _Content:
     def _targets(self, *, parameters: bool) -> list[str]:
         """Returns ends of names that all adapted modules have, and no others."""
         adapted = {m.tensor.parts[0].rule.theirs for m in self._modules}
-        owners = {module_name(rule.theirs) for rule in self._naming.rules}
+        owners = {module_name(rule.theirs) for rule in self._rules}
         others = owners - {module_name(name) for name in adapted}
         chosen = set()
         for module in self._modules:
@@ -249,10 +250,10 @@ class _Content:
             owner = module_name(name)
             inside = {
                 rule.ours
-                for rule in self._naming.rules
+                for rule in self._rules
                 if rule.ours in self._shapes and rule.theirs.startswith(f"{owner}.")
             }
-            inside |= {rule.ours for rule in self._naming.rules if rule.theirs == name}
+            inside |= {rule.ours for rule in self._rules if rule.theirs == name}
             if lacking := sorted(inside - self._adapter.whole()):
                 yield (
                     f"PEFT saves modules as a whole, but of {owner} only "
