@@ -21,15 +21,17 @@ from jaxft.workdir.environment import environment
 TOLERANCE = 0.01
 
 
-def measure(task: quality.Task, shared: Path, kind: str, *, seed: int) -> dict:
+def measure(task: quality.Task, shared: Path, kind: str, *, steps: int, seed: int) -> dict:
     """Trains and evaluates by one kind of products; returns one record."""
     with tempfile.TemporaryDirectory() as folder:
-        config = quality.make_config(task, shared, Path(folder), packing="documents", seed=seed)
+        config = quality.make_config(
+            task, shared, Path(folder), packing="documents", steps=steps, seed=seed
+        )
         config.model.matmul, config.train.eval_every = kind, 0
         result = jaxft.train(config)
         sums = jaxft.evaluate(config, result.checkpoint)["validation"].sums
     loss = round(quality.first_blocks(sums).loss.value, 4)
-    return {"data": task.name, "steps": quality.STEPS, "seed": seed, "matmul": kind, "loss": loss}
+    return {"data": task.name, "steps": steps, "seed": seed, "matmul": kind, "loss": loss}
 
 
 def main() -> int:
@@ -38,13 +40,14 @@ def main() -> int:
     parser.add_argument("shared", type=Path, help="folder with models/stories260K and data/")
     parser.add_argument("--kinds", default=",".join(FORMATS), help="these kinds only")
     parser.add_argument("--data", default="rasbt-instruct", help="name of the data set")
+    parser.add_argument("--steps", type=int, default=quality.STEPS, help="of each run")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     options = parser.parse_args()
     [task] = [task for task in quality.tasks(options.shared) if task.name == options.data]
     found = {}
     for kind in ("", *options.kinds.split(",")):
-        record = measure(task, options.shared, kind, seed=options.seed)
+        record = measure(task, options.shared, kind, steps=options.steps, seed=options.seed)
         found[kind] = record["loss"]
         put(record | {"environment": environment()}, options.output)
     worse = [kind for kind, loss in found.items() if loss > (1 + TOLERANCE) * found[""]]

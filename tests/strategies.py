@@ -23,10 +23,14 @@ MESHES: dict[str, dict[str, int]] = {
 }
 # What these split is in mixtures of experts alone.
 FOR_EXPERTS = ("ep", "fsdp_ep")
+# Between them these have every axis that a parameter can have and every way to compute. They run
+# under every strategy; others, as each pair takes 5 s, under those that between them split a mesh by
+# every axis.
+EVERY_STRATEGY = ("llama", "gpt2", "gpt_oss", "qwen3_5_text")
+OF_ALL_AXES = ("fsdp_tp_sp", "fsdp_cp", "pp_fsdp_tp", "fsdp_ep")
 # Families that consist of parts which others have under every strategy, in another order or with
-# other numbers: of all strategies they run under one that splits weights, rows and positions, one
-# with stages, and of experts one that splits these, as each pair takes 5 s. A family that adds a
-# parameter with an axis of its own, or a way to compute, is not one of them.
+# other numbers: their rows are not split. A family that adds a parameter with an axis of its own, or
+# a way to compute, is not one of them.
 COMPOSED = (
     "cohere",
     "cohere2",
@@ -45,7 +49,6 @@ COMPOSED = (
     "seed_oss",
     "smollm3",
 )
-FOR_COMPOSED = ("fsdp_tp_sp", "pp_fsdp_tp")
 BUILT_IN = tuple(module.name for module in pkgutil.iter_modules(strategies.__path__))
 
 
@@ -59,4 +62,6 @@ def runs(strategy: str, family: str, *, mixture: bool) -> bool:
     """
     if strategy in FOR_EXPERTS and not mixture:
         return False
-    return family not in COMPOSED or strategy in (*FOR_COMPOSED, "fsdp_ep")
+    if family in EVERY_STRATEGY:
+        return True
+    return strategy in OF_ALL_AXES and not (strategy == "fsdp_cp" and family in COMPOSED)

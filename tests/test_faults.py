@@ -188,7 +188,7 @@ def test_a_second_interrupt_stops_at_once(home, tmp_path, start, where):
     assert "Traceback" not in run.log
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow(seconds=250))])
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow(seconds=80))])
 def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save(
     home, tmp_path, start, kills
 ):

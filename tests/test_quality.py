@@ -8,6 +8,7 @@ import pytest
 
 import jaxft
 from benchmarks import quality
+from jaxft.hardware import huge_pages
 
 NAMES = ["tinyshakespeare", "rasbt-instruct", "banking77"]
 
@@ -25,35 +26,32 @@ def test_the_pre_trained_loss_is_the_reference_implementations(shared, tmp_path,
     assert abs(before - task.before) < quality.BEFORE_TOLERANCE
 
 
-@pytest.mark.real_data(seconds=300)
-def test_the_fine_tuned_loss_is_the_reference_implementations(shared):
-    """In a process of its own: much is computed, which the tests' own settings slow down."""
+def run_benchmark(module: str, *arguments: object) -> str:
+    """Runs one in a process of its own and returns its lines.
+
+    Much is computed, which the tests' own settings slow down.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "benchmarks.quality", str(shared)]
-    found = subprocess.run(
-        [*command, "--data", "banking77", "--packing", "stream"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    environment[huge_pages.VARIABLE] = f"{huge_pages.SETTING}=1"
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    assert '"data": "banking77"' in found.stdout
+    return found.stdout
 
 
 @pytest.mark.real_data(seconds=120)
+def test_the_fine_tuned_loss_is_the_reference_implementations(shared):
+    lines = run_benchmark("quality", shared, "--data=rasbt-instruct", "--packing=stream")
+    assert '"data": "rasbt-instruct"' in lines
+
+
+@pytest.mark.real_data(seconds=60)
 def test_adapters_learn_beside_quantised_weights_what_they_learn_beside_exact_ones(shared):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "benchmarks.quantised_losses", str(shared), "--kinds=nf4"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count('"quantise"') == 2
+    lines = run_benchmark("quantised_losses", shared, "--kinds=nf4")
+    assert lines.count('"quantise"') == 2
 
 
-@pytest.mark.real_data(seconds=200)
+@pytest.mark.real_data(seconds=60)
 def test_products_of_8_bit_numbers_teach_what_whole_ones_do(shared):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "benchmarks.matmul_losses", str(shared), "--kinds=int8"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count('"matmul"') == 2
+    lines = run_benchmark("matmul_losses", shared, "--kinds=int8", "--steps=60")
+    assert lines.count('"matmul"') == 2

@@ -14,7 +14,7 @@ from jaxft.training.state import partition
 from tests.oracle.cases import CASES
 from tests.sharding.test_strategies import CASES as MODELS
 from tests.sharding.test_strategies import LENGTH, mesh_of, run
-from tests.strategies import BUILT_IN, FOR_EXPERTS, MESHES
+from tests.strategies import BUILT_IN, FOR_EXPERTS, MESHES, OF_ALL_AXES
 from tests.tiny import (
     Tiny,
     feed,
@@ -48,7 +48,8 @@ def on_one_device(family: str) -> tuple:
 
 
 def pairs() -> list:
-    found = [(s, f) for f in KEYS for s in BUILT_IN if f == "gpt_oss" or s not in FOR_EXPERTS]
+    found = [(s, "llama") for s in BUILT_IN if s not in FOR_EXPERTS]
+    found += [(s, "gpt_oss") for s in OF_ALL_AXES]
     return [
         pytest.param(*pair, marks=pytest.mark.slow(seconds=25))
         if pair in IN_LONG

@@ -139,15 +139,13 @@ def make_step(method: str, reference: str, strategy: str, accumulation: int):
 
 
 def cases():
-    short = [("dpo", "fixed", "ddp", 4), ("dpo", "cached", "fsdp", 2)]
-    every = [
-        (method, reference, strategy, 2)
+    """Returns every method under every strategy, each with one of the two references."""
+    references = ("fixed", "cached") * len(MESHES)
+    return [("dpo", "cached", "ddp", 4)] + [
+        (method, references[number + (method == "kto")], strategy, 2)
         for method in ("dpo", "kto")
-        for reference in ("fixed", "cached")
-        for strategy in MESHES
+        for number, strategy in enumerate(MESHES)
     ]
-    long = [case for case in every if case not in short]
-    return short + [pytest.param(*case, marks=SLOW) for case in long]
 
 
 @pytest.mark.slow(seconds=11)
