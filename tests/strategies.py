@@ -24,13 +24,13 @@ MESHES: dict[str, dict[str, int]] = {
 # What these split is in mixtures of experts alone.
 FOR_EXPERTS = ("ep", "fsdp_ep")
 # Between them these have every axis that a parameter can have and every way to compute. They run
-# under every strategy; others, as each pair takes 5 s, under those that between them split a mesh by
-# every axis.
+# under every strategy; others, as each pair takes 5 s, under those that between them have every
+# axis of a mesh.
 EVERY_STRATEGY = ("llama", "gpt2", "gpt_oss", "qwen3_5_text")
 OF_ALL_AXES = ("fsdp_tp_sp", "fsdp_cp", "pp_fsdp_tp", "fsdp_ep")
-# Families that consist of parts which others have under every strategy, in another order or with
-# other numbers: their rows are not split. A family that adds a parameter with an axis of its own, or
-# a way to compute, is not one of them.
+# Families that consist of parts which others have, in another order or with other numbers: their
+# rows are not split. A family that adds a parameter with an axis of its own, or a way to compute,
+# is not one of them.
 COMPOSED = (
     "cohere",
     "cohere2",

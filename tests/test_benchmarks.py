@@ -197,7 +197,7 @@ def test_evaluation_saving_attention_and_the_input_are_measured():
 @pytest.mark.slow(seconds=25)
 @pytest.mark.parametrize(
     ("benchmark", "keys"),
-    [("train_step", ()), ("train_step", ("adapter.rank=4",)), ("evaluation", ())],
+    [("train_step", ("adapter.rank=4",)), ("evaluation", ())],
 )
 def test_pytorch_takes_turns_with_the_same_trained_parameters(benchmark, keys, tmp_path):
     theirs = os.environ.get("JAXFT_ORACLE_PYTHON", "")

@@ -117,7 +117,7 @@ def adapters_to_read() -> dict[str, tuple[str, Adapter]]:
         some = [site for site in sites if site.endswith(("mlp.up", "attn.k"))]
         made = {
             "ranks": random_adapter(tiny, ranks, pissa=True, rslora=True),
-            "some": random_adapter(tiny, {site: 2 for site in some}),
+            "some": random_adapter(tiny, dict.fromkeys(some, 2)),
         }
         if tiny.architecture.config.experts is None:
             made["dora"] = random_adapter(tiny, ranks, dora=True)

@@ -188,10 +188,11 @@ def test_a_second_interrupt_stops_at_once(home, tmp_path, start, where):
     assert "Traceback" not in run.log
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow(seconds=80))])
+@pytest.mark.slow(seconds=80)
 def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save(
-    home, tmp_path, start, kills
+    home, tmp_path, start
 ):
+    kills = 6
     # Periods, saves, evaluations and epochs end at different steps.
     changes = {
         "train__steps": 30 + 8 * kills,

@@ -116,7 +116,6 @@ def test_two_hosts_train_as_one_process_does_and_the_first_alone_speaks(
 @pytest.mark.parametrize(
     ("count", "strategy", "mesh"),
     [
-        (2, "ddp", {}),
         (4, "other.interleaved", {"mesh__fsdp": 2}),
         # Two hosts hold the same rows, and other parts of the heads.
         (4, "fsdp_tp", {"mesh__tensor": 4}),
