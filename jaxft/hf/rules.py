@@ -167,7 +167,7 @@ class Naming:
         nothing.
       renamed: Names and layouts of weights in the models that transformers builds, where these
         differ from most files, such as experts that lie in one tensor.
-      adapted: Those of `renamed` whose names adapters have, as PEFT reads them under no others.
+      adapted: Rules of `renamed` whose names adapters have, as PEFT reads them under no others.
       tables: Parameters whose rows are looked up.
       others: Starts of names of tensors beside the model's, such as those of a tower for images,
         which are written as they were read.
