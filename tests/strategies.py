@@ -34,10 +34,13 @@ OF_ALL_AXES = ("fsdp_tp_sp", "fsdp_cp", "pp_fsdp_tp", "fsdp_ep")
 COMPOSED = (
     "cohere",
     "cohere2",
+    "deepseek_v2",
     "exaone4",
     "gemma4_text",
     "glm",
     "glm4",
+    "glm4_moe",
+    "glm4_moe_lite",
     "granite",
     "hunyuan_v1_dense",
     "ministral",
@@ -49,6 +52,8 @@ COMPOSED = (
     "seed_oss",
     "smollm3",
 )
+# Families whose first layers differ from the others, so that no pipeline can cut them.
+IN_ONE_STAGE = ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite")
 BUILT_IN = tuple(module.name for module in pkgutil.iter_modules(strategies.__path__))
 
 
@@ -61,6 +66,8 @@ def runs(strategy: str, family: str, *, mixture: bool) -> bool:
       mixture: Whether its models have experts.
     """
     if strategy in FOR_EXPERTS and not mixture:
+        return False
+    if family in IN_ONE_STAGE and "stage" in MESHES[strategy]:
         return False
     if family in EVERY_STRATEGY:
         return True

@@ -14,7 +14,15 @@ from jaxtyping import Array, Float
 
 from jaxft.errors import ConfigError
 from jaxft.hf.peft.adapter import LEAVES, START_LEAVES, TRAINED_LEAVES
-from jaxft.models.module import Param, Params, cast, merge, modules_in, optional
+from jaxft.models.module import (
+    Param,
+    Params,
+    cast,
+    is_unlearnt,
+    merge,
+    modules_in,
+    optional,
+)
 from jaxft.models.quantised import is_leaf
 from jaxft.models.weights import Site, Weight
 
@@ -54,6 +62,8 @@ class Adaptation:
 
         `trained` chooses among the model's own: neither what adapters are made of, nor codes.
         """
+        if is_unlearnt(path):
+            return False
         if is_beside(path) or is_leaf(path):
             return path.rpartition(".")[2] in TRAINED_LEAVES
         return bool(self.trained and re.search(self.trained, path))
@@ -99,7 +109,12 @@ def attach(module: nnx.Module, adaptation: Adaptation, frozen_dtype: Any) -> Non
                 weight.rows = optional(Param(rows, axes=("rows", "embed")))
                 weight.added = adaptation.rows
     # A starting pair stays exact: it is subtracted from one that trains, in the same type.
-    cast(module, frozen_dtype, lambda path: not (adaptation.is_learnt(path) or is_beside(path)))
+    # What routers choose by is never rounded.
+    cast(
+        module,
+        frozen_dtype,
+        lambda path: not (adaptation.is_learnt(path) or is_beside(path) or is_unlearnt(path)),
+    )
 
 
 def _attach_site(weight: Weight, site: Site, path: str) -> None:

@@ -33,13 +33,13 @@ Backend = Callable[[Array, Array, Array, Array, Scoring, Array | None], Array]
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K U"],
     segments: Int[Array, "B T"],
     *,
     backend: str,
     scores: Scoring,
     sinks: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N U"]:
     """Attention of rows over themselves, softmax in float32.
 
     Where the active placement splits rows, positions are in the order of its `slots`.
@@ -47,14 +47,18 @@ def attend(
     Args:
       q: Queries; N is a multiple of K, and head n reads key head n // (N / K).
       k: Keys.
-      v: Values.
+      v: Values, whose heads may be narrower.
       segments: Number of the document that each position belongs to, 0 on padding.
       backend: A name in `BACKENDS`.
       scores: Scale, soft bound and window of the scores.
       sinks: A score for each head that enters the softmax beside those of the keys and has no
         value (Xiao et al., arXiv:2309.17453; learnt, as in gpt-oss).
     """
-    return BACKENDS[backend](q, k, v, segments, scores, sinks)
+    run, narrower = BACKENDS[backend], k.shape[-1] - v.shape[-1]
+    if not narrower or backend not in _OF_ONE_SIZE:
+        return run(q, k, v, segments, scores, sinks)
+    wide = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, narrower)))
+    return run(q, k, wide, segments, scores, sinks)[..., : v.shape[-1]]
 
 
 def causal_mask(
@@ -77,19 +81,19 @@ def causal_mask(
 def masked_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K U"],
     mask: Bool[Array, "B 1 T S"],
     *,
     scores: Scoring,
     sinks: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N U"]:
     """Attention under an explicit mask; memory grows with T x S."""
     (rows, length, heads, head_dim), kv_heads = q.shape, k.shape[2]
     grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
     products = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
     weights = attention_weights(products, mask, scores=scores, sinks=sinks)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    return out.reshape(q.shape)
+    return out.reshape(*q.shape[:3], -1)
 
 
 def attention_weights(
@@ -132,12 +136,12 @@ def row_mask(segments: Int[Array, "B T"], *, window: int) -> Bool[Array, "B 1 T 
 def row_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K U"],
     mask: Bool[Array, "B 1 T T"],
     *,
     scores: Scoring,
     sinks: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N U"]:
     """`masked_attention` of rows over themselves; of split rows a device gathers all keys."""
     placement = active_placement()
     if placement is None or not placement.split("seq"):
@@ -176,6 +180,8 @@ BACKENDS: dict[str, Backend] = {
     "splash": _splash,
     "ring": ring_attention,
 }
+# Kernels that take values of the size of keys alone.
+_OF_ONE_SIZE = ("cudnn", "tokamax")
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,12 +387,13 @@ def check_backend(backend: str, config: DecoderConfig) -> None:
 
     # A window is tried at a size at which it hides something here.
     tried = {
-        (layer.kv_heads, layer.head_dim, 0 if backend == "cudnn" else min(window, 64))
+        (layer.kv_heads, layer.head_dim, layer.value_dim, min(window, 64) * (backend != "cudnn"))
         for layer, window in zip(config.attending, config.windows, strict=True)
     }
-    for kv_heads, head_dim, window in sorted(tried):
+    for kv_heads, head_dim, value_dim, window in sorted(tried):
         scores = dataclasses.replace(config.scores(config.kinds[0]), window=window)
-        shapes = [(2, length, n, head_dim) for n in (config.heads, kv_heads, kv_heads)]
+        heads = ((config.heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))
+        shapes = [(2, length, *of_head) for of_head in heads]
         arrays = (*(jax.random.normal(*a, dtype) for a in zip(keys, shapes, strict=False)), sinks)
         ours = output_and_gradients(backend, scores, *arrays)
         exact = output_and_gradients(

@@ -22,6 +22,17 @@ class KeysValues(NamedTuple):
     v: Any
 
 
+class Latents(NamedTuple):
+    """The latent and the turned key of a layer whose keys and values are made of them.
+
+    Attributes:
+      kept: `[B, 1, S, R + Q]` in the compute dtype, the latent before the key: as keys of one head,
+        whose first R dimensions are its values.
+    """
+
+    kept: Any
+
+
 class Recurrent(NamedTuple):
     """The memory of a recurrent layer for the documents that rows hold.
 
@@ -38,22 +49,22 @@ class Recurrent(NamedTuple):
 class Cache(NamedTuple):
     """The memory of all layers, for generation, of each in arrays of its own."""
 
-    layers: tuple[KeysValues | Recurrent, ...]
+    layers: tuple[KeysValues | Latents | Recurrent, ...]
 
     @property
     def slots(self) -> int:
         """Tokens for which a row has room; 0 if no layer keeps tokens."""
-        kept = (layer for layer in self.layers if isinstance(layer, KeysValues))
-        return next((layer.k.shape[2] for layer in kept), 0)
+        kept = (layer for layer in self.layers if not isinstance(layer, Recurrent))
+        return next((layer[0].shape[2] for layer in kept), 0)
 
     def grown(self, slots: int) -> "Cache":
         """Returns the cache with room for `slots` tokens a row."""
         added = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0))
         return Cache(
             tuple(
-                KeysValues(*(jnp.pad(x, added) for x in layer))
-                if isinstance(layer, KeysValues)
-                else layer
+                layer
+                if isinstance(layer, Recurrent)
+                else jax.tree.map(lambda x: jnp.pad(x, added), layer)
                 for layer in self.layers
             )
         )
@@ -95,7 +106,10 @@ class Memory(NamedTuple):
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cache:
     """Returns a cache in which nothing was read, with room for `slots` tokens in each row."""
 
-    def of_layer(kind: LayerKind) -> KeysValues | Recurrent:
+    def of_layer(kind: LayerKind) -> KeysValues | Latents | Recurrent:
+        if config.latent is not None:
+            kept = config.latent.rank + config.latent.turned_dim
+            return Latents(jnp.zeros((rows, 1, slots, kept), dtype))
         if not kind.recurrent:
             c = config.of_kind(kind)
             empty = jnp.zeros((rows, c.kv_heads, slots, c.head_dim), dtype)
@@ -139,25 +153,53 @@ def write(
     return jax.lax.optimization_barrier(written)
 
 
+def written(
+    old: KeysValues | Latents,
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K U"],
+    positions: Int[Array, "R T"],
+    real: Bool[Array, "R T"],
+    rows: Int[Array, " R"] | None,
+) -> tuple[KeysValues | Latents, Array, Array]:
+    """Returns a layer's cache with tokens added, and keys and values of the rows.
+
+    Args:
+      old: The cache before.
+      k: Keys of the tokens; of latents, with the turned key behind.
+      v: Values; latents.
+      positions: In the document.
+      real: False on padding, which is not kept.
+      rows: Where in the cache the rows are; as they stand if absent.
+    """
+    if isinstance(old, Latents):
+        new = Latents(write(old.kept, k, positions, real, rows))
+        kept = new.kept if rows is None else new.kept[rows]
+        return new, kept, kept[..., : v.shape[-1]]
+    pairs = zip(old, (k, v), strict=True)
+    new = KeysValues(*(write(before, added, positions, real, rows) for before, added in pairs))
+    k, v = new if rows is None else (x[rows] for x in new)
+    return new, k, v
+
+
 def cached_attention(
     q: Float[Array, "R T N H"],
     k: Float[Array, "R K S H"],
-    v: Float[Array, "R K S H"],
+    v: Float[Array, "R K S U"],
     mask: Bool[Array, "R 1 T S"],
     *,
     scores: Scoring,
     sinks: Float[Array, " N"] | None = None,
-) -> Float[Array, "R T N H"]:
+) -> Float[Array, "R T N U"]:
     """`masked_attention` for keys and values in the layout of the cache."""
     (rows, length, heads, head_dim), (_, kv_heads, slots, _) = q.shape, k.shape
     groups = heads // kv_heads
     # One product for each row and head of keys, of matrices as they lie in the cache.
-    k, v = (x.reshape(rows * kv_heads, slots, head_dim) for x in (k, v))
+    k, v = (x.reshape(rows * kv_heads, slots, -1) for x in (k, v))
     q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows * kv_heads, groups * length, head_dim)
     products = jnp.einsum("nsh,nqh->nqs", k, q, preferred_element_type=jnp.float32)
     products = products.reshape(rows, kv_heads, groups, length, slots)
     weights = attention_weights(products, mask, scores=scores, sinks=sinks).astype(v.dtype)
     out = jnp.einsum("nqs,nsh->nqh", weights.reshape(rows * kv_heads, -1, slots), v)
-    out = out.reshape(rows, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(rows, length, heads, head_dim)
+    out = out.reshape(rows, kv_heads, groups, length, -1).transpose(0, 3, 1, 2, 4)
+    return out.reshape(rows, length, heads, -1)

@@ -62,12 +62,25 @@ class ExpertsConfig:
       chosen: Experts that a token goes through.
       normalised: Whether the weights of the chosen experts are scaled to a sum of 1.
       shared: Hidden width of an expert that every token goes through; 0 for none.
+      scoring: Function that makes scores of the router's logits: `softmax` or `sigmoid`.
+      corrected: Whether experts are chosen by scores to each of which a number is added that no
+        gradient changes, and weighted without it.
+      groups: Number of groups, of experts side by side, of which a token chooses some first.
+      chosen_groups: Groups whose experts a token may choose.
+      ranking: Best scores of a group by whose sum groups are chosen.
+      scale: Multiplies the weights of the chosen experts.
     """
 
     count: int
     chosen: int
     normalised: bool
     shared: int = 0
+    scoring: str = "softmax"
+    corrected: bool = False
+    groups: int = 1
+    chosen_groups: int = 1
+    ranking: int = 1
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +100,27 @@ class DeltaConfig:
     key_dim: int
     value_dim: int
     taps: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatentConfig:
+    """Sizes of attention whose keys and values are made of one latent vector for all heads.
+
+    Attributes:
+      query_rank: Size of the latent that queries are made of; 0 where they are made of the stream.
+      rank: R, size of the latent of keys and values.
+      plain_dim: Dimensions of a head of queries and keys that are not turned.
+      turned_dim: Dimensions behind them that are turned; of keys the same in all heads.
+      value_dim: Size of a head of values.
+      interleaved: Whether neighbours are the pairs of dimensions that are turned.
+    """
+
+    query_rank: int
+    rank: int
+    plain_dim: int
+    turned_dim: int
+    value_dim: int
+    interleaved: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +158,10 @@ class DecoderConfig:
       experts: None for a dense feed-forward part.
       mlp_limit: Bound of what enters the activation; 0 for none.
       delta: Sizes of recurrent layers; None without them.
+      latent: Sizes of attention to latents; None for keys and values of their own.
+      dense_mlp: Hidden width of the feed-forward part of layers without experts, where others have
+        them; 0 without such layers.
+      guessing: Layers behind the last that files may hold, which guess further tokens; not used.
     """
 
     vocab: int
@@ -155,6 +193,9 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
     mlp_limit: float = 0.0
     delta: DeltaConfig | None = None
+    latent: LatentConfig | None = None
+    dense_mlp: int = 0
+    guessing: int = 0
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -185,6 +226,18 @@ class DecoderConfig:
         return tuple(kind.window for kind in kinds if not kind.recurrent)
 
     @property
+    def value_dim(self) -> int:
+        """Size of a head of values."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
+
+    @property
+    def cached(self) -> int:
+        """Numbers that all layers with attention keep of a token for generation."""
+        if self.latent is not None:
+            return len(self.windows) * (self.latent.rank + self.latent.turned_dim)
+        return sum(2 * layer.kv_heads * layer.head_dim for layer in self.attending)
+
+    @property
     def states(self) -> int:
         """Numbers that all recurrent layers keep of a document."""
         d = self.delta
@@ -213,13 +266,14 @@ class DecoderConfig:
 
     @property
     def head_dims(self) -> list[int]:
-        """Sizes of a head in the layers that have attention, each once."""
-        return sorted({layer.head_dim for layer in self.attending})
+        """Sizes of a head of keys or values in the layers that have attention, each once."""
+        return sorted({x for layer in self.attending for x in (layer.head_dim, layer.value_dim)})
 
     @property
     def mean_head_dim(self) -> float:
-        """Size of a head, the mean of the layers that have attention."""
-        return sum(layer.head_dim for layer in self.attending) / len(self.attending)
+        """Size of a head of keys and of values, the mean of both and of layers with attention."""
+        sizes = [size for layer in self.attending for size in (layer.head_dim, layer.value_dim)]
+        return sum(sizes) / len(sizes)
 
     def kind_of(self, part: range) -> int | None:
         """Returns the index of the kind of all layers of a part; None if they differ."""

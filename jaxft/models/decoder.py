@@ -16,12 +16,11 @@ from jaxft.models import activations
 from jaxft.models.attention import attend, row_attention, row_mask
 from jaxft.models.cache import (
     Cache,
-    KeysValues,
     Memory,
     cached_attention,
     empty_cache,
     seen_slots,
-    write,
+    written,
 )
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.layers import AttentionFn, Embedding, LayerInputs, Linear, Routing, make_norm
@@ -193,13 +192,7 @@ class Decoder(nnx.Module):
 
         def attention_of(kind: int) -> AttentionFn:
             def attention(q: Array, k: Array, v: Array, layer: Any, sinks: Array | None):
-                layer = KeysValues(
-                    *(
-                        write(old, new, positions, real, rows)
-                        for old, new in zip(layer, (k, v), strict=True)
-                    )
-                )
-                k, v = layer if rows is None else (x[rows] for x in layer)
+                layer, k, v = written(layer, k, v, positions, real, rows)
                 return cached_attention(q, k, v, masks[kind], scores=scores, sinks=sinks), layer
 
             return attention

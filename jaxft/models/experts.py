@@ -41,7 +41,7 @@ class Routes(NamedTuple):
     Attributes:
       experts: int32 `[B, T, k]`, the chosen experts, the most likely first.
       weights: float32 `[B, T, k]`, of their outputs.
-      probabilities: float32 `[B, T, E]`, softmax over all experts.
+      probabilities: float32 `[B, T, E]`, scores over their sum.
     """
 
     experts: Int[Array, "B T k"]
@@ -124,6 +124,9 @@ class Experts(nnx.Module):
             "bias": bias,
         }
         self.router = Linear((e,), (d,), axes=("router", "embed"), **kwargs)
+        # Whatever the others' type is: rounded, it would choose other experts.
+        correction = Param(jnp.zeros(e, jnp.float32), axes=("router",))
+        self.correction = correction if config.experts.corrected else None
         self.gate = ExpertLinear(e, f, d, axes=("experts", "mlp", "embed"), **kwargs)
         self.up = ExpertLinear(e, f, d, axes=("experts", "mlp", "embed"), **kwargs)
         self.down = ExpertLinear(e, d, f, axes=("experts", "embed", "mlp"), **kwargs)
@@ -165,12 +168,22 @@ class Experts(nnx.Module):
 
     def _route(self, x: Array) -> Routes:
         logits = self.router(x.astype(jnp.float32))
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        weights, experts = _top_k(probabilities, self.config.chosen)
+        if self.config.scoring == "sigmoid":
+            scores = jax.nn.sigmoid(logits)
+            # DeepSeek-V3 (arXiv:2412.19437), equation 18: what its balance is judged by.
+            probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True)
+        else:
+            scores = probabilities = jax.nn.softmax(logits, axis=-1)
+        ranks = None
+        if self.correction is not None:
+            ranks = jax.lax.stop_gradient(scores + self.correction[...][None, None])
+        weights, experts = _best(scores, ranks, self.config)
         if self.config.normalised:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         if self.expert_scale is not None:
             weights = weights * self.expert_scale[...].astype(jnp.float32)[experts]
+        if self.config.scale != 1:
+            weights = weights * self.config.scale
         return Routes(experts, weights, probabilities)
 
     def _weights(self, dtype: Any) -> ExpertWeights:
@@ -189,14 +202,24 @@ class Experts(nnx.Module):
 
 
 class ExpertsAndShared(nnx.Module):
-    """Experts, and one that every token goes through as far as a gate of its own lets it."""
+    """Experts, and one that every token goes through.
 
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+    Args:
+      config: Sizes.
+      numerics: Types.
+      rngs: Random keys.
+      gated: Whether a token goes through the latter as far as a gate of its own lets it.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs, *, gated: bool = True
+    ):
         assert config.experts is not None
         self.routed = Experts(config, numerics, rngs)
         self.shared = GatedMLP(config, numerics, rngs, width=config.experts.shared)
         kwargs = {"dtype": numerics.param_dtype, "scale": config.init_scale, "rngs": rngs}
-        self.shared_gate = Linear((1,), (config.embed,), axes=("router", "embed"), **kwargs)
+        gate = Linear((1,), (config.embed,), axes=("router", "embed"), **kwargs) if gated else None
+        self.shared_gate = gate
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
@@ -204,24 +227,51 @@ class ExpertsAndShared(nnx.Module):
         """Returns what is added to the residual stream, and the routing."""
         out, routing = self.routed(x, real)
         shared, _ = self.shared(x, real)
+        if self.shared_gate is None:
+            return out + shared, routing
         gate = jax.nn.sigmoid(self.shared_gate(x).astype(jnp.float32))
         return out + (gate * shared.astype(jnp.float32)).astype(out.dtype), routing
 
 
-def _top_k(
-    probabilities: Float[Array, "B T E"], k: int
+def _best(
+    scores: Float[Array, "B T E"], ranks: Float[Array, "B T E"] | None, config: ExpertsConfig
 ) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
-    """Does `jax.lax.top_k`, each device for its own tokens; XLA would gather all of them first."""
+    """Returns scores and numbers of the chosen experts, the best first.
 
-    def local(probabilities: Array) -> tuple[Array, Array]:
-        weights, experts = jax.lax.top_k(probabilities, k)
-        return weights, experts
+    Each device chooses for its own tokens; XLA would gather all of them first.
 
+    Args:
+      scores: Of all experts.
+      ranks: By which experts are chosen; None for their scores.
+      config: How many there are, and in which groups.
+    """
+
+    def local(scores: Array, *ranks: Array) -> tuple[Array, Array]:
+        [ranked] = ranks or [scores]
+        if config.groups > 1:
+            ranked = jnp.where(_in_best_groups(ranked, config), ranked, -jnp.inf)
+        best, experts = jax.lax.top_k(ranked, config.chosen)
+        return jnp.take_along_axis(scores, experts, axis=-1) if ranks else best, experts
+
+    arrays = (scores,) if ranks is None else (scores, ranks)
     placement = active_placement()
     if placement is None:
-        return local(probabilities)
-    stream = placement.spec(("batch", "stream_seq"), probabilities.shape[:2], "tokens of experts")
-    return placement.shard_map(local, stream, (stream, stream))(probabilities)
+        return local(*arrays)
+    stream = placement.spec(("batch", "stream_seq"), scores.shape[:2], "tokens of experts")
+    return placement.shard_map(local, (stream,) * len(arrays), (stream, stream))(*arrays)
+
+
+def _in_best_groups(ranks: Float[Array, "B T E"], config: ExpertsConfig) -> Bool[Array, "B T E"]:
+    """Whether an expert is of a group that a token may choose of.
+
+    DeepSeek-V2 (arXiv:2405.04434), section 2.2.2, and DeepSeek-V3, section 2.1.2, whose groups are
+    those of one node.
+    """
+    groups = jax.lax.stop_gradient(ranks).reshape(*ranks.shape[:2], config.groups, -1)
+    best = jnp.sum(jax.lax.top_k(groups, config.ranking)[0], axis=-1)
+    chosen = jax.lax.top_k(best, config.chosen_groups)[1]
+    allowed = jnp.sum(jax.nn.one_hot(chosen, config.groups, dtype=jnp.int32), axis=2) > 0
+    return jnp.repeat(allowed, groups.shape[-1], axis=-1)
 
 
 def check_experts(placement: Placement, *, capacity: float) -> None:

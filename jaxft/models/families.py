@@ -23,12 +23,16 @@ FAMILIES = {
     "apertus": "jaxft.models.apertus",
     "cohere": "jaxft.models.cohere",
     "cohere2": "jaxft.models.cohere2",
+    "deepseek_v2": "jaxft.models.deepseek_v2",
+    "deepseek_v3": "jaxft.models.deepseek_v3",
     "exaone4": "jaxft.models.exaone4",
     "gemma2": "jaxft.models.gemma2",
     "gemma3_text": "jaxft.models.gemma3",
     "gemma4_text": "jaxft.models.gemma4",
     "glm": "jaxft.models.glm",
     "glm4": "jaxft.models.glm4",
+    "glm4_moe": "jaxft.models.glm4_moe",
+    "glm4_moe_lite": "jaxft.models.glm4_moe_lite",
     "gpt2": "jaxft.models.gpt2",
     "gpt_oss": "jaxft.models.gpt_oss",
     "granite": "jaxft.models.granite",
@@ -163,7 +167,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     }
     naming = Naming(
         tuple(of_stacks(rules.values(), decoder.parts, own)),
-        ignored=family.HF_IGNORED,
+        ignored=(*family.HF_IGNORED, *_of_guessing(decoder)),
         copies=copies,
         spellings=getattr(family, "HF_SPELLINGS", ()),
         renamed=tuple(of_stacks(getattr(family, "HF_RENAMED", ()), decoder.parts, {})),
@@ -175,6 +179,12 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         blocks=family.BLOCKS if hasattr(family, "BLOCKS") else {"": family.Block},
         naming=naming if text is config else inside(whole, naming),
     )
+
+
+def _of_guessing(config: DecoderConfig) -> list[str]:
+    """Returns patterns of the names of tensors of layers that guess further tokens."""
+    behind = range(config.layers, config.layers + config.guessing)
+    return [rf"^model\.layers\.{number}\." for number in behind]
 
 
 def _unsupported(config: dict[str, Any], kind: str) -> str:

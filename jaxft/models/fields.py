@@ -17,18 +17,23 @@ from jaxft.models.rope import (
 )
 
 # Fields that do not change what the model computes from given weights and tokens. Dropout is among
-# them: fine-tuning runs without it.
+# them: fine-tuning runs without it. How weights are stored is judged where their folder is read.
 _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures
     attention_dropout attn_pdrop bos_token_id cache_implementation dtype embd_pdrop eos_token_id
     gradient_checkpointing id2label is_llama_config keys_to_ignore_at_inference label2id
     max_sequence_length model_type num_labels output_attentions output_hidden_states output_past
-    output_router_logits pad_token_id predict_special_tokens pretraining_tp problem_type resid_pdrop
-    return_dict router_aux_loss_coef sep_token_id tokenizer_class torch_dtype transformers.js_config
-    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache use_return_dict
+    output_router_logits pad_token_id predict_special_tokens pretraining_tp problem_type
+    quantization_config resid_pdrop return_dict router_aux_loss_coef sep_token_id
+    tokenizer_class torch_dtype transformers.js_config transformers_version unk_token_id
+    unsloth_fixed unsloth_version use_cache use_return_dict
     """.split()
 )
+
+
+# How many layers behind the last guess further tokens, in either of two names.
+GUESSING = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 class Fields:
@@ -67,6 +72,18 @@ class Fields:
             return 1
         return value
 
+    def count(self, name: str, default: int) -> int:
+        """Returns a field that must be a whole number, or 0."""
+        value = self.get(name, default)
+        if type(value) is not int or value < 0:
+            self.problem(f"config.json: {name} is {value!r}; expected a whole number, or 0.")
+            return default
+        return value
+
+    def guessing(self) -> int:
+        """Returns how many layers behind the last guess further tokens."""
+        return max(self.count(name, 0) for name in GUESSING)
+
     def factor(self, name: str, default: float) -> float:
         """Returns a field that must be a positive number."""
         value = self.get(name, default)
@@ -82,13 +99,14 @@ class Fields:
         return default if value is None else value
 
     def experts(self, *, normalised: bool, of_token: str = "num_experts_per_tok") -> ExpertsConfig:
-        """Reads the number of experts, for which two names are in use, and of those chosen.
+        """Reads the number of experts, for which three names are in use, and of those chosen.
 
         Args:
           normalised: As in the result.
           of_token: Name of the field with the number of those that a token goes through.
         """
-        name = "num_local_experts" if "num_local_experts" in self else "num_experts"
+        names = ("num_local_experts", "n_routed_experts", "num_experts")
+        name = next((name for name in names if name in self), names[-1])
         count, chosen = self.size(name), self.size(of_token)
         if chosen > count:
             self.problem(f"config.json: {of_token} {chosen} exceeds {name} {count}.")

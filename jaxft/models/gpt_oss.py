@@ -38,7 +38,7 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     fields = Fields(config, head_dim=64, sliding_window=128, rope_theta=150000.0)
     fields.require(hidden_act="silu", attention_bias=True, swiglu_alpha=1.702)
     # The loader has judged how weights are quantised; the others repeat what other fields say.
-    fields.unused("quantization_config", "experts_per_token", "initial_context_length")
+    fields.unused("experts_per_token", "initial_context_length")
     experts = fields.experts(normalised=True)
     settings = fields.get("rope_parameters", fields.get("rope_scaling", _YARN))
     rope = fields.rope(fields.head_dim(), theta=fields.need("rope_theta"), parameters=settings)

@@ -15,6 +15,9 @@ from flax import nnx
 
 Params = dict[str, jax.Array]
 
+# Last parts of the paths of parameters that no gradient changes: they stay as they were loaded.
+_UNLEARNT = ("correction",)
+
 
 class Param(nnx.Param):
     """A weight whose dimensions are named; `axes` are names of `sharding/axes.py`."""
@@ -22,6 +25,11 @@ class Param(nnx.Param):
     def __init__(self, value: jax.Array, *, axes: tuple[str, ...]):
         # eager_sharding=False: placement is the strategy's business, never flax's.
         super().__init__(value, axes=axes, eager_sharding=False)
+
+
+def is_unlearnt(path: str) -> bool:
+    """Whether a parameter stays as it was loaded, whatever trains: what routers choose by."""
+    return path.rpartition(".")[2] in _UNLEARNT
 
 
 @dataclass(frozen=True, slots=True)

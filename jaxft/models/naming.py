@@ -48,6 +48,16 @@ FUSED_GATED_MLP = (
     Rule("layers.mlp.up.w", _LAYER + "mlp.gate_up_proj.weight", "(+ f) d -> f d"),
     Rule("layers.mlp.down.w", _LAYER + "mlp.down_proj.weight", "d f -> d f"),
 )
+LATENT_ATTENTION = (
+    Rule("layers.attn.q.w", _LAYER + "self_attn.q_proj.weight", "(n h) d -> n h d"),
+    Rule("layers.attn.q_down.w", _LAYER + "self_attn.q_a_proj.weight", "r d -> r d"),
+    Rule("layers.attn.q_norm.scale", _LAYER + "self_attn.q_a_layernorm.weight", "r -> r"),
+    Rule("layers.attn.q_up.w", _LAYER + "self_attn.q_b_proj.weight", "(n h) r -> n h r"),
+    Rule("layers.attn.kv_down.w", _LAYER + "self_attn.kv_a_proj_with_mqa.weight", "r d -> r d"),
+    Rule("layers.attn.kv_norm.scale", _LAYER + "self_attn.kv_a_layernorm.weight", "r -> r"),
+    Rule("layers.attn.kv_up.w", _LAYER + "self_attn.kv_b_proj.weight", "(n h) r -> n h r"),
+    Rule("layers.attn.o.w", _LAYER + "self_attn.o_proj.weight", "d (n u) -> d n u"),
+)
 # What models of transformers 5 make of experts that files keep apart, and how they call the router.
 _EXPERTS = _LAYER + "mlp.experts."
 FUSED_EXPERTS = (

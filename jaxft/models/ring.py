@@ -38,11 +38,11 @@ HIDDEN = float(jnp.finfo(jnp.float32).min)
 def ring_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K U"],
     segments: Int[Array, "B T"],
     scores: Scoring,
     sinks: Float[Array, " N"] | None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N U"]:
     """Attention of rows over themselves, as `attention.attend` describes it.
 
     The arrays are those of all devices, positions in the order of `Placement.slots`; the active
@@ -171,7 +171,7 @@ class Keys(NamedTuple):
 
     Attributes:
       k: `[2, n, B, K, b, H]`.
-      v: Values, laid out like `k`.
+      v: Values, laid out like `k`, `[2, n, B, K, b, U]`.
       segments: `[2, n, B, b]`.
     """
 
@@ -186,7 +186,7 @@ class Seen(NamedTuple):
     Attributes:
       largest: Largest score, `[2, n, B, K, G, b]`.
       total: Sum of `exp(score - largest)`, as `largest`.
-      out: Sum of values with these weights, `[2, n, B, K, G, b, H]`.
+      out: Sum of values with these weights, `[2, n, B, K, G, b, U]`.
     """
 
     largest: Array
@@ -199,7 +199,7 @@ class Pull(NamedTuple):
 
     Attributes:
       logs: Logarithm of its softmax sum, `[2, n, B, K, G, b]`.
-      d_out: Gradient of its output, `[2, n, B, K, G, b, H]`.
+      d_out: Gradient of its output, `[2, n, B, K, G, b, U]`.
       mean: Mean over its keys of the products of `d_out` and values, as `logs`.
     """
 
@@ -228,7 +228,7 @@ def _forward(
 
         return sent, jax.lax.scan(pair, seen, ring.pairs(device, r, first=not came))[0]
 
-    start = (keys, _nothing_seen(queries, sinks))
+    start = (keys, _nothing_seen(queries, keys, sinks))
     _, seen = _go_round(ring.steps(q.shape[1] // 2), step, start)
     out = (seen.out / seen.total[..., None]).astype(q.dtype)
     return _join(out), _join_logs(seen.largest + jnp.log(seen.total))
@@ -249,8 +249,9 @@ def _backward(
     device, queries, keys = _cut_all(ring, q, k, v, segments)
     mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
     shape = queries.q.shape
-    pull = Pull(_cut_logs(logs, shape), _cut(d_out, shape), _cut_logs(mean, shape))
-    nothing = jnp.zeros(keys.k.shape, jnp.float32)
+    of_out = (*shape[:-1], d_out.shape[-1])
+    pull = Pull(_cut_logs(logs, shape), _cut(d_out, of_out), _cut_logs(mean, shape))
+    nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys.k, keys.v))
 
     def step(r: Array, carry: Any, came: int, goes: int) -> Any:
         keys, gradients, dq = carry
@@ -269,11 +270,11 @@ def _backward(
             return (_put(own, own_chunk, which[1]), _put(dq, dq_chunk, which[0])), None
 
         pairs = ring.pairs(device, r, first=not came)
-        (own, dq), _ = jax.lax.scan(pair, ((nothing, nothing), dq), pairs)
+        (own, dq), _ = jax.lax.scan(pair, (nothing, dq), pairs)
         return sent, jax.tree.map(jnp.add, arrived, own), dq
 
     steps = ring.steps(q.shape[1] // 2)
-    start = (keys, (nothing, nothing), jnp.zeros(shape, jnp.float32))
+    start = (keys, nothing, jnp.zeros(shape, jnp.float32))
     _, gradients, dq = _go_round(steps, step, start)
     dk, dv = ring.shift(gradients, -steps[-1] % ring.size)
     dk, dv = (_join(x[:, :, :, :, None]).astype(k.dtype) for x in (dk, dv))
@@ -361,14 +362,14 @@ def _score(
     return jnp.where(visible, products, HIDDEN), slopes
 
 
-def _nothing_seen(queries: Queries, sinks: Array | None) -> Seen:
+def _nothing_seen(queries: Queries, keys: Keys, sinks: Array | None) -> Seen:
     shape = queries.q.shape
     largest, total = jnp.full(shape[:-1], HIDDEN), jnp.zeros(shape[:-1])
     if sinks is not None:
         # A sink is a key that every query sees first, and that has no value.
         of_heads = sinks.astype(jnp.float32).reshape(*shape[3:5], 1)
         largest, total = jnp.broadcast_to(of_heads, shape[:-1]), jnp.ones(shape[:-1])
-    return Seen(largest, total, jnp.zeros(shape, jnp.float32))
+    return Seen(largest, total, jnp.zeros((*shape[:-1], keys.v.shape[-1]), jnp.float32))
 
 
 def _pull_sinks(ring: Ring, sinks: Array | None, logs: Array, mean: Array) -> Array | None:
@@ -402,8 +403,7 @@ def _cut_all(
     block = block_size(length // 2)
     shape = (2, length // 2 // block, rows, kv_heads, heads // kv_heads, block, size)
     segments = segments.reshape(rows, 2, -1, block).transpose(1, 2, 0, 3)
-    of_keys = (*shape[:4], 1, *shape[5:])
-    k, v = (_cut(x, of_keys)[:, :, :, :, 0] for x in (k, v))
+    k, v = (_cut(x, (*shape[:4], 1, block, x.shape[-1]))[:, :, :, :, 0] for x in (k, v))
     queries = Queries(_cut(q, shape), segments, ring.places(device, 0, segments.shape))
     return device, queries, Keys(k, v, segments)
 

@@ -60,7 +60,7 @@ def split_rows(
     placement: Placement,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K U"],
 ) -> tuple[RowSplit, Array, Array]:
     """Returns how a placement splits rows, and keys and values that can be split likewise.
 

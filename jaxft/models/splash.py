@@ -33,11 +33,11 @@ _MOST_PARTS = 8
 def splash_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K U"],
     segments: Int[Array, "B T"],
     scores: Scoring,
     sinks: Float[Array, " N"] | None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N U"]:
     """Attention of rows over themselves, as `attention.attend` describes it.
 
     The kernel is mapped over rows, and each device runs it on its rows, heads and queries. Where

@@ -139,6 +139,23 @@ class Weight(nnx.Module):
             return self.w[...].astype(dtype)
         return decode(self.codes[...], self.scales[...], dtype)
 
+    def adapted(self, dtype: Any) -> Array:
+        """Returns the matrix with its adapter as one, in `dtype`, for products of other inputs."""
+        w = self.value(dtype)
+        if self.site is None:
+            return w
+
+        def low_rank(a: Param, b: Param) -> Array:
+            return jnp.tensordot(b[...].astype(jnp.float32), a[...].astype(jnp.float32), 1)
+
+        added = low_rank(self.lora_a, self.lora_b)
+        if self.site.start:
+            added = added - low_rank(self.start_a, self.start_b)
+        whole = w.astype(jnp.float32) + self.site.scale * added
+        if self.site.magnitude:
+            whole = whole * jnp.expand_dims(self._factor(w), tuple(range(-self.inputs, 0)))
+        return whole.astype(dtype)
+
     def quantise(self, kind: str) -> None:
         """Puts codes and scales in the place of the matrix; see `models/quantised.py`."""
         w, axes = self.w[...], self.w.get_metadata()["axes"]
@@ -179,11 +196,14 @@ class Weight(nnx.Module):
         if self.site.start:
             out = out - self._low_rank(x, self.start_a, self.start_b)
         if self.site.magnitude:
-            norm = jax.lax.stop_gradient(self._norm(self.value(x.dtype)))
-            # Of a row of zeros nothing is made, whatever its factor.
-            factor = self.magnitude[...].astype(jnp.float32) / jnp.where(norm > 0, norm, 1.0)
-            out = out * factor.astype(x.dtype)[None, None]
+            out = out * self._factor(self.value(x.dtype)).astype(x.dtype)[None, None]
         return out
+
+    def _factor(self, w: Array) -> Array:
+        """Returns by what outputs are multiplied so that rows have their magnitudes, float32."""
+        norm = jax.lax.stop_gradient(self._norm(w))
+        # Of a row of zeros nothing is made, whatever its factor.
+        return self.magnitude[...].astype(jnp.float32) / jnp.where(norm > 0, norm, 1.0)
 
     def _product(self, x: Array) -> Array:
         dimensions = {"axes": self.axes, "inputs": self.inputs}

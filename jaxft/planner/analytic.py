@@ -320,8 +320,8 @@ class _Run(Products):
         """
         m = self.model
         stream = self.tokens * m.embed * self.itemsize
-        widths = sum(layer.kv_heads * layer.head_dim for layer in m.attending)
-        keys = self.tokens * widths / m.layers * self.itemsize
+        numbers = (layer.kv_heads * (layer.head_dim + layer.value_dim) for layer in m.attending)
+        keys = self.tokens * sum(numbers) / 2 / m.layers * self.itemsize
         times = self.layers * self.turns
         self._of_halves(add, times * stream)
         parts = self._split("seq", self.length)

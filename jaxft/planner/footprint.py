@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 
@@ -15,8 +16,11 @@ from jaxft.planner.network import Network
 from jaxft.planner.placed import Placed, Weight
 from jaxft.planner.timeline import Rates
 from jaxft.planner.topology import Topology
+from jaxft.sharding.axes import ACTIVATION_OF
 from jaxft.sharding.rules import as_names
 
+# Dimensions of what attention makes of the stream, and of what it is made of on its way.
+HEADS = ("heads", "kv_heads", "to_latent")
 # Bytes of a program.
 _PROGRAM = 50 << 20
 
@@ -199,10 +203,11 @@ class Footprint:
         m = self.model
         stream = m.embed * self._split("seq", self.length)
         stream /= self._split("stream_seq", self.length)
+        shared_keys = self._heads() * m.latent.turned_dim if m.latent else 0.0
         log_sums = self.attending * self._heads() * 4 / self.itemsize
         return {
             names.INPUTS: stream,
-            names.QKV: self._made_of_heads(reads=True),
+            names.QKV: self._made_of_heads(reads=True) + shared_keys,
             names.ATTENTION: self._made_of_heads(reads=False) + log_sums,
             names.ATTENTION_OUT: stream,
             names.MLP: self._made("mlp", reads=True),
@@ -215,27 +220,31 @@ class Footprint:
         return len(self.model.windows) / self.model.layers
 
     def _made(self, *axes: str, reads: bool) -> float:
-        """Returns numbers that products make of a token on a device, or read; the mean over layers.
+        """Returns numbers that a device makes of a token in a layer; the mean of layers.
 
         Args:
-          axes: Names of the dimension that they have beside that of the residual stream.
-          reads: Of products that read the residual stream, or of those that add to it.
+          axes: Names of the dimensions that are counted.
+          reads: Whether they are what is made of the stream or of a latent; else what these are
+            made of.
         """
-        total = 0.0
+        return sum(numbers for _, numbers, _ in self._between(*axes, reads=reads))
+
+    def _between(self, *axes: str, reads: bool) -> Iterator[tuple[Weight, float, int]]:
+        """Yields weights, what `_made` adds up of each, and the size of the stream or latent."""
         for weight in self.placed.weights:
             sizes = dict(zip(weight.axes, weight.shape, strict=True))
             axis = next((axis for axis in axes if axis in sizes), None)
-            if axis is None or "embed" not in sizes or weight.beside:
+            end = next((end for end in ("embed", "latent") if end in sizes), None)
+            if axis is None or end is None or weight.beside:
                 continue
-            if (weight.axes[-1] == "embed") == reads:
-                numbers = sizes[axis] / self._split(f"act_{axis}", sizes[axis])
+            if (weight.axes[-1] == end) == reads:
+                numbers = sizes[axis] / self._split(ACTIVATION_OF[axis], sizes[axis])
                 numbers *= sizes.get("head_dim", 1) * (self.chosen if weight.routed else 1.0)
-                total += weight.share * numbers
-        return total
+                yield weight, weight.share * numbers, sizes[end]
 
     def _made_of_heads(self, *, reads: bool) -> float:
-        """Returns those of heads."""
-        return self._made("heads", "kv_heads", reads=reads)
+        """Returns those of heads, and of latents that these are made of."""
+        return self._made(*HEADS, reads=reads)
 
     @functools.cached_property
     def _recurrent(self) -> Recurrence:

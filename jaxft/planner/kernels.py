@@ -14,10 +14,10 @@ from jaxft.models.delta import chunking
 # heads of 128 on a unit of 256 (github.com/vlasenkoalexey/tpu_performance_autoresearch_wiki,
 # wiki/analyses/2026-06-12-maxtext-vs-jax-bucket-diff.md).
 EFFICIENCY = 0.5
-# Matrix products over the pairs of query and key, of which the forward pass has two.
-_PRODUCTS = {"fwd": 2.0, "dkv": 4.0, "dq": 3.0}
+# Matrix products over the pairs of query and key: with heads of queries and keys, and of values.
+_PRODUCTS = {"fwd": (1, 1), "dkv": (2, 2), "dq": (2, 1)}
 # Of the kernel that makes the gradients of queries together with those of keys and values.
-_FUSED_PRODUCTS = 5.0
+_FUSED_PRODUCTS = (3, 2)
 
 
 def efficiency(chip: Chip, head_dim: int) -> float:
@@ -118,9 +118,11 @@ def splash_flops(
     # Queries, keys and values `[rows, heads, positions, size]`, rows left out where there is one.
     tables = [a.sizes for a in operands if a.dtype in ("bf16", "f32") and len(a.sizes) >= 3]
     (*rows, heads, queries, size), keys = tables[0], max(table[-2] for table in tables)
+    value_size = tables[2][-1]
     pairs = mean_visible_pairs(config, keys, head_dim=size)
-    products = _PRODUCTS[kind]
+    of_keys, of_values = _PRODUCTS[kind]
     if kind == "dkv" and len(arrays(instruction.shape)) > 2:
-        products = _FUSED_PRODUCTS
+        of_keys, of_values = _FUSED_PRODUCTS
+    products = of_keys * size + of_values * value_size
     # Of a row that is split over devices each has its share of the queries.
-    return 2.0 * products * math.prod(rows) * heads * pairs * (queries / keys) * size, size
+    return 2.0 * products * math.prod(rows) * heads * pairs * (queries / keys), size

@@ -205,6 +205,12 @@ class Placed:
         )
 
     @functools.cached_property
+    def reads_all_mlp_out(self) -> bool:
+        """Whether it reads all of that: a norm does, and the gate of a shared expert."""
+        ends = (".mlp_post_norm.scale", ".shared_gate.w")
+        return any(path.endswith(ends) for path in self.abstract.axes)
+
+    @functools.cached_property
     def updated(self) -> dict[str, tuple[str, ...]]:
         """Mesh axes over which updated parameters are gathered, as moments are cut further."""
         values, moments = (

@@ -324,7 +324,10 @@ def model_flops(
     model, length, rows = architecture.config, config.data.max_length, config.train.batch_size
     # Of all layers, each as often as its heads have numbers.
     layers = zip(model.windows, model.attending, strict=True)
-    seen = sum(_squared(length, window or length) * layer.head_dim for window, layer in layers)
+    seen = sum(
+        _squared(length, window or length) * (layer.head_dim + layer.value_dim) / 2
+        for window, layer in layers
+    )
     found = training_flops(
         multiplied,
         learning=learning,

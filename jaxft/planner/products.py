@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from jaxft.models import activations as names
-from jaxft.planner.footprint import Footprint
+from jaxft.planner.footprint import HEADS, Footprint
 from jaxft.planner.kernels import efficiency, mean_visible_pairs
 from jaxft.planner.placed import Weight
 from jaxft.sharding.scaled import rate
@@ -58,11 +58,20 @@ class Products(Footprint):
         """Returns multiplications of each token in one layer's products, forward."""
         embed, widths = self.model.embed, self._widths
         return {
-            names.QKV: embed * widths[names.QKV],
+            names.QKV: sum(n * of for _, n, of in self._between(*HEADS, reads=True)),
             names.ATTENTION_OUT: embed * self._made_of_heads(reads=False),
             names.MLP: embed * widths[names.MLP],
             names.MLP_OUT: embed * self.hidden,
         }
+
+    def _read_back(self) -> float:
+        """Returns those of the products behind the hidden width that the backward pass reads.
+
+        Where no norm and no gate of its own reads the whole, these are of outputs of experts.
+        """
+        if self.placed.reads_all_mlp_out:
+            return self.model.embed * self.hidden
+        return sum(n * of for w, n, of in self._between("mlp", reads=False) if w.routed)
 
     def _pairs(self) -> float:
         """Returns pairs of query and key of one device that a layer with attention multiplies."""
@@ -76,28 +85,34 @@ class Products(Footprint):
         forward, beside = sum(products.values()), self._beside()
         # Forward and again, and gradients of what products read; those of weights that are trained.
         own = forward * (1 + self.back)
-        own += sum(products[name] for name in self.again - {names.ATTENTION})
+        own += sum(products[name] for name in self.again - {names.ATTENTION, names.MLP_OUT})
+        own += self._read_back() * (names.MLP_OUT in self.again)
         layer = forward * self.back * self._trained_share()
         layer += sum(m * (1 + self.back * (1 + trained)) for m, trained in beside)
         layer += sum(m for m, _ in beside) * bool(self.again)
         # Forward, and two gradients, before which all but cross entropy makes logits once more.
         again = not self.config.objective.objective.is_cross_entropy
         head = 1 + self.learns * (again + self.placed.passes_head + self.placed.head.trained)
-        # The kernels of flash attention make scores once more for the gradients.
-        attention = 2 + self.back * (5 if self.placed.flash else 4)
+        # Products with keys and with values. The kernels of flash attention make scores once more
+        # for the gradients.
+        of_keys = of_values = 1 + 2 * self.back
+        of_keys += self.back * self.placed.flash
         if names.ATTENTION in self.again:
-            attention += 2
+            of_keys, of_values = of_keys + 1, of_values + 1
         elif self.remat != "none" and not self.placed.flash:
-            attention += self.back  # scores of whole rows are kept by no other setting
+            of_keys += self.back  # scores of whole rows are kept by no other setting
         if self.stages > 1:  # forward again, with the micro-batch's inputs alone
             own += self.back * forward
             layer += self.back * sum(m for m, _ in beside)
-            attention += 2 * self.back
+            of_keys, of_values = of_keys + self.back, of_values + self.back
         layer, rounded = (layer, own) if self.matmul else (layer + own, 0.0)
         rule = self._recurrent
         again_rule = (names.ATTENTION in self.again) + (self.stages > 1)
         layer += rule.forward * (1 + self.back * again_rule) + rule.backward * self.back
-        pairs = self.attending * self._pairs() * self._heads() * self.model.mean_head_dim
+        pairs = self.attending * self._pairs() * self._heads()
+        layers = self.model.attending
+        attention = sum(of_keys * one.head_dim + of_values * one.value_dim for one in layers)
+        attention /= len(layers)
         return Work(
             layers=2 * self.tokens * self.layers * layer,
             rounded=2 * self.tokens * self.layers * rounded,

@@ -48,15 +48,19 @@ class Shardings(NamedTuple):
 
 
 def shardings_of(params: Params) -> Shardings | None:
-    """Lays heads of keys and values on the devices that make them, and the tokens on all."""
+    """Lays heads of keys and values on the devices that make them, and the tokens on all.
+
+    Latents are of no head: every device has them.
+    """
     sharding = next(iter(params.values())).sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None
-    stored = next(w for path, w in params.items() if path.startswith("layers.") and ".k." in path)
-    assert isinstance(stored.sharding, NamedSharding)
-    _, heads, *_ = *stored.sharding.spec, None, None
-    mesh = sharding.mesh
-    of_cache = PartitionSpec(None, heads)
+    keys = (w for path, w in params.items() if path.startswith("layers.") and ".k." in path)
+    mesh, of_cache = sharding.mesh, PartitionSpec()
+    if (stored := next(keys, None)) is not None:
+        assert isinstance(stored.sharding, NamedSharding)
+        _, heads, *_ = *stored.sharding.spec, None, None
+        of_cache = PartitionSpec(None, heads)
     return Shardings(NamedSharding(mesh, of_cache), NamedSharding(mesh, PartitionSpec()))
 
 

@@ -252,14 +252,13 @@ class Model:
                 raise
             c, embedding = self.architecture.config, self.params["embed.w"]
             width = embedding.dtype.itemsize
-            widths = sum(layer.kv_heads * layer.head_dim for layer in c.attending)
-            cache = 2 * rows * length * widths * width
+            cache = rows * length * c.cached * width
             weights = sum(array.nbytes for array in self.params.values())
             fewer = f"at most {rows // 2} prompts, " if rows > 1 else ""
             narrow = ", or weights of half the size (--dtypes=bfloat16)" if width > 2 else ""
             raise OutOfMemoryError(
                 f"{said} Prompts at a time: {rows}, of up to {length} tokens with their answers; "
-                f"their keys and values take {format_bytes(cache)}, the weights "
+                f"what is kept of them takes {format_bytes(cache)}, the weights "
                 f"{format_bytes(weights)}; {room(list(embedding.devices()))}. It takes less with "
                 f"{fewer}a smaller --max_new_tokens{narrow}."
             ) from error

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from jaxft.errors import ConfigError, nearest
 
 # letter: B batch, T query length, S key length, D embed, N query heads, K key/value heads,
-# H head size, F mlp, V vocabulary, L layers, E experts, W taps.
+# H head size, U head size of values where it is another, F mlp, V vocabulary, L layers, E experts,
+# R latent, W taps.
 WEIGHT_AXES = {
     "layers": "L, the stacked layers; `lax.scan` runs over it",
     "embed": "D, the residual stream's width",
@@ -18,6 +19,8 @@ WEIGHT_AXES = {
     "mlp": "F, hidden width of the feed-forward part",
     "vocab": "V, rows of the embedding and of the head",
     "positions": "rows of a table of learnt positions",
+    "latent": "R, inputs of what is made of a latent; split as `embed` is",
+    "to_latent": "R, outputs of what makes a latent: named apart, as its inputs are `embed`",
     "taps": "W, tokens that a short convolution sees; never split",
     "experts": "E, experts of a layer",
     "router": "E, outputs of the router: small, so named apart from `experts`",
@@ -34,6 +37,7 @@ ACTIVATION_AXES = {
     "act_heads": "N of queries and attention output",
     "act_kv_heads": "K of keys and values",
     "act_head_dim": "H of queries, keys and values",
+    "act_latent": "R of latents",
     "act_mlp": "F of the hidden feed-forward activation",
     "act_vocab": "V of logits",
     "act_experts": "E of experts and their tokens where they meet",
@@ -48,6 +52,8 @@ ACTIVATION_OF = {
     "heads": "act_heads",
     "kv_heads": "act_kv_heads",
     "head_dim": "act_head_dim",
+    "latent": "act_latent",
+    "to_latent": "act_latent",
     "mlp": "act_mlp",
     "vocab": "act_vocab",
     "experts": "act_experts",

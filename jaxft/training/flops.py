@@ -64,7 +64,7 @@ def training_flops(
       learning: What learns; all by default.
       layers: Layers with attention.
       heads: Query heads; grouped keys do not lower the count.
-      head_dim: Size of a head, the mean of these layers.
+      head_dim: Size of a head of keys and of values, the mean of both and of these layers.
       tokens: Tokens of the batch without padding.
       squared_lengths: Sum of the squared lengths of the documents, packed or not.
       states: Numbers of the states of recurrent layers.

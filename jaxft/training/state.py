@@ -11,7 +11,7 @@ import optax
 
 from jaxft.errors import ConfigError
 from jaxft.models.adapters import NOTHING, Adaptation
-from jaxft.models.module import Params
+from jaxft.models.module import Params, is_unlearnt
 from jaxft.sharding.rules import Placement
 from jaxft.training.optimizers.averages import evaluated, is_averaged
 from jaxft.training.optimizers.placing import sharding_of
@@ -69,6 +69,8 @@ class Parts(NamedTuple):
 def partition(params: Mapping[str, Any], freeze: str, adaptation: Adaptation = NOTHING) -> Parts:
     """Separates what trains from what does not.
 
+    What is never learnt does not train, whatever the other arguments say.
+
     Args:
       params: `{path: anything}`.
       freeze: Regular expression searched in paths; empty freezes nothing.
@@ -81,6 +83,7 @@ def partition(params: Mapping[str, Any], freeze: str, adaptation: Adaptation = N
         {path for path in params if not adaptation or belongs(path)}
         for belongs in (adaptation.is_learnt, adaptation.is_kept)
     )
+    learnt = {path for path in learnt if not is_unlearnt(path)}
     frozen = {path for path in learnt if freeze and re.search(freeze, path)}
     if freeze and not frozen:
         told = ", ".join(sorted(learnt))

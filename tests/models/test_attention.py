@@ -277,6 +277,23 @@ def test_splash_equals_xla_on_packed_rows(interpreted, scores, sinks):
     assert relative_error(found, output_and_gradients(q, k, v, "xla", scores, sinks)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "backend", ["cudnn", pytest.param("splash", marks=pytest.mark.slow(seconds=3))]
+)
+def test_values_may_have_narrower_heads_than_keys(interpreted, monkeypatch, backend):
+    """Kernels that take one size get values with zeros behind."""
+
+    def of_one_size(q, k, v, *rest):
+        assert k.shape == v.shape
+        return attention.BACKENDS["xla"](q, k, v, *rest)
+
+    monkeypatch.setitem(attention.BACKENDS, "cudnn", of_one_size)
+    q, k, v = random_qkv((2, 256), head_dim=128)
+    arrays = q, k, v[..., :64]
+    found = output_and_gradients(*arrays, backend)
+    assert relative_error(found, output_and_gradients(*arrays, "xla")) < 1e-5
+
+
 @pytest.mark.slow(seconds=4)
 @pytest.mark.parametrize(
     ("scores", "sinks"),

@@ -15,6 +15,7 @@ ADAPTERS = FOLDER / "adapters.npz"
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _ALL = [*_ATTENTION, "gate_proj", "up_proj", "down_proj"]
+_LATENT = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 _PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 _PHI3_PATTERNS = {
     "rank_pattern": {"layers.1.self_attn.qkv_proj": 5, "down_proj": 2},
@@ -105,6 +106,22 @@ MAKINGS = {
     ),
     "qwen3_next": Making(
         "qwen3_next_gqa", {"target_modules": [*_ALL, "in_proj_qkvz", "in_proj_ba"]}
+    ),
+    "deepseek_v3": Making(
+        "deepseek_v3_published",
+        {
+            "target_modules": [
+                *("q_a_proj", "q_b_proj", *_LATENT),
+                *("gate_proj", "up_proj", "down_proj"),
+            ]
+        },
+    ),
+    "deepseek_v2": Making(
+        "deepseek_v2_lite_published", {"target_modules": ["q_proj", *_LATENT], "use_dora": True}
+    ),
+    "glm4_moe": Making("glm4_moe_published", {"target_modules": _ALL}),
+    "glm4_moe_lite": Making(
+        "glm4_moe_lite_published", {"target_modules": ["q_a_proj", "q_b_proj", *_LATENT]}
     ),
     "olmo2": Making("olmo2_gqa", {"target_modules": _ALL}),
     "olmo3": Making("olmo3_gqa", {"target_modules": _ALL}),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from tests.oracle.composed import COMPOSED
+from tests.oracle.latent import LATENT
 from tests.oracle.shared import LLAMA3, SHARED, YARN, Config, without
 
 
@@ -683,4 +684,5 @@ CONFIGS: dict[str, Config] = {
     **_QWEN3_5_MOE_CASES,
     **_QWEN3_NEXT_CASES,
     **COMPOSED,
+    **LATENT,
 }

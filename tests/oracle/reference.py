@@ -3,13 +3,14 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -105,28 +106,81 @@ def loss_sum(logits: torch.Tensor, batch: dict[str, np.ndarray]) -> torch.Tensor
     return (nats * torch.from_numpy(batch["weights"])).sum()
 
 
-def record_routers(model: Any) -> list[torch.Tensor]:
-    """Returns a list to which a router adds its logits `[tokens, E]` whenever it runs."""
-    found: list[torch.Tensor] = []
+class Routed(NamedTuple):
+    """What a router did in one run.
+
+    Attributes:
+      logits: `[tokens, E]`.
+      chosen: Experts of each token, `[tokens, k]`.
+      router: The module.
+    """
+
+    logits: torch.Tensor
+    chosen: torch.Tensor
+    router: Any
+
+
+def record_routers(model: Any) -> list[Routed]:
+    """Returns a list to which a router adds what it does whenever it runs."""
+    found: list[Routed] = []
+
+    def record(module: Any, _: Any, output: tuple[torch.Tensor, ...]) -> None:
+        logits = output[0].detach()
+        if type(module).__name__ == "Gemma4TextRouter":  # gives probabilities
+            logits = logits.log()
+        one = Routed(logits, output[2], module)
+        if hasattr(module, "num_group"):
+            _check_margin(one)
+        found.append(one)
+
     for module in model.modules():
         kind = type(module).__name__
-        if kind.endswith("TopKRouter"):
-            module.register_forward_hook(lambda _, __, output: found.append(output[0].detach()))
-        elif kind == "Gemma4TextRouter":  # gives probabilities
-            module.register_forward_hook(
-                lambda _, __, output: found.append(output[0].detach().log())
-            )
+        if kind.lower().endswith("topkrouter") or kind == "Gemma4TextRouter":
+            module.register_forward_hook(record)
     return found
 
 
-def balance_loss(routers: list[torch.Tensor], config: dict[str, Any]) -> np.ndarray:
+def balance_loss(routed: list[Routed], config: dict[str, Any]) -> np.ndarray:
     """Returns the load-balancing loss over all that routers of a model did."""
     chosen = config.get("top_k_experts") or config["num_experts_per_tok"]
-    experts = routers[0].shape[1]
-    ranked = torch.cat(routers).sort(descending=True).values
+    logits = tuple(one.logits for one in routed)
+    experts = logits[0].shape[1]
+    if hasattr(routed[0].router, "num_group"):
+        return _balance_of_groups(routed, experts)
+    ranked = torch.cat(logits).sort(descending=True).values
     if chosen < experts and (ranked[:, chosen - 1] - ranked[:, chosen]).min() < _MARGIN:
         raise SystemExit("rounding could choose another expert; take another name for the case")
-    return load_balancing_loss_func(tuple(routers), experts, chosen).numpy()
+    return load_balancing_loss_func(logits, experts, chosen).numpy()
+
+
+def _balance_of_groups(routed: list[Routed], experts: int) -> np.ndarray:
+    """Does what `balance_loss` does for routers with groups, of which transformers has none.
+
+    Probabilities are softmax, or sigmoid over its sum where scores are corrected.
+    """
+    shares, means = torch.zeros(experts), torch.zeros(experts)
+    for logits, chosen, router in routed:
+        if hasattr(router, "e_score_correction_bias"):
+            scores = logits.sigmoid()
+            scores = scores / scores.sum(-1, keepdim=True)
+        else:
+            scores = logits.softmax(-1)
+        shares += torch.nn.functional.one_hot(chosen, experts).sum((0, 1))
+        means += scores.sum(0)
+    tokens = sum(len(one.logits) for one in routed)
+    return (experts * (shares / tokens * means / tokens).sum()).numpy()
+
+
+def _check_margin(routed: Routed) -> None:
+    """Ends the program if moving a logit a little, one at a time, would choose other experts."""
+    logits, chosen, router = routed
+    own, experts = (router.weight.data, router.hidden_dim), logits.shape[1]
+    router.weight.data, router.hidden_dim = torch.eye(experts), experts
+    for moved in _MARGIN * torch.cat([torch.eye(experts), -torch.eye(experts)]):
+        again = router.forward(logits + moved)[2]
+        if not torch.equal(again.sort().values, chosen.sort().values):
+            raise SystemExit("rounding could choose another expert; take another name for the case")
+    router.weight.data, router.hidden_dim = own
 
 
 def count_parameters(config: dict[str, Any]) -> int:
@@ -143,3 +197,10 @@ def dequantise_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Returns bfloat16 values, as float32, in the layout that transformers gives parameters."""
     values = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
     return values.float().numpy()
+
+
+def dequantise_fp8(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Returns bfloat16 values, as float32, that transformers makes of FP8 in blocks."""
+    quantised = torch.from_numpy(codes).view(torch.float8_e4m3fn)
+    made = Fp8Dequantize(None)._dequantize_one(quantised, torch.from_numpy(factors), torch.bfloat16)
+    return made.float().numpy()

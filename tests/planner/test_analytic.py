@@ -194,6 +194,11 @@ SIZES = {
     "linear_num_value_heads": 8,
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 96,
+    "kv_lora_rank": 96,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 40,
+    "qk_rope_head_dim": 24,
+    "v_head_dim": 48,
 }
 GPT2_SIZES = {"n_embd": 256, "n_head": 4, "n_layer": 2, "vocab_size": 512}
 
@@ -202,6 +207,8 @@ def small(family: str) -> Architecture:
     config = dict(CASES[FAMILY_CASES[family][0]])
     sizes = GPT2_SIZES if family == "gpt2" else {k: v for k, v in SIZES.items() if k in config}
     config |= sizes
+    if "kv_lora_rank" in config:
+        config["num_key_value_heads"] = config["num_attention_heads"]
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:2]
     return architecture_from_hf(config)

@@ -53,18 +53,21 @@ def call(
         return f"{dtype}[{','.join(map(str, (*rows, *sizes)))}]"
 
     of_keys, of_queries = (shape(dtype, HEADS, n, SIZE) for n in (LENGTH, queries))
+    of_values = shape(dtype, HEADS, LENGTH, SIZE // 2)
     segments = shape("s32", 8, 2 * LENGTH, 1)  # larger than what is multiplied
     sinks = f"{dtype}[{HEADS},{2 * LENGTH}]"
     result = f"({', '.join([of_queries] * results)})" if results > 1 else of_queries
     module = Module(f"""\
 HloModule kernels
 
-ENTRY %main (s: {segments}, b: {sinks}, q: {of_queries}, k: {of_keys}) -> {result} {{
+ENTRY %main (s: {segments}, b: {sinks}, q: {of_queries}, k: {of_keys}, v: {of_values}) -> \
+{result} {{
   %s = {segments} parameter(0)
   %b = {sinks} parameter(1)
   %q = {of_queries} parameter(2)
   %k = {of_keys} parameter(3)
-  ROOT %{kernel} = {result} custom-call(%s, %b, %q, %k)
+  %v = {of_values} parameter(4)
+  ROOT %{kernel} = {result} custom-call(%s, %b, %q, %k, %v)
 }}
 """)
     main = module.computations["main"]
@@ -74,18 +77,21 @@ ENTRY %main (s: {segments}, b: {sinks}, q: {of_queries}, k: {of_keys}) -> {resul
 @pytest.mark.parametrize(
     ("kernel", "results", "products"),
     [
-        ("splash_mha_fwd_residuals.1", 2, 2),
+        ("splash_mha_fwd_residuals.1", 2, (1, 1)),
         # Two kernels of the backward pass make seven products, one with three results five.
-        ("splash_mha_dkv.3", 2, 4),
-        ("splash_mha_dq.2", 1, 3),
-        ("splash_mha_dkv.3", 3, 5),
+        ("splash_mha_dkv.3", 2, (2, 2)),
+        ("splash_mha_dq.2", 1, (2, 1)),
+        ("splash_mha_dkv.3", 3, (3, 2)),
     ],
 )
 def test_a_kernel_multiplies_the_pairs_that_its_windows_leave(kernel, results, products):
+    """With heads of queries and keys, and with those of values, which are narrower."""
     flops, size = splash_flops(*call(kernel, results=results), ALTERNATING)  # pyright: ignore
     pairs = mean_visible_pairs(ALTERNATING, LENGTH)
     assert size == SIZE
-    assert flops == pytest.approx(2 * products * ROWS * HEADS * pairs * SIZE)
+    of_keys, of_values = products
+    numbers = of_keys * SIZE + of_values * SIZE // 2
+    assert flops == pytest.approx(2 * ROWS * HEADS * pairs * numbers)
 
 
 def test_a_device_with_a_part_of_a_row_has_its_share_of_the_queries():

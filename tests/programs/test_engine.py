@@ -247,3 +247,14 @@ def test_layers_whose_heads_cannot_be_split_have_theirs_on_every_device():
     # Four heads of keys and of values under the rule, and two of attention's.
     assert not recurrent.state.sharding.is_fully_replicated
     assert attending.k.sharding.is_fully_replicated
+
+
+@pytest.mark.slow(seconds=5)
+def test_latents_are_on_every_device_and_are_read_by_the_heads_of_each():
+    tiny = load_tiny("deepseek_v3_published")
+    engine = engine_of(on_devices(tiny, "tp", 2), rows=2, slots=16)
+    request = Request([5, 9, 3, 7], 3)
+    ticket = engine.submit(request)
+    assert run(engine)[ticket][0] == alone(tiny, request)
+    assert engine._cache is not None
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(engine._cache))

@@ -15,7 +15,7 @@ from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig
 from jaxft.sharding.rules import Strategy, load_strategy
 from tests.oracle.cases import FAMILY_CASES
-from tests.strategies import BUILT_IN, MESHES, runs
+from tests.strategies import BUILT_IN, IN_ONE_STAGE, MESHES, runs
 from tests.tiny import Tiny, feed, load_tiny, make_program, random_rows, relative_error, start
 
 STEPS, LENGTH, ROWS = 5, 24, 16
@@ -28,7 +28,10 @@ CASES = {family: names[0] for family, names in FAMILY_CASES.items()} | {
     "gpt_oss": "gpt_oss_packed",
     "gemma4_text": "gemma4_text_packed",
 }
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "gemma4_text", "qwen3_5_moe_text", "qwen3_next")
+MIXTURES = (
+    *("mixtral", "qwen3_moe", "gpt_oss", "gemma4_text", "qwen3_5_moe_text", "qwen3_next"),
+    *IN_ONE_STAGE,
+)
 
 
 def families_of(strategy: str) -> list[str]:
@@ -164,6 +167,11 @@ def test_five_steps_equal_those_of_one_device(strategy, family):
 def test_pairs_that_cannot_work_are_refused_at_the_start(family, strategy, changes, message):
     with pytest.raises(ConfigError, match=message):
         make_program(load(family), 8, strategy=strategy, **changes)
+
+
+def test_layers_that_differ_from_the_first_on_are_refused_by_pipelines():
+    with pytest.raises(ConfigError, match="layers are not of blocks that recur in equal groups"):
+        make_program(load_tiny("deepseek_v3_packed"), 8, strategy="pp")
 
 
 @pytest.mark.slow(seconds=7)

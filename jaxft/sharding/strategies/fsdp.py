@@ -11,11 +11,15 @@ Over several slices `fsdp` spans them all, so that these go over the slow networ
 Source: Rajbhandari et al., ZeRO, https://arxiv.org/abs/1910.02054.
 """
 
-from jaxft.sharding.rules import Strategy
+from jaxft.sharding.rules import Strategy, if_divisible
 
 STRATEGY = Strategy(
     mesh_axes=("data", "fsdp"),
     fill="fsdp",
-    rules={"batch": ("data", "fsdp"), "embed": "fsdp"},
+    rules={
+        "batch": ("data", "fsdp"),
+        "embed": "fsdp",
+        "latent": if_divisible("fsdp"),
+    },
     across_slices="fsdp",
 )

@@ -8,7 +8,7 @@ Collectives to expect: those of `fsdp` over both axes, and those of `cp` for key
 Source: Liu et al., Ring Attention, https://arxiv.org/abs/2310.01889.
 """
 
-from jaxft.sharding.rules import Strategy
+from jaxft.sharding.rules import Strategy, if_divisible
 
 STRATEGY = Strategy(
     mesh_axes=("data", "fsdp", "context"),
@@ -18,5 +18,6 @@ STRATEGY = Strategy(
         "seq": "context",
         "stream_seq": "context",
         "embed": ("fsdp", "context"),
+        "latent": if_divisible("fsdp", "context"),
     },
 )

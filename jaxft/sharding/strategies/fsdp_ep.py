@@ -10,7 +10,7 @@ over `expert`, too.
 Source: Lepikhin et al., GShard, https://arxiv.org/abs/2006.16668.
 """
 
-from jaxft.sharding.rules import Strategy
+from jaxft.sharding.rules import Strategy, if_divisible
 
 STRATEGY = Strategy(
     mesh_axes=("data", "fsdp", "expert"),
@@ -19,6 +19,7 @@ STRATEGY = Strategy(
         "batch": ("data", "fsdp", "expert"),
         "act_experts": "expert",
         "embed": "fsdp",
+        "latent": if_divisible("fsdp"),
         "experts": "expert",
     },
 )

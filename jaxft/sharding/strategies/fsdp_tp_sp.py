@@ -25,6 +25,7 @@ STRATEGY = Strategy(
         "act_mlp": "tensor",
         "act_vocab": if_divisible("tensor"),
         "embed": "fsdp",
+        "latent": if_divisible("fsdp"),
         "heads": "tensor",
         "kv_heads": if_divisible("tensor"),
         "mlp": "tensor",

@@ -12,11 +12,15 @@ of which each device has 1 / `fsdp` already.
 Source: Zhao et al., PyTorch FSDP, https://arxiv.org/abs/2304.11277.
 """
 
-from jaxft.sharding.rules import Strategy
+from jaxft.sharding.rules import Strategy, if_divisible
 
 STRATEGY = Strategy(
     mesh_axes=("data", "fsdp"),
     fill="fsdp",
-    rules={"batch": ("data", "fsdp"), "embed": "fsdp"},
+    rules={
+        "batch": ("data", "fsdp"),
+        "embed": "fsdp",
+        "latent": if_divisible("fsdp"),
+    },
     across_slices="data",
 )

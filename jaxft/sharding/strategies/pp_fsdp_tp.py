@@ -24,6 +24,7 @@ STRATEGY = Strategy(
         "act_mlp": "tensor",
         "act_vocab": if_divisible("stage", "tensor"),
         "embed": "fsdp",
+        "latent": if_divisible("fsdp"),
         "heads": "tensor",
         "kv_heads": if_divisible("tensor"),
         "mlp": "tensor",

@@ -9,11 +9,11 @@ updated weights a step.
 Source: Rajbhandari et al., ZeRO, https://arxiv.org/abs/1910.02054.
 """
 
-from jaxft.sharding.rules import Strategy
+from jaxft.sharding.rules import Strategy, if_divisible
 
 STRATEGY = Strategy(
     mesh_axes=("data",),
     fill="data",
     rules={"batch": "data"},
-    moments={"embed": "data"},
+    moments={"embed": "data", "latent": if_divisible("data")},
 )

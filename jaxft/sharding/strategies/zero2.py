@@ -9,12 +9,12 @@ an all-gather of the updated float32 weights a step.
 Source: Rajbhandari et al., ZeRO, https://arxiv.org/abs/1910.02054.
 """
 
-from jaxft.sharding.rules import Strategy
+from jaxft.sharding.rules import Strategy, if_divisible
 
 STRATEGY = Strategy(
     mesh_axes=("data",),
     fill="data",
     rules={"batch": "data"},
-    gradients={"embed": "data"},
-    moments={"embed": "data"},
+    gradients={"embed": "data", "latent": if_divisible("data")},
+    moments={"embed": "data", "latent": if_divisible("data")},
 )
