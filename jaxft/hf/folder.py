@@ -65,8 +65,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
       ModelError: If it is missing or broken, with what the folder holds in place of a model, or
-        says that the weights are quantised; those in MXFP4 pass, because `load_params` unpacks
-        them.
+        says that the weights are quantised; those in MXFP4 and in blocks of FP8 pass, because
+        `load_params` decodes them.
     """
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
@@ -74,13 +74,35 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(text)
     if not file.is_file():
         raise ModelError(f"{folder} has no config.json; it is not a complete Hugging Face folder.")
-    method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
-    if config.get("quantization_config") and method != "mxfp4":
+    method = quantisation(config).get("quant_method", "unknown")
+    decoded = method == "mxfp4" or (method == "fp8" and fp8_block(config) is not None)
+    if quantisation(config) and not decoded:
         raise ModelError(
             f"{folder} holds weights quantised by {method!r} (quantization_config in config.json), "
-            "which cannot be trained. Use the repository of the original weights."
+            "which cannot be trained; only MXFP4 and FP8 in blocks (fmt 'e4m3' with a "
+            "weight_block_size of rows and columns) are decoded. Use the repository of the "
+            "original weights."
         )
     return config
+
+
+def quantisation(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns what config.json says of how weights are quantised; empty if they are not."""
+    return config.get("quantization_config") or {}
+
+
+def fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Returns rows and columns of the blocks of FP8 that have factors; None without such blocks."""
+    found = quantisation(config)
+    if found.get("quant_method") != "fp8" or found.get("fmt", "e4m3") != "e4m3":
+        return None
+    block = found.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2:
+        return None
+    rows, columns = block
+    if not all(type(side) is int and side > 0 for side in block):
+        return None
+    return rows, columns
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -21,11 +21,14 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_BYTES = {**DTYPES, "U8": np.dtype(np.uint8)}
+_FP8 = "F8_E4M3"
+_BYTES = {**DTYPES, "U8": np.dtype(np.uint8), _FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
 # Reading waits for the disk and copies without the interpreter's lock; casting holds it.
 _THREADS = 4
 # What one thread reads at a time, and the most that it holds beside the result.
 _BLOCK = 8 * 2**20
+# Most values that one thread decodes at a time.
+_DECODED = 2**20
 # What it reads at a time where nothing is held: bytes go where they stay.
 _STRAIGHT = 32 * 2**20
 # Bytes less than a page apart are read as one run: the kernel fetches whole pages anyway.
@@ -229,7 +232,126 @@ class Mxfp4:
         out[...] = values.reshape(len(rows), -1)[:, start : start + len(columns)]
 
 
-type Stored = Entry | Mxfp4
+@dataclass(frozen=True, slots=True)
+class Fp8Blocks:
+    """A tensor in floats of 8 bits, of which each block of its last two axes has a factor.
+
+    Attributes:
+      codes: `[…, R, C]`, 4 bits of exponent and 3 of mantissa.
+      factors: `[…, R / rows, C / columns]`, rounded up where blocks do not divide a side.
+      block: Rows and columns of a block.
+    """
+
+    codes: Entry
+    factors: Entry
+    block: tuple[int, int]
+
+    @property
+    def dtype(self) -> str:
+        """Type it is decoded to, which products with factors are rounded to."""
+        return "BF16"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that it stands for."""
+        return self.codes.shape
+
+    @property
+    def size(self) -> int:
+        """Number of bytes in the file."""
+        return self.codes.size + self.factors.size
+
+    def problem(self) -> str:
+        """Returns why it cannot be read, or an empty text."""
+        codes, factors = self.codes, self.factors
+        if codes.dtype != _FP8 or factors.dtype not in ("F32", "BF16"):
+            return (
+                f"is stored as {codes.dtype} with factors in {factors.dtype}; expected {_FP8} with "
+                "factors in F32 or BF16."
+            )
+        *lead, rows, columns = codes.shape if len(codes.shape) > 1 else (0, 0)
+        expected = (*lead, -(-rows // self.block[0]), -(-columns // self.block[1]))
+        if factors.shape != expected:
+            return (
+                f"has shape {list(codes.shape)} and factors {list(factors.shape)}; blocks of "
+                f"{self.block[0]} x {self.block[1]} (weight_block_size) ask for {list(expected)}."
+            )
+        if codes.size != math.prod(codes.shape):
+            return f"takes {codes.size} bytes, which is not its shape's size."
+        return factors.problem()
+
+    def tasks(self, part: Part, index: tuple[slice, ...], out: np.ndarray) -> Iterator[Task]:
+        """Yields what reads a part of it in our layout, at `index`, into `out`, cast.
+
+        A million values are decoded at a time.
+        """
+
+        def view_of(whole: np.ndarray) -> np.ndarray:
+            return part.to_ours(whole)[(*index, ...)]
+
+        # Where each value lies along each axis of theirs: views that take no memory.
+        places = []
+        for axis, size in enumerate(self.shape):
+            strides = tuple(8 * (other == axis) for other in range(len(self.shape)))
+            whole = np.lib.stride_tricks.as_strided(np.arange(size), self.shape, strides)
+            places.append(view_of(whole))
+        for some in _boxes(places, _DECODED):
+            yield lambda reader, s=some: self._read(
+                reader, lambda whole: view_of(whole)[s], [place[s] for place in places], out[s]
+            )
+
+    def _read(
+        self,
+        reader: Reader,
+        view_of: Callable[[np.ndarray], np.ndarray],
+        places: list[np.ndarray],
+        out: np.ndarray,
+    ) -> None:
+        """Writes the values that a view shows into `out`."""
+        codes = np.empty(out.shape, _BYTES[_FP8])
+        factors = np.empty(self.factors.shape, DTYPES[self.factors.dtype])
+        for task in (
+            *self.codes.select(view_of, codes),
+            *self.factors.select(lambda whole: whole, factors),
+        ):
+            task(reader)
+        steps = (*(1,) * (len(self.shape) - 2), *self.block)
+        # Along axes of ours that do not move along one of theirs, one index is enough.
+        blocks = tuple(
+            place[tuple(slice(None if step else 1) for step in place.strides)] // step_of_block
+            for place, step_of_block in zip(places, steps, strict=True)
+        )
+        values = codes.astype(np.float32) * factors.astype(np.float32)[blocks]
+        out[...] = values.astype(DTYPES[self.dtype])
+
+
+def _boxes(places: list[np.ndarray], limit: int) -> Iterator[tuple[slice, ...]]:
+    """Yields slices that cover views of one shape, of at most so many values.
+
+    They are cut along the axes that move furthest in the tensor, so that what is read lies close.
+
+    Args:
+      places: Where each value lies along each axis of the tensor, the first axis outermost.
+      limit: Most values in a box.
+    """
+    shape = places[0].shape
+    order = sorted(range(len(shape)), key=lambda axis: [-p.strides[axis] for p in places])
+
+    def cut(box: tuple[slice, ...], axes: list[int]) -> Iterator[tuple[slice, ...]]:
+        count = math.prod(s.stop - s.start for s in box)
+        if count <= limit or not axes:
+            yield box
+            return
+        [axis, *rest] = axes
+        step = max(1, limit * shape[axis] // count)
+        for start in range(0, shape[axis], step):
+            part = slice(start, min(start + step, shape[axis]))
+            yield from cut((*box[:axis], part, *box[axis + 1 :]), rest)
+
+    yield from cut(tuple(slice(0, size) for size in shape), order)
+
+
+type Stored = Entry | Mxfp4 | Fp8Blocks
 
 
 @dataclass(frozen=True, slots=True)

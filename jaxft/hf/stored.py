@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxft.errors import ModelError
-from jaxft.hf.folder import read_json
+from jaxft.hf.folder import fp8_block, read_json
 from jaxft.hf.hub import lfs_hint
 from jaxft.hf.kinds import explain_folder
-from jaxft.hf.read import DTYPES, Entry, Mxfp4, Stored
+from jaxft.hf.read import DTYPES, Entry, Fp8Blocks, Mxfp4, Stored
 from jaxft.hf.rules import Naming, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -22,8 +22,8 @@ SINGLE = "model.safetensors"
 def tensor_dtypes(folder: Path) -> dict[str, str]:
     """Returns `{tensor name: dtype}` as stored, such as 'bfloat16', from the headers alone.
 
-    A type that jaxft does not read keeps safetensors' own word, such as 'F8_E4M3'; the pair of
-    tensors that MXFP4 makes of one counts as that one, in bfloat16.
+    A type that jaxft does not read keeps safetensors' own word, such as 'F8_E5M2'; the pair of
+    tensors that MXFP4, or FP8 in blocks, makes of one counts as that one, in bfloat16.
 
     Raises:
       ModelError: If a file is missing, truncated or broken.
@@ -45,7 +45,8 @@ def stored_tensors(folder: Path) -> tuple[dict[str, Stored | None], list[str]]:
       ModelError: If there are no weights in safetensors, with the conversion for pickled ones.
     """
     entries, problems = _scan(folder)
-    return paired(entries), problems
+    file = folder / "config.json"
+    return paired(entries, fp8_block(read_json(file)) if file.is_file() else None), problems
 
 
 def other_tensors(folder: Path, naming: Naming) -> dict[str, Entry]:
@@ -57,15 +58,28 @@ def other_tensors(folder: Path, naming: Naming) -> dict[str, Entry]:
     entries, problems = _scan(folder)
     if problems:
         raise ModelError(problems)
-    return {
+    found = {
         name: entry
         for name, entry in entries.items()
         if entry is not None and naming.is_other(name)
     }
+    if narrow := [name for name, entry in found.items() if entry.dtype.startswith("F8_")]:
+        raise ModelError(
+            f"{', '.join(group_names(narrow)[:3])} of {folder}: in FP8, beside the model. It "
+            "cannot be written as it is beside weights that are decoded."
+        )
+    return found
 
 
-def paired(entries: Mapping[str, Entry | None]) -> dict[str, Stored | None]:
-    """Puts one tensor in the place of the two that MXFP4 makes of it."""
+def paired(
+    entries: Mapping[str, Entry | None], block: tuple[int, int] | None = None
+) -> dict[str, Stored | None]:
+    """Puts one tensor in the place of the two that MXFP4, or FP8 in blocks, makes of it.
+
+    Args:
+      entries: By name.
+      block: Rows and columns of the blocks of FP8; None where there are none.
+    """
     stored: dict[str, Stored | None] = dict(entries)
     for name in entries:
         base = name.removesuffix("_blocks")
@@ -73,6 +87,10 @@ def paired(entries: Mapping[str, Entry | None]) -> dict[str, Stored | None]:
         if base != name and blocks is not None and scales is not None:
             del stored[name], stored[f"{base}_scales"]
             stored[base] = Mxfp4(blocks, scales)
+        factors = entries.get(f"{name}_scale_inv")
+        if block is not None and blocks is not None and factors is not None:
+            del stored[f"{name}_scale_inv"]
+            stored[name] = Fp8Blocks(blocks, factors, block)
     return stored
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 
 from jaxft.formatting import format_storage
-from jaxft.hf.folder import read_config
+from jaxft.hf.folder import fp8_block, read_config
 from jaxft.hf.hub import remote_tensors, resolve
-from jaxft.hf.read import DTYPES, Entry, Stored
+from jaxft.hf.read import DTYPES, Entry, Mxfp4, Stored
 from jaxft.hf.rules import Rule, Tensor, expand
 from jaxft.hf.stored import group_names, named_as, paired, stored_tensors, unfit
 from jaxft.models.config import make_numerics
@@ -96,11 +96,13 @@ def check(path_or_repo_id: str | Path, *, revision: str = "", dtypes: str = "flo
       ModelError: If it cannot be found or its family is not supported.
     """
     folder = resolve(str(path_or_repo_id), revision=revision, weights=False)
-    architecture = architecture_from_hf(read_config(folder))
+    config = read_config(folder)
+    architecture = architecture_from_hf(config)
     params = architecture.abstract(make_numerics(dtypes)).params
     remote = not Path(path_or_repo_id).expanduser().is_dir()
     if remote and not any(folder.glob("*.safetensors")):
-        stored = paired(remote_tensors(str(path_or_repo_id), revision=revision))
+        entries = remote_tensors(str(path_or_repo_id), revision=revision)
+        stored = paired(entries, fp8_block(config))
         problems = []
     else:
         stored, problems = stored_tensors(folder)
@@ -190,7 +192,7 @@ def _dtypes(tensors: list[Tensor], stored: Mapping[str, Stored | None]) -> tuple
 
 def _words(entries: list[Stored]) -> tuple[str, ...]:
     words = (
-        "mxfp4"
+        ("mxfp4" if isinstance(entry, Mxfp4) else "fp8")
         if not isinstance(entry, Entry)
         else DTYPES[entry.dtype].name
         if entry.dtype in DTYPES

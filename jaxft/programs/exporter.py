@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxft.errors import ConfigError, ModelError, nearest
 from jaxft.files import as_json, stamps
-from jaxft.hf.folder import ModelFolder
+from jaxft.hf.folder import ModelFolder, quantisation
 from jaxft.hf.peft.modules import CONFIG
 from jaxft.hf.peft.write import write_adapter
 from jaxft.hf.read import Entry
@@ -71,7 +71,7 @@ def export(
         base's own files. How much of the adapter is left after rounding, and how far logits move,
         is said.
       dtype: Type of every tensor, such as `bfloat16`; empty: that of each tensor in the files the
-        weights once came from, or bfloat16 for those that were in MXFP4.
+        weights once came from, or bfloat16 for those that were in MXFP4 or FP8.
       overwrite: Replace a folder that is there.
       verify: Compare all weights and some logits with those of what was exported, which needs
         memory for one model in float32, and say what was found. Written in the same type nothing
@@ -113,8 +113,9 @@ def export(
     config = hf_config(source, architecture)
     before = tensor_dtypes_of(source)
     dtypes = (dict.fromkeys(before, dtype) if dtype else before) or dtype or "float32"
-    if described.config.get("quantization_config"):
-        on_log("The experts were stored in MXFP4; they are written unpacked.")
+    if method := quantisation(described.config).get("quant_method"):
+        what = "The experts" if method == "mxfp4" else "Weights"
+        on_log(f"{what} were stored in {method.upper()}; they are written unpacked.")
     if tokenizer is None:
         on_log(f"{source.folder} has no tokenizer; the export has none either.")
     opened = functools.partial(_open, source, architecture, tokenizer)

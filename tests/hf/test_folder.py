@@ -14,10 +14,14 @@ def test_config_is_read(tmp_path):
     assert read_config(tmp_path) == CASES["gqa"]
 
 
-def test_weights_in_mxfp4_are_not_refused(tmp_path):
-    config = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_config(tmp_path) == config
+def test_weights_that_are_decoded_are_not_refused(tmp_path):
+    for method in (
+        {"quant_method": "mxfp4", "modules_to_not_convert": []},
+        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    ):
+        config = {"quantization_config": method}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert read_config(tmp_path) == config
 
 
 @pytest.mark.parametrize(
@@ -26,7 +30,12 @@ def test_weights_in_mxfp4_are_not_refused(tmp_path):
         (None, "is empty"),
         ("{", "cannot be read"),
         ("[]", "holds a JSON list"),
-        ('{"quantization_config": {"quant_method": "fp8"}}', "quantised by 'fp8'"),
+        ('{"quantization_config": {"quant_method": "fp8"}}', "by 'fp8' .* only MXFP4 and FP8 in b"),
+        (
+            '{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}',
+            "quantised by 'fp8'",
+        ),
+        ('{"quantization_config": {"quant_method": "awq"}}', "quantised by 'awq'"),
         ('{"quantization_config": {"bits": 4}}', "quantised by 'unknown'"),
         ("version https://git-lfs.github.com/spec/v1", "git lfs pull"),
     ],

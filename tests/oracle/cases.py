@@ -16,6 +16,8 @@ FOLDER = Path(__file__).parent
 # Of gpt-oss: `blocks` uint8 `[E, rows, columns / 32, 16]`, `scales` uint8 `[E, rows, columns / 32]`
 # and `values` float32 `[E, columns, rows]`, which bfloat16 holds exactly.
 MXFP4 = FOLDER / "mxfp4.npz"
+# `codes` uint8 `[rows, columns]`, `factors` float32 of blocks, and `values` float32.
+FP8 = FOLDER / "fp8.npz"
 NF4 = FOLDER / "nf4.npz"
 # Of preferences.py: `case/name` of inputs and `case/form/name` of results.
 PREFERENCES = FOLDER / "preferences.npz"

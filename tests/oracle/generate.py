@@ -24,6 +24,7 @@ from tests.oracle.cases import (
     DELTA,
     FAMILY_CASES,
     FOLDER,
+    FP8,
     MXFP4,
     NF4,
     OPTIMIZERS,
@@ -156,6 +157,16 @@ def mxfp4() -> Arrays:
     }
 
 
+def fp8() -> Arrays:
+    """Returns every code but those that are no numbers, in blocks of 8 x 16."""
+    random = np.random.RandomState(0)
+    codes = random.permutation(np.arange(32 * 48) % 256)
+    codes = np.where(codes % 128 == 127, 0, codes).astype(np.uint8).reshape(32, 48)
+    factors = np.exp(random.normal(size=(4, 3))).astype(np.float32)
+    values = reference.dequantise_fp8(codes, factors)
+    return {"codes": codes, "factors": factors, "values": values}
+
+
 def published_sizes() -> dict[str, int]:
     """Returns the parameter count of every published model of a family that has cases."""
     return {
@@ -208,6 +219,8 @@ def check() -> list[str]:
         problems += drift(load_case(name), compute(name))
     with np.load(MXFP4) as stored:
         problems += differences("mxfp4", dict(stored), mxfp4())
+    with np.load(FP8) as stored:
+        problems += differences("fp8", dict(stored), fp8())
     with np.load(PREFERENCES) as stored:
         problems += differences("preferences", dict(stored), preferences.compute())
     with np.load(OPTIMIZERS) as stored:
@@ -216,7 +229,7 @@ def check() -> list[str]:
         problems += differences("delta", dict(stored), delta.compute())
     problems += towers_drift()
     # The last two are made by nf4.py, of bitsandbytes, and adapters.py, of PEFT.
-    single = [MXFP4, PREFERENCES, OPTIMIZERS, DELTA, NF4, ADAPTERS, towers.STORED]
+    single = [MXFP4, FP8, PREFERENCES, OPTIMIZERS, DELTA, NF4, ADAPTERS, towers.STORED]
     expected = {path.name for path in single}
     expected |= {stored_path(name).name for name in CASES}
     problems += [
@@ -246,6 +259,7 @@ def write() -> None:
     """Writes everything."""
     write_cases(CASES)
     np.savez_compressed(MXFP4, **mxfp4())
+    np.savez_compressed(FP8, **fp8())
     np.savez_compressed(PREFERENCES, **preferences.compute())
     np.savez_compressed(OPTIMIZERS, **optimizers.compute())
     np.savez_compressed(DELTA, **delta.compute())

@@ -21,7 +21,7 @@ from jaxft.errors import JaxftError, ModelError
 from jaxft.hf.rules import expand
 from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
-from tests.oracle.cases import CASES
+from tests.oracle.cases import CASES, write_folder
 from tests.tiny_run import tiny_config, write_base
 
 
@@ -309,6 +309,40 @@ def test_experts_in_mxfp4_are_written_unpacked(base, tmp_path):
         assert found[name].dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(found[name].astype(np.float32), values, err_msg=name)
     assert "quantization_config" not in json.loads((output / "config.json").read_text())
+
+
+def test_weights_in_fp8_are_written_decoded_and_layers_that_guess_are_not(tmp_path):
+    """Routers, norms and corrections are in other types; a layer behind the last is in FP8 too."""
+    source = write_folder("deepseek_v3_published", tmp_path)
+    method = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [8, 16]}
+    config = CASES["deepseek_v3_published"] | {"quantization_config": method}
+    (source / "config.json").write_text(json.dumps(config))
+    tensors, expected = {}, {}
+    for name, values in load_file(source / "model.safetensors").items():
+        if values.ndim < 2 or "gate.weight" in name or "embed" in name or "head" in name:
+            tensors[name] = expected[name] = values
+            continue
+        sides = zip(values.shape, (8, 16), strict=True)
+        factors = np.full([-(-size // side) for size, side in sides], 0.03125, np.float32)
+        factors[-1, -1] = 0.3
+        spread = np.repeat(np.repeat(factors, 8, 0), 16, 1)[: len(values), : values.shape[1]]
+        codes = (values / spread).astype(ml_dtypes.float8_e4m3fn)
+        tensors |= {name: codes, f"{name}_scale_inv": factors}
+        expected[name] = (codes.astype(np.float32) * spread).astype(ml_dtypes.bfloat16)
+    name = "model.layers.{}.self_attn.o_proj.weight"
+    for end in ("", "_scale_inv"):
+        tensors[name.format(2) + end] = tensors[name.format(1) + end]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    lines: list[str] = []
+    output = jaxft.export(source, tmp_path / "out", on_log=lines.append)
+    assert lines[0] == "Weights were stored in FP8; they are written unpacked."
+    found = load_file(output / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype, name
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+    written = json.loads((output / "config.json").read_text())
+    assert "quantization_config" not in written and written["num_nextn_predict_layers"] == 0
 
 
 def unpacked(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
