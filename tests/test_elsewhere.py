@@ -29,6 +29,7 @@ from tests.oracle import towers
 from tests.oracle.cases import FAMILY_CASES, write_folder
 from tests.oracle.read_tokenizer import describe
 from tests.strategies import COMPOSED
+from tests.tiny import Tiny
 from tests.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow(seconds=20)
@@ -151,6 +152,31 @@ def test_adapters_give_the_same_logits_in_peft(oracle, tmp_path):
         ours = logits(merged(tiny, adapter), tokens)
         np.testing.assert_allclose(ours, theirs, atol=1e-4, err_msg=name)
         assert np.max(np.abs(logits(tiny.params, tokens) - theirs)) > 1e-2, name
+
+
+@pytest.mark.slow(seconds=5)
+def test_adapters_of_multimodal_models_give_the_same_logits_in_peft(oracle, tmp_path):
+    """On the multimodal class, whose towers for images have modules of the same names."""
+    if subprocess.run([oracle, "-c", "import peft"], capture_output=True).returncode:
+        pytest.skip("JAXFT_ORACLE_PYTHON has no peft")
+    cases, ours = ("gemma3", "gemma4"), {}
+    for case in cases:
+        for part in ("base", "adapter"):
+            (tmp_path / case / part).mkdir(parents=True)
+        model = jaxft.load(towers.write_tower(case, tmp_path / case / "base"))
+        tiny = Tiny(model.architecture, model.abstract, model.params)
+        adapter = random_adapter(tiny, dict.fromkeys(linear_sites(tiny), 3))
+        naming, shapes = tiny.architecture.naming, shapes_of(tiny)
+        write_adapter(tmp_path / case / "adapter", adapter, naming, shapes)
+        np.save(tmp_path / case / "tokens.npy", towers.tokens())
+        logits = logits_of(tiny.abstract.graphdef)
+        ours[case] = logits(merged(tiny, adapter), towers.tokens())
+        assert np.max(np.abs(logits(tiny.params, towers.tokens()) - ours[case])) > 1e-2
+    script = Path(__file__).parent / "oracle/read_adapters.py"
+    subprocess.run([oracle, script, *(tmp_path / case for case in cases)], check=True)
+    for case in cases:
+        theirs = np.load(tmp_path / case / "logits.npy")
+        np.testing.assert_allclose(ours[case], theirs, atol=1e-4, err_msg=case)
 
 
 TEMPLATE = (

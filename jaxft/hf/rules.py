@@ -171,6 +171,7 @@ class Naming:
       tables: Parameters whose rows are looked up.
       others: Starts of names of tensors beside the model's, such as those of a tower for images,
         which are written as they were read.
+      alone: Of the same model where it is not the part of a whole; None if it is not one.
     """
 
     rules: tuple[Rule, ...]
@@ -181,6 +182,7 @@ class Naming:
     adapted: tuple[Rule, ...] = ()
     tables: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    alone: "Naming | None" = None
 
     def rules_for(self, names: Collection[str]) -> tuple[Rule, ...]:
         """Returns the rules of files that hold tensors of some names.

@@ -198,5 +198,6 @@ def inside(kind: str, naming: Naming) -> Naming:
         adapted=of_rules(naming.adapted),
         copies={moved(name): moved(other) for name, other in naming.copies.items()},
         spellings=_SPELLINGS,
+        alone=naming,
         others=(*tower.others, *(_BODY + name for name in tower.others), *tower.beside),
     )

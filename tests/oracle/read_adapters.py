@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 
 def main() -> None:
     for folder in map(Path, sys.argv[1:]):
-        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        is_whole = hasattr(AutoConfig.from_pretrained(folder / "base"), "text_config")
+        kind = AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
+        base = kind.from_pretrained(folder / "base", dtype=torch.float32)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(base, folder / "adapter").eval()

@@ -169,7 +169,7 @@ def test_a_check_counts_the_text_and_the_whole(tmp_path):
     assert {line.state for line in found.lines if not line.ours} == {"passed through"}
 
 
-def test_adapters_have_the_names_of_the_whole_and_are_read_in_both_spellings(tmp_path):
+def test_adapters_have_the_names_of_the_whole_and_are_read_in_all_spellings(tmp_path):
     folder = write_tower("llava", tmp_path)
     architecture = architecture_from_hf(json.loads((folder / "config.json").read_text()))
     params = architecture.abstract(make_numerics("float32")).params
@@ -187,8 +187,14 @@ def test_adapters_have_the_names_of_the_whole_and_are_read_in_both_spellings(tmp
     targets = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
     assert targets == r"model\.language_model\.layers\.\d+\.mlp\.up_proj"
     old = {n.replace("model.language_model", "language_model.model"): x for n, x in tensors.items()}
-    for names in (tensors, old):
+    # Of the text model alone, whose modules the config names likewise.
+    alone = {n.replace("model.language_model", "model"): x for n, x in tensors.items()}
+    for names in (tensors, old, alone):
         save_file(names, tmp_path / WEIGHTS)
+        if names is alone:
+            config = json.loads((tmp_path / CONFIG).read_text())
+            config["target_modules"] = targets.replace(r"language_model\.", "")
+            (tmp_path / CONFIG).write_text(json.dumps(config))
         found = read_adapter(tmp_path, architecture.naming, shapes)
         assert found.arrays.keys() == arrays.keys()
         for path, value in arrays.items():

@@ -6,7 +6,7 @@ rows of A that B has only zeros for: what `write_adapter` wrote comes back as it
 
 import collections
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,8 @@ def read_adapter(folder: Path, naming: Naming, shapes: Mapping[str, tuple[int, .
     """Returns the adapter that a folder holds.
 
     Modules of experts may have the names of files, one for each expert, or those of the models
-    that transformers builds since its version 5.
+    that transformers builds since its version 5. An adapter that was made for the text model alone
+    is one of the same text within a whole.
 
     Args:
       folder: With adapter_config.json and adapter_model.safetensors.
@@ -103,9 +104,9 @@ class _Folder:
     ):
         self._path = folder / WEIGHTS
         self._config = config
-        self._naming = naming
         self._shapes = shapes
         left, self._problems = _scan(folder)
+        self._naming = naming = _naming_of(left, naming)
         self._left = {_respelt(name, naming): entry for name, entry in left.items()}
         # Names of tensors by what is wrong with them.
         self._reasons: dict[str, list[str]] = collections.defaultdict(list)
@@ -296,6 +297,15 @@ class _Folder:
         if any(ids) and not found:
             self._problems.append(f"{WEIGHTS} has no rows of the tokens that {CONFIG} names.")
         return found
+
+
+def _naming_of(names: Iterable[str], naming: Naming) -> Naming:
+    """Returns the names that those of a file are of: of a whole, or of its text model alone."""
+    if naming.alone is None:
+        return naming
+    layers = {rule.theirs.partition("{layer}")[0] for rule in naming.alone.rules if rule.leading}
+    starts = tuple(PREFIX + start for start in layers)
+    return naming.alone if any(name.startswith(starts) for name in names) else naming
 
 
 def _respelt(name: str, naming: Naming) -> str:
