@@ -169,9 +169,9 @@ class Naming:
         differ from most files, such as experts that lie in one tensor.
       adapted: Rules of `renamed` whose names adapters have, as PEFT reads them under no others.
       tables: Parameters whose rows are looked up.
-      others: Starts of names of tensors beside the model's, such as those of a tower for images,
-        which are written as they were read.
-      alone: Of the same model where it is not the part of a whole; None if it is not one.
+      others: Starts of names of tensors beside the model's, such as those of a tower for images or
+        of layers that guess further tokens, which are written as they were read.
+      alone: Names of the same model where it is no part of a whole; None outside of one.
     """
 
     rules: tuple[Rule, ...]

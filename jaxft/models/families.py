@@ -173,6 +173,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         renamed=tuple(of_stacks(getattr(family, "HF_RENAMED", ()), decoder.parts, {})),
         adapted=tuple(of_stacks(getattr(family, "HF_ADAPTED", ()), decoder.parts, {})),
         tables=("embed.w", "positions.w"),
+        others=getattr(family, "HF_OTHERS", ()),
     )
     return Architecture(
         config=decoder,

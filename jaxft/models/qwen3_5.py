@@ -104,4 +104,6 @@ HF_BLOCK_RULES = {
     ),
     FULL: (*ATTENTION, *HEAD_NORMS),
 }
-HF_IGNORED = (r"^mtp\.",)
+HF_IGNORED = ()
+# Layers that guess further tokens.
+HF_OTHERS = ("mtp.",)

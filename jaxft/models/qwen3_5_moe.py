@@ -46,7 +46,7 @@ HF_RULES = (
     Rule("layers.mlp.shared_gate.w", _MLP + "shared_expert_gate.weight", "e d -> e d"),
 )
 HF_BLOCK_RULES = qwen3_5.HF_BLOCK_RULES
-HF_IGNORED = qwen3_5.HF_IGNORED
+HF_IGNORED, HF_OTHERS = qwen3_5.HF_IGNORED, qwen3_5.HF_OTHERS
 HF_RENAMED = tuple(
     Rule(rule.ours.replace(".mlp.", ".mlp.routed."), rule.theirs, rule.layout)
     for rule in FUSED_EXPERTS

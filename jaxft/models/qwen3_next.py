@@ -8,9 +8,17 @@ from jaxft.models.experts import ExpertsAndShared
 from jaxft.models.fields import Fields
 from jaxft.models.naming import ATTENTION, HEAD_NORMS
 from jaxft.models.qwen3_5 import DELTA_NET, FULL, LINEAR, hybrid_blocks
-from jaxft.models.qwen3_5_moe import HF_IGNORED, HF_RENAMED, HF_RULES, with_experts
+from jaxft.models.qwen3_5_moe import HF_IGNORED, HF_OTHERS, HF_RENAMED, HF_RULES, with_experts
 
-__all__ = ["BLOCKS", "HF_BLOCK_RULES", "HF_IGNORED", "HF_RENAMED", "HF_RULES", "config_from_hf"]
+__all__ = [
+    "BLOCKS",
+    "HF_BLOCK_RULES",
+    "HF_IGNORED",
+    "HF_OTHERS",
+    "HF_RENAMED",
+    "HF_RULES",
+    "config_from_hf",
+]
 
 
 BLOCKS = hybrid_blocks(ExpertsAndShared, by_key_head=True)

@@ -36,7 +36,6 @@ class Tower:
         an absent one means.
       unread: Fields of the whole that say nothing of text.
       others: Starts of names of the other towers' tensors, within `model.` or without.
-      beside: Starts of further names, such as of layers that guess several tokens.
       tied: Whether head and embedding are one table where config.json does not say it.
       unheeded: Fields of the text model that the whole, in transformers, does not apply.
     """
@@ -44,7 +43,6 @@ class Tower:
     texts: tuple[str, ...]
     unread: str
     others: tuple[str, ...]
-    beside: tuple[str, ...] = ()
     tied: bool = False
     unheeded: tuple[str, ...] = ()
 
@@ -80,14 +78,11 @@ TOWERS = {
         ("mistral", "ministral3"), f"{_LLAVA_FIELDS} spatial_merge_size", _LLAVA_OTHERS[:2]
     ),
     # `language_model_only` says whether the other tower is there.
-    "qwen3_5": Tower(
-        ("qwen3_5_text",), f"{_QWEN_FIELDS} language_model_only", _QWEN_OTHERS, ("mtp.",)
-    ),
+    "qwen3_5": Tower(("qwen3_5_text",), f"{_QWEN_FIELDS} language_model_only", _QWEN_OTHERS),
     "qwen3_5_moe": Tower(
         ("qwen3_5_moe_text",),
         f"{_QWEN_FIELDS} language_model_only",
         _QWEN_OTHERS,
-        ("mtp.",),
     ),
     "qwen3_vl": Tower(("qwen3_vl_text",), _QWEN_FIELDS, _QWEN_OTHERS),
 }
@@ -199,5 +194,5 @@ def inside(kind: str, naming: Naming) -> Naming:
         copies={moved(name): moved(other) for name, other in naming.copies.items()},
         spellings=_SPELLINGS,
         alone=naming,
-        others=(*tower.others, *(_BODY + name for name in tower.others), *tower.beside),
+        others=(*tower.others, *(_BODY + name for name in tower.others), *naming.others),
     )

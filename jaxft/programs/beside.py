@@ -1,4 +1,4 @@
-"""Tensors beside the model that is trained, such as a tower for images: kept for its export.
+"""Tensors beside the model that is trained: towers for images, layers that guess further tokens.
 
 They are never loaded. A run notes whose they are and a hash of them; an export takes them from
 there, byte for byte.
@@ -69,27 +69,33 @@ def find_others(source: Source, architecture: Architecture) -> dict[str, Entry]:
         return {}
     if origin.checkpoints is None:
         return other_tensors(origin.folder, architecture.naming)
+    is_part = architecture.naming.alone is not None
+    what = "the text of a multimodal model" if is_part else "a model with further layers"
     if not (origin.folder / NOTE).is_file():
         if not source.beside:
+            if not is_part:  # it has had no weights but its own
+                return {}
             raise ModelError(
-                f"{source.name} is the text of a multimodal model, and does not say where the rest "
+                f"{source.name} is {what}, and does not say where the rest "
                 "of it is. Name a folder or repository that holds the whole with --base."
             )
         return other_tensors(resolve(source.beside), architecture.naming)
     note = read_json(origin.folder / NOTE)
+    if not note["tensors"]:
+        return {}
     path = source.beside or note["path"]
     try:
         folder = resolve(path, revision="" if source.beside else note["revision"])
         found = other_tensors(folder, architecture.naming)
     except JaxftError as error:
         raise ModelError(
-            f"{source.name} is the text of a multimodal model, whose {note['tensors']} other "
+            f"{source.name} is {what}, whose {note['tensors']} other "
             f"tensors are those of {path}, which cannot be read: {error} If they are elsewhere "
             "now, name that folder or repository with --base."
         ) from error
     if len(found) != note["tensors"] or digest_of(found) != note["digest"]:
         raise ModelError(
-            f"{path} holds {len(found)} tensors beside its text that are not the "
+            f"{path} holds {len(found)} tensors beside its model that are not the "
             f"{note['tensors']} beside which {source.name} was trained. Restore them, or name a "
             "folder or repository that has them with --base."
         )

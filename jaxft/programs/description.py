@@ -138,7 +138,7 @@ def hf_config(source: Source, architecture: Architecture) -> dict[str, Any]:
     """Returns the content of config.json for an architecture that may have grown since."""
     vocab = {"vocab_size": architecture.config.vocab}
     config = source.described.config
-    if architecture.naming.others:
+    if architecture.naming.alone is not None:
         inner = {"text_config": config["text_config"] | vocab}
         config = config | inner | (vocab if "vocab_size" in config else {})
     else:

@@ -107,7 +107,7 @@ def export(
     others = find_others(source, stored)
     _check_apart(output, others=others)
     if others:
-        on_log(f"Tensors beside the text, which are written as they are: {len(others)}.")
+        on_log(f"Tensors beside the model, which are written as they are: {len(others)}.")
     tokenizer = described.load_tokenizer()
     architecture = grown(stored, tokenizer)
     config = hf_config(source, architecture)
@@ -133,14 +133,14 @@ def export(
             on_log(f"Files of weights that an earlier export had written: {kept}.")
         held = tensor_dtypes(folder)
         config |= _dtype_fields(config, held.values())
-        if stored.naming.others:
+        if stored.naming.alone is not None:
             text = [kind for name, kind in held.items() if not stored.naming.is_other(name)]
             config["text_config"] |= _dtype_fields(config["text_config"], text)
         (folder / "config.json").write_text(as_json(config), encoding="utf-8")
         _write_generation_config(described, tokenizer, folder)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
-        if stored.naming.others:
+        if stored.naming.alone is not None:
             copy_files(described.path, folder)
         if verify:
             _check_others(folder, stored, others)
@@ -217,11 +217,11 @@ def _export_adapter(
 
 
 def _check_others(folder: Path, architecture: Architecture, others: Mapping[str, Entry]) -> None:
-    """Raises ModelError if tensors beside the text were not written as they are."""
+    """Raises ModelError if tensors beside the model were not written as they are."""
     if names := differing(others, other_tensors(folder, architecture.naming)):
         raise ModelError(
-            f"The export holds other tensors beside the text than {len(others)} that were to be "
-            f"passed on: {', '.join(names[:5])}. Nothing was kept of it; report this."
+            f"The export holds other tensors beside the model than the {len(others)} that were to "
+            f"be passed on: {', '.join(names[:5])}. Nothing was kept of it; report this."
         )
 
 

@@ -134,7 +134,7 @@ def keep_model_files(
             if file.is_file():
                 (folder / name).write_bytes(file.read_bytes())
         described = hf_config(source, architecture)
-        if architecture.naming.others:
+        if architecture.naming.alone is not None:
             copy_files(source.described.path, folder)
         if described != source.described.config:
             (folder / "config.json").write_text(as_json(described), encoding="utf-8")

@@ -20,11 +20,12 @@ from jaxft.hf.save import save_params
 from jaxft.hf.stored import INDEX, other_tensors
 from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
-from jaxft.programs.beside import FILES
+from jaxft.programs.beside import FILES, find_others, note_others
 from jaxft.programs.conversion import check, describe
 from jaxft.programs.description import hf_config
 from jaxft.programs.exporter import _check_apart
 from jaxft.workdir.source import Source
+from tests.oracle.cases import write_folder
 from tests.oracle.towers import tokens, write_tower
 from tests.tiny_run import tiny_config, write_base
 
@@ -167,6 +168,31 @@ def test_a_check_counts_the_text_and_the_whole(tmp_path):
     assert found.parameters + found.beside == sum(sizes.values())
     assert f"{found.parameters:,} parameters of text, {sum(sizes.values()):,} in" in describe(found)
     assert {line.state for line in found.lines if not line.ours} == {"passed through"}
+
+
+def test_layers_that_guess_further_tokens_lie_beside_a_model_of_text_too(tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    for folder in (base, run / "checkpoints"):
+        folder.mkdir(parents=True)
+    file = write_folder("qwen3_5_gqa", base) / "model.safetensors"
+    source = Source(base)
+    architecture = source.architecture
+    assert not find_others(source, architecture)
+    held = Source(run, checkpoints=run / "checkpoints")
+    assert find_others(held, architecture) == {}  # started without weights
+    note_others(source, architecture, run)
+    file.rename(tmp_path / "moved")
+    assert find_others(held, architecture) == {}  # nothing is missing of a base that is gone
+    (tmp_path / "moved").rename(file)
+    guess = {"mtp.fc.weight": np.ones((2, 4), np.float32)}
+    save_file(load_file(file) | guess, file)
+    note_others(source, architecture, run)
+    assert find_others(held, architecture).keys() == guess.keys()
+    assert hf_config(source, architecture).keys() == source.described.config.keys()
+    assert {line.state for line in check(base).lines if not line.ours} == {"passed through"}
+    save_file(load_file(file) | {"mtp.fc.weight": np.zeros((2, 4), np.float32)}, file)
+    with pytest.raises(ModelError, match="1 tensors beside its model that are not the 1 beside"):
+        find_others(held, architecture)
 
 
 def test_adapters_have_the_names_of_the_whole_and_are_read_in_all_spellings(tmp_path):

@@ -209,7 +209,7 @@ class _Content:
     def _target_modules(self) -> list[str] | str | None:
         """Returns what names all adapted modules and no others."""
         ends = self._targets(parameters=False)
-        if not self._naming.others or not ends:
+        if self._naming.alone is None or not ends:
             return ends or None
         # Other towers have modules that end so: only whole names tell them apart.
         rules = {m.tensor.parts[0].rule.theirs for m in self._modules if not m.is_parameter}
