@@ -1,6 +1,6 @@
 """Attention by the Pallas kernel of JAX for TPU, over rows that are whole or split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -28,6 +28,8 @@ BLOCK, LARGE_BLOCK = 512, 1024
 # block of keys, which are added up outside. Most such parts, each of the size of the queries in
 # memory.
 _MOST_PARTS = 8
+# Widest head of which the larger block fits beside its gradients: one of 512 does not on v5e.
+_WIDE = 256
 
 
 def splash_attention(
@@ -46,12 +48,13 @@ def splash_attention(
     placement = active_placement()
     if placement is None:
         slots, chip = np.arange(q.shape[1], dtype=np.int32), chip_of(jax.devices()[0].device_kind)
-        kernel = _make_kernel(slots, q.shape[2], 1, scores, chip)
+        kernel = _make_kernel(slots, q.shape[2:], 1, scores, chip)
         return _rows(kernel, scores, q, k, v, segments, segments, sinks)
     split, k, v = split_rows(placement, q, k, v)
     heads = NamedSharding(split.placement.mesh, split.rows).shard_shape(q.shape)[2]
     chip = chip_of(placement.mesh.devices.flat[0].device_kind)
-    kernel = _make_kernel(placement.slots(q.shape[1]), heads, split.parts, scores, chip)
+    sizes = (heads, q.shape[3])
+    kernel = _make_kernel(placement.slots(q.shape[1]), sizes, split.parts, scores, chip)
 
     def local(
         kernel: Any, q: Array, k: Array, v: Array, segments: Array, sinks: Array | None
@@ -115,23 +118,34 @@ class RowMask(splash_attention_mask.Mask):
 
 
 def _make_kernel(
-    slots: np.ndarray, heads: int, parts: int, scores: Scoring, chip: Chip | None
+    slots: np.ndarray, sizes: Sequence[int], parts: int, scores: Scoring, chip: Chip | None
 ) -> Any:
-    """Returns the kernel of one row, whose arrays are for all `parts` that a row is split into."""
+    """Returns the kernel of one row, whose arrays are for all `parts` that a row is split into.
+
+    Args:
+      slots: As for `RowMask`.
+      sizes: Number of query heads, and the size of one.
+      parts: That the row is split into.
+      scores: As for `attention.attend`.
+      chip: On which it runs, if it is known.
+    """
+    heads, head_dim = sizes
     window = scores.window if scores.window < len(slots) else 0
     return splash.make_splash_mha(
         splash.MultiHeadMask([RowMask(slots, window)] * heads),
         head_shards=1,
         q_seq_shards=parts,
-        block_sizes=_block_sizes(len(slots), len(slots) // parts, window, chip),
+        block_sizes=_block_sizes(len(slots), len(slots) // parts, window, chip, head_dim),
         attn_logits_soft_cap=scores.cap or None,
         residual_checkpoint_name=ATTENTION,
     )
 
 
-def _block_sizes(length: int, part: int, window: int, chip: Chip | None) -> splash.BlockSizes:
+def _block_sizes(
+    length: int, part: int, window: int, chip: Chip | None, head_dim: int
+) -> splash.BlockSizes:
     """Returns how much of a row, of which a device has `part` queries, kernels take at a time."""
-    large = length >= 4 * LARGE_BLOCK
+    large = length >= 4 * LARGE_BLOCK and head_dim <= _WIDE
 
     def block(size: int) -> int:
         return LARGE_BLOCK if large and size % LARGE_BLOCK == 0 else min(BLOCK, size)

@@ -23,7 +23,7 @@ from jaxft.models import splash
     ],
 )
 def test_blocks_and_kernels_go_by_the_chip_and_the_row(chip, length, window, block, fused):
-    sizes = splash._block_sizes(length, length // 4, window, chip_named(chip))
+    sizes = splash._block_sizes(length, length // 4, window, chip_named(chip), 256)
     assert (sizes.block_q, sizes.block_kv) == (min(block, length // 4), block)
     assert sizes.block_kv % sizes.block_kv_compute == 0
     assert sizes.use_fused_bwd_kernel == fused
@@ -35,4 +35,10 @@ def test_a_new_chip_says_itself_how_gradients_are_made(fuses):
     known = chip_named("v6e")
     assert known is not None
     chip = dataclasses.replace(known, name="new", fuses=fuses)
-    assert splash._block_sizes(4096, 4096, 0, chip).use_fused_bwd_kernel == fuses
+    assert splash._block_sizes(4096, 4096, 0, chip, 128).use_fused_bwd_kernel == fuses
+
+
+def test_wide_heads_are_taken_in_smaller_blocks():
+    """As of Gemma 4's layers without a window: the larger ones do not fit a kernel on v5e."""
+    sizes = splash._block_sizes(8192, 8192, 0, chip_named("v5e"), 512)
+    assert (sizes.block_q, sizes.block_kv) == (512, 512)
