@@ -27,7 +27,7 @@ from jaxft.compiled.hlo import Module
 from jaxft.hf.folder import read_config
 from jaxft.models.config import DecoderConfig
 from jaxft.models.families import architecture_from_hf
-from jaxft.planner.kernels import efficiency, splash_flops
+from jaxft.planner.kernels import kernels_of
 from jaxft.planner.network import Network
 from jaxft.planner.timeline import CORE, Rates, Simulator
 from jaxft.planner.topology import parse, use_compiler_alone
@@ -107,19 +107,15 @@ def compiled(python: Path, case: Case, options: str) -> dict[str, Any]:
 def measure(step: dict[str, Any], case: Case, config: DecoderConfig) -> dict[str, Any]:
     """Returns how long a compiled step takes, by jaxft's simulator."""
     topology = parse(case.slice)
-    chip = topology.chip.core
     devices = {tuple(device.coords): device for device in topology.devices()}
     places = np.array([devices[tuple(place)] for place in step["coordinates"]])
     mesh = Mesh(places.reshape(list(step["axes"].values())), tuple(step["axes"]))
     module = Module(step["text"])
 
-    def kernel_seconds(instruction: Any, computation: Any) -> float | None:
-        found = splash_flops(instruction, computation, config)
-        return found and found[0] / (chip.bfloat16 * efficiency(chip, found[1]))
-
     network = Network(topology.chip, mesh, topology.shape)
     reader = Reader(module, mesh)
-    found = Simulator(module, reader, network, kernels=kernel_seconds, rates=Rates()).run()
+    kernels = kernels_of(config, topology.chip.core, Rates())
+    found = Simulator(module, reader, network, kernels=kernels, rates=Rates()).run()
     spent: dict[str, float] = collections.defaultdict(float)
     for span, times in found.every():
         if span.lane == CORE:

@@ -88,6 +88,9 @@ class Chip:
       host: Rate to the host's memory, in one direction.
       clock: Cycles a second of the TensorCore, in which the TPU compiler estimates.
       lanes: Columns of a TPU's matrix unit.
+      kernel_memory: On-chip memory that the TPU's compiler gives a kernel which asks for none, as
+        its refusal of larger ones says.
+      kernel_cores: Cores of a jax device that share a kernel's blocks.
       offloads: Whether its SparseCores can gather and reduce-scatter beside the TensorCore.
       hops: Whether a reduce-scatter keeps the TensorCore from its products, and a copy to the next
         chip does not, so that gradients are better summed by copies.
@@ -117,6 +120,8 @@ class Chip:
     host: float = 0
     clock: float = 0
     lanes: int = 0
+    kernel_memory: int = 16 << 20
+    kernel_cores: int = 1
     offloads: bool = False
     hops: bool = False
     fuses: bool = False
@@ -262,6 +267,7 @@ CHIPS: tuple[Chip, ...] = (
         host=16 * _GIGA,
         clock=1.05 * _GIGA,
         lanes=128,
+        kernel_cores=2,
         product_share=_V5E_PRODUCTS,
         sources=("Google v4 page", f"clock: {_V4_PAPER}", f"links: {_BOOK}", "usable: compiler"),
     ),
@@ -298,6 +304,7 @@ CHIPS: tuple[Chip, ...] = (
         host=16 * _GIGA,
         clock=1.75 * _GIGA,
         lanes=128,
+        kernel_cores=2,
         host_memory=112 * _GIB,
         offloads=True,
         product_share=_V5E_PRODUCTS,
@@ -322,6 +329,7 @@ CHIPS: tuple[Chip, ...] = (
         # Not published. Four products of 256 x 256 in a cycle at v5p's clock give the peak.
         clock=1.75 * _GIGA,
         lanes=256,
+        kernel_memory=32 << 20,
         host_memory=180 * _GIB,
         offloads=True,
         fuses=True,
@@ -350,6 +358,7 @@ CHIPS: tuple[Chip, ...] = (
         # Not published. As v6e: a core of it has four products of 256 x 256 in a cycle.
         clock=2307 * _TERA / 2 / (4 * 256 * 256 * 2),
         lanes=256,
+        kernel_memory=32 << 20,
         host_memory=240 * _GIB,
         fuses=True,
         product_share=0.83,

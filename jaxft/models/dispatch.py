@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.models.activations import MLP
 from jaxft.models.expert_weights import ExpertWeights, Product, Projection
+from jaxft.models.grouped import chip_with_kernel, multiply_groups
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.rules import Placement
 
@@ -145,6 +146,73 @@ def _gathered(plan: WeightPlan, part: Array, w: Array) -> Array:
     return whole(part, w)
 
 
+class Places(NamedTuple):
+    """Where copies of tokens lie, each beside others for the same expert.
+
+    Attributes:
+      of_copy: int32 `[N, k]`, the place of each copy of a token; M for one that is dropped.
+      copies: int32 `[M]`, which copy lies at each place, n * k + choice; N * k where none does.
+    """
+
+    of_copy: Int[Array, "N k"]
+    copies: Int[Array, " M"]
+
+    @property
+    def tokens(self) -> Int[Array, " M"]:
+        """The token at each place; N where there is none."""
+        return self.copies // self.of_copy.shape[1]
+
+
+def spread(x: Float[Array, "N D"], places: Places) -> Float[Array, "M D"]:
+    """Puts copies of tokens at their places; zero where there is none.
+
+    A token's gradient is read from its places, and added up in float32: left to itself it would be
+    added to the token place by place, which accelerators do slowly.
+    """
+
+    @jax.custom_vjp
+    def copied(x: Array, places: Places) -> Array:
+        return _rows(x, places.tokens)
+
+    def backward(places: Places, dy: Array) -> tuple[Array, None]:
+        of_copies = _rows(dy, places.of_copy).astype(jnp.float32)
+        return jnp.sum(of_copies, axis=1).astype(dy.dtype), None
+
+    copied.defvjp(lambda x, places: (copied(x, places), places), backward)
+    return copied(x, places)
+
+
+def combine(
+    out: Float[Array, "M D"], mix: Float[Array, "N k"], places: Places
+) -> Float[Array, "N D"]:
+    """Weighted sums of what the copies of a token got, in float32; what is dropped adds nothing.
+
+    The backward pass brings the gradient of each token to its places, and asks there what it is to
+    the copy and to its weight.
+    """
+
+    @jax.custom_vjp
+    def mixed(out: Array, mix: Array, places: Places) -> Array:
+        back = _rows(out, places.of_copy).astype(jnp.float32)
+        return jnp.sum(back * mix[..., None], axis=1)
+
+    def backward(kept: tuple[Array, Array, Places], dy: Array) -> tuple[Array, Array, None]:
+        out, mix, places = kept
+        # No bits are lost: what is made of the sum is of the type of `out`.
+        dy = _rows(dy.astype(out.dtype), places.tokens).astype(jnp.float32)
+        d_mix = jnp.sum(dy * out.astype(jnp.float32), axis=1)
+        d_out = dy * _rows(mix.reshape(-1), places.copies)[:, None]
+        return d_out.astype(out.dtype), _rows(d_mix, places.of_copy), None
+
+    mixed.defvjp(lambda *kept: (mixed(*kept), kept), backward)
+    return mixed(out, mix, places)
+
+
+def _rows(x: Array, places: Array) -> Array:
+    """Returns rows of an array by number; zero for a number past the last."""
+    return jnp.take(x, places, axis=0, mode="fill", fill_value=0)
+
+
 def in_slots(
     x: Float[Array, "B T D"],
     slots: Int[Array, "B T k"],
@@ -156,25 +224,25 @@ def in_slots(
     gating: Gating,
 ) -> Float[Array, "B T D"]:
     """Tokens in a bounded number of slots of each expert; float32."""
-    (rows, length, embed), count = x.shape, peers.count * weights.gate.matrix.shape[0]
-    row = jnp.arange(rows)[:, None, None]
-    token = jnp.broadcast_to(jnp.arange(length)[None, :, None], slots.shape)
-    # An empty slot reads the zero after the last token; the slot after the last takes what is
-    # dropped.
-    source = jnp.full((rows, count * capacity + 1), length).at[row, slots].set(token)[:, :-1]
-    taken = jnp.take_along_axis(_with_zero(x), source[..., None], axis=1)
-    taken = peers.all_to_all(taken.reshape(rows, count, capacity, embed), 1, 0)
+    (rows, _, embed), count = x.shape, peers.count * weights.gate.matrix.shape[0]
+    # The slots of an expert lie together, so that no product has to bring them there.
+    room, row = rows * capacity, jnp.arange(rows)[:, None, None]
+    place = slots // capacity * room + row * capacity + slots % capacity
+    place = jnp.where(slots < count * capacity, place, count * room).reshape(-1, slots.shape[2])
+    copies = jnp.full(count * room, place.size, jnp.int32)
+    copies = copies.at[place.reshape(-1)].set(jnp.arange(place.size), mode="drop")
+    places = Places(place, copies)
+    taken = spread(x.reshape(-1, embed), places).reshape(count, room, embed)
+    taken = peers.all_to_all(taken, 0, 1)
 
     gate = checkpoint_name(weights.gate.applied(SLOTS, taken), MLP)
     up = checkpoint_name(weights.up.applied(SLOTS, taken), MLP)
     if weights.gate.b is not None:
-        gate += weights.gate.b[None, :, None]
-        up += weights.up.b[None, :, None]
+        gate += weights.gate.b[:, None]
+        up += weights.up.b[:, None]
     out = weights.down.applied(SLOTS, gating(gate, up))
-    out = peers.all_to_all(checkpoint_name(out, MLP), 0, 1)
-    out = _with_zero(out.reshape(rows, count * capacity, embed))
-    back = jnp.take_along_axis(out, slots.reshape(rows, -1, 1), axis=1)
-    return _mixed(back.reshape(*slots.shape, embed), slots // capacity, mix, weights.down.b)
+    out = peers.all_to_all(checkpoint_name(out, MLP), 1, 0).reshape(-1, embed)
+    return _mixed(out, slots // capacity, mix, places, weights.down.b)
 
 
 def grouped(
@@ -191,10 +259,15 @@ def grouped(
     Experts are numbered from 0 to E - 1; E stands for none.
     """
     (rows, length, k), here = experts.shape, weights.gate.matrix.shape[0]
-    of_copy = experts.reshape(-1)
+    of_copy, count = experts.reshape(-1), peers.count * here
     order = jnp.argsort(of_copy)
-    sizes = jnp.bincount(of_copy, length=peers.count * here).astype(jnp.int32)
-    copies = x.reshape(rows * length, -1)[order // k]
+    sizes = jnp.bincount(of_copy, length=count).astype(jnp.int32)
+    # Copies for no expert are sorted behind all others. Back to where tokens were: the inverse of a
+    # permutation is its argsort.
+    used = jnp.arange(order.size) < jnp.sum(sizes)
+    place = jnp.where(of_copy < count, jnp.argsort(order), order.size)
+    places = Places(place.reshape(-1, k), jnp.where(used, order, order.size))
+    copies = spread(x.reshape(rows * length, -1), places)
     if peers.axes:
         there, back, sizes = journeys(sizes, peers)
         room = rows * length * min(k, here)
@@ -202,15 +275,13 @@ def grouped(
         out = exchange(_by_expert(copies, sizes, weights, gating), back, peers, room, order.size)
     else:
         out = _by_expert(copies, sizes, weights, gating)
-    # Back to where the tokens were: the inverse of a permutation is its argsort.
-    out = out[jnp.argsort(order)].reshape(rows, length, k, -1)
-    return _mixed(out, experts, mix, weights.down.b)
+    return _mixed(out, experts, mix, places, weights.down.b)
 
 
 def _by_expert(
     x: Float[Array, "N D"], sizes: Int[Array, " E"], weights: ExpertWeights, gating: Gating
 ) -> Float[Array, "N D"]:
-    """Consecutive groups of rows through an expert each; zero after the last group."""
+    """Consecutive groups of rows through an expert each; not defined after the last group."""
     used = jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes)
     expert = jnp.repeat(jnp.arange(sizes.size), sizes, total_repeat_length=x.shape[0])
 
@@ -218,27 +289,29 @@ def _by_expert(
         out = checkpoint_name(projection.applied(GROUPS, x, sizes, used, expert), MLP)
         return out if b is None else jnp.where(used, out + b[expert], 0)
 
-    x = jnp.where(used, x, 0)
     gate = through(weights.gate, x, weights.gate.b)
     up = through(weights.up, x, weights.up.b)
     return through(weights.down, gating(gate, up), None)
 
 
 def _multiply_slots(x: Array, w: Array, sums: Any = None) -> Array:
-    return jnp.einsum("becd,efd->becf", x, w, preferred_element_type=sums)
+    return jnp.einsum("ecd,efd->ecf", x, w, preferred_element_type=sums)
 
 
 def _multiply_groups(
     x: Array, w: Array, sizes: Array, used: Array, expert: Array, sums: Any = None
 ) -> Array:
+    chip = chip_with_kernel(x.dtype) if sums is None else None
+    if chip is not None:
+        return multiply_groups(x, w, sizes, chip)
     out = jax.lax.ragged_dot_general(x, w, sizes, _BY_EXPERT, preferred_element_type=sums)
-    # What a product leaves in rows of no group is not defined.
+    # Gradients may read rows of no group, in which a product leaves what is not defined.
     return jnp.where(used, out, 0)
 
 
-# Of tokens in slots, `[B, E, slots, in]`; and of rows in consecutive groups, `[N, in]`, given the
+# Of tokens in slots, `[E, slots, in]`; and of rows in consecutive groups, `[N, in]`, given the
 # size of each group, which rows are in one, and in which.
-SLOTS = Product(_multiply_slots, lambda numbers: numbers[None, :, None])
+SLOTS = Product(_multiply_slots, lambda numbers: numbers[:, None])
 GROUPS = Product(_multiply_groups, lambda numbers, sizes, used, expert: numbers[expert])
 
 # [tokens, in] x [experts, out, in] -> [tokens, out], tokens in consecutive groups.
@@ -343,18 +416,16 @@ def slots_of(
     return jnp.where(fits, experts * capacity + place, count * capacity)
 
 
-def _with_zero(x: Float[Array, "B T D"]) -> Float[Array, "B T1 D"]:
-    return jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
-
-
 def _mixed(
-    out: Float[Array, "B T k D"],
+    out: Float[Array, "M D"],
     experts: Int[Array, "B T k"],
     mix: Float[Array, "B T k"],
+    places: Places,
     bias: Float[Array, "E D"] | None,
 ) -> Float[Array, "B T D"]:
     """Weighted sum of what a token's experts give, and of their biases, in float32."""
-    mixed = jnp.sum(out.astype(jnp.float32) * mix[..., None], axis=2)
+    mixed = combine(out, mix.reshape(places.of_copy.shape), places)
+    mixed = mixed.reshape(*mix.shape[:2], -1)
     if bias is None:
         return mixed
     chosen = jax.nn.one_hot(experts, bias.shape[0], dtype=jnp.float32)

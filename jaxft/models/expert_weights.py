@@ -128,7 +128,9 @@ def _product_decoded(
         codes, scales, *context = kept
         w = decode(codes, scales, like.dtype)
         with jax.default_matmul_precision(precision):
-            [dx] = jax.linear_transpose(lambda x: product(x, w, *context), like)(dy)
+            # Linear in `x`, which the compiler sees is not needed.
+            zeros = jnp.zeros(like.shape, like.dtype)
+            [dx] = jax.vjp(lambda x: product(x, w, *context), zeros)[1](dy)
         return (dx, None, None, *(None for _ in context))
 
     decoded.defvjp(lambda x, *rest: (decoded(x, *rest), rest), backward)
@@ -171,7 +173,7 @@ def _product_scaled(
         codes = jnp.swapaxes(weight.codes, 1, 2)
         dx = multiply(gradient, codes, form.gradients, outputs, *context)
         with jax.default_matmul_precision(precision):
-            [dw] = jax.linear_transpose(lambda w: product.multiply(x, w, *context), w)(dy)
+            [dw] = jax.vjp(lambda w: product.multiply(x, w, *context), w)[1](dy)
         return (dx.astype(dtype), dw, *(None for _ in context))
 
     scaled.defvjp(lambda *arrays: (scaled(*arrays), arrays), backward)

@@ -83,11 +83,11 @@ class Experts(nnx.Module):
     """A feed-forward part of which each token uses a few experts.
 
     Without a capacity no token is dropped: tokens are sorted by expert and one grouped product
-    (`jax.lax.ragged_dot_general`) multiplies each group with its expert (Gale et al., MegaBlocks,
-    arXiv:2211.15841). XLA has such a product for TPU; where it has none, on CPU, every expert is
-    multiplied with every token and masked, so that work grows with E. With
-    `numerics.expert_capacity` each expert takes a bounded number of each row's tokens (Lepikhin et
-    al., GShard, arXiv:2006.16668); what exceeds it passes by on the residual stream.
+    multiplies each group with its expert (Gale et al., MegaBlocks, arXiv:2211.15841): on TPU by the
+    kernels of `models/grouped.py`, elsewhere by `jax.lax.ragged_dot_general`. Where XLA has no such
+    product, on CPU, every expert is multiplied with every token and masked, so that work grows with
+    E. With `numerics.expert_capacity` each expert takes a bounded number of each row's tokens
+    (Lepikhin et al., GShard, arXiv:2006.16668); what exceeds it passes by on the residual stream.
 
     A strategy may split experts over mesh axes that tokens are split over too. Tokens then go to
     the device that holds their expert, and results come back, by all-to-all. With a capacity both

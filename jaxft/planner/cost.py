@@ -292,10 +292,11 @@ def _written(module: Module, body: Computation, name: str, whole: list[Array]) -
     return sum(array.padded_bytes for array in whole)
 
 
-def totals(module: Module, kernel_flops: Any) -> tuple[Mapping[str, float], float]:
+def totals(module: Module, kernels: Any) -> tuple[Mapping[str, float], float]:
     """Returns FLOPs of matrix products by `Cost.dtype`, and bytes of main memory.
 
-    Both of one step on a device.
+    Both of one step on a device. `kernels` says what a kernel is, as `planner.timeline.Simulator`
+    takes it.
     """
 
     def visit(name: str, times: float) -> tuple[Mapping[str, float], float]:
@@ -313,8 +314,8 @@ def totals(module: Module, kernel_flops: Any) -> tuple[Mapping[str, float], floa
             if ran or instruction.opcode.endswith(("-start", "-done")):
                 continue
             cost = cost_of(module, computation, instruction)
-            kernel = kernel_flops(instruction, computation)
-            flops[cost.dtype] += times * (cost.flops + (kernel[0] if kernel else 0.0))
+            kernel = kernels(instruction, computation)
+            flops[cost.dtype] += times * (cost.flops + (kernel.flops if kernel else 0.0))
             moved += times * cost.bytes
         return flops, moved
 

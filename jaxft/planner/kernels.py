@@ -1,12 +1,16 @@
-"""Work of attention: kernels, whose insides a compiled program does not show, by their shapes."""
+"""Work of kernels, whose insides a compiled program does not show, by the shapes of their calls."""
 
 import math
+import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxft.compiled.hlo import Computation, Instruction, arrays
 from jaxft.hardware.chips import Chip
 from jaxft.models.config import DecoderConfig, DeltaConfig
 from jaxft.models.delta import chunking
+from jaxft.models.grouped import Sizes, choose_blocks, work
+from jaxft.planner.timeline import ATTENTION, MATMUL, Kernel, Rates
 
 # What share of a matrix unit's rate flash attention reaches if a head is as wide as the unit,
 # counting pairs of query and key that see each other. From a profile of Qwen3-8B on v6e-8: 1,177 ms
@@ -126,3 +130,62 @@ def splash_flops(
     products = of_keys * size + of_values * value_size
     # Of a row that is split over devices each has its share of the queries.
     return 2.0 * products * math.prod(rows) * heads * pairs * (queries / keys), size
+
+
+def grouped_work(
+    instruction: Instruction, computation: Computation, config: DecoderConfig, chip: Chip
+) -> tuple[float, float, float] | None:
+    """Returns the work of a kernel of `models/grouped.py`, or None for another one.
+
+    Where experts lie on several devices there is room for more rows than come to these on average,
+    which alone are multiplied.
+
+    Args:
+      instruction: The call.
+      computation: Where it stands.
+      config: Of the model.
+      chip: On which it runs.
+
+    Returns:
+      FLOPs of the products asked for, FLOPs with what blocks compute in vain, and bytes of main
+      memory.
+    """
+    kind = re.search(r"\bjit\((t?)gmm\)", instruction.origin)
+    if not kind or not instruction.target or config.experts is None:
+        return None
+    *_, left, right = (arrays(computation.instructions[n].shape)[0] for n in instruction.operands)
+    result, sums = arrays(instruction.shape)[0], bool(kind[1])
+    groups, (rows, inner) = (result if sums else right).sizes[0], left.sizes
+    itemsize = left.bytes // math.prod(left.sizes)
+    sizes = Sizes(rows, inner, result.sizes[-1], groups, itemsize)
+    parts, chosen = config.experts.count / groups, config.experts.chosen
+    used = chosen / (parts * min(chosen, groups))
+    blocks = choose_blocks(sizes, chip, sums=sums)
+    done, moved = work(blocks, sizes, chip, used=used, sums=sums)
+    return 2.0 * used * rows * inner * sizes.outer, done, moved
+
+
+def kernels_of(
+    config: DecoderConfig, chip: Chip, rates: Rates
+) -> Callable[[Instruction, Computation], Kernel | None]:
+    """Returns a function that says what one run of a kernel is, None for another instruction.
+
+    Args:
+      config: Of the model.
+      chip: On which it runs; rates of it may be unknown.
+      rates: Shares of its published rates that are reached.
+    """
+
+    def kernel(instruction: Instruction, computation: Computation) -> Kernel | None:
+        if not chip.bfloat16 or instruction.opcode != "custom-call":
+            return None
+        if found := splash_flops(instruction, computation, config):
+            flops, size = found
+            return Kernel(ATTENTION, flops, flops / (chip.bfloat16 * efficiency(chip, size)))
+        if found := grouped_work(instruction, computation, config, chip):
+            flops, done, moved = found
+            products = done / (chip.bfloat16 * chip.product_share)
+            return Kernel(MATMUL, flops, max(products, moved / (chip.bandwidth * rates.memory)))
+        return None
+
+    return kernel

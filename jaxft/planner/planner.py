@@ -15,7 +15,7 @@ from jaxft.models.families import Architecture
 from jaxft.planner.analytic import Estimator
 from jaxft.planner.compilation import Compiled, compile_lowered
 from jaxft.planner.cost import totals
-from jaxft.planner.kernels import efficiency, splash_flops
+from jaxft.planner.kernels import kernels_of
 from jaxft.planner.liveness import peak_of
 from jaxft.planner.memory import Memory, memory_of, memory_without_program
 from jaxft.planner.network import Network
@@ -208,9 +208,6 @@ class Planner:
         with refused_options():
             return compile_lowered(lowered, options, target=target, cache=self.cache)
 
-    def _kernel_flops(self, instruction: Any, computation: Any) -> tuple[float, int] | None:
-        return splash_flops(instruction, computation, self.architecture.config)
-
     def _simulate(
         self,
         module: Module,
@@ -220,18 +217,13 @@ class Planner:
         *,
         cycles: bool = False,
     ) -> Timeline:
-        chip = topology.chip.core
-        mesh = program.evaluator.placement.mesh
-
-        def kernel_seconds(instruction: Any, computation: Any) -> float | None:
-            found = self._kernel_flops(instruction, computation)
-            if found is None or not chip.bfloat16:
-                return None
-            return found[0] / (chip.bfloat16 * efficiency(chip, found[1]))
-
-        network = Network(topology.chip, mesh, topology.shape)
+        network = Network(topology.chip, program.evaluator.placement.mesh, topology.shape)
         rates = self.rates._replace(cycles=cycles)
-        return Simulator(module, reader, network, kernels=kernel_seconds, rates=rates).run()
+        kernels = self._kernels(topology)
+        return Simulator(module, reader, network, kernels=kernels, rates=rates).run()
+
+    def _kernels(self, topology: Topology) -> Any:
+        return kernels_of(self.architecture.config, topology.chip.core, self.rates)
 
     def _read(self, text: str, topology: Topology, program: Program) -> Reading:
         """Reads what a program computes and when."""
@@ -239,7 +231,7 @@ class Planner:
         reader = Reader(module, program.evaluator.placement.mesh)
         step = self._simulate(module, reader, topology, program)
         slower = self._simulate(module, reader, topology, program, cycles=True)
-        flops, moved = totals(module, self._kernel_flops)
+        flops, moved = totals(module, self._kernels(topology))
         return Reading(module, reader, step, slower.seconds, flops, moved)
 
     def _evaluation(

@@ -23,6 +23,20 @@ MATMUL, ATTENTION, MEMORY, WAIT = "matmul", "attention", "memory", "wait"
 CORE, ICI, DCN, TO_HOST, COPY, SPARSE = "core", "ici", "dcn", "host", "copy", "sparsecore"
 
 
+class Kernel(NamedTuple):
+    """One run of a kernel.
+
+    Attributes:
+      kind: Work of the core that it is.
+      flops: FLOPs of its products.
+      seconds: How long it takes.
+    """
+
+    kind: str
+    flops: float
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Something that takes time on one lane.
@@ -165,7 +179,7 @@ class Simulator:
       module: The program.
       reader: Reads its collectives.
       network: Between its devices.
-      kernels: Returns the seconds that a kernel of attention takes, None for another call.
+      kernels: Says what a kernel is, None for another instruction.
       rates: What share of published rates is reached.
     """
 
@@ -175,7 +189,7 @@ class Simulator:
         reader: Reader,
         network: Network,
         *,
-        kernels: Callable[[Instruction, Computation], float | None],
+        kernels: Callable[[Instruction, Computation], Kernel | None],
         rates: Rates,
     ):
         self.module, self.reader, self.network = module, reader, network
@@ -322,9 +336,9 @@ class Simulator:
 
     def _compute(self, state: _State, computation: Computation, instruction: Instruction) -> None:
         if instruction.opcode == "custom-call":
-            seconds = self.kernels(instruction, computation)
-            if seconds is not None:
-                state.run(ATTENTION, seconds, instruction)
+            kernel = self.kernels(instruction, computation)
+            if kernel is not None:
+                state.run(kernel.kind, kernel.seconds, instruction)
                 return
         cost = cost_of(self.module, computation, instruction)
         kind = MATMUL if cost.flops else MEMORY

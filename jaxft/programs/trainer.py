@@ -19,6 +19,7 @@ from jaxft.data import BatchIterator, TokenRows
 from jaxft.distributed.signals import StopRequest, stop_on_signals
 from jaxft.hf.hub import found_anywhere
 from jaxft.models.attention import check_backend
+from jaxft.models.grouped import check_groups
 from jaxft.models.module import Params
 from jaxft.programs import (
     announcements,
@@ -188,6 +189,7 @@ def _train(
         parameters=evaluator.parameters,
     )
     check_backend(evaluator.attention.backend, architecture.config)
+    check_groups(architecture.config)
     with goodput.spend("compile"):
         program, step = rematerialisation.compile_step(
             config, program, cheaper, steps=iterator.steps

@@ -310,6 +310,29 @@ def test_no_token_is_lost_when_all_choose_the_same_experts(strategy):
     compare_on(strategy, router=router)
 
 
+def test_tokens_and_copies_have_the_gradients_of_plain_indexing():
+    """Two copies of a token at places of their own, some of them nowhere; places may be empty."""
+    tokens, chosen, count, width = 5, 2, 12, 3
+    random = np.random.RandomState(0)
+    of_copy = random.permutation(count)[: tokens * chosen].reshape(tokens, chosen)
+    of_copy[1, 0], of_copy[3] = count, count
+    copies = np.full(count + 1, tokens * chosen)
+    copies[of_copy.reshape(-1)] = np.arange(tokens * chosen)
+    places = dispatch.Places(jnp.asarray(of_copy), jnp.asarray(copies[:-1]))
+    x, mix = random.randn(tokens, width), random.randn(tokens, chosen)
+
+    def by_places(x, mix):
+        return dispatch.combine(jnp.sin(dispatch.spread(x, places)), mix, places)
+
+    def by_tokens(x, mix):
+        return (jnp.sin(x)[:, None] * (mix * (of_copy < count))[..., None]).sum(1)
+
+    found, expected = (jax.vjp(f, x, mix) for f in (by_places, by_tokens))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    for a, b in zip(found[1](found[0]), expected[1](found[0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_copies_travel_to_their_experts_and_back(seed):
     peers, rows, width = 4, 10, 2

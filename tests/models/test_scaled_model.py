@@ -55,7 +55,7 @@ def test_an_expert_multiplies_as_a_dense_layer_of_its_weight_would(kind):
         return Projection(("experts", "mlp", "embed"), kind, w=w)
 
     def slots(x: Any, w: Any) -> Any:
-        return projection(w).applied(SLOTS, x[None])[0]
+        return projection(w).applied(SLOTS, x)
 
     def groups(x: Any, w: Any) -> Any:
         rows = jnp.pad(x.reshape(-1, INPUTS), ((0, 2), (0, 0)))

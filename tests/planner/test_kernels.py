@@ -1,14 +1,22 @@
-"""Work of attention's kernels, by the shapes of their calls, against pairs counted one by one."""
+"""Work of kernels by the shapes of their calls: pairs counted one by one, rows of groups."""
 
 import dataclasses
 
 import pytest
 
-from jaxft.compiled.hlo import Module
+from jaxft.compiled.hlo import Computation, Instruction, Module
 from jaxft.hardware.chips import chip_named
 from jaxft.models.config import LayerKind
 from jaxft.models.families import architecture_from_hf
-from jaxft.planner.kernels import EFFICIENCY, efficiency, mean_visible_pairs, splash_flops
+from jaxft.planner.kernels import (
+    EFFICIENCY,
+    efficiency,
+    grouped_work,
+    kernels_of,
+    mean_visible_pairs,
+    splash_flops,
+)
+from jaxft.planner.timeline import MATMUL, Rates
 from tests.oracle.cases import CASES
 
 ROWS, HEADS, LENGTH, SIZE = 2, 4, 64, 128
@@ -46,7 +54,7 @@ def call(
     dtype: str = "bf16",
     rows: tuple[int, ...] = (ROWS,),
     results: int = 1,
-) -> tuple:
+) -> tuple[Instruction, Computation]:
     """Returns the call of a kernel and the computation that it stands in."""
 
     def shape(dtype: str, *sizes: int) -> str:
@@ -108,8 +116,56 @@ def test_a_dimension_of_one_row_may_be_left_out(dtype):
     assert of_one[0] == of_rows[0] / ROWS  # pyright: ignore
 
 
+def grouped(kind: str, result: str, left: str, right: str) -> tuple[Instruction, Computation]:
+    """Returns the call of a product of groups of rows, and the computation that it stands in."""
+    origin = f'metadata={{op_name="jit(f)/transpose(jvp(jit({kind})))/pallas_call"}}'
+    call = f'custom-call(%s, %a, %b), custom_call_target="tpu_custom_call", {origin}'
+    module = Module(f"""\
+HloModule kernels
+
+ENTRY %main (s: s32[8], a: {left}, b: {right}) -> {result} {{
+  %s = s32[8] parameter(0)
+  %a = {left} parameter(1)
+  %b = {right} parameter(2)
+  ROOT %found = {result} {call}
+}}
+""")
+    main = module.computations["main"]
+    return main.instructions["found"], main
+
+
+def test_a_product_of_groups_is_of_the_rows_that_come_to_a_device():
+    """All where it has all 4 experts; of 2, with room for the worst case, half on average."""
+    config = architecture_from_hf(CASES["mixtral_tied"]).config
+    assert config.experts is not None
+    assert (config.experts.count, config.experts.chosen) == (4, 2)
+    v5p = chip_named("v5p")
+    assert v5p is not None
+    rows, inner, outer = 4096, 512, 1024
+    x, dy, w = (
+        f"bf16[{a},{b}]" for a, b in ((rows, inner), (rows, outer), (f"{{}},{outer}", inner))
+    )
+    for experts, used in ((4, 1.0), (2, 0.5)):
+        calls = (
+            grouped("gmm", dy, x, w.format(experts)),
+            grouped("gmm", x, dy, w.format(experts)),
+            grouped("tgmm", w.format(experts), dy, x),
+        )
+        for call_ in calls:
+            flops, done, moved = grouped_work(*call_, config, v5p)  # pyright: ignore
+            assert flops == 2 * used * rows * inner * outer
+            assert flops < done < 1.5 * flops
+            assert moved > 2 * (used * rows * (inner + outer) + experts * inner * outer)
+            kernel = kernels_of(config, v5p, Rates())(*call_)
+            assert kernel is not None and (kernel.kind, kernel.flops) == (MATMUL, flops)
+            assert kernel.seconds >= done / v5p.bfloat16
+
+
 def test_another_kernel_is_not_counted():
-    assert splash_flops(*call("ragged_dot.1"), ALTERNATING) is None
+    assert splash_flops(*call("gmm.1"), ALTERNATING) is None
+    v6e = chip_named("v6e")
+    assert v6e is not None
+    assert kernels_of(ALTERNATING, v6e, Rates())(*call("gmm.1")) is None
 
 
 def test_small_heads_leave_a_matrix_unit_idle():

@@ -10,7 +10,7 @@ from jaxft.compiled.collectives import Reader
 from jaxft.compiled.hlo import Module
 from jaxft.hardware.chips import Chip, Switch, Torus
 from jaxft.planner.network import HOP_SECONDS, Network
-from jaxft.planner.timeline import Rates, Simulator, Timeline
+from jaxft.planner.timeline import ATTENTION, Kernel, Rates, Simulator, Timeline
 
 # A device that multiplies 1e12 times, and reads 1e9 bytes, a second; its links carry 1e9.
 CHIP = Chip(
@@ -28,6 +28,7 @@ CHIP = Chip(
 # 4 MB in float32.
 ARRAY = "f32[1000,1000]{1,0}"
 COPY_SECONDS = 2 * 4e6 / 1e9
+KERNEL = Kernel(ATTENTION, 0.0, 0.5)
 # An all-gather of a line of four chips brings each three quarters of 4 MB over one link.
 GATHER_SECONDS = 3e6 / 1e9 + 3 * HOP_SECONDS
 
@@ -57,7 +58,7 @@ def run(
         module,
         Reader(module, mesh),
         network,
-        kernels=lambda instruction, _: 0.5 if "kernel" in instruction.name else None,
+        kernels=lambda instruction, _: KERNEL if "kernel" in instruction.name else None,
         rates=Rates(memory=memory, links=1.0, sums=1.0, **rates),
     )
     return simulator.run()
