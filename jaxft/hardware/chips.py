@@ -88,8 +88,8 @@ class Chip:
       host: Rate to the host's memory, in one direction.
       clock: Cycles a second of the TensorCore, in which the TPU compiler estimates.
       lanes: Columns of a TPU's matrix unit.
-      kernel_memory: On-chip memory that the TPU's compiler gives a kernel which asks for none, as
-        its refusal of larger ones says.
+      kernel_memory: Bytes on the chip for a kernel that asks for none, as the compiler's refusal of
+        larger ones says.
       kernel_cores: Cores of a jax device that share a kernel's blocks.
       offloads: Whether its SparseCores can gather and reduce-scatter beside the TensorCore.
       hops: Whether a reduce-scatter keeps the TensorCore from its products, and a copy to the next

@@ -147,7 +147,7 @@ def _gathered(plan: WeightPlan, part: Array, w: Array) -> Array:
 
 
 class Places(NamedTuple):
-    """Where copies of tokens lie, each beside others for the same expert.
+    """The places of copies of tokens, each beside others for the same expert.
 
     Attributes:
       of_copy: int32 `[N, k]`, the place of each copy of a token; M for one that is dropped.

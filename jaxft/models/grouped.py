@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
     """Sizes of a product of groups.
 
     Attributes:
-      rows: Of all groups.
+      rows: Rows of all groups.
       inner: Columns of rows: what is summed over, or the rows of a gradient's matrices.
       outer: Columns of the result.
       groups: Matrices.

@@ -23,9 +23,11 @@ from jaxft.planner.topology import Topology
 from jaxft.sharding.reduce import WeightPlan
 from jaxft.training.checks import check_matmul
 
-# Share of the exchange of weights and gradients that runs beside the layers' work. The TPU compiler
-# hides little of it unless told to; that of XLA for GPU is an assumption.
-_HIDDEN = {"tpu": 0.0, "gpu": 0.7}
+# Most of the exchange of weights and gradients that runs beside the layers' work, as a share: with
+# SparseCores 0.88 to 0.99 in compiled programs, on chips that sum gradients by copies 0.65 to 0.84
+# (benchmarks/results/2026-11-29-tpu-steps.jsonl). Other TPUs make reduce-scatters on their core. Of
+# GPUs it is an assumption.
+_HIDDEN_BY_SPARSE_CORES, _HIDDEN_BY_COPIES, _HIDDEN_ON_GPU = 0.92, 0.74, 0.7
 # Memory traffic of norms, activations, rotary embedding and residual adds, of each token, layer and
 # pass: numbers read and written for each of the stream's width and of the hidden width.
 _PASSED = (15.0, 2.5)
@@ -240,6 +242,8 @@ class _Run(Products):
     def _passed_bytes(self) -> tuple[float, float]:
         """Returns bytes that memory passes: of layers in a micro-batch, of all else in a step."""
         numbers = _PASSED[0] * self._widths[names.INPUTS] + _PASSED[1] * self.hidden
+        # Copies of tokens are written and read, there and back.
+        numbers += 2 * self.room * self._routed()
         # Scores are written, read twice and made weights, which are written and read.
         scores = self.attending * self._heads() * self.length * (3 * 4 + 2 * self.itemsize)
         of_token = self.itemsize * numbers + (0.0 if self.placed.flash else scores)
@@ -250,6 +254,8 @@ class _Run(Products):
         state = 2 * self.placed.parameters + 2 * self.optimizer
         sums = 3 * self.placed.gradients
         of_layers = self.tokens * self.layers * (runs * of_token + codes)
+        # What is kept is written, and read again.
+        of_layers += 2 * self._kept_bytes()[0]
         return of_layers, (logits + sums) * self.passes + state
 
     # Communication.
@@ -272,12 +278,25 @@ class _Run(Products):
 
         self._of_weights(functools.partial(add, of_weights))
         self._of_tokens(functools.partial(add, of_tokens))
-        hidden = _HIDDEN["tpu" if self.is_tpu else "gpu"]
+        weights, tokens = (
+            [self._collective(*key, payload) for key, payload in table.items()]
+            for table in (of_weights, of_tokens)
+        )
+        hidden = self._hidden(sum(map(self._seconds, weights)))
         return tuple(
             Exchanged(one, self._seconds(one), share, DCN if self.network.leaves(one) else ICI)
-            for table, share in ((of_weights, hidden), (of_tokens, 0.0))
-            for one in (self._collective(*key, payload) for key, payload in table.items())
+            for table, share in ((weights, hidden), (tokens, 0.0))
+            for one in table
         )
+
+    def _hidden(self, seconds: float) -> float:
+        """Returns the share of exchanges of weights, which take some time, that hides."""
+        if not self.is_tpu:
+            return _HIDDEN_ON_GPU
+        by_copies = _HIDDEN_BY_COPIES if self.chip.hops else 0.0
+        most = _HIDDEN_BY_SPARSE_CORES if self.chip.offloads else by_copies
+        beside = self.passes * self._layer_seconds(self._work())
+        return min(most, beside / seconds) if seconds else most
 
     def _seconds(self, one: Collective) -> float:
         summed = one.kind in ("all-reduce", "reduce-scatter")

@@ -21,6 +21,8 @@ from jaxft.sharding.rules import as_names
 
 # Dimensions of what attention makes of the stream, and of what it is made of on its way.
 HEADS = ("heads", "kv_heads", "to_latent")
+# Norms of a layer that the residual stream passes, or what is added to it.
+_STREAM_NORMS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
 # Bytes of a program.
 _PROGRAM = 50 << 20
 
@@ -268,20 +270,48 @@ class Footprint:
         if not self.back:
             return 0.0, 0.0
         widths = self._widths
-        kept = {names.INPUTS, *self.kept}
-        if self.remat in ("dots", "none"):
-            kept = set(widths) - ({names.ATTENTION} if self.remat == "dots" else set())
         of_token = self.tokens * self.layers * self.itemsize
+        if self.remat == "none":
+            return of_token * self._kept_of_all(), 0.0
+        kept = {names.INPUTS, *self.kept}
+        if self.remat == "dots":
+            kept = set(widths) - {names.ATTENTION}
         there = sum(widths[name] for name in self.offloaded)
         here = sum(widths[name] for name in kept - self.offloaded)
         if names.MLP in kept:
             here += (self.room - 1) * widths[names.MLP] + self.room * self._routed() / 2
-        if self.remat == "none":
-            # Norms and activations stay as well, and what experts read.
-            here += self.room * (self.hidden + self._routed() / 2) + 4 * widths[names.INPUTS]
-            here += 0.0 if self.placed.flash else self._scores() / self.itemsize
-            here += self._recurrent.kept / self.itemsize
         return of_token * here, of_token * there
+
+    def _kept_of_all(self) -> float:
+        """Returns numbers of a token that each operation of a layer keeps for its own gradient.
+
+        What products read; of the activation and its gate the input, the results, and what lies
+        between, four times the hidden width; of norms three numbers in float32 for each of theirs.
+        """
+        widths = self._widths
+        read = widths[names.QKV] + widths[names.ATTENTION] + 2 * widths[names.INPUTS]
+        of_mlp = self.room * (widths[names.MLP] + 4 * self.hidden + self._routed())
+        scores = 0.0 if self.placed.flash else self._scores() / self.itemsize
+        recurrent = self._recurrent.kept / self.itemsize
+        return read + of_mlp + 3 * 4 / self.itemsize * self._normed() + scores + recurrent
+
+    def _normed(self) -> float:
+        """Returns numbers of a token that norms pass on a device in a layer; the mean of layers."""
+        m, stream = self.model, self._widths[names.INPUTS]
+        heads = {
+            "q_norm": m.heads / self._split("act_heads", m.heads),
+            "k_norm": m.kv_heads / self._split("act_kv_heads", m.kv_heads),
+        }
+        if m.norm == "rms_bare":  # there is no parameter to find them by
+            return 2 * stream + sum(heads.values()) * m.head_dim
+        total, layers = 0.0, sum(map(len, self.placed.abstract.stacks.values()))
+        for path, leaf in self.placed.abstract.params.items():
+            part = path.removesuffix(".scale").rpartition(".")[2]
+            if path.endswith(".scale") and part in (*_STREAM_NORMS, *heads):
+                # One weight for all heads, or one for each.
+                numbers = heads[part] * m.head_dim if part in heads else stream
+                total += leaf.shape[0] / layers * numbers
+        return total
 
     def _scores(self) -> float:
         """Returns bytes of a token's scores: float32, their weights, and which are hidden."""

@@ -94,9 +94,12 @@ class Products(Footprint):
         again = not self.config.objective.objective.is_cross_entropy
         head = 1 + self.learns * (again + self.placed.passes_head + self.placed.head.trained)
         # Products with keys and with values. The kernels of flash attention make scores once more
-        # for the gradients.
+        # for the gradients; two, on a TPU that has not one for all of them, make each its own, and
+        # what scores pass on to values.
         of_keys = of_values = 1 + 2 * self.back
         of_keys += self.back * self.placed.flash
+        if self.placed.flash and self.is_tpu and not self.chip.fuses:
+            of_keys, of_values = of_keys + self.back, of_values + self.back
         if names.ATTENTION in self.again:
             of_keys, of_values = of_keys + 1, of_values + 1
         elif self.remat != "none" and not self.placed.flash:

@@ -29,7 +29,7 @@ class Kernel(NamedTuple):
     Attributes:
       kind: Work of the core that it is.
       flops: FLOPs of its products.
-      seconds: How long it takes.
+      seconds: Time that it takes.
     """
 
     kind: str

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxft.compiled.collectives import _WIRE
@@ -14,8 +15,10 @@ from jaxft.compiled.layout import describe, make_program
 from jaxft.config import AdapterConfig, RunConfig
 from jaxft.errors import ConfigError
 from jaxft.hardware.chips import chip_named
-from jaxft.models.config import make_numerics
+from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
+from jaxft.models.layers import LayerInputs
+from jaxft.models.module import abstract_model, merge
 from jaxft.planner.analytic import Estimate, Estimator, Evaluation, Exchanged
 from jaxft.planner.cost import totals
 from jaxft.planner.placed import Placed
@@ -112,6 +115,60 @@ def test_less_is_kept_with_each_step_of_rematerialisation():
         kept.append(estimate(config).kinds["activations"])
     assert sorted(kept, reverse=True) == kept
     assert len(set(kept)) == len(kept)
+
+
+def kept_by_jax(architecture: Architecture, capacity: float) -> float:
+    """Bytes of a token that a layer's operations keep by themselves, weights left out."""
+    length, config = 64, architecture.config
+    numerics = Numerics(jnp.float32, jnp.bfloat16, expert_capacity=capacity)
+    abstract = abstract_model(lambda rngs: architecture.blocks[""](config, numerics, rngs))
+
+    @jax.custom_vjp
+    def attention(q: Any, k: Any, v: Any) -> Any:
+        return q
+
+    # As a kernel does: what it reads and makes, and a sum of each row's scores.
+    attention.defvjp(
+        lambda q, k, v: (2 * q, (q, k, v, 2 * q, jnp.sum(q, -1, dtype=jnp.float32))),
+        lambda kept, d: (d + kept[3] + kept[4][..., None].astype(d.dtype), kept[1], kept[2]),
+    )
+    rope = jnp.ones((1, length, 1, config.head_dim // 2))
+    inputs = LayerInputs(
+        (rope, rope),
+        None,
+        lambda q, k, v, *_: (attention(q, k, v), None),
+        jnp.ones((1, length), bool),
+        jnp.ones((1, length), jnp.int32),
+    )
+
+    def backward(params: Any, x: Any) -> Any:
+        def layer(params: Any, x: Any) -> Any:
+            block: Any = merge(abstract.graphdef, params)
+            return block(x, inputs, None)[::2]
+
+        return jax.vjp(layer, params, x)[1]
+
+    x = jax.ShapeDtypeStruct((1, length, config.embed), jnp.bfloat16)
+    kept = jax.tree.leaves(jax.eval_shape(backward, abstract.params, x))
+    weights = {leaf.size for leaf in abstract.params.values()}
+    return sum(
+        leaf.size * leaf.dtype.itemsize / length
+        for leaf in kept
+        if leaf.size not in weights and jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
+
+
+@pytest.mark.parametrize(("case", "capacity"), [("qwen3_mha", 0), ("mixtral_tied", 1.25)])
+def test_what_each_operation_keeps_is_what_jax_keeps_of_a_layer(case, capacity):
+    """Of norms of heads, and of experts; but for a number of a token here and there."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 128}
+    architecture = architecture_from_hf(CASES[case] | sizes)
+    config = config_of("fsdp")
+    config.model.remat, config.model.expert_capacity = "none", capacity
+    found = estimate(config, architecture).kinds["activations"]
+    tokens = config.train.batch_size * config.data.max_length / 8
+    of_token = found / tokens / architecture.config.layers
+    assert of_token == pytest.approx(kept_by_jax(architecture, capacity), rel=0.03)
 
 
 def test_layer_inputs_alone_are_tokens_times_width_times_layers():
