@@ -14,6 +14,7 @@ from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
 from jaxft.models.towers import ABSENT
 from jaxft.programs.conversion import check
+from tests.oracle.published import PUBLISHED
 from tests.oracle.towers import CONFIGS, load_logits, tokens, write_tower
 
 SLOW = pytest.mark.slow(seconds=4)
@@ -81,6 +82,39 @@ GEMMA_12B: dict[str, Any] = {
 }
 
 
+# As public repositories quote the file.
+GEMMA4_12B: dict[str, Any] = {
+    "model_type": "gemma4_unified",
+    "audio_config": {"model_type": "gemma4_unified_audio", "audio_embed_dim": 640},
+    "audio_token_id": 258881,
+    "boa_token_id": 256000,
+    "boi_token_id": 255999,
+    "dtype": "bfloat16",
+    "eoa_token_index": 258883,
+    "eoi_token_id": 258882,
+    "image_token_id": 258880,
+    "initializer_range": 0.02,
+    "text_config": PUBLISHED["google--gemma-4-31B-it"]
+    | {
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 8,
+        "model_type": "gemma4_unified_text",
+        "moe_intermediate_size": None,
+        "num_attention_heads": 16,
+        "num_experts": None,
+        "num_global_key_value_heads": 1,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "top_k_experts": None,
+        "vocab_size_per_layer_input": 262144,
+    },
+    "tie_word_embeddings": True,
+    "video_token_id": 258884,
+    "vision_config": {"model_type": "gemma4_unified_vision"},
+}
+
+
 def test_fields_that_files_of_multimodal_models_leave_out_have_their_classes_values():
     for kind, fields in ABSENT.items():
         theirs = AutoConfig.for_model(kind).to_dict()
@@ -88,6 +122,15 @@ def test_fields_that_files_of_multimodal_models_leave_out_have_their_classes_val
     abstract = architecture_from_hf(GEMMA_12B).abstract(make_numerics("mixed"))
     # As https://arxiv.org/abs/2503.19786 has it, table 1: 1,012M of the embedding, 10,759M beside.
     assert sum(spec.size for spec in abstract.params.values()) == 11_766_034_176
+
+
+def test_the_published_model_without_towers_is_read_with_all_its_fields():
+    abstract = architecture_from_hf(GEMMA4_12B).abstract(make_numerics("mixed"))
+    # As transformers counts; https://ai.google.dev/gemma/docs/core says 12B with what is beside.
+    assert sum(spec.size for spec in abstract.params.values()) == 11_907_350_320
+    experts = GEMMA4_12B["text_config"] | {"enable_moe_block": True}
+    with pytest.raises(ModelError, match="enable_moe_block is True; only False"):
+        architecture_from_hf(GEMMA4_12B | {"text_config": experts})
 
 
 def test_the_published_model_whose_fields_are_nested_is_that_of_its_text(shared):
