@@ -24,13 +24,13 @@ MESHES: dict[str, dict[str, int]] = {
 # What these split is in mixtures of experts alone.
 FOR_EXPERTS = ("ep", "fsdp_ep")
 # Between them these have every axis that a parameter can have and every way to compute. They run
-# under every strategy; others, as each pair takes 5 s, under those that between them have every
-# axis of a mesh.
+# under every strategy; others, as each pair takes 5 to 15 s, under those that between them have
+# every axis of a mesh.
 EVERY_STRATEGY = ("llama", "gpt2", "gpt_oss", "qwen3_5_text")
 OF_ALL_AXES = ("fsdp_tp_sp", "fsdp_cp", "pp_fsdp_tp", "fsdp_ep")
 # Families that consist of parts which others have, in another order or with other numbers: their
-# rows are not split. A family that adds a parameter with an axis of its own, or a way to compute,
-# is not one of them.
+# rows are not split, and they take turns in being split by sequence or into stages. A family that
+# adds a parameter with an axis of its own, or a way to compute, is not one of them.
 COMPOSED = (
     "cohere",
     "cohere2",
@@ -71,4 +71,8 @@ def runs(strategy: str, family: str, *, mixture: bool) -> bool:
         return False
     if family in EVERY_STRATEGY:
         return True
-    return strategy in OF_ALL_AXES and not (strategy == "fsdp_cp" and family in COMPOSED)
+    if family in COMPOSED:
+        in_turn = ("fsdp_tp_sp", "pp_fsdp_tp")[COMPOSED.index(family) % 2]
+        one = "fsdp_tp_sp" if family in IN_ONE_STAGE else in_turn
+        return strategy in (one, "fsdp_ep")
+    return strategy in OF_ALL_AXES
