@@ -73,8 +73,8 @@ def random_adapter(
 def add_rest(tiny: Tiny, tables: list[str], whole: list[str], **others: Any) -> Adapter:
     """Returns a pair of the queries, rows of three tokens of tables, and whole parameters."""
     random = np.random.default_rng(3)
-    [site, *_] = (site for site in linear_sites(tiny) if site.endswith("attn.q"))
-    adapter = random_adapter(tiny, {site: 2}, **others)
+    queries = [site for site in linear_sites(tiny) if site.endswith(("attn.q", "attn.q_down"))]
+    adapter = random_adapter(tiny, dict.fromkeys(queries, 2), **others)
     width = tiny.architecture.config.embed
     shapes = {f"{table}.rows": (3, width) for table in tables}
     shapes |= {path: tiny.abstract.params[path].shape for path in whole}

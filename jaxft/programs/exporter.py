@@ -13,7 +13,7 @@ from jaxft.errors import ConfigError, ModelError, nearest
 from jaxft.files import as_json, stamps
 from jaxft.hf.folder import ModelFolder, quantisation
 from jaxft.hf.peft.modules import CONFIG
-from jaxft.hf.peft.write import write_adapter
+from jaxft.hf.peft.write import taken_for_experts, write_adapter
 from jaxft.hf.read import Entry
 from jaxft.hf.save import Readable, atomic_folder, save_params
 from jaxft.hf.save_tokenizer import save_tokenizer
@@ -207,6 +207,12 @@ def _export_adapter(
             f"The embedding has {rows} rows, and that of {source.base.path} {stored}: programs "
             f"other than jaxft need the base with {rows} (resize_token_embeddings({rows}) in "
             "transformers)."
+        )
+    if taken := taken_for_experts(adapter.owners("lora_b"), architecture.naming):
+        on_log(
+            f"PEFT (0.21) takes the adapters of {', '.join(taken)} for those of the experts, and "
+            "its logits will be others. Train without them (--config.adapter.targets), or export "
+            "the merged model (--merge)."
         )
     with atomic_folder(output, overwrite=overwrite) as folder:
         write_adapter(folder, adapter, architecture.naming, shapes)

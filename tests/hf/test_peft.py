@@ -14,7 +14,7 @@ from jaxft.errors import ModelError
 from jaxft.hf.peft.adapter import Adapter
 from jaxft.hf.peft.fields import understand
 from jaxft.hf.peft.read import read_adapter
-from jaxft.hf.peft.write import write_adapter
+from jaxft.hf.peft.write import taken_for_experts, write_adapter
 from tests.adapters import add_rest, bare_model, linear_sites, merged, random_adapter, shapes_of
 from tests.oracle.adapter_cases import load_made
 from tests.oracle.cases import FAMILY_CASES
@@ -79,6 +79,19 @@ def test_what_is_written_is_read_again_as_it_was(family, tmp_path):
         adapter = dataclasses.replace(adapter, dropout=0.0)
     assert_equal(found, adapter)
     assert found.alphas == adapter.alphas
+
+
+def test_what_peft_takes_for_experts_is_known():
+    def taken(family: str) -> set[str]:
+        tiny = bare_model(CASE[family])
+        return set(taken_for_experts(linear_sites(tiny), tiny.architecture.naming))
+
+    assert taken("llama") == taken("qwen3_moe") == taken("qwen3_5_moe_text") == set()
+    assert {site.rpartition(".mlp.")[2] for site in taken("qwen3_next")} == {
+        "shared.gate",
+        "shared.up",
+        "shared.down",
+    }
 
 
 @pytest.mark.parametrize("family", CASE)

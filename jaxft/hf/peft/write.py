@@ -61,6 +61,23 @@ def write_adapter(
     write_json(folder / CONFIG, content.config())
 
 
+def taken_for_experts(sites: Iterable[str], naming: Naming) -> list[str]:
+    """Returns the sites whose adapters PEFT (0.21, with transformers 5) takes for those of experts.
+
+    It goes by the last part of a module's name where it makes one tensor of experts that are kept
+    apart: a shared expert or a dense layer has the same.
+
+    Args:
+      sites: Paths of those with a pair.
+      naming: The family's names and layouts.
+    """
+    names = {site_of(rule): module_name(rule.theirs) for rule in naming.adapter_rules}
+    ends = {site: name.rpartition(".")[2] for site, name in names.items()}
+    of_experts = {ends[site] for site, name in names.items() if "{expert}" in name}
+    apart = (site for site in sites if "{expert}" not in names[site])
+    return sorted(site for site in apart if ends[site] in of_experts)
+
+
 class _Content:
     """The content of both files."""
 
