@@ -22,6 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.sharding.rules import active_placement
 
+SCOPE = "delta_rule"
+"""Name that the operations of the rule have in compiled programs."""
+
 
 class Chunking(NamedTuple):
     """The way in which a row is cut.
@@ -108,6 +111,7 @@ def convolution_state(
     return jnp.take_along_axis(before, _expand(places, x.ndim), axis=1)
 
 
+@jax.named_scope(SCOPE)
 def gated_delta_rule(
     q: Float[Array, "B T K Dk"],
     k: Float[Array, "B T K Dk"],

@@ -18,7 +18,17 @@ from jaxft.models import activations as names
 from jaxft.models.families import Architecture
 from jaxft.planner.placed import Placed
 from jaxft.planner.products import Products, Work
-from jaxft.planner.timeline import ATTENTION, DCN, ICI, MATMUL, MEMORY, TO_HOST, WAIT, Rates
+from jaxft.planner.timeline import (
+    ATTENTION,
+    DCN,
+    ICI,
+    MATMUL,
+    MEMORY,
+    RECURRENCE,
+    TO_HOST,
+    WAIT,
+    Rates,
+)
 from jaxft.planner.topology import Topology
 from jaxft.sharding.reduce import WeightPlan
 from jaxft.training.checks import check_matmul
@@ -188,6 +198,7 @@ class _Run(Products):
             MATMUL: self.passes * (work.layers + work.head) / reached.products
             + rounded / reached.rounded,
             ATTENTION: self.passes * work.attention / reached.scores,
+            RECURRENCE: self.passes * work.recurrence / reached.products,
             MEMORY: (self.passes * moved_by_layers + moved_else) / moving,
             # Stages wait for the first micro-batch to come and for the last to go.
             f"{WAIT} stages": self._layer_seconds(work) * (self.turns - self.passes),
@@ -236,7 +247,8 @@ class _Run(Products):
         reached = self._rates_of_products()
         moving = self.chip.bandwidth * self.rates.memory
         moved, _ = self._passed_bytes()
-        products = work.layers / reached.products + work.rounded / reached.rounded
+        products = (work.layers + work.recurrence) / reached.products
+        products += work.rounded / reached.rounded
         return products + work.attention / reached.scores + moved / moving
 
     def _passed_bytes(self) -> tuple[float, float]:

@@ -14,16 +14,18 @@ class Work(NamedTuple):
     """FLOPs of one device in one micro-batch, forward and backward.
 
     Attributes:
-      layers: Products of layers in the type of computing.
+      layers: Products of layers in the type of computing, but those of the delta rule.
       rounded: Products of layers in that of `model.matmul`.
       head: Products with the head.
       attention: Products of queries, keys and values.
+      recurrence: Products of the delta rule.
     """
 
     layers: float
     rounded: float
     head: float
     attention: float
+    recurrence: float
 
 
 class Reached(NamedTuple):
@@ -111,7 +113,7 @@ class Products(Footprint):
         layer, rounded = (layer, own) if self.matmul else (layer + own, 0.0)
         rule = self._recurrent
         again_rule = (names.ATTENTION in self.again) + (self.stages > 1)
-        layer += rule.forward * (1 + self.back * again_rule) + rule.backward * self.back
+        recurrence = rule.forward * (1 + self.back * again_rule) + rule.backward * self.back
         pairs = self.attending * self._pairs() * self._heads()
         layers = self.model.attending
         attention = sum(of_keys * one.head_dim + of_values * one.value_dim for one in layers)
@@ -121,6 +123,7 @@ class Products(Footprint):
             rounded=2 * self.tokens * self.layers * rounded,
             head=2 * self.tokens * head * self.model.embed * self._vocab(),
             attention=2 * attention * pairs * self.layers,
+            recurrence=2 * self.tokens * self.layers * recurrence,
         )
 
     def _met(self, weight: Weight) -> float:

@@ -1,10 +1,11 @@
 """A compiled program added up: the time of a step, what is exchanged, and how sure that is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxft.compiled.collectives import Collective, Frame, Reader
 from jaxft.compiled.hlo import Module
+from jaxft.models.delta import SCOPE
 from jaxft.planner import timeline as lanes
 from jaxft.planner.plan import Exchange, StepTime
 from jaxft.planner.timeline import Timeline
@@ -42,9 +43,8 @@ def step_time(found: Reading, topology: Topology) -> StepTime:
     """Adds a timeline up."""
     chip, step = topology.chip.core, found.step
     spent: dict[str, float] = {}
-    for span, times in step.every():
-        if span.lane == lanes.CORE:
-            spent[span.kind] = spent.get(span.kind, 0.0) + span.seconds * times
+    for kind, seconds in _of_core(step):
+        spent[kind] = spent.get(kind, 0.0) + seconds
     low, high = PUBLISHED_RANGE if topology.chip.is_tpu else ESTIMATED_RANGE
     return StepTime(
         seconds=step.seconds,
@@ -62,6 +62,23 @@ def step_time(found: Reading, topology: Topology) -> StepTime:
         low=low * step.seconds,
         high=high * step.seconds,
     )
+
+
+def _of_core(step: Timeline, *, recurs: bool = False) -> Iterator[tuple[str, float]]:
+    """Yields what the core does and for how long, the delta rule's work as one kind.
+
+    Args:
+      step: Timeline of the step, or of a loop in it.
+      recurs: Whether the loop is the rule's: not all within has its name.
+    """
+    for span in step.spans:
+        if span.lane == lanes.CORE:
+            rule = recurs or SCOPE in span.origin
+            works = not span.kind.startswith(lanes.WAIT)
+            yield lanes.RECURRENCE if rule and works else span.kind, span.seconds
+    for loop in step.loops:
+        for kind, seconds in _of_core(loop.body, recurs=recurs or SCOPE in loop.origin):
+            yield kind, seconds * loop.trips
 
 
 def estimated_time(

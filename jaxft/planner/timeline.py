@@ -19,6 +19,8 @@ from jaxft.planner.network import Network
 
 # What the core does; it waits for what runs on another lane, which the kind then names.
 MATMUL, ATTENTION, MEMORY, WAIT = "matmul", "attention", "memory", "wait"
+# All of the delta rule, whatever the core does for it.
+RECURRENCE = "recurrence"
 # Lanes beside the core.
 CORE, ICI, DCN, TO_HOST, COPY, SPARSE = "core", "ici", "dcn", "host", "copy", "sparsecore"
 
@@ -66,11 +68,13 @@ class Loop:
       start: Seconds from the start of the timeline that it is part of.
       trips: Number of runs of its body.
       body: One run.
+      origin: Part of the traced function that it came from.
     """
 
     start: float
     trips: int
     body: "Timeline"
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -265,7 +269,7 @@ class Simulator:
         trips = self.module.trips(computation, loop)
         trips = 1 if trips is None else trips  # the plan says so
         body = self._run(self.module.computations[name], frame.chains)
-        state.loops.append(Loop(state.now, trips, body))
+        state.loops.append(Loop(state.now, trips, body, loop.origin))
         state.now += trips * body.seconds
 
     def _exchange(
@@ -376,5 +380,7 @@ def _scaled(timeline: Timeline, share: float) -> Timeline:
             Span(s.lane, s.kind, s.start * share, s.seconds * share, s.name, s.origin)
             for s in timeline.spans
         ),
-        tuple(Loop(x.start * share, x.trips, _scaled(x.body, share)) for x in timeline.loops),
+        tuple(
+            Loop(x.start * share, x.trips, _scaled(x.body, share), x.origin) for x in timeline.loops
+        ),
     )

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from jaxft.compiled.collectives import collectives
+from jaxft.compiled.hlo import Module
 from jaxft.models.delta import (
+    SCOPE,
     convolution_state,
     delta_step,
     gated_delta_rule,
@@ -353,3 +355,8 @@ def test_rows_and_heads_on_their_own_devices_exchange_gradients_of_kernels_alone
     assert [(one.kind, one.axes, sum(one.arrays)) for one in found] == [
         ("all-reduce", ("data",), size)
     ]
+    # A plan knows the rule's work by its name, forward and backward.
+    computations = Module(text).computations.values()
+    loops = [i for c in computations for i in c.instructions.values() if i.opcode == "while"]
+    assert len(loops) > 1 and all(SCOPE in one.origin for one in loops)
+    assert any("transpose" in one.origin for one in loops)
