@@ -180,8 +180,8 @@ GENERATED = {name: names[0] for name, names in FAMILY_CASES.items()} | {
 
 
 # Of composed families those that have what no other has beside a cache: layers with and without
-# positions, queries that grow, parts beside each other, norms of token vectors.
-DECODED = {"smollm3", "ministral3", "cohere2", "nanochat"}
+# positions, queries that grow, parts beside each other, norms of token vectors, heads of two sizes.
+DECODED = {"smollm3", "ministral3", "cohere2", "nanochat", "gemma4_text"}
 
 
 @pytest.mark.slow(seconds=3, but=r"^(llama|gemma3_text|mixtral|qwen3_5_text)$")
