@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import ModelError
-from jaxft.hf.read import DTYPES, Reader, Stored, Task
+from jaxft.hf.decoded import Stored
+from jaxft.hf.read import DTYPES, Reader, Task
 from jaxft.hf.rules import Naming, Part, expand
 from jaxft.hf.stored import differing, mismatches, named_as, stored_tensors
 

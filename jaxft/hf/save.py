@@ -21,7 +21,8 @@ import numpy as np
 from jaxft.errors import ModelError
 from jaxft.files import as_json
 from jaxft.formatting import format_storage
-from jaxft.hf.read import DTYPES, Entry
+from jaxft.hf.decoded import Passed
+from jaxft.hf.read import DTYPES
 from jaxft.hf.rules import Naming, Tensor, expand
 from jaxft.hf.stored import INDEX, SINGLE
 
@@ -169,7 +170,7 @@ def save_params(
     params: Mapping[str, Readable],
     *,
     dtypes: Mapping[str, str] | str,
-    others: Mapping[str, Entry] = MappingProxyType({}),
+    others: Mapping[str, Passed] = MappingProxyType({}),
     max_shard_bytes: int = 5_000_000_000,
 ) -> int:
     """Writes parameters as safetensors in their names and layouts, one file or several shards.
@@ -254,8 +255,8 @@ def _of_params(tensor: Tensor, params: Mapping[str, Readable], dtype: np.dtype) 
     return _Item(tensor.name, _WORDS[dtype], tensor.shape, size, number, values)
 
 
-def _as_it_is(name: str, entry: Entry) -> _Item:
-    return _Item(name, entry.dtype, entry.shape, entry.size, (), entry.parts)
+def _as_it_is(name: str, entry: Passed) -> _Item:
+    return _Item(name, entry.dtype, entry.shape, entry.written, (), entry.parts)
 
 
 def _split(items: list[_Item], limit: int) -> list[list[_Item]]:

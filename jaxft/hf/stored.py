@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from jaxft.errors import ModelError
+from jaxft.hf.decoded import Fp8Blocks, Mxfp4, Passed, Stored
 from jaxft.hf.folder import fp8_block, read_json
 from jaxft.hf.hub import lfs_hint
 from jaxft.hf.kinds import explain_folder
-from jaxft.hf.read import DTYPES, Entry, Fp8Blocks, Mxfp4, Stored
+from jaxft.hf.read import DTYPES, Entry
 from jaxft.hf.rules import Naming, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -45,12 +46,18 @@ def stored_tensors(folder: Path) -> tuple[dict[str, Stored | None], list[str]]:
       ModelError: If there are no weights in safetensors, with the conversion for pickled ones.
     """
     entries, problems = _scan(folder)
+    return paired(entries, _block_of(folder)), problems
+
+
+def _block_of(folder: Path) -> tuple[int, int] | None:
     file = folder / "config.json"
-    return paired(entries, fp8_block(read_json(file)) if file.is_file() else None), problems
+    return fp8_block(read_json(file)) if file.is_file() else None
 
 
-def other_tensors(folder: Path, naming: Naming) -> dict[str, Entry]:
+def other_tensors(folder: Path, naming: Naming) -> dict[str, Passed]:
     """Returns the tensors of a folder that lie beside its model, by their headers.
+
+    Those in FP8 are decoded where they are written, as the model's are.
 
     Raises:
       ModelError: If a file is missing, truncated or broken.
@@ -58,16 +65,23 @@ def other_tensors(folder: Path, naming: Naming) -> dict[str, Entry]:
     entries, problems = _scan(folder)
     if problems:
         raise ModelError(problems)
-    found = {
+    return {
         name: entry
-        for name, entry in entries.items()
+        for name, entry in in_blocks(entries, _block_of(folder)).items()
         if entry is not None and naming.is_other(name)
     }
-    if narrow := [name for name, entry in found.items() if entry.dtype.startswith("F8_")]:
-        raise ModelError(
-            f"{', '.join(group_names(narrow)[:3])} of {folder}: in FP8, beside the model. It "
-            "cannot be written as it is beside weights that are decoded."
-        )
+
+
+def in_blocks(
+    entries: Mapping[str, Entry | None], block: tuple[int, int] | None
+) -> dict[str, Passed | None]:
+    """Puts one tensor in the place of the two that FP8 in blocks makes of it; None for no FP8."""
+    found: dict[str, Passed | None] = dict(entries)
+    for name, codes in entries.items():
+        factors = entries.get(f"{name}_scale_inv")
+        if block is not None and codes is not None and factors is not None:
+            del found[f"{name}_scale_inv"]
+            found[name] = Fp8Blocks(codes, factors, block)
     return found
 
 
@@ -80,17 +94,13 @@ def paired(
       entries: By name.
       block: Rows and columns of the blocks of FP8; None where there are none.
     """
-    stored: dict[str, Stored | None] = dict(entries)
+    stored: dict[str, Stored | None] = {**in_blocks(entries, block)}
     for name in entries:
         base = name.removesuffix("_blocks")
         blocks, scales = entries[name], entries.get(f"{base}_scales")
         if base != name and blocks is not None and scales is not None:
             del stored[name], stored[f"{base}_scales"]
             stored[base] = Mxfp4(blocks, scales)
-        factors = entries.get(f"{name}_scale_inv")
-        if block is not None and blocks is not None and factors is not None:
-            del stored[f"{name}_scale_inv"]
-            stored[name] = Fp8Blocks(blocks, factors, block)
     return stored
 
 

@@ -161,7 +161,8 @@ class DecoderConfig:
       latent: Sizes of attention to latents; None for keys and values of their own.
       dense_mlp: Hidden width of the feed-forward part of layers without experts, where others have
         them; 0 without such layers.
-      guessing: Layers behind the last that files may hold, which guess further tokens; not used.
+      guessing: Layers behind the last that files may hold, which guess further tokens; these are
+        not trained, and go with the model.
     """
 
     vocab: int

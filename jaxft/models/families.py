@@ -167,13 +167,13 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     }
     naming = Naming(
         tuple(of_stacks(rules.values(), decoder.parts, own)),
-        ignored=(*family.HF_IGNORED, *_of_guessing(decoder)),
+        ignored=family.HF_IGNORED,
         copies=copies,
         spellings=getattr(family, "HF_SPELLINGS", ()),
         renamed=tuple(of_stacks(getattr(family, "HF_RENAMED", ()), decoder.parts, {})),
         adapted=tuple(of_stacks(getattr(family, "HF_ADAPTED", ()), decoder.parts, {})),
         tables=("embed.w", "positions.w"),
-        others=getattr(family, "HF_OTHERS", ()),
+        others=(*getattr(family, "HF_OTHERS", ()), *_guessing(decoder)),
     )
     return Architecture(
         config=decoder,
@@ -182,10 +182,10 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     )
 
 
-def _of_guessing(config: DecoderConfig) -> list[str]:
-    """Returns patterns of the names of tensors of layers that guess further tokens."""
+def _guessing(config: DecoderConfig) -> list[str]:
+    """Returns starts of the names of tensors of layers that guess further tokens."""
     behind = range(config.layers, config.layers + config.guessing)
-    return [rf"^model\.layers\.{number}\." for number in behind]
+    return [f"model.layers.{number}." for number in behind]
 
 
 def _unsupported(config: dict[str, Any], kind: str) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 from jaxft.errors import JaxftError, ModelError
 from jaxft.files import stamps, write_json
+from jaxft.hf.decoded import Passed
 from jaxft.hf.folder import read_json
 from jaxft.hf.hub import found_anywhere, resolve
-from jaxft.hf.read import Entry
 from jaxft.hf.stored import other_tensors
 from jaxft.models.families import Architecture
 from jaxft.workdir.source import Source
@@ -54,7 +54,7 @@ def note_others(source: Source, architecture: Architecture, folder: Path) -> Non
         write_json(folder / NOTE, note)
 
 
-def find_others(source: Source, architecture: Architecture) -> dict[str, Entry]:
+def find_others(source: Source, architecture: Architecture) -> dict[str, Passed]:
     """Returns the tensors that belong beside a model, where they lie now.
 
     Args:
@@ -102,7 +102,7 @@ def find_others(source: Source, architecture: Architecture) -> dict[str, Entry]:
     return found
 
 
-def digest_of(entries: Mapping[str, Entry]) -> str:
+def digest_of(entries: Mapping[str, Passed]) -> str:
     """Returns a hash of names, types, shapes and bytes of tensors."""
     found = hashlib.sha256()
     for name in sorted(entries):
@@ -113,11 +113,11 @@ def digest_of(entries: Mapping[str, Entry]) -> str:
     return found.hexdigest()[:32]
 
 
-def differing(entries: Mapping[str, Entry], written: Mapping[str, Entry]) -> list[str]:
+def differing(entries: Mapping[str, Passed], written: Mapping[str, Passed]) -> list[str]:
     """Returns the names of tensors that are not in both, or not byte for byte the same."""
 
-    def same(one: Entry, other: Entry) -> bool:
-        return (one.dtype, one.shape, one.size) == (other.dtype, other.shape, other.size) and all(
+    def same(one: Passed, other: Passed) -> bool:
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and all(
             a.tobytes() == b.tobytes() for a, b in zip(one.parts(), other.parts(), strict=True)
         )
 
@@ -128,7 +128,7 @@ def differing(entries: Mapping[str, Entry], written: Mapping[str, Entry]) -> lis
     )
 
 
-def identity_of(entries: Mapping[str, Entry]) -> list[Any]:
+def identity_of(entries: Mapping[str, Passed]) -> list[Any]:
     """Returns what changes if the files that tensors lie in do."""
     return stamps(sorted({entry.file for entry in entries.values()}))
 

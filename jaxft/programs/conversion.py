@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 
 from jaxft.formatting import format_storage
+from jaxft.hf.decoded import Mxfp4, Stored
 from jaxft.hf.folder import fp8_block, read_config
 from jaxft.hf.hub import remote_tensors, resolve
-from jaxft.hf.read import DTYPES, Entry, Mxfp4, Stored
+from jaxft.hf.read import DTYPES, Entry
 from jaxft.hf.rules import Rule, Tensor, expand
 from jaxft.hf.stored import group_names, named_as, paired, stored_tensors, unfit
 from jaxft.models.config import make_numerics

@@ -14,7 +14,6 @@ from jaxft.hf.hub import resolve
 from jaxft.hf.stored import tensor_dtypes
 from jaxft.hf.tokenizer import add_special_tokens, has_tokenizer, load_tokenizer
 from jaxft.models.families import Architecture
-from jaxft.models.fields import GUESSING
 from jaxft.models.vocabulary import tokens_beyond, with_rows_for
 from jaxft.training.adaptation import as_run, with_dropout
 from jaxft.workdir.source import Source
@@ -143,9 +142,6 @@ def hf_config(source: Source, architecture: Architecture) -> dict[str, Any]:
         config = config | inner | (vocab if "vocab_size" in config else {})
     else:
         config = config | vocab
-    # Layers that guess further tokens are not written.
-    if architecture.config.guessing:
-        config = config | {name: 0 for name in GUESSING if name in config}
     # Weights that were quantised in the files are so no more.
     return {name: value for name, value in config.items() if name != "quantization_config"}
 

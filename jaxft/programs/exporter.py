@@ -11,10 +11,10 @@ from typing import Any
 
 from jaxft.errors import ConfigError, ModelError, nearest
 from jaxft.files import as_json, stamps
+from jaxft.hf.decoded import Passed
 from jaxft.hf.folder import ModelFolder, quantisation
 from jaxft.hf.peft.modules import CONFIG
 from jaxft.hf.peft.write import taken_for_experts, write_adapter
-from jaxft.hf.read import Entry
 from jaxft.hf.save import Readable, atomic_folder, save_params
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.hf.stored import other_tensors, tensor_dtypes
@@ -222,7 +222,7 @@ def _export_adapter(
             on_log(verify_adapter(source, Source(folder, base=source.base)))
 
 
-def _check_others(folder: Path, architecture: Architecture, others: Mapping[str, Entry]) -> None:
+def _check_others(folder: Path, architecture: Architecture, others: Mapping[str, Passed]) -> None:
     """Raises ModelError if tensors beside the model were not written as they are."""
     if names := differing(others, other_tensors(folder, architecture.naming)):
         raise ModelError(
@@ -232,7 +232,7 @@ def _check_others(folder: Path, architecture: Architecture, others: Mapping[str,
 
 
 def _check_apart(
-    output: Path, source: Source | None = None, others: Mapping[str, Entry] = MappingProxyType({})
+    output: Path, source: Source | None = None, others: Mapping[str, Passed] = MappingProxyType({})
 ) -> None:
     """Raises ModelError where replacing `output` would delete what is exported."""
     parts = [part for part in (source, source and source.base) if part is not None]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from jaxft.errors import ModelError
-from jaxft.hf import read
+from jaxft.hf import decoded as decoding
 from jaxft.hf.load import load_params
 from jaxft.hf.rules import Naming, Rule
 from jaxft.hf.stored import tensor_dtypes
@@ -81,7 +81,7 @@ def test_any_part_of_a_matrix_in_fp8_is_what_its_format_defines(
     """Whole and split over devices, a few values at a time; some blocks divide no side."""
     tensors, stored = two_layers(block)
     write(tmp_path, tensors, list(block))
-    monkeypatch.setattr(read, "_DECODED", 50)
+    monkeypatch.setattr(decoding, "_VALUES", 50)
     mesh = Mesh(np.array(jax.devices()[:4]), ("fsdp",))
     specs = {}
     for path, shape in SHAPES.items():

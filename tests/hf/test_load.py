@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from jaxft.errors import ModelError
-from jaxft.hf import load, read
+from jaxft.hf import decoded, load, read
 from jaxft.hf.folder import read_config
 from jaxft.hf.load import load_params
 from jaxft.hf.rules import Naming, Rule
@@ -234,6 +234,7 @@ def test_a_stored_tensor_is_never_held_as_a_whole(tmp_path, monkeypatch):
 def small(monkeypatch):
     """Cuts everything so small that tiny tensors go through all paths."""
     monkeypatch.setattr(read, "_BLOCK", 64)
+    monkeypatch.setattr(decoded, "_VALUES", 8)
     monkeypatch.setattr(read, "_STRAIGHT", 96)
     monkeypatch.setattr(read, "_PAGE", 16)
     monkeypatch.setattr(load, "_STAGED", 400)

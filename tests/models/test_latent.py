@@ -63,7 +63,9 @@ def test_what_experts_are_chosen_by_neither_trains_nor_is_rounded(adapter):
     assert path in parts.frozen | parts.base
 
 
-def test_layers_that_guess_further_tokens_are_passed_by_where_config_json_names_them(tmp_path):
+def test_layers_that_guess_further_tokens_are_beside_a_model_that_names_them(
+    tmp_path,
+):
     file = write_folder("deepseek_v3_published", tmp_path) / "model.safetensors"
     more = {
         f"model.layers.{number}.eh_proj.weight": np.zeros((2, 4), np.float32) for number in (2, 3)
