@@ -63,7 +63,9 @@ CASES = (
     Case(folder=_LLAMA, slice="v6e-16", length=4096, rows=2),
     Case(folder=_LLAMA, slice="2xv5e:4x4", length=4096, rows=1, strategy="hsdp"),
     Case(folder=_QWEN, slice="v5p-64", length=4096, rows=4, capacity=1.25),
+    Case(folder=_QWEN, slice="v5p-64", length=4096, rows=4),
     Case(folder=_MIXTRAL, slice="v5p-256", length=4096, rows=4, capacity=1.25),
+    Case(folder=_MIXTRAL, slice="v5p-256", length=4096, rows=4),
 )
 
 
@@ -89,6 +91,7 @@ def measure(case: Case, models: Path, options: str, matmul: str) -> dict[str, An
         "length": case.length,
         "rows_per_device": case.rows,
         "strategy": case.strategy,
+        "capacity": case.capacity,
         "mesh": found.mesh,
         "matmul": matmul,
         "options": BY_CHIP.get(topology.chip.name, {}) | compiler_options(options),
