@@ -164,16 +164,15 @@ class Places(NamedTuple):
 
 
 def spread(x: Float[Array, "N D"], places: Places) -> Float[Array, "M D"]:
-    """Puts copies of tokens at their places; at a place without one lies what nothing reads.
+    """Puts copies of tokens at their places; zero where there is none.
 
-    It is some token's: zeros would be written by a pass of their own. A token's gradient is read
-    from its places, and added up in float32: left to itself it would be added to the token place by
-    place, which accelerators do slowly.
+    A token's gradient is read from its places, and added up in float32: left to itself it would be
+    added to the token place by place, which accelerators do slowly.
     """
 
     @jax.custom_vjp
     def copied(x: Array, places: Places) -> Array:
-        return jnp.take(x, places.tokens, axis=0, mode="clip")
+        return _rows(x, places.tokens)
 
     def backward(places: Places, dy: Array) -> tuple[Array, None]:
         of_copies = _rows(dy, places.of_copy).astype(jnp.float32)
