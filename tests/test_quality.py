@@ -41,8 +41,8 @@ def run_benchmark(module: str, *arguments: object) -> str:
 
 @pytest.mark.real_data(seconds=120)
 def test_the_fine_tuned_loss_is_the_reference_implementations(shared):
-    lines = run_benchmark("quality", shared, "--data=rasbt-instruct", "--packing=stream")
-    assert '"data": "rasbt-instruct"' in lines
+    lines = run_benchmark("quality", shared, "--data=tinyshakespeare", "--packing=stream")
+    assert '"data": "tinyshakespeare"' in lines
 
 
 @pytest.mark.real_data(seconds=60)

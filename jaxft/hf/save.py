@@ -186,7 +186,7 @@ def save_params(
       params: `{dotted path: parameter}`.
       dtypes: 'float32', 'float16', 'bfloat16' or 'float64' for all, or one for each of their names,
         which then are the names that are written.
-      others: Tensors that are written byte for byte as they lie in other files.
+      others: Tensors that are written as they lie in other files, those in FP8 decoded.
       max_shard_bytes: Largest shard; a tensor above it gets a shard of its own.
 
     Returns:

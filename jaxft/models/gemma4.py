@@ -167,7 +167,7 @@ def _kinds(fields: Fields) -> list[LayerKind]:
     """Reads windows, rotary positions and heads of each layer."""
     layers = fields.size("num_hidden_layers")
     windows = fields.windows(lambda layer: (layer + 1) % 6 != 0 and layer + 1 < layers)
-    if windows[-1]:
+    if windows and windows[-1]:
         fields.problem(
             "config.json: layer_types ends with 'sliding_attention', in the place of which "
             "transformers takes 'full_attention' for this family. Write that."
@@ -198,7 +198,12 @@ def _heads_without_window(
     count, size = own if may_differ else kv_heads, fields.size("global_head_dim", 512)
     # transformers writes the same by layer.
     by_layer = fields.get("per_layer_config")
-    if by_layer is not None:
+    if by_layer is not None and not isinstance(by_layer, dict):
+        fields.problem(
+            f"config.json: per_layer_config is {by_layer!r}; expected an object with numbers of "
+            "layers as keys."
+        )
+    elif by_layer is not None:
         names = {"num_key_value_heads": kv_heads, "head_dim": fields.head_dim()}
         distinct = {tuple({**names, **one}.items()) for one in by_layer.values()}
         full = [layer for layer, window in enumerate(windows) if not window]

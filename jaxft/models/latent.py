@@ -106,13 +106,13 @@ class LatentAttention(nnx.Module):
 
     def _by_latents(
         self,
-        plain: Float[Array, "R T N P"],
-        turning: Float[Array, "R T N Q"],
-        latent: Float[Array, "R T C"],
-        turned: Float[Array, "R T 1 Q"],
+        plain: Float[Array, "B T N P"],
+        turning: Float[Array, "B T N Q"],
+        latent: Float[Array, "B T R"],
+        turned: Float[Array, "B T 1 Q"],
         inputs: LayerInputs,
         cache: Latents,
-    ) -> tuple[Float[Array, "R T N U"], Any]:
+    ) -> tuple[Float[Array, "B T N U"], Any]:
         """Returns what heads read of latents of texts whose beginning the cache holds."""
         to_k, to_v = jnp.split(self.kv_up.adapted(plain.dtype), [self.sizes.plain_dim], axis=1)
         q = jnp.concatenate([jnp.einsum("btnp,npr->btnr", plain, to_k), turning], axis=-1)

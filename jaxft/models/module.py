@@ -16,7 +16,7 @@ from flax import nnx
 Params = dict[str, jax.Array]
 
 # Last parts of the paths of parameters that no gradient changes: they stay as they were loaded.
-_UNLEARNT = ("correction",)
+_UNLEARNT = ("correction", "factor")
 
 
 class Param(nnx.Param):
@@ -28,7 +28,7 @@ class Param(nnx.Param):
 
 
 def is_unlearnt(path: str) -> bool:
-    """Whether a parameter stays as it was loaded, whatever trains: what routers choose by."""
+    """Whether a parameter stays as it was loaded, whatever trains: numbers no gradient changes."""
     return path.rpartition(".")[2] in _UNLEARNT
 
 

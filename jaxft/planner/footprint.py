@@ -307,7 +307,11 @@ class Footprint:
         total, layers = 0.0, sum(map(len, self.placed.abstract.stacks.values()))
         for path, leaf in self.placed.abstract.params.items():
             part = path.removesuffix(".scale").rpartition(".")[2]
-            if path.endswith(".scale") and part in (*_STREAM_NORMS, *heads):
+            if not path.endswith(".scale"):
+                continue
+            if m.latent is not None and part in ("q_norm", "kv_norm"):  # of latents
+                total += leaf.shape[0] / layers * leaf.shape[-1]
+            elif part in (*_STREAM_NORMS, *heads):
                 # One weight for all heads, or one for each.
                 numbers = heads[part] * m.head_dim if part in heads else stream
                 total += leaf.shape[0] / layers * numbers

@@ -15,11 +15,13 @@ from jaxft.hf.decoded import Passed
 from jaxft.hf.folder import ModelFolder, quantisation
 from jaxft.hf.peft.modules import CONFIG
 from jaxft.hf.peft.write import taken_for_experts, write_adapter
+from jaxft.hf.rules import Naming
 from jaxft.hf.save import Readable, atomic_folder, save_params
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.hf.stored import other_tensors, tensor_dtypes
 from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture
+from jaxft.models.module import is_unlearnt
 from jaxft.programs.beside import copy_files, differing, find_others, identity_of
 from jaxft.programs.description import (
     default_template,
@@ -70,8 +72,9 @@ def export(
       merge: Write a whole model with the adapter in it: merged in float32 into the weights of the
         base's own files. How much of the adapter is left after rounding, and how far logits move,
         is said.
-      dtype: Type of every tensor, such as `bfloat16`; empty: that of each tensor in the files the
-        weights once came from, or bfloat16 for those that were in MXFP4 or FP8.
+      dtype: Type of every tensor that training may change, such as `bfloat16`; empty: that of each
+        tensor in the files the weights once came from, or bfloat16 for those that were in MXFP4 or
+        FP8.
       overwrite: Replace a folder that is there.
       verify: Compare all weights and some logits with those of what was exported, which needs
         memory for one model in float32, and say what was found. Written in the same type nothing
@@ -107,12 +110,15 @@ def export(
     others = find_others(source, stored)
     _check_apart(output, others=others)
     if others:
-        on_log(f"Tensors beside the model, which are written as they are: {len(others)}.")
+        on_log(
+            "Tensors beside the model, which are written as they are, those in FP8 decoded: "
+            f"{len(others)}."
+        )
     tokenizer = described.load_tokenizer()
     architecture = grown(stored, tokenizer)
     config = hf_config(source, architecture)
     before = tensor_dtypes_of(source)
-    dtypes = (dict.fromkeys(before, dtype) if dtype else before) or dtype or "float32"
+    dtypes = _types_as_asked(before, dtype, stored.naming) or dtype or "float32"
     if method := quantisation(described.config).get("quant_method"):
         what = "The experts" if method == "mxfp4" else "Weights"
         on_log(f"{what} were stored in {method.upper()}; they are written unpacked.")
@@ -220,6 +226,16 @@ def _export_adapter(
             save_tokenizer(tokenizer, folder)
         if verify:
             on_log(verify_adapter(source, Source(folder, base=source.base)))
+
+
+def _types_as_asked(before: Mapping[str, str], dtype: str, naming: Naming) -> dict[str, str]:
+    """Returns the type to write of each tensor; what nothing trains keeps its own."""
+    if not dtype:
+        return dict(before)
+    fixed = tuple(
+        "." + rule.theirs.rpartition("}.")[2] for rule in naming.rules if is_unlearnt(rule.ours)
+    )
+    return {name: own if name.endswith(fixed) else dtype for name, own in before.items()}
 
 
 def _check_others(folder: Path, architecture: Architecture, others: Mapping[str, Passed]) -> None:

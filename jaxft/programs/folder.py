@@ -144,7 +144,11 @@ def keep_model_files(
             f"{folder} cannot be written: {error}. Free some disk space or fix the folder's "
             "permissions, then start again."
         ) from error
-    if not architecture.adaptation or architecture.adaptation.whole:
+    # Layers that guess further tokens belong to weights that a random start does without.
+    is_part = architecture.naming.alone is not None
+    if (is_part or not config.model.random_init) and (
+        not architecture.adaptation or architecture.adaptation.whole
+    ):
         note_others(source, architecture, folder)
     write_json(folder / "tensor_dtypes.json", dtypes)
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import jaxft
 from jaxft.errors import JaxftError, ModelError
+from jaxft.hf import decoded
 from jaxft.hf.rules import expand
 from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
@@ -311,8 +312,9 @@ def test_experts_in_mxfp4_are_written_unpacked(base, tmp_path):
     assert "quantization_config" not in json.loads((output / "config.json").read_text())
 
 
-def test_weights_in_fp8_are_written_decoded_as_are_layers_that_guess(tmp_path):
+def test_weights_in_fp8_are_written_decoded_as_are_layers_that_guess(tmp_path, monkeypatch):
     """Routers, norms and corrections are in other types; a layer behind the last is in FP8 too."""
+    monkeypatch.setattr(decoded, "_VALUES", 100)  # so that they pass in pieces
     source = write_folder("deepseek_v3_published", tmp_path)
     method = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [8, 16]}
     config = CASES["deepseek_v3_published"] | {"quantization_config": method}
@@ -335,9 +337,9 @@ def test_weights_in_fp8_are_written_decoded_as_are_layers_that_guess(tmp_path):
     expected[name.format(2)] = expected[name.format(1)]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     lines: list[str] = []
-    output = jaxft.export(source, tmp_path / "out", on_log=lines.append)
+    output = jaxft.export(source, tmp_path / "out", verify=True, on_log=lines.append)
     assert lines[:2] == [
-        "Tensors beside the model, which are written as they are: 1.",
+        "Tensors beside the model, which are written as they are, those in FP8 decoded: 1.",
         "Weights were stored in FP8; they are written unpacked.",
     ]
     found = load_file(output / "model.safetensors")
@@ -375,3 +377,15 @@ def test_what_is_exported_is_not_deleted_by_its_own_export(tmp_path, shared):
         with pytest.raises(ModelError, match="holds what is exported"):
             jaxft.export(base, output, overwrite=True)
     assert (base / "model.safetensors").is_file()
+
+
+def test_what_corrects_the_choice_of_experts_keeps_its_type(tmp_path):
+    source = write_folder("deepseek_v3_published", tmp_path)
+    output = jaxft.export(source, tmp_path / "out", dtype="bfloat16", on_log=lambda text: None)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, output))
+    types = {name: value.dtype.name for name, value in after.items()}
+    corrections = {name for name in before if name.endswith("e_score_correction_bias")}
+    assert corrections
+    for name, kind in types.items():
+        assert kind == ("float32" if name in corrections else "bfloat16"), name
+    assert all(np.array_equal(before[name], after[name]) for name in corrections)

@@ -270,7 +270,11 @@ class _Content:
                 for rule in self._rules
                 if rule.ours in self._shapes and rule.theirs.startswith(f"{owner}.")
             }
-            inside |= {rule.ours for rule in self._rules if rule.theirs == name}
+            inside |= {
+                rule.ours
+                for rule in self._rules
+                if rule.ours in self._shapes and rule.theirs == name
+            }
             if lacking := sorted(inside - self._adapter.whole()):
                 yield (
                     f"PEFT saves modules as a whole, but of {owner} only "
