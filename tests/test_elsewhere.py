@@ -45,6 +45,14 @@ def oracle() -> str:
 
 
 @pytest.fixture(scope="session")
+def peft(oracle) -> str:
+    """The same Python where it has PEFT, too."""
+    if subprocess.run([oracle, "-c", "import peft"], capture_output=True).returncode:
+        pytest.skip("JAXFT_ORACLE_PYTHON has no peft")
+    return oracle
+
+
+@pytest.fixture(scope="session")
 def oracle_4() -> str:
     """A Python with transformers 4.57; .ci/run makes one."""
     python = os.environ.get("JAXFT_ORACLE_PYTHON_4", "")
@@ -130,9 +138,7 @@ def adapters_to_read() -> dict[str, tuple[str, Adapter]]:
 
 
 @pytest.mark.slow(seconds=120)
-def test_adapters_give_the_same_logits_in_peft(oracle, tmp_path):
-    if subprocess.run([oracle, "-c", "import peft"], capture_output=True).returncode:
-        pytest.skip("JAXFT_ORACLE_PYTHON has no peft")
+def test_adapters_give_the_same_logits_in_peft(peft, tmp_path):
     made = adapters_to_read()
     for name, (case, adapter) in made.items():
         for part in ("base", "adapter"):
@@ -143,7 +149,7 @@ def test_adapters_give_the_same_logits_in_peft(oracle, tmp_path):
         write_adapter(tmp_path / name / "adapter", adapter, naming, shapes)
         np.save(tmp_path / name / "tokens.npy", np.random.default_rng(0).integers(60, size=(1, 16)))
     script = Path(__file__).parent / "oracle/read_adapters.py"
-    subprocess.run([oracle, script, *(tmp_path / name for name in made)], check=True)
+    subprocess.run([peft, script, *(tmp_path / name for name in made)], check=True)
     for name, (case, adapter) in made.items():
         tiny, tokens = bare_model(case), np.load(tmp_path / name / "tokens.npy")
         theirs = np.load(tmp_path / name / "logits.npy")
@@ -154,10 +160,8 @@ def test_adapters_give_the_same_logits_in_peft(oracle, tmp_path):
 
 
 @pytest.mark.slow(seconds=5)
-def test_adapters_of_multimodal_models_give_the_same_logits_in_peft(oracle, tmp_path):
+def test_adapters_of_multimodal_models_give_the_same_logits_in_peft(peft, tmp_path):
     """On the multimodal class, whose towers for images have modules of the same names."""
-    if subprocess.run([oracle, "-c", "import peft"], capture_output=True).returncode:
-        pytest.skip("JAXFT_ORACLE_PYTHON has no peft")
     cases, ours = ("gemma3", "gemma4"), {}
     for case in cases:
         for part in ("base", "adapter"):
@@ -172,7 +176,7 @@ def test_adapters_of_multimodal_models_give_the_same_logits_in_peft(oracle, tmp_
         ours[case] = logits(merged(tiny, adapter), towers.tokens())
         assert np.max(np.abs(logits(tiny.params, towers.tokens()) - ours[case])) > 1e-2
     script = Path(__file__).parent / "oracle/read_adapters.py"
-    subprocess.run([oracle, script, *(tmp_path / case for case in cases)], check=True)
+    subprocess.run([peft, script, *(tmp_path / case for case in cases)], check=True)
     for case in cases:
         theirs = np.load(tmp_path / case / "logits.npy")
         np.testing.assert_allclose(ours[case], theirs, atol=1e-4, err_msg=case)

@@ -13,7 +13,14 @@ from jaxft.models.experts import ExpertsAndShared
 from jaxft.models.fields import Fields
 from jaxft.models.latent import LatentAttention
 from jaxft.models.layers import GatedMLP, ResidualBlock
-from jaxft.models.naming import BODY, FUSED_EXPERTS, GATED_MLP, LATENT_ATTENTION, PRE_NORMS
+from jaxft.models.naming import (
+    BODY,
+    FUSED_ROUTED_EXPERTS,
+    GATED_MLP,
+    LATENT_ATTENTION,
+    PRE_NORMS,
+    ROUTED_EXPERTS,
+)
 from jaxft.models.rope import Rope
 
 DENSE, SPARSE = "dense", "sparse"
@@ -172,13 +179,9 @@ def _scale(fields: Fields) -> float:
 
 
 _MLP = "model.layers.{layer}.mlp."
-_EXPERT = _MLP + "experts.{expert}."
 HF_RULES = (*BODY, *PRE_NORMS, *LATENT_ATTENTION)
 EXPERTS = (
-    Rule("layers.mlp.routed.router.w", _MLP + "gate.weight", "e d -> e d"),
-    Rule("layers.mlp.routed.gate.w", _EXPERT + "gate_proj.weight", "f d -> f d"),
-    Rule("layers.mlp.routed.up.w", _EXPERT + "up_proj.weight", "f d -> f d"),
-    Rule("layers.mlp.routed.down.w", _EXPERT + "down_proj.weight", "d f -> d f"),
+    *ROUTED_EXPERTS,
     Rule("layers.mlp.routed.correction", _MLP + "gate.e_score_correction_bias", "e -> e"),
     Rule("layers.mlp.shared.gate.w", _MLP + "shared_experts.gate_proj.weight", "f d -> f d"),
     Rule("layers.mlp.shared.up.w", _MLP + "shared_experts.up_proj.weight", "f d -> f d"),
@@ -186,7 +189,4 @@ EXPERTS = (
 )
 HF_BLOCK_RULES = {DENSE: GATED_MLP, SPARSE: EXPERTS}
 HF_IGNORED = (r"\.rotary_emb\.inv_freq$",)
-HF_RENAMED = tuple(
-    Rule(rule.ours.replace(".mlp.", ".mlp.routed."), rule.theirs, rule.layout)
-    for rule in FUSED_EXPERTS
-)
+HF_RENAMED = FUSED_ROUTED_EXPERTS

@@ -1,5 +1,7 @@
 """Names and layouts of tensors that the Hugging Face files of several families share."""
 
+from dataclasses import replace
+
 from jaxft.hf.rules import Rule
 
 _LAYER = "model.layers.{layer}."
@@ -58,11 +60,22 @@ LATENT_ATTENTION = (
     Rule("layers.attn.kv_up.w", _LAYER + "self_attn.kv_b_proj.weight", "(n h) r -> n h r"),
     Rule("layers.attn.o.w", _LAYER + "self_attn.o_proj.weight", "d (n u) -> d n u"),
 )
-# What models of transformers 5 make of experts that files keep apart, and how they call the router.
 _EXPERTS = _LAYER + "mlp.experts."
+EXPERTS = (
+    Rule("layers.mlp.router.w", _LAYER + "mlp.gate.weight", "e d -> e d"),
+    Rule("layers.mlp.gate.w", _EXPERTS + "{expert}.gate_proj.weight", "f d -> f d"),
+    Rule("layers.mlp.up.w", _EXPERTS + "{expert}.up_proj.weight", "f d -> f d"),
+    Rule("layers.mlp.down.w", _EXPERTS + "{expert}.down_proj.weight", "d f -> d f"),
+)
+# What models of transformers 5 make of experts that files keep apart, and how they call the router.
 FUSED_EXPERTS = (
     Rule("layers.mlp.router.w", _LAYER + "mlp.gate.weight", "e d -> e d"),
     Rule("layers.mlp.gate.w", _EXPERTS + "gate_up_proj", "e (+ f) d -> e f d"),
     Rule("layers.mlp.up.w", _EXPERTS + "gate_up_proj", "e (+ f) d -> e f d"),
     Rule("layers.mlp.down.w", _EXPERTS + "down_proj", "e d f -> e d f"),
+)
+# The same of experts beside one that every token goes through.
+ROUTED_EXPERTS, FUSED_ROUTED_EXPERTS = (
+    tuple(replace(rule, ours=rule.ours.replace(".mlp.", ".mlp.routed.")) for rule in rules)
+    for rules in (EXPERTS, FUSED_EXPERTS)
 )

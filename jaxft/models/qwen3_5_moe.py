@@ -8,7 +8,7 @@ from jaxft.models import qwen3_5
 from jaxft.models.config import DecoderConfig
 from jaxft.models.experts import ExpertsAndShared
 from jaxft.models.fields import Fields
-from jaxft.models.naming import BODY, FUSED_EXPERTS, PRE_NORMS
+from jaxft.models.naming import BODY, FUSED_ROUTED_EXPERTS, PRE_NORMS, ROUTED_EXPERTS
 
 BLOCKS = qwen3_5.hybrid_blocks(ExpertsAndShared)
 
@@ -32,14 +32,10 @@ def with_experts(fields: Fields, *, normalised: bool) -> DecoderConfig:
 
 
 _MLP = "model.layers.{layer}.mlp."
-_EXPERT = _MLP + "experts.{expert}."
 HF_RULES = (
     *BODY,
     *PRE_NORMS,
-    Rule("layers.mlp.routed.router.w", _MLP + "gate.weight", "e d -> e d"),
-    Rule("layers.mlp.routed.gate.w", _EXPERT + "gate_proj.weight", "f d -> f d"),
-    Rule("layers.mlp.routed.up.w", _EXPERT + "up_proj.weight", "f d -> f d"),
-    Rule("layers.mlp.routed.down.w", _EXPERT + "down_proj.weight", "d f -> d f"),
+    *ROUTED_EXPERTS,
     Rule("layers.mlp.shared.gate.w", _MLP + "shared_expert.gate_proj.weight", "f d -> f d"),
     Rule("layers.mlp.shared.up.w", _MLP + "shared_expert.up_proj.weight", "f d -> f d"),
     Rule("layers.mlp.shared.down.w", _MLP + "shared_expert.down_proj.weight", "d f -> d f"),
@@ -47,9 +43,6 @@ HF_RULES = (
 )
 HF_BLOCK_RULES = qwen3_5.HF_BLOCK_RULES
 HF_IGNORED, HF_OTHERS = qwen3_5.HF_IGNORED, qwen3_5.HF_OTHERS
-HF_RENAMED = tuple(
-    Rule(rule.ours.replace(".mlp.", ".mlp.routed."), rule.theirs, rule.layout)
-    for rule in FUSED_EXPERTS
-)
+HF_RENAMED = FUSED_ROUTED_EXPERTS
 # Of this family PEFT makes one tensor of experts that are kept apart for models, not for adapters.
 HF_ADAPTED = tuple(rule for rule in HF_RENAMED if "router" not in rule.ours)

@@ -4,12 +4,11 @@ from typing import Any
 
 from flax import nnx
 
-from jaxft.hf.rules import Rule
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.experts import Experts
 from jaxft.models.fields import Fields
 from jaxft.models.layers import ResidualBlock, SelfAttention
-from jaxft.models.naming import ATTENTION, BODY, FUSED_EXPERTS, HEAD_NORMS, PRE_NORMS
+from jaxft.models.naming import ATTENTION, BODY, EXPERTS, FUSED_EXPERTS, HEAD_NORMS, PRE_NORMS
 
 
 class Block(ResidualBlock):
@@ -42,16 +41,12 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     return fields.decoder(kinds, experts=experts, mlp=mlp)
 
 
-_MLP = "model.layers.{layer}.mlp."
 HF_RULES = (
     *BODY,
     *PRE_NORMS,
     *ATTENTION,
     *HEAD_NORMS,
-    Rule("layers.mlp.router.w", _MLP + "gate.weight", "e d -> e d"),
-    Rule("layers.mlp.gate.w", _MLP + "experts.{expert}.gate_proj.weight", "f d -> f d"),
-    Rule("layers.mlp.up.w", _MLP + "experts.{expert}.up_proj.weight", "f d -> f d"),
-    Rule("layers.mlp.down.w", _MLP + "experts.{expert}.down_proj.weight", "d f -> d f"),
+    *EXPERTS,
 )
 HF_IGNORED = ()
 HF_RENAMED = FUSED_EXPERTS
