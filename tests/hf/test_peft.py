@@ -232,6 +232,16 @@ def test_a_tied_table_is_written_twice_and_says_so(tmp_path):
     assert "ensure_weight_tying is not true" in problem(tiny, tmp_path)
 
 
+def test_values_are_saved_as_a_whole_where_some_layers_have_none(tmp_path):
+    tiny = bare_model("gemma4_text_gqa")
+    values = [path for path in tiny.params if path.endswith("attn.v.w")]
+    config, tensors = written(tiny, add_rest(tiny, [], values), tmp_path)
+    saved = {name for name in tensors if "v_proj" in name}
+    assert len(saved) == sum(len(tiny.params[path]) for path in values) == 4
+    assert config["modules_to_save"]
+    assert_equal(read(tiny, tmp_path), add_rest(tiny, [], values))
+
+
 def test_an_adapted_head_that_is_there_as_a_whole_is_its_base(tmp_path):
     tiny = bare_model(CASE["llama"])
     pair = random_adapter(tiny, {"head": 2})

@@ -295,6 +295,12 @@ def test_published_settings_that_files_leave_out_mean_what_transformers_means():
         ),
         (
             "gemma4_text_gqa",
+            {"per_layer_config": [1]},
+            r"per_layer_config is \[1\]; expected an obj",
+        ),
+        ("gemma4_text_gqa", {"layer_types": []}, "layer_types"),
+        (
+            "gemma4_text_gqa",
             {"num_global_key_value_heads": 3},
             "4 is not a multiple of the 3 heads of keys in layers without a window",
         ),

@@ -63,6 +63,14 @@ def test_what_experts_are_chosen_by_neither_trains_nor_is_rounded(adapter):
     assert path in parts.frozen | parts.base
 
 
+def test_factors_of_layers_do_not_train():
+    params = architecture_from_hf(CASES["gemma4_text_gqa"]).abstract(make_numerics("mixed")).params
+    parts = partition(params, "")
+    factors = {path for path in params if path.endswith(".factor")}
+    assert factors and factors <= set(parts.frozen | parts.base)
+    assert not factors & set(parts.trainable)
+
+
 def test_layers_that_guess_further_tokens_are_beside_a_model_that_names_them(
     tmp_path,
 ):
