@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from jaxft.programs.exporter import export as export
     from jaxft.programs.model import Model as Model
     from jaxft.programs.model import load as load
-    from jaxft.programs.trainer import TrainResult as TrainResult
     from jaxft.programs.trainer import train as train
+    from jaxft.workdir.result import TrainResult as TrainResult
 
 # Imported on first use: `import jaxft` stays instant, and jax is not set up before it is needed.
 _HOMES = {
     "JaxftError": "jaxft.errors",
     "Model": "jaxft.programs.model",
     "RunConfig": "jaxft.config",
-    "TrainResult": "jaxft.programs.trainer",
+    "TrainResult": "jaxft.workdir.result",
     "compare": "jaxft.programs.comparison",
     "evaluate": "jaxft.programs.evaluation",
     "export": "jaxft.programs.exporter",

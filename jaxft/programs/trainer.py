@@ -6,9 +6,6 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from signal import Signals
 from typing import Any
 
 import jax
@@ -58,39 +55,13 @@ from jaxft.workdir.goodput import Goodput, goodput_record
 from jaxft.workdir.lock import Lock
 from jaxft.workdir.metrics import MetricsWriter, require_wandb
 from jaxft.workdir.periods import Periods, Sums
+from jaxft.workdir.result import TrainResult, recorded
 from jaxft.workdir.source import Source, find_resumed, find_start
 from jaxft.workdir.workdir import Workdir, absolute, explained_files
 
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a signal
 # is answered soon and that batches do not pile up in its memory.
 _STEPS_AHEAD = 2
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """The end of a run.
-
-    Attributes:
-      workdir: Folder of the run.
-      checkpoint: Newest checkpoint.
-      step: Optimizer steps done.
-      reason: `end`, `patience` (no improvement), or the name of the signal that stopped it.
-      best_loss: Lowest validation loss; infinite without validation data.
-    """
-
-    workdir: Path
-    checkpoint: Path
-    step: int
-    reason: str
-    best_loss: float
-
-    @property
-    def exit_code(self) -> int:
-        """Status that a program ends with, so that what comes next sees a run that is to go on.
-
-        0 at the end, early or not; as in a shell 130 after Ctrl-C and 143 after SIGTERM.
-        """
-        return 0 if self.reason in ("end", "patience") else 128 + Signals[self.reason]
 
 
 def train(
@@ -121,6 +92,7 @@ def train(
     placement = make_placement(config)
     folder.refuse_workdir_of_start(config)
     path = absolute(config.train.workdir)
+    existed = path.is_dir()
     # Host 0 takes the folder only when no host has anything against the run.
     distributed.barrier("the run is described alike")
     with (
@@ -132,7 +104,10 @@ def train(
         workdir = folder.check_workdir(path, config, resume=resume, overwrite=overwrite)
         if resume and not workdir.resumed:
             announcements.say_anew(path)
-        return _train(config, placement, workdir, lock, profile, goodput)
+        with recorded(workdir, writes=lock is not None, existed=existed) as note:
+            result = _train(config, placement, workdir, lock, profile, goodput)
+            note(result)
+        return result
 
 
 def _train(
@@ -273,8 +248,7 @@ def _train(
     if distributed.is_first():
         write_report(workdir, exported)
     announcements.say_end(config, session.counts, done, reason, workdir, seconds)
-    newest = workdir.checkpoints / str(done)
-    return TrainResult(workdir.path, newest, done, reason, session.counts.best_loss)
+    return _result(workdir, done, reason, session.counts)
 
 
 def _make_iterator(
@@ -375,8 +349,20 @@ def _finished(
 ) -> TrainResult:
     """Says that nothing of a run is left to be done."""
     announcements.say_finished(config, workdir, step, reason)
+    return _result(workdir, step, reason, reached)
+
+
+def _result(workdir: Workdir, step: int, reason: str, counts: Progress) -> TrainResult:
     checkpoint = workdir.checkpoints / str(step)
-    return TrainResult(workdir.path, checkpoint, step, reason, reached.best_loss)
+    return TrainResult(
+        workdir.path,
+        checkpoint,
+        step,
+        reason,
+        counts.best_loss,
+        counts.tokens,
+        counts.trained_tokens,
+    )
 
 
 def _loop(
@@ -431,8 +417,7 @@ def _loop(
                 reason = "patience"
                 session.record(periods.end())
             improved = evaluated is not None and evaluated <= session.counts.best_score
-            due = config.save_every and done % config.save_every == 0
-            if due or improved or last or reason != "end":
+            if session.save_due(done) or improved or last or reason != "end":
                 with session.paused(periods, "checkpoint") as sums:
                     session.save(state, done, sums, evaluated)
             if reason != "end":

@@ -54,6 +54,7 @@ _FILES = (
     "reference.json",
     "goodput.jsonl",
     "report.html",
+    "result.json",
 )
 _FOLDERS = ("events", "checkpoints", "model", "profile", "wandb")
 
@@ -116,6 +117,11 @@ class Workdir:
     def report(self) -> Path:
         """The page that `jaxft.reporting.report` writes."""
         return self.path / "report.html"
+
+    @property
+    def result(self) -> Path:
+        """The end of the run; absent while it is under way, and after it was killed."""
+        return self.path / "result.json"
 
     @property
     def events(self) -> Path:
@@ -324,16 +330,24 @@ def _holds_run(folder: Path) -> bool:
 def _refuse_files_of_others(folder: Path) -> None:
     """Raises CheckpointError if names that a run uses are taken by what no run made."""
     taken = [n for n in (*_FILES, *_FOLDERS) if n != _LOCK and (folder / n).exists()]
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        ours = isinstance(config, dict) and set(config) <= set(to_dict(RunConfig()))
-    except (OSError, ValueError):
-        ours = False
+    if taken == ["result.json"] and {"status", "reason", "problems"} <= _keys(folder / taken[0]):
+        return  # of a start that was refused
+    described = _keys(folder / "config.json")
+    ours = bool(described) and described <= set(to_dict(RunConfig()))
     if taken and not ours:
         raise CheckpointError(
             f"{folder} holds {', '.join(taken)}, which no run of jaxft made and which a run would "
             "replace. Name another folder with --config.train.workdir=…."
         )
+
+
+def _keys(path: Path) -> set[str]:
+    """Returns the keys of a JSON object; none if there is no such file, or it holds no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    return set(found) if isinstance(found, dict) else set()
 
 
 def _refuse_foreign_files(folder: Path) -> None:

@@ -23,6 +23,7 @@ from jaxft.programs import advice, run_data, session, trainer, weights
 from jaxft.programs.answers import Answers
 from jaxft.programs.held_out import UnitSums
 from jaxft.programs.trainer import train
+from jaxft.workdir.result import TrainResult
 from jaxft.workdir.workdir import Workdir
 from tests.tiny_run import (
     assert_same_arrays,
@@ -264,7 +265,7 @@ def test_train_leaves_the_config_as_it_was_and_says_how_the_run_ended(home, conf
     ("reason", "code"), [("end", 0), ("patience", 0), ("SIGINT", 130), ("SIGTERM", 143)]
 )
 def test_a_result_tells_programs_whether_the_run_is_to_go_on(reason, code):
-    assert trainer.TrainResult(Path("run"), Path("run/1"), 1, reason, 0.5).exit_code == code
+    assert TrainResult(Path("run"), Path("run/1"), 1, reason, 0.5).exit_code == code
 
 
 def test_metrics_count_every_token_once(home, config):
