@@ -349,6 +349,7 @@ class TrainConfig:
     seed: int = key(0, "Seed of shuffling, random weights and sampling.")
     log_every: int = key(10, "Steps between lines of metrics.", minimum=1)
     save_every: int = key(500, "Steps between checkpoints; 0: only at the end.", minimum=0)
+    save_epochs: bool = key(False, "Save at the end of each epoch as well.")
     eval_every: int = key(0, "Steps between evaluations; 0: at the end of each epoch.", minimum=0)
     keep_last: int = key(2, "Newest checkpoints that are kept, beside the best.", minimum=1)
     compilation_cache: str = key(

@@ -8,7 +8,7 @@ from jaxft.planner.analytic import Estimator
 from jaxft.planner.candidates import with_flags
 from jaxft.planner.placed import Placed, place_run
 from jaxft.planner.rematerialisation import Choice, choose, estimate_policies
-from jaxft.planner.topology import LOCAL, parse
+from jaxft.planner.topology import LOCAL, Topology, parse
 from jaxft.training.checks import check_rows
 
 # Bytes by kind, as `planner.memory.KINDS`.
@@ -16,11 +16,16 @@ type Kinds = dict[str, int]
 
 
 class Estimates:
-    """Estimates of runs of one model, which share what they have in common."""
+    """Estimates of runs of one model, which share what they have in common.
 
-    def __init__(self, architecture: Architecture):
+    Args:
+      architecture: The model.
+      topology: Hardware that jax has as many devices for; that of this machine if absent.
+    """
+
+    def __init__(self, architecture: Architecture, topology: Topology | None = None):
         self._architecture = architecture
-        self._topology = parse(LOCAL)
+        self._topology = topology or parse(LOCAL)
         self._estimator = Estimator(architecture=architecture, topology=self._topology)
         self._placed: dict[tuple, Placed] = {}
 
@@ -31,6 +36,16 @@ class Estimates:
           ConfigError: If the strategy cannot place the model, or rows cannot be split.
         """
         return self._estimator.memory(config, self._place_training(config))
+
+    def seconds(self, config: RunConfig) -> float:
+        """Returns the time of a training step; 0 where no rates of the chip are published.
+
+        Raises:
+          ConfigError: As `training`.
+        """
+        if not self._topology.chip.bfloat16:
+            return 0.0
+        return self._estimator.estimate(config, self._place_training(config)).seconds
 
     def evaluation(self, config: RunConfig) -> Kinds:
         """Returns what an evaluation step takes.

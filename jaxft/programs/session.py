@@ -82,9 +82,16 @@ class Session:
     def evaluation_due(self, done: int) -> bool:
         """Whether held-out data is evaluated after so many steps."""
         every = self.config.train.eval_every
-        if every:
-            return done % every == 0
-        # An epoch ends at the step that reads its last row.
+        return done % every == 0 if every else self._ends_epoch(done)
+
+    def save_due(self, done: int) -> bool:
+        """Whether a checkpoint is saved after so many steps, whatever else happens then."""
+        train = self.config.train
+        due = train.save_every and done % train.save_every == 0
+        return bool(due) or (train.save_epochs and self._ends_epoch(done))
+
+    def _ends_epoch(self, done: int) -> bool:
+        """Whether a step reads the last row of an epoch."""
         before, after = (
             self.iterator.position(step) // len(self.rows) for step in (done - 1, done)
         )
