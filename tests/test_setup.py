@@ -19,8 +19,8 @@ PACKAGE = ROOT / "jaxft"
 
 # Modules and rooms of jaxft from the lowest to the highest; each imports those before it alone.
 ROOMS = """errors extensions formatting files console distributed hardware sharding hf models config
-config_file flags data training workdir reporting compiled planner programs __init__ demo cli
-__main__""".split()
+config_file flags data training workdir reporting compiled planner programs service __init__ demo
+cli __main__""".split()
 # Beside that: data and hf speak arrays and flat dicts, models take their own config.
 STRANGERS = [("data", "models"), ("hf", "models"), ("models", "config")]
 
@@ -173,24 +173,35 @@ def test_nothing_shards_behind_our_back():
 
 
 # By the name of their module, where it differs.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "multipart": "python-multipart",
+    "orbax": "orbax-checkpoint",
+    "yaml": "pyyaml",
+}
 # Used when it is there; and what other packages import for us, as pyproject.toml says beside each.
 OPTIONAL, INDIRECT = {"wandb"}, {"protobuf", "sentencepiece", "tiktoken"}
+# The service alone needs more.
+SERVICE_INDIRECT = {"python-multipart"}
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {re.split(r"[\[<>=;]", line)[0].lower() for line in requirements}
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[\[<>=;]", line)[0].lower() for line in project["dependencies"]}
-    modules = {
-        module.partition(".")[0]
-        for path, tree in sources()
-        for module in imported_modules(path, tree)
-    }
-    imported = {
-        DISTRIBUTIONS.get(name, name.lower().replace("_", "-"))
-        for name in modules - sys.stdlib_module_names - OPTIONAL - {"jaxft"}
-    }
-    assert imported | INDIRECT == declared
+    declared = names_of(project["dependencies"])
+    imported: dict[bool, set[str]] = {False: set(), True: set()}
+    for path, tree in sources():
+        modules = {module.partition(".")[0] for module in imported_modules(path, tree)}
+        imported[component(path) == "service"] |= {
+            DISTRIBUTIONS.get(name, name.lower().replace("_", "-"))
+            for name in modules - sys.stdlib_module_names - OPTIONAL - {"jaxft"}
+        }
+    assert imported[False] | INDIRECT == declared
+    more = imported[True] - declared
+    assert more | SERVICE_INDIRECT == names_of(project["optional-dependencies"]["serve"])
 
 
 def long_marks(path: Path) -> Iterator[tuple[int, ast.Attribute, bool]]:

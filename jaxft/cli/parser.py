@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import jaxft
-from jaxft.cli import looking, running, talking
+from jaxft.cli import looking, running, serving, talking
 from jaxft.config import ModelConfig
 from jaxft.errors import ConfigError
 
@@ -160,6 +160,7 @@ def make_parser() -> argparse.ArgumentParser:
     shardings.add_argument("--html", default="", metavar="FILE", help="write a page with pictures")
     shardings.add_argument("--output", default="", metavar="FILE", help="write it as JSON too")
     _add_plan(command("plan", looking.plan, "What a run would cost on TPUs or GPUs.", config=True))
+    _add_serve(command("serve", serving.serve, "Serve OpenAI's fine-tuning calls.", config=False))
     command("doctor", looking.doctor, "Check versions, devices, disk and hub.", config=True)
     return parser
 
@@ -253,6 +254,54 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("--json", default="", metavar="FILE", help="write all as JSON")
     plan.add_argument("--html", default="", metavar="FILE", help="write a page with pictures")
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--models",
+        action="append",
+        metavar="PATHS",
+        help="base models: folders, folders of folders, ids, name=path; repeatable, or commas",
+    )
+    serve.add_argument("--workdir", default="service", metavar="FOLDER", help="all that is kept")
+    serve.add_argument("--host", default="127.0.0.1", help="address; others than this need a token")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: any that is free")
+    serve.add_argument(
+        "--allow_host", action="append", metavar="NAME", help="by which it may be addressed too"
+    )
+    serve.add_argument("--new_token", default="", metavar="NAME", help="make a token, and stop")
+    serve.add_argument("--drop_token", default="", metavar="NAME", help="delete a token, and stop")
+    serve.add_argument(
+        "--database", default="", metavar="URL", help="default: SQLite in the workdir"
+    )
+    serve.add_argument(
+        "--executor",
+        default="local",
+        choices=("local", "slurm", "jobset"),
+        help="what runs jobs: this machine, or a cluster's scheduler",
+    )
+    serve.add_argument(
+        "--executor_option", action="append", metavar="KEY=VALUE", help="of slurm and jobset"
+    )
+    serve.add_argument(
+        "--device_set", action="append", metavar="0,1", help="of one job; repeatable; default: all"
+    )
+    serve.add_argument(
+        "--topology", default="", metavar="SLICE", help="that jobs run on elsewhere, such as v5e-8"
+    )
+    serve.add_argument(
+        "--most_jobs", type=int, default=8, metavar="N", help="handed to a scheduler at a time"
+    )
+    serve.add_argument(
+        "--organization", default="local", metavar="NAME", help="in the names of tuned models"
+    )
+    serve.add_argument("--webhook", action="append", metavar="URL", help="told how jobs end")
+    serve.add_argument(
+        "--webhook_secret", default="", metavar="FILE", help="signs that; default: unsigned"
+    )
+    serve.add_argument(
+        "--requests_per_minute", type=int, default=0, metavar="N", help="of one token; 0: any"
+    )
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,33 @@
+"""The server's application: all routes behind the gate."""
+
+import importlib.metadata
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route, Router
+
+from jaxft.service import files, jobs, models, oldest
+from jaxft.service.gate import Gate
+from jaxft.service.state import Service
+
+
+async def health(request: Request) -> Response:
+    """Says that the server answers."""
+    return JSONResponse({"status": "ok", "version": importlib.metadata.version("jaxft")})
+
+
+def make_app(service: Service, *, hosts: tuple[str, ...] = (), **state: Any) -> Gate:
+    """Returns the application.
+
+    Args:
+      service: Its database and files.
+      hosts: Names that it may be addressed by; empty: any.
+      state: Further parts that routes find in `request.app.state`.
+    """
+    routes = [*files.ROUTES, *jobs.ROUTES, *models.ROUTES, *oldest.ROUTES]
+    router = Router([Route("/health", health), Mount("/v1", routes=routes)])
+    app = Gate(router, service=service, hosts=hosts)
+    app.state.models = models.Models(service)
+    vars(app.state).update(state)
+    return app

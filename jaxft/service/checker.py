@@ -1,0 +1,104 @@
+"""The process that checks jobs: `python -m jaxft.service.checker --target=JSON`.
+
+It reads one JSON object a line, a `checking.Request`, and answers each with a line: the result, or
+`{"error": …}`. It is kept, as reading its libraries takes longer than most checks.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from typing import Any
+
+from jaxft.service.target import Target
+
+_FAILED = "The files could not be checked, by a fault of the server; its log has more."
+_DIED = (
+    "The check of the files ended before its time, perhaps for lack of memory. The server's log "
+    "has more."
+)
+_SECONDS = 3600  # for one check; tokenising gigabytes takes its time
+
+
+class Checker:
+    """Starts the process when it is needed, and asks it. One thread at a time may ask.
+
+    Args:
+      target: The devices that jobs run on.
+    """
+
+    def __init__(self, target: Target):
+        self._target = target
+        self._process: subprocess.Popen[str] | None = None
+
+    def check(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Returns the result of `checking.check`, or an object with `error`.
+
+        A process that dies, such as for lack of memory, is an error of its own.
+        """
+        process = self._started()
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(_SECONDS, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:
+            line = ""
+        finally:
+            timer.cancel()
+        if line.endswith("\n"):
+            return json.loads(line)
+        self.stop()
+        return {"error": {"code": "check_failed", "message": _DIED, "param": None}}
+
+    def stop(self) -> None:
+        """Ends the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            self._process = None
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self.stop()
+            command = [sys.executable, "-m", "jaxft.service.checker"]
+            self._process = subprocess.Popen(
+                [*command, json.dumps(dataclasses.asdict(self._target))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            )
+        return self._process
+
+
+def main(target: Target) -> None:
+    """Answers requests until its input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    from jaxft.service.checking import Refusal, Request, check
+
+    for line in sys.stdin:
+        try:
+            result = check(Request(**json.loads(line)), target)
+        except Refusal as error:
+            shown = {"code": error.code, "message": error.message, "param": error.param}
+            result = {"error": shown}
+        except Exception:
+            traceback.print_exc()
+            shown = {"code": "check_failed", "message": _FAILED, "param": None}
+            result = {"error": shown}
+        answers.write(json.dumps(result) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(Target(**json.loads(sys.argv[1])))

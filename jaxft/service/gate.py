@@ -1,0 +1,204 @@
+"""The gate of every request: its id, its token, its size, its rate, and errors in one shape."""
+
+import collections
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+import types
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxft.formatting import format_bytes
+from jaxft.service.errors import ApiError
+from jaxft.service.ids import letters
+from jaxft.service.state import Service, in_thread
+from jaxft.service.store import schema
+from jaxft.service.store.database import add, now, remove
+
+_KNOWN_FOR = 2.0  # seconds that tokens are remembered
+_BODY = 8 << 20  # bytes of a body that is no file
+_ROOM = 1 << 20  # of a form beside the file in it
+_OPEN = ("/", "/health")  # what needs no token: the page asks for one itself
+_WINDOW = 60.0
+
+log = logging.getLogger("jaxft.service")
+
+
+def new_token(service: Service, name: str) -> str:
+    """Makes a token; only its digest is kept.
+
+    Raises:
+      ApiError: If one has that name.
+    """
+    token = f"sk-jaxft-{letters(40)}"
+    try:
+        with service.database.write() as connection:
+            add(connection, schema.tokens, name=name, created_at=now(), digest=_digest(token))
+    except IntegrityError as error:
+        raise ApiError(f"There is a token called {name!r} already.") from error
+    return token
+
+
+def drop_token(service: Service, name: str) -> bool:
+    """Deletes a token; returns whether there was one."""
+    with service.database.write() as connection:
+        return remove(connection, schema.tokens, name=name)
+
+
+def read_digests(service: Service) -> list[str]:
+    """Returns the digests of all tokens."""
+    with service.database.read() as connection:
+        return list(connection.execute(sa.select(schema.tokens.c.digest)).scalars())
+
+
+def _digest(token: str) -> str:
+    # Tokens are 238 bits of chance: nothing is gained by a slow digest.
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Gate:
+    """Stands before the routes, which find `state` as `request.app.state`.
+
+    Args:
+      app: The routes.
+      service: Knows the tokens and bounds.
+      hosts: Names that a request may be addressed to, against other sites' names that lead here;
+        empty: any.
+    """
+
+    def __init__(self, app: ASGIApp, *, service: Service, hosts: tuple[str, ...] = ()):
+        self.state = types.SimpleNamespace(service=service)
+        self._app, self._service, self._hosts = app, service, hosts
+        self._digests: list[str] = []
+        self._read_at = -_KNOWN_FOR
+        self._requests: dict[str, collections.deque[float]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, or says why not."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["app"] = self
+        number, started = f"req_{secrets.token_hex(12)}", False
+
+        async def answer(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", number.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        try:
+            request = Request(scope)
+            self._check_origin(request)
+            await self._check_token(request)
+            await self._app(scope, self._bounded(request, receive), answer)
+        except Exception as error:
+            if started:  # too late for another answer
+                raise
+            await _response(error, number)(scope, receive, answer)
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuses what pages of other sites make a browser send."""
+        host = request.headers.get("host", "")
+        if self._hosts and host.rpartition(":")[0].strip("[]") not in self._hosts:
+            raise ApiError(
+                f"This server is not {host!r}; it is called {', '.join(self._hosts)} "
+                "(--host and --allow_host say so).",
+                status=421,
+            )
+        origin = request.headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise ApiError(f"Pages of {origin} may not use this server.", status=403)
+
+    async def _check_token(self, request: Request) -> None:
+        digests = await self._known_digests()
+        who = request.client.host if request.client else ""
+        if digests and request.url.path not in _OPEN:
+            kind, _, token = request.headers.get("authorization", "").partition(" ")
+            digest = _digest(token.strip()) if kind.lower() == "bearer" else ""
+            # All are compared, so that time says nothing.
+            if not sum(hmac.compare_digest(digest, known) for known in digests):
+                raise ApiError(
+                    "The API key is missing or wrong: send 'Authorization: Bearer …' with one that "
+                    "`jaxft serve --new_token` made.",
+                    status=401,
+                    code="invalid_api_key",
+                )
+            who = digest
+        self._count(who)
+
+    async def _known_digests(self) -> list[str]:
+        if time.monotonic() - self._read_at > _KNOWN_FOR:
+            self._digests = await in_thread(read_digests, self._service)
+            self._read_at = time.monotonic()
+        return self._digests
+
+    def _count(self, who: str) -> None:
+        most = self._service.settings.requests_per_minute
+        if not most:
+            return
+        times, present = self._requests.setdefault(who, collections.deque()), time.monotonic()
+        while times and times[0] <= present - _WINDOW:
+            times.popleft()
+        if len(times) >= most:
+            wait = max(1, round(times[0] + _WINDOW - present))
+            raise ApiError(
+                f"More than {most} requests in a minute; wait {wait} s.",
+                status=429,
+                code="rate_limit_exceeded",
+                kind="rate_limit_error",
+                headers={"retry-after": str(wait)},
+            )
+        times.append(present)
+
+    def _bounded(self, request: Request, receive: Receive) -> Receive:
+        """Returns a `receive` that refuses bodies beyond the bound of their kind."""
+        is_form = request.headers.get("content-type", "").startswith("multipart/form-data")
+        most = self._service.settings.max_file_bytes + _ROOM if is_form else _BODY
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > most:
+            raise _too_large(most, is_form)
+        seen = 0
+
+        async def bounded() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise _too_large(most, is_form)
+            return message
+
+        return bounded
+
+
+def _too_large(most: int, is_form: bool) -> ApiError:
+    more = " Send larger files in parts: client.uploads." if is_form else ""
+    return ApiError(
+        f"The request is larger than {format_bytes(most)}.{more}",
+        status=413,
+        code="request_too_large",
+    )
+
+
+def _response(error: Exception, number: str) -> Response:
+    if isinstance(error, HTTPException):
+        headers = dict(error.headers or {})
+        error = ApiError(str(error.detail), status=error.status_code, headers=headers)
+    if not isinstance(error, ApiError):
+        log.error("request %s failed", number, exc_info=error)
+        error = ApiError(
+            f"The server failed; its log has more, under {number}.", status=500, kind="server_error"
+        )
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)

@@ -1,0 +1,149 @@
+"""Models by name: /v1/models, and what a name stands for."""
+
+import shutil
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from jaxft.errors import nearest
+from jaxft.service.errors import ApiError
+from jaxft.service.objects import model_object
+from jaxft.service.paging import listed
+from jaxft.service.state import Service, in_thread, service_of
+from jaxft.service.store import schema
+from jaxft.service.store.database import Row, one, remove
+
+_OWNER = "jaxft"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model that can be used.
+
+    Attributes:
+      name: The name that clients use.
+      path: Folder or repository id of a model, or workdir of a run, as `jaxft.load` takes it.
+      step: Checkpoint of a run.
+      created: Time in seconds since 1970.
+      owner: The words for who made it.
+    """
+
+    name: str
+    path: str
+    step: str = "best"
+    created: int = 0
+    owner: str = _OWNER
+
+
+class Models:
+    """Finds models by name: base models of the settings, tuned ones of the database."""
+
+    def __init__(self, service: Service):
+        self._service = service
+
+    async def find(self, name: str) -> Served:
+        """Returns a model; raises ApiError if there is none of that name."""
+        return await in_thread(self._find, name)
+
+    def _find(self, name: str) -> Served:
+        with self._service.database.read() as connection:
+            return find_served(self._service, connection, name)
+
+
+def find_served(service: Service, connection: sa.Connection, name: str) -> Served:
+    """Returns the model of a name.
+
+    Raises:
+      ApiError: If there is none.
+    """
+    if name in service.settings.models:
+        return Served(name, service.settings.models[name])
+    row = one(connection, schema.models, name=name)
+    if row is None:
+        known = [*service.settings.models, *connection.execute(sa.select(schema.models.c.name))]
+        hint = nearest(name, [item if isinstance(item, str) else item[0] for item in known])
+        raise ApiError(
+            f"The model {name!r} does not exist.{hint} See client.models.list().",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+    path = str(service.settings.run(row["job_id"]))
+    return Served(name, path, str(row["step"]), row["created_at"], _owner(service))
+
+
+def find_base(service: Service, connection: sa.Connection, name: str) -> str:
+    """Returns the name of a model that a job may begin with; raises ApiError if there is none."""
+    return find_served(service, connection, name).name
+
+
+def _owner(service: Service) -> str:
+    return f"org-{service.settings.organization}"
+
+
+async def list_models(request: Request) -> Response:
+    """Lists base models and tuned ones, the newest first."""
+    service = service_of(request)
+
+    def find() -> list[Row]:
+        table = schema.models
+        with service.database.read() as connection:
+            query = sa.select(table).order_by(table.c.number.desc())
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    tuned = [
+        model_object(row["name"], row["created_at"], _owner(service))
+        for row in await in_thread(find)
+    ]
+    bases = [model_object(name, 0, _OWNER) for name in service.settings.models]
+    return JSONResponse(listed([*tuned, *bases], has_more=False))
+
+
+async def retrieve_model(request: Request) -> Response:
+    """Describes a model."""
+    models: Models = request.app.state.models
+    found = await models.find(request.path_params["model"])
+    return JSONResponse(model_object(found.name, found.created, found.owner))
+
+
+async def delete_model(request: Request) -> Response:
+    """Deletes a tuned model; with that of a job's end go its checkpoints and their disk space."""
+    service, name = service_of(request), request.path_params["model"]
+    if name in service.settings.models:
+        raise ApiError(
+            f"{name} is a base model of this server, which only its owner removes.",
+            status=403,
+            param="model",
+        )
+    await in_thread(_delete, service, name)
+    return JSONResponse({"id": name, "object": "model", "deleted": True})
+
+
+def _delete(service: Service, name: str) -> None:
+    models, jobs = schema.models, schema.jobs
+    with service.database.write() as connection:
+        found = find_served(service, connection, name)
+        row = one(connection, models, name=name)
+        assert row is not None
+        needed = sa.select(jobs.c.id).where(
+            jobs.c.status.in_(("validating_files", "queued", "running", "paused")),
+            sa.or_(jobs.c.model == name, jobs.c.id == row["job_id"]),
+        )
+        if job := connection.execute(needed).scalar():
+            raise ApiError(f"{name} is needed by {job}, which is not over.", code="model_in_use")
+        if ":ckpt-step-" in name:
+            remove(connection, models, name=name)
+            return
+        remove(connection, models, job_id=row["job_id"])
+        remove(connection, schema.checkpoints, job_id=row["job_id"])
+    shutil.rmtree(f"{found.path}/checkpoints", ignore_errors=True)
+
+
+ROUTES = [
+    Route("/models", list_models),
+    Route("/models/{model:path}", retrieve_model),
+    Route("/models/{model:path}", delete_model, methods=["DELETE"]),
+]

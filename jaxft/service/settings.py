@@ -1,0 +1,162 @@
+"""The settings that a service is started with, as its processes share them."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxft.errors import ConfigError
+from jaxft.files import write_json
+
+_FILE = "service.json"
+# What sources of data separate their options by; such a name could not be handed to a run.
+_SEPARATORS = ",:;[]*?"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The settings of a service.
+
+    Attributes:
+      workdir: Folder of all that it keeps.
+      models: Base models by the name that clients use: a folder, or a repository id.
+      database: URL; empty: SQLite in the workdir.
+      executor: Name of what runs jobs: `local`, `slurm` or `jobset`.
+      executor_options: Options of the executor, as its part of the documentation has them.
+      device_sets: Devices of each job that this machine runs at a time, such as `0,1`; empty: one
+        job has them all.
+      topology: Slice that jobs run on, as `jaxft plan` names it; empty: the devices of this
+        machine.
+      most_jobs: Jobs that are handed to a scheduler at a time.
+      organization: Second part of the names of tuned models.
+      webhooks: URLs that are told how jobs end.
+      webhook_secret: File with the secret that signs what they are told; empty: unsigned.
+      max_file_bytes: Size of a file in one request.
+      max_upload_bytes: Size of a file in parts.
+      requests_per_minute: Most requests of one token, or of one address without tokens; 0: any.
+      keep_files_open: Seconds after which an upload that was not completed is dropped.
+      generation: Options of the process that generates text.
+    """
+
+    workdir: Path
+    models: dict[str, str]
+    database: str = ""
+    executor: str = "local"
+    executor_options: tuple[str, ...] = ()
+    device_sets: tuple[str, ...] = ()
+    topology: str = ""
+    most_jobs: int = 8
+    organization: str = "local"
+    webhooks: tuple[str, ...] = ()
+    webhook_secret: str = ""
+    max_file_bytes: int = 512 << 20
+    max_upload_bytes: int = 8 << 30
+    requests_per_minute: int = 0
+    generation: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """The database's."""
+        return self.database or f"sqlite:///{self.workdir / 'service.db'}"
+
+    @property
+    def files(self) -> Path:
+        """Contents of files."""
+        return self.workdir / "files"
+
+    @property
+    def parts(self) -> Path:
+        """Contents of parts of uploads."""
+        return self.workdir / "uploads"
+
+    @property
+    def socket(self) -> Path:
+        """The socket on which the process that generates text listens."""
+        return self.workdir / "generator.sock"
+
+    def job(self, number: str) -> Path:
+        """The folder of a job."""
+        return self.workdir / "jobs" / number
+
+    def run(self, number: str) -> Path:
+        """The workdir of a job's run."""
+        return self.job(number) / "run"
+
+    def config(self, number: str) -> Path:
+        """The config of a job's run."""
+        return self.job(number) / "config.json"
+
+    def log(self, number: str) -> Path:
+        """The file of what a job's run prints."""
+        return self.job(number) / "log.txt"
+
+    def check(self) -> None:
+        """Raises ConfigError for what could not work."""
+        problems = []
+        if any(letter in str(self.workdir) for letter in _SEPARATORS):
+            problems.append(
+                f"--workdir={self.workdir} holds one of {_SEPARATORS}, by which sources of data "
+                "are told apart. Name another folder."
+            )
+        if not self.models:
+            problems.append("Name at least one base model: --models=FOLDER_OR_ID.")
+        if self.executor == "local" and self.executor_options:
+            problems.append("--executor_option is for slurm and jobset; local has none.")
+        if self.executor != "local" and self.device_sets:
+            problems.append("--device_set is for jobs of this machine, --executor=local.")
+        if problems:
+            raise ConfigError(problems)
+
+    def write(self) -> Path:
+        """Writes them to the workdir, for the processes that the server starts."""
+        path = self.workdir / _FILE
+        write_json(path, dataclasses.asdict(self) | {"workdir": str(self.workdir)})
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> "Settings":
+        """Reads what `write` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        tuples = ("executor_options", "device_sets", "webhooks")
+        values |= {name: tuple(values[name]) for name in tuples}
+        return cls(**values | {"workdir": Path(values["workdir"])})
+
+
+def name_models(paths: list[str]) -> dict[str, str]:
+    """Returns base models by the names that clients use.
+
+    A path stands for itself, by the name of its folder; `name=path` gives another name; a folder
+    that holds no model but folders of models stands for each of these. A repository id is its own
+    name.
+
+    Raises:
+      ConfigError: If a folder holds no model, or two have one name.
+    """
+    found: dict[str, str] = {}
+    problems = []
+    for given in paths:
+        name, equals, path = given.partition("=")
+        path = path if equals else given
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+                problems.append(f"--models={given}: there is no folder {folder}.")
+            entries = {name if equals else path: path}
+        elif (folder / "config.json").is_file():
+            entries = {name if equals else folder.name: str(folder.absolute())}
+        else:
+            inner = sorted(p.parent for p in folder.glob("*/config.json"))
+            entries = {p.name: str(p.absolute()) for p in inner}
+            if equals or not inner:
+                problems.append(
+                    f"--models={given}: {folder} has no config.json, "
+                    + ("so one name cannot stand for it." if equals else "nor have its folders.")
+                )
+        for key, value in entries.items():
+            if key.startswith("ft:") or ":" in key:
+                problems.append(f"--models={given}: a name must not hold ':'; write name=path.")
+            if found.setdefault(key, value) != value:
+                problems.append(f"Two models are called {key}: {found[key]} and {value}.")
+    if problems:
+        raise ConfigError(problems)
+    return found

@@ -1,0 +1,1 @@
+"""The memory of the service: a database, and the contents of files."""

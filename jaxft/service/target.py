@@ -1,0 +1,83 @@
+"""The devices that jobs run on: found without taking them, as the server's processes share them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jaxft.errors import ConfigError
+from jaxft.files import write_json
+
+_SECONDS = 120  # for jax to start on an accelerator
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Devices of one job.
+
+    Attributes:
+      platform: `cpu`, `gpu` or `tpu`; empty where a topology names the devices.
+      kind: Name that jax has for them.
+      count: Number of them.
+      limit: Bytes of memory of each; 0 if it is not known.
+      topology: Slice as `jaxft plan` names it; empty for devices that no rates are published of.
+    """
+
+    platform: str
+    kind: str
+    count: int
+    limit: int
+    topology: str
+
+
+def find_target(cache: Path, topology: str, devices: str) -> Target:
+    """Looks at the devices of this machine in a process that ends at once.
+
+    Args:
+      cache: File that keeps what was found, for when a job has the devices.
+      topology: Slice that jobs run on elsewhere; it is taken for granted.
+      devices: Devices of one job, such as `0,1`; empty: all.
+
+    Raises:
+      ConfigError: If jax finds no devices and none were found before.
+    """
+    if topology:
+        return Target("", "", 0, 0, topology)
+    code = f"from jaxft.service.target import describe_devices; describe_devices({devices!r})"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False
+    )
+    if not found.returncode:
+        target = Target(**json.loads(found.stdout.splitlines()[-1]))
+        write_json(cache, asdict(target))
+        return target
+    if cache.is_file():
+        return Target(**json.loads(cache.read_text(encoding="utf-8")))
+    raise ConfigError(f"jax finds no devices to train on: {found.stderr.strip()[-2000:]}")
+
+
+def variables_of(platform: str, devices: str) -> dict[str, str]:
+    """Returns the environment in which a process sees some of the devices alone."""
+    if not devices or platform == "cpu":
+        return {}
+    name = "TPU_VISIBLE_CHIPS" if platform == "tpu" else "CUDA_VISIBLE_DEVICES"
+    return {name: devices}
+
+
+def describe_devices(devices: str) -> None:
+    """Prints the `Target` of this machine as a line of JSON."""
+    import jax
+
+    from jaxft.hardware.chips import chip_of
+    from jaxft.hardware.devices import room
+
+    found = jax.local_devices()
+    first, count = found[0], len(found)
+    if devices and first.platform != "cpu":
+        count = len(devices.split(","))
+    chip, topology = chip_of(first.device_kind), ""
+    if chip is not None and chip.network is not None:
+        topology = f"{chip.name}:{count // chip.cores if chip.is_tpu else count}"
+    target = Target(first.platform, first.device_kind, count, room([first]).limit, topology)
+    print(json.dumps(asdict(target)))

@@ -1,0 +1,258 @@
+"""The worker: checks jobs, hands them to the executor, and follows their runs to the end.
+
+`python -m jaxft.service.worker --settings=FILE`. Everything that it knows is in the database, each
+step of a job is one transaction, and nothing is done that it could not do again: killed at any
+moment, the next worker goes on.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from jaxft.errors import JaxftError
+from jaxft.service.checks import Checks
+from jaxft.service.executors import Executor, ExecutorError, Launch, State, make_executor
+from jaxft.service.files import drop_expired
+from jaxft.service.following import RunFolder
+from jaxft.service.history import add_event
+from jaxft.service.progress import finish, take_progress
+from jaxft.service.settings import Settings
+from jaxft.service.state import Service
+from jaxft.service.store import schema
+from jaxft.service.store.database import Row, change, now, one
+from jaxft.service.webhooks import Webhooks
+
+_TICK = 0.5
+_LEASE = 30  # seconds after which another worker takes the jobs of one that is silent
+_SWEEP = 300.0
+
+log = logging.getLogger("jaxft.service")
+
+
+class Worker:
+    """Does what the jobs of a service need next.
+
+    Args:
+      settings: The service's.
+      executor: Runs jobs; as the settings say if absent.
+    """
+
+    def __init__(self, settings: Settings, *, executor: Executor | None = None):
+        self._settings = settings
+        self._service = Service.open(settings)
+        self._executor = executor or make_executor(settings)
+        self._webhooks = Webhooks(self._service)
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._checks = Checks(self._service)
+        self._swept = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Works until it is asked to stop; runs go on without it."""
+        with _alone(self._settings.workdir):
+            self._release_all()
+            while not stop.is_set():
+                try:
+                    self.tick()
+                except SQLAlchemyError:
+                    log.exception("the database does not answer; asking again")
+                    stop.wait(10 * _TICK)
+                stop.wait(_TICK)
+            self.close()
+
+    def close(self) -> None:
+        """Ends the check that is under way, and lets others take the jobs."""
+        self._checks.close()
+        self._webhooks.close()
+        self._release_all()
+        self._service.database.close()
+
+    def tick(self) -> None:
+        """Looks at each job once."""
+        for row in self._take():
+            try:
+                self._advance(row)
+            except (ExecutorError, JaxftError) as error:
+                log.warning("%s: %s", row["id"], error)
+        self._checks.look_at_previews()
+        self._webhooks.deliver()
+        if time.monotonic() - self._swept > _SWEEP:
+            self._swept = time.monotonic()
+            drop_expired(self._service)
+            self._checks.drop_previews()
+
+    # Which jobs are this worker's.
+
+    def _take(self) -> list[Row]:
+        """Takes all jobs that there is something to do for, and that no other worker has."""
+        jobs, time_ = schema.jobs, now()
+        open_ = sa.or_(
+            jobs.c.status.in_(("validating_files", "queued", "running")),
+            jobs.c.handle.is_not(None),  # of a job that is over or paused, whose run has to end
+        )
+        free = sa.or_(
+            jobs.c.taken_by.is_(None), jobs.c.taken_by == self._name, jobs.c.taken_until < time_
+        )
+        with self._service.database.read() as connection:
+            if connection.execute(sa.select(jobs.c.id).where(open_).limit(1)).scalar() is None:
+                return []
+        with self._service.database.write() as connection:
+            query = sa.select(jobs).where(open_, free).order_by(jobs.c.number)
+            if not self._service.database.is_sqlite:
+                query = query.with_for_update(skip_locked=True)
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+            old = [r for r in rows if r["taken_by"] != self._name or _is_half_over(r, time_)]
+            if old:
+                change(
+                    connection,
+                    jobs,
+                    {"id": tuple(row["id"] for row in old)},
+                    taken_by=self._name,
+                    taken_until=time_ + _LEASE,
+                )
+        return rows
+
+    def _release_all(self) -> None:
+        """Gives up what this worker, or one before it on this machine, has taken."""
+        host = self._name.partition(":")[0]
+        jobs = schema.jobs
+        with self._service.database.write() as connection:
+            connection.execute(
+                sa.update(jobs)
+                .where(jobs.c.taken_by.startswith(f"{host}:", autoescape=True))
+                .values(taken_by=None, taken_until=None)
+            )
+
+    # What a job needs next.
+
+    def _advance(self, row: Row) -> None:
+        status, handle = row["status"], row["handle"]
+        if status == "validating_files":
+            self._checks.advance(row)
+        elif status == "queued" and handle is None:
+            self._submit(row)
+        elif status in ("queued", "running"):
+            self._follow(row)
+        elif handle is not None:
+            self._end(row)
+
+    def _submit(self, row: Row) -> None:
+        devices = self._free_devices(row)
+        if devices is None:
+            return
+        launch = self._launch({**row, "devices": devices})
+        handle = self._executor.find(launch)
+        if handle is None:
+            # Noted before it is done: what was submitted and not noted is found by this name.
+            self._note(row, devices=devices)
+            with self._service.database.read() as connection:
+                found = one(connection, schema.jobs, id=row["id"])
+            if found is None or found["status"] != "queued":
+                return
+            handle = self._executor.submit(launch)
+        self._note(row, handle=handle, devices=devices)
+
+    def _note(self, row: Row, **values: Any) -> None:
+        with self._service.database.write() as connection:
+            change(connection, schema.jobs, {"id": row["id"]}, **values)
+
+    def _launch(self, row: Row) -> Launch:
+        return Launch(
+            job=row["id"],
+            attempt=row["attempt"],
+            config=self._settings.config(row["id"]),
+            log=self._settings.log(row["id"]),
+            devices=row["devices"] or "",
+            platform=self._checks.target.platform,
+        )
+
+    def _free_devices(self, row: Row) -> str | None:
+        """Returns devices that no other job has, or '' for what a scheduler chooses.
+
+        Jobs are begun in the order in which they came.
+        """
+        jobs = schema.jobs
+        with self._service.database.read() as connection:
+            used = list(
+                connection.execute(
+                    sa.select(jobs.c.devices).where(jobs.c.handle.is_not(None))
+                ).scalars()
+            )
+            earlier = connection.execute(
+                sa.select(sa.func.count()).where(
+                    jobs.c.status == "queued",
+                    jobs.c.handle.is_(None),
+                    jobs.c.number < row["number"],
+                )
+            ).scalar_one()
+        if self._settings.executor != "local":
+            return "" if len(used) < self._settings.most_jobs else None
+        sets = self._settings.device_sets or ("",)
+        free = [item for item in sets if item not in used]
+        return free[0] if len(free) > earlier else None
+
+    def _follow(self, row: Row) -> None:
+        """Takes in what a run has written since the last look, and its end."""
+        state = self._executor.state(row["handle"])
+        # Read after its state: what a run that has ended wrote last is not missed.
+        take_progress(self._service, row, runs=state is State.RUNNING)
+        if state is State.ENDED:
+            with self._service.database.read() as connection:
+                fresh = one(connection, schema.jobs, id=row["id"])
+            if fresh is not None and fresh["status"] in ("queued", "running"):
+                finish(self._service, fresh)
+
+    def _end(self, row: Row) -> None:
+        """Stops the run of a job that was cancelled or paused; its devices are free then."""
+        if self._executor.state(row["handle"]) is not State.ENDED:
+            self._executor.stop(row["handle"])
+            return
+        if row["status"] == "paused":
+            self._take_last_words(row)
+        self._note(row, handle=None, devices=None, attempt=row["attempt"] + 1)
+
+    def _take_last_words(self, row: Row) -> None:
+        """Notes the step that a paused run has saved."""
+        result = RunFolder(self._settings.run(row["id"])).result()
+        if result is not None and result["step"]:
+            with self._service.database.write() as connection:
+                add_event(connection, row["id"], f"Step {result['step']} is saved")
+
+
+def _is_half_over(row: Row, time_: int) -> bool:
+    return row["taken_until"] is None or row["taken_until"] - time_ < _LEASE / 2
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Waits until no other worker of this machine works for the service."""
+    with (workdir / "worker.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> None:
+    """Works until SIGTERM or Ctrl-C."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--settings", required=True)
+    settings = Settings.read(Path(parser.parse_args().settings))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s worker: %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    Worker(settings).run(stop)
+
+
+if __name__ == "__main__":
+    main()
