@@ -65,11 +65,15 @@ def listed(values: Sequence[str]) -> list[str]:
 
 def export_command(workdir: Path) -> str:
     """Returns the command that exports the best checkpoint of a run."""
-    from jaxft.workdir.adapter_note import read_note
+    from jaxft.models.adapter_files import format_problems
+    from jaxft.workdir.source import Source
 
-    note = read_note(workdir / "model")
-    # PEFT's format has no adapter without a pair, nor one of weights that nobody else has.
-    alone = note is not None and note.adaptation.sites and not note.adaptation.whole
+    source = Source(workdir / "model", workdir / "checkpoints")
+    note = source.note
+    # An adapter of weights that nobody else has goes nowhere alone.
+    alone = (
+        note is not None and not note.adaptation.whole and not format_problems(source.architecture)
+    )
     output = workdir.parent / f"{workdir.name}-{'adapter' if alone else 'model'}"
     command = command_line("export", checkpoint=workdir, output=output) + " --verify"
     return command if alone or note is None else f"{command} --merge"

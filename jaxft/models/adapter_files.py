@@ -2,11 +2,15 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
-
+from jaxft.errors import collected
 from jaxft.hf.peft.adapter import Adapter
+from jaxft.hf.peft.write import check_adapter
 from jaxft.models.adapters import Adaptation
+from jaxft.models.config import make_numerics
+from jaxft.models.families import Architecture
 from jaxft.models.weights import Site
 
 
@@ -27,8 +31,20 @@ def adaptation_of(adapter: Adapter) -> Adaptation:
     return Adaptation(sites, rows=adapter.tokens, trained=whole)
 
 
+def format_problems(architecture: Architecture) -> list[str]:
+    """Returns what keeps the adapter of a model from being written in PEFT's format."""
+    dense, adaptation = replace(architecture, quantise=""), architecture.adaptation
+    numerics, problems = make_numerics("float32"), []
+    learnt = {p: s for p, s in dense.abstract(numerics).params.items() if adaptation.is_kept(p)}
+    shapes = {path: spec.shape for path, spec in dense.plain.abstract(numerics).params.items()}
+    with collected(problems):
+        adapter = adapter_of(adaptation, learnt, base="", revision="")
+        check_adapter(adapter, architecture.naming, shapes)
+    return problems
+
+
 def adapter_of(
-    adaptation: Adaptation, arrays: Mapping[str, np.ndarray], *, base: str, revision: str
+    adaptation: Adaptation, arrays: Mapping[str, Any], *, base: str, revision: str
 ) -> Adapter:
     """Returns the adapter of a model as files hold it.
 

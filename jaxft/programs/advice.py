@@ -15,6 +15,9 @@ from jaxft.data.unit_findings import (
 )
 from jaxft.data.units import NOUNS, counted_units
 from jaxft.formatting import counted
+from jaxft.hf.peft.write import warning_of_experts
+from jaxft.models.adapter_files import format_problems
+from jaxft.models.families import Architecture
 from jaxft.programs.held_out import HeldOut
 
 # A run of fewer steps is taken for an accident, unless it is asked for.
@@ -59,6 +62,17 @@ def warn(
     _warn_of_overlap(rows, held_out)
     _warn_of_doubts(rows, held_out)
     _warn_of_few_steps(config, rows, steps, row_multiple)
+
+
+def warn_of_format(architecture: Architecture) -> None:
+    """Logs what becomes of a run's adapter where others read it, before any time goes into it."""
+    adaptation = architecture.adaptation
+    if not adaptation or adaptation.whole:
+        return
+    if problems := format_problems(architecture):
+        _say("\n".join(["jaxft export will refuse this run's adapter alone:", *problems]))
+    if warning := warning_of_experts(adaptation.sites, architecture.naming):
+        _say(warning)
 
 
 def _say(text: str) -> None:

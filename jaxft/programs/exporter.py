@@ -14,7 +14,7 @@ from jaxft.files import as_json, stamps
 from jaxft.hf.decoded import Passed
 from jaxft.hf.folder import ModelFolder, quantisation
 from jaxft.hf.peft.modules import CONFIG
-from jaxft.hf.peft.write import taken_for_experts, write_adapter
+from jaxft.hf.peft.write import warning_of_experts, write_adapter
 from jaxft.hf.rules import Naming
 from jaxft.hf.save import Readable, atomic_folder, save_params
 from jaxft.hf.save_tokenizer import save_tokenizer
@@ -214,12 +214,8 @@ def _export_adapter(
             f"other than jaxft need the base with {rows} (resize_token_embeddings({rows}) in "
             "transformers)."
         )
-    if taken := taken_for_experts(adapter.owners("lora_b"), architecture.naming):
-        on_log(
-            f"PEFT (0.21) takes the adapters of {', '.join(taken)} for those of the experts, and "
-            "its logits will be others. Train without them (--config.adapter.targets), or export "
-            "the merged model (--merge)."
-        )
+    if warning := warning_of_experts(adapter.owners("lora_b"), architecture.naming):
+        on_log(warning)
     with atomic_folder(output, overwrite=overwrite) as folder:
         write_adapter(folder, adapter, architecture.naming, shapes)
         if tokenizer is not None:

@@ -26,7 +26,7 @@ from jaxft.programs import (
     rematerialisation,
     run_data,
 )
-from jaxft.programs.advice import warn
+from jaxft.programs.advice import warn, warn_of_format
 from jaxft.programs.answers import read_sample_prompts
 from jaxft.programs.description import Description, read_description
 from jaxft.programs.digests import digest_of_base
@@ -135,6 +135,7 @@ def _train(
             source = resumed
         description = read_description(source, config)
         architecture, tokenizer = description.architecture, description.tokenizer
+    warn_of_format(architecture)
     evaluator = build_evaluator(config, architecture, placement=placement)
     check_run(config, evaluator, steps=config.train.steps)
     cheaper = rematerialisation.settle(config, architecture, workdir, start=start)

@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxft.errors import CheckpointError
+from jaxft.cli.common import export_command
+from jaxft.config import AdapterConfig
+from jaxft.errors import CheckpointError, DataError
 from jaxft.programs.trainer import train
-from jaxft.workdir.adapter_note import read_note
+from jaxft.training.adaptation import adapted
+from jaxft.workdir.adapter_note import AdapterNote, read_note
+from jaxft.workdir.source import Source
+from tests.oracle.cases import write_folder
 from tests.tiny_run import assert_same_arrays, read_arrays, read_records, tiny_config
 
 KEYS = {
@@ -20,6 +25,34 @@ KEYS = {
     "adapter__added_rows": True,
     "train__save_every": 2,
 }
+
+
+def test_what_others_will_not_read_is_said_before_the_data_is(tmp_path, capfd):
+    config = tiny_config(tmp_path, adapter__rank=2, adapter__train="router|^norm")
+    write_folder("deepseek_v3_packed", tmp_path / "base")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    with pytest.raises(DataError):
+        train(config)
+    said = " ".join(capfd.readouterr().err.split())
+    assert (
+        "jaxft export will refuse this run's adapter alone: PEFT saves modules as a whole" in said
+    )
+    assert "only layers.1.mlp.routed.router.w is trained" in said and "(--merge)" in said
+    assert "PEFT (0.21) takes the adapters of layers.0.mlp.down," in said
+    assert "layers.1.mlp.shared.up for those of the experts" in said
+
+
+@pytest.mark.parametrize(
+    ("trained", "ending"), [("router", "-model --verify --merge"), ("", "-adapter --verify")]
+)
+def test_the_export_that_is_named_after_a_run_is_one_that_works(tmp_path, trained, ending):
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    write_folder("deepseek_v3_packed", model)
+    keys = AdapterConfig(rank=2, targets=r"attn\.o$", train=trained)
+    adaptation = adapted(Source(model).architecture, keys).adaptation
+    AdapterNote(adaptation, "base", "", "", "float32").write(model)
+    assert export_command(tmp_path / "run").endswith(f"{tmp_path / 'run'}{ending}")
 
 
 @pytest.mark.slow(seconds=12)

@@ -61,6 +61,28 @@ def write_adapter(
     write_json(folder / CONFIG, content.config())
 
 
+def check_adapter(adapter: Adapter, naming: Naming, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ModelError as `write_adapter` does; of the adapter's arrays only shapes are read."""
+    _Content(adapter, naming, shapes)
+
+
+def warning_of_experts(sites: Iterable[str], naming: Naming) -> str:
+    """Returns what to know of adapters that PEFT misreads; '' if it reads all as they are.
+
+    Args:
+      sites: As for `taken_for_experts`.
+      naming: Likewise.
+    """
+    taken = taken_for_experts(sites, naming)
+    if not taken:
+        return ""
+    return (
+        f"PEFT (0.21) takes the adapters of {', '.join(taken)} for those of the experts, and "
+        "its logits will be others. Train without them (--config.adapter.targets), or export "
+        "the merged model (--merge)."
+    )
+
+
 def taken_for_experts(sites: Iterable[str], naming: Naming) -> list[str]:
     """Returns the sites whose adapters PEFT (0.21, with transformers 5) takes for those of experts.
 
