@@ -15,9 +15,7 @@ from jaxft.data import TokenRows
 from jaxft.data.units import NOUNS, units_of
 from jaxft.errors import ConfigError
 from jaxft.models.adapters import NOTHING, Adaptation
-from jaxft.models.attention import check_backend
 from jaxft.models.families import Architecture
-from jaxft.models.grouped import check_groups
 from jaxft.programs import capacity
 from jaxft.programs.answers import Answers, Prompts, answer, has_answers, read_prompts
 from jaxft.programs.as_trained import say_differences
@@ -306,8 +304,7 @@ def _evaluate_all(task: _Task) -> dict[str, Evaluation]:
             tokenizer=task.tokenizer,
             new_tokens=task.new_tokens,
         )
-    check_backend(evaluator.attention.backend, task.architecture.config)
-    check_groups(task.architecture.config)
+    evaluator.check_kernels()
     model = Model(task.architecture, evaluator.abstract, params, task.tokenizer, task.source)
     plain = evaluator.on_text(config)
     return {

@@ -15,8 +15,6 @@ from jaxft.config import RunConfig, to_dict
 from jaxft.data import BatchIterator, TokenRows
 from jaxft.distributed.signals import StopRequest, stop_on_signals
 from jaxft.hf.hub import found_anywhere
-from jaxft.models.attention import check_backend
-from jaxft.models.grouped import check_groups
 from jaxft.models.module import Params
 from jaxft.programs import (
     announcements,
@@ -135,9 +133,9 @@ def _train(
             source = resumed
         description = read_description(source, config)
         architecture, tokenizer = description.architecture, description.tokenizer
-    warn_of_format(architecture)
     evaluator = build_evaluator(config, architecture, placement=placement)
     check_run(config, evaluator, steps=config.train.steps)
+    warn_of_format(architecture)
     cheaper = rematerialisation.settle(config, architecture, workdir, start=start)
     capacity.check(capacity.TRAINING, config, architecture)
     with console.phase("Data"):
@@ -164,8 +162,7 @@ def _train(
         row_multiple=config.train.accumulation * placement.batch_shards,
         parameters=evaluator.parameters,
     )
-    check_backend(evaluator.attention.backend, architecture.config)
-    check_groups(architecture.config)
+    evaluator.check_kernels()
     with goodput.spend("compile"):
         program, step = rematerialisation.compile_step(
             config, program, cheaper, steps=iterator.steps

@@ -20,9 +20,10 @@ from jaxft.data.rows import TokenRows
 from jaxft.errors import ConfigError
 from jaxft.formatting import counted
 from jaxft.hardware.chips import chip_of
-from jaxft.models.attention import Choice, choose_backend
+from jaxft.models.attention import Choice, check_backend, choose_backend
 from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.families import Architecture, after_layers, reaches_layers
+from jaxft.models.grouped import check_groups
 from jaxft.models.module import AbstractModel
 from jaxft.models.quantised import parameter_count
 from jaxft.sharding.mesh import make_mesh
@@ -89,6 +90,15 @@ class Evaluator:
             objective=objective,
             eval_step=make_eval_step(self.abstract.graphdef, objective, placement=self.placement),
         )
+
+    def check_kernels(self) -> None:
+        """Compares the kernels in use with plain operations, on the device.
+
+        Raises:
+          ConfigError: If results or gradients differ by more than bfloat16 explains.
+        """
+        check_backend(self.attention.backend, self.architecture.config)
+        check_groups(self.architecture.config)
 
     @property
     def abstract_params(self) -> dict[str, Any]:
