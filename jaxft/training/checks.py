@@ -2,8 +2,9 @@
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, collected
+from jaxft.formatting import counted
 from jaxft.hardware.chips import Chip
-from jaxft.models.config import DeltaConfig
+from jaxft.models.config import DecoderConfig, DeltaConfig
 from jaxft.models.experts import check_experts
 from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel
@@ -61,19 +62,38 @@ def check_strategy(config: RunConfig, architecture: Architecture, placement: Pla
     if model.delta is not None:
         with collected(problems):
             check_recurrence(model.delta, placement)
-    if placement.split("layers") and len(model.runs) > 1:
-        problems.append(
-            f"strategy {placement.name!r} splits layers over stages, and this model's layers are "
-            "not of blocks that recur in equal groups. Use a strategy without stages, such as "
-            "fsdp_tp."
-        )
-    if len(placement.split("layers")) > 1:
-        problems.append(
-            f"strategy {placement.name!r} splits layers over {placement.split('layers')}; stages "
-            "of a pipeline lie along one mesh axis."
-        )
+    if placement.split("layers"):
+        with collected(problems):
+            check_stages(model, placement)
     if problems:
         raise ConfigError(problems)
+
+
+def check_stages(model: DecoderConfig, placement: Placement) -> None:
+    """Raises ConfigError if stages, over which layers are split, cannot have the same blocks."""
+    axis, *more = placement.split("layers")
+    stages = placement.parts("layers")
+    if more:
+        raise ConfigError(
+            f"strategy {placement.name!r} splits layers over {axis}, {', '.join(more)}; stages of "
+            "a pipeline lie along one mesh axis."
+        )
+    group, *others = model.runs
+    turns = 1 if others else len(group[0])
+    if turns % stages == 0:
+        return
+    if turns == 1:
+        layers = counted(model.layers, "layer")
+        found = f"the blocks of this model's {layers} do not recur in equal groups"
+        advice = "Use"
+    else:
+        what = "layers" if len(group) == 1 else f"groups of {len(group)} layers"
+        found = f"this model has {turns} {what}"
+        advice = f"Use a mesh whose {axis} divides {turns}, or"
+    raise ConfigError(
+        f"strategy {placement.name!r} splits layers over {stages} stages, which must have equal "
+        f"layers, and {found}. {advice} a strategy without stages, such as fsdp_tp."
+    )
 
 
 def check_recurrence(sizes: DeltaConfig, placement: Placement) -> None:

@@ -153,7 +153,12 @@ def test_five_steps_equal_those_of_one_device(strategy, family):
             "expert_capacity 1.25 counts .* Set --config.model.expert_capacity=0",
         ),
         ("llama", "cp", {}, "rows over 8 devices, .*max_length 24 is not a multiple of 16"),
-        ("llama", "pp", {}, "axis 'layers' has size 2, mesh axis 'stage' has size 8"),
+        (
+            "llama",
+            "pp",
+            {},
+            "over 8 stages, .* equal layers, .* has 2 layers. Use a mesh whose stage divides 2,",
+        ),
         ("llama", "tp", {}, "axis 'heads' has size 2, mesh axis 'tensor' has size 8"),
         (
             "mistral",
@@ -170,7 +175,8 @@ def test_pairs_that_cannot_work_are_refused_at_the_start(family, strategy, chang
 
 
 def test_layers_that_differ_from_the_first_on_are_refused_by_pipelines():
-    with pytest.raises(ConfigError, match="layers are not of blocks that recur in equal groups"):
+    refused = "over 8 stages, which must have equal layers, .* do not recur in equal groups"
+    with pytest.raises(ConfigError, match=refused):
         make_program(load_tiny("deepseek_v3_packed"), 8, strategy="pp")
 
 

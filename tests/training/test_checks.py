@@ -1,12 +1,16 @@
 """Refusals before anything is traced."""
 
+import contextlib
+
 import pytest
 
-from jaxft.config import RunConfig
+from jaxft.config import RunConfig, from_dict
 from jaxft.errors import ConfigError
 from jaxft.hardware.chips import chip_named
-from jaxft.training.checks import check_matmul
+from jaxft.models.families import architecture_from_hf
+from jaxft.training.checks import check_matmul, check_stages
 from jaxft.training.program import build_evaluator, make_placement
+from tests.oracle.cases import CASES
 from tests.tiny import load_tiny
 from tests.tpu import compiles_for_tpu, tpu_devices
 
@@ -39,6 +43,29 @@ def test_a_device_without_published_rates_computes_what_it_is_asked_to():
     config = RunConfig()
     config.model.matmul = "fp8"
     check_matmul(config, None)
+
+
+@pytest.mark.parametrize(
+    ("case", "layers", "stages", "message"),
+    [
+        # A dense layer, then one with experts: one group, which does not recur.
+        ("deepseek_v3_published", 2, 2, "the blocks of this model's 2 layers do not recur"),
+        ("deepseek_v3_published", 4, 2, "the blocks of this model's 4 layers do not recur"),
+        ("gqa", 4, 8, "this model has 4 layers. Use a mesh whose stage divides 4"),
+        ("gqa", 4, 2, ""),
+        ("qwen3_5_published", 8, 8, "this model has 2 groups of 4 layers. Use a mesh whose stage"),
+        ("qwen3_5_published", 8, 2, ""),
+    ],
+)
+def test_layers_that_stages_cannot_share_are_refused(case, layers, stages, message):
+    placement = make_placement(from_dict({"strategy": "pp", "mesh.stage": stages, "mesh.data": -1}))
+    model = architecture_from_hf(CASES[case] | {"num_hidden_layers": layers}).config
+    with pytest.raises(ConfigError) if message else contextlib.nullcontext() as error:
+        check_stages(model, placement)
+    if message:
+        text = str(error.value)
+        assert f"over {stages} stages, which must have equal layers, and {message}" in text
+        assert "a strategy without stages, such as fsdp_tp" in text
 
 
 @compiles_for_tpu
