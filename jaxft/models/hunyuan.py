@@ -2,22 +2,14 @@
 
 from typing import Any
 
-from flax import nnx
-
 from jaxft.hf.rules import Rule
-from jaxft.models.config import DecoderConfig, LayerKind, Numerics
+from jaxft.models.config import DecoderConfig, LayerKind
 from jaxft.models.fields import Fields
-from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention
+from jaxft.models.layers import gated_block
 from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, PRE_NORMS
 from jaxft.models.rope import Rope
 
-
-class Block(ResidualBlock):
-    """One layer."""
-
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
-        attn = SelfAttention(config, numerics, rngs, qk_norm="turned")
-        super().__init__(config, numerics, attn=attn, mlp=GatedMLP(config, numerics, rngs))
+Block = gated_block(qk_norm="turned")
 
 
 def config_from_hf(config: dict[str, Any]) -> DecoderConfig:

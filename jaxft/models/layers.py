@@ -416,6 +416,25 @@ class ResidualBlock(nnx.Module):
         return constrain(x + out, "batch", "stream_seq", "act_embed")
 
 
+def gated_block(
+    *, pre: bool = True, post: bool = False, **attention: Any
+) -> Callable[[DecoderConfig, Numerics, nnx.Rngs], ResidualBlock]:
+    """Returns the builder of a layer of self-attention and a gated feed-forward part (SwiGLU).
+
+    Args:
+      pre: As of `ResidualBlock`.
+      post: Likewise.
+      **attention: Arguments of `SelfAttention`.
+    """
+
+    def build(config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs) -> ResidualBlock:
+        attn = SelfAttention(config, numerics, rngs, **attention)
+        mlp = GatedMLP(config, numerics, rngs)
+        return ResidualBlock(config, numerics, attn=attn, mlp=mlp, pre=pre, post=post)
+
+    return build
+
+
 def _maybe(norm: Any, x: Array) -> Array:
     return x if norm is None else norm(x)
 

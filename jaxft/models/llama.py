@@ -2,20 +2,12 @@
 
 from typing import Any
 
-from flax import nnx
-
-from jaxft.models.config import DecoderConfig, LayerKind, Numerics
+from jaxft.models.config import DecoderConfig, LayerKind
 from jaxft.models.fields import Fields
-from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention
+from jaxft.models.layers import gated_block
 from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, PRE_NORMS
 
-
-class Block(ResidualBlock):
-    """One layer."""
-
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
-        attn = SelfAttention(config, numerics, rngs)
-        super().__init__(config, numerics, attn=attn, mlp=GatedMLP(config, numerics, rngs))
+Block = gated_block()
 
 
 def config_from_hf(config: dict[str, Any]) -> DecoderConfig:

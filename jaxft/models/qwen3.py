@@ -2,21 +2,13 @@
 
 from typing import Any
 
-from flax import nnx
-
-from jaxft.models.config import DecoderConfig, Numerics
+from jaxft.models.config import DecoderConfig
 from jaxft.models.fields import Fields
-from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention
+from jaxft.models.layers import gated_block
 from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, HEAD_NORMS, PRE_NORMS
 from jaxft.models.qwen2 import layer_kinds
 
-
-class Block(ResidualBlock):
-    """One layer."""
-
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
-        attn = SelfAttention(config, numerics, rngs, qk_norm="head")
-        super().__init__(config, numerics, attn=attn, mlp=GatedMLP(config, numerics, rngs))
+Block = gated_block(qk_norm="head")
 
 
 def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
