@@ -56,6 +56,9 @@ FAMILIES = {
     "smollm3": "jaxft.models.smollm3",
 }
 
+# Types that are others in all but name. Kimi-K2's authors say to put that of DeepSeek-V3 into its
+# config.json where a program does not know it, as transformers does with the text of Kimi-K2.5.
+_SAME = {"kimi_k2": "deepseek_v3"}
 # Text models that are there only inside of multimodal ones; those of `FAMILIES` may be, too.
 _TEXTS = {
     "gemma4_unified_text": "jaxft.models.gemma4_unified",
@@ -150,7 +153,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     whole = config.get("model_type", "")
     text = text_config(config) if whole in TOWERS else config
     modules = FAMILIES if text is config else FAMILIES | _TEXTS
-    kind = text.get("model_type", "")
+    kind = _SAME.get(text.get("model_type", ""), text.get("model_type", ""))
     if kind not in modules:
         raise ModelError(_unsupported(config, str(whole)))
     family = importlib.import_module(modules[kind])

@@ -17,10 +17,12 @@ from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.families import architecture_from_hf
 from jaxft.models.layers import Linear
 from jaxft.models.module import merge
+from jaxft.models.rope import YarnScaling
 from jaxft.models.weights import Site
 from jaxft.training.adaptation import adapted
 from jaxft.training.state import partition
 from tests.oracle.cases import CASES, write_folder
+from tests.oracle.published import PUBLISHED
 
 
 def test_a_cache_holds_one_latent_and_one_key_of_a_token():
@@ -98,3 +100,14 @@ def test_scores_are_scaled_by_what_yarn_says_of_all_dimensions():
     plain = {name: x for name, x in config.items() if name != "rope_scaling"}
     assert architecture_from_hf(plain).config.attention_scale == pytest.approx(24**-0.5)
     assert dataclasses.replace(found, latent=None).value_dim == 24 != found.value_dim
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name():
+    """As its authors say, and transformers has it of the text of Kimi-K2.5."""
+    config = PUBLISHED["moonshotai--Kimi-K2-Instruct"]
+    found = architecture_from_hf(config | {"model_type": "kimi_k2"})
+    assert found == architecture_from_hf(config)
+    # Both borders of YaRN's ramp are at one turn in 4,096 positions, pair 19.2 of 32.
+    [rope] = {kind.rope for kind in found.config.kinds}
+    assert rope is not None and rope.scaling == YarnScaling(32.0, 19.0, 20.0, 1.0)
+    assert found.config.attention_scale == pytest.approx((0.1 * np.log(32) + 1) ** 2 / 192**0.5)
