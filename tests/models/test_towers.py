@@ -1,6 +1,7 @@
 """Text towers of multimodal folders: their names, fields, maths, and what lies beside them."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,21 @@ from transformers import AutoConfig
 
 import jaxft
 from jaxft.errors import ModelError
+from jaxft.hf.rules import expand
 from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
 from jaxft.models.towers import ABSENT
 from jaxft.programs.conversion import check
-from tests.oracle.published import PUBLISHED
-from tests.oracle.towers import CONFIGS, load_logits, tokens, write_tower
+from tests.oracle.cases import published_wholes
+from tests.oracle.published import PUBLISHED, WHOLES
+from tests.oracle.towers import (
+    CONFIGS,
+    counted_tensors,
+    load_logits,
+    load_wholes,
+    tokens,
+    write_tower,
+)
 
 SLOW = pytest.mark.slow(seconds=4)
 CASES = [pytest.param(n, marks=() if n in ("gemma3", "qwen3_vl") else SLOW) for n in CONFIGS]
@@ -65,21 +75,7 @@ def test_experts_that_files_hold_in_one_tensor_go_in_and_out(tmp_path):
     assert all(np.array_equal(written[name], tensors[name]) for name in tensors)
 
 
-GEMMA_12B: dict[str, Any] = {
-    "model_type": "gemma3",
-    "eos_token_id": [1, 106],
-    "text_config": {
-        "model_type": "gemma3_text",
-        "hidden_size": 3840,
-        "intermediate_size": 15360,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 48,
-        "num_key_value_heads": 8,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 1024,
-    },
-    "vision_config": {"model_type": "siglip_vision_model"},
-}
+GEMMA_12B = WHOLES["google--gemma-3-12b-it"]
 
 
 # As public repositories quote the file.
@@ -141,6 +137,25 @@ def test_the_published_model_whose_fields_are_nested_is_that_of_its_text(shared)
     names = {rule.theirs for rule in whole.naming.rules}
     assert "lm_head.weight" in names
     assert all(name.startswith("model.language_model.") for name in names - {"lm_head.weight"})
+
+
+def test_all_tensors_of_published_wholes_are_of_the_text_or_passed_through(shared):
+    """By the names and shapes of transformers, which leaves layers out that guess tokens."""
+    configs, sizes = published_wholes(shared / "configs"), {}
+    assert configs.keys() == load_wholes().keys()
+    for name, theirs in load_wholes().items():
+        architecture = architecture_from_hf(configs[name])
+        params = architecture.abstract(make_numerics("mixed")).params
+        shapes = {path: spec.shape for path, spec in params.items()}
+        naming = architecture.naming
+        ours = [(t.name, t.shape) for t in expand(naming.rules, shapes)]
+        assert counted_tensors(ours) == [one for one in theirs if not naming.is_other(one[0])]
+        sizes[name] = sum(math.prod(shape) * count for _, shape, count in theirs)
+    # As the hub counts the first.
+    assert sizes == {
+        "google--gemma-3-12b-it": 12_187_325_040,
+        "Qwen--Qwen3.5-27B": 27_356_728_560,
+    }
 
 
 @pytest.mark.parametrize(

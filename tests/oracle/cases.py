@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tests.oracle.configs import CONFIGS as CASES
-from tests.oracle.published import PUBLISHED
+from tests.oracle.published import PUBLISHED, WHOLES
 from tests.oracle.weights import weight
 
 FOLDER = Path(__file__).parent
@@ -117,10 +117,18 @@ def published_configs(folder: Path) -> dict[str, dict[str, Any]]:
 
     Of a model that takes other senses too it is what the file says of its language model.
     """
-    configs = {
-        f.parent.name: json.loads(f.read_text()) for f in sorted(folder.glob("*/config.json"))
-    }
+    configs = _read_configs(folder)
     return {name: c.get("text_config", c) for name, c in configs.items()} | PUBLISHED
+
+
+def published_wholes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns `{ORG--NAME: content of config.json}` of models that take other senses too."""
+    found = {name: c for name, c in _read_configs(folder).items() if "vision_config" in c}
+    return found | WHOLES
+
+
+def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    return {f.parent.name: json.loads(f.read_text()) for f in sorted(folder.glob("*/config.json"))}
 
 
 def load_preferences() -> dict[str, dict[str, np.ndarray]]:

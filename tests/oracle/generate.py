@@ -2,8 +2,8 @@
 
 Run from the project's root by a Python that has torch, transformers and safetensors:
 
-  python -m tests.oracle.generate           writes tests/oracle/*.npz and published_sizes.json
-  python -m tests.oracle.generate --new     writes the cases that are not stored, and the sizes
+  python -m tests.oracle.generate           writes tests/oracle/*.npz and published_*.json
+  python -m tests.oracle.generate --new     writes cases that are not stored, and published_*.json
   python -m tests.oracle.generate --check   fails where they differ from what is stored
 """
 
@@ -34,6 +34,7 @@ from tests.oracle.cases import (
     load_case,
     load_published_sizes,
     published_configs,
+    published_wholes,
     stored_path,
 )
 
@@ -176,6 +177,11 @@ def published_sizes() -> dict[str, int]:
     }
 
 
+def wholes() -> dict[str, Any]:
+    """Returns the tensors of every published model that takes other senses too."""
+    return {n: towers.whole_tensors(c) for n, c in published_wholes(CONFIGS).items()}
+
+
 def differences(name: str, before: Arrays, now: Arrays) -> list[str]:
     """Returns what differs between two versions of some arrays, one line for each."""
     if before.keys() != now.keys():
@@ -239,6 +245,8 @@ def check() -> list[str]:
     ]
     if CONFIGS.is_dir() and load_published_sizes() != published_sizes():
         problems.append("published_sizes.json: differs")
+    if CONFIGS.is_dir() and towers.load_wholes() != wholes():
+        problems.append("published_wholes.json: differs")
     return problems
 
 
@@ -253,6 +261,7 @@ def write_cases(names: Iterable[str]) -> None:
         np.savez_compressed(stored_path(name), **labels, **case.arrays)
     if CONFIGS.is_dir():
         PUBLISHED_SIZES.write_text(json.dumps(published_sizes(), indent=2) + "\n")
+        towers.WHOLES.write_text(json.dumps(wholes()) + "\n")
 
 
 def write() -> None:

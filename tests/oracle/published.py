@@ -350,3 +350,31 @@ PUBLISHED: dict[str, Config] = {
         "vocab_size": 151552,
     },
 }
+# Models that take pictures too. What is left out is as transformers' classes have it.
+WHOLES: dict[str, Config] = {
+    # https://arxiv.org/abs/2503.19786, tables 1 and 7; the other tower is SigLIP's of 400M.
+    "google--gemma-3-12b-it": {
+        "model_type": "gemma3",
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "model_type": "gemma3_text",
+            "hidden_size": 3840,
+            "intermediate_size": 15360,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 8,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "image_size": 896,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    },
+}

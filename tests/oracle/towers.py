@@ -1,11 +1,14 @@
-"""Tiny multimodal models by transformers: what their folders hold, and logits of text alone.
+"""Multimodal models by transformers: tiny ones and their logits of text, names of published ones.
 
-`compute` gives what `tests/oracle/generate.py` stores in towers.npz; it needs torch and
-transformers.
+`compute` gives what `tests/oracle/generate.py` stores in towers.npz, `whole_tensors` what it stores
+in published_wholes.json; they need torch and transformers.
 """
 
+import collections
 import json
+import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tests.oracle.weights import weight
 
 STORED = Path(__file__).parent / "towers.npz"
+WHOLES = Path(__file__).parent / "published_wholes.json"
 
 _TEXT = {
     "vocab_size": 64,
@@ -206,6 +210,27 @@ def load_logits(case: str) -> np.ndarray:
     """Returns the stored logits of `tokens`, `[2, 20, V]`."""
     with np.load(STORED) as stored:
         return stored[f"{case}/logits"]
+
+
+def counted_tensors(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> list[list[Any]]:
+    """Returns `[name, shape, count]` of tensors that are alike but for numbers in their names."""
+    alike = collections.Counter((re.sub(r"\d+", "0", name), shape) for name, shape in tensors)
+    return [[name, list(shape), count] for (name, shape), count in sorted(alike.items())]
+
+
+def load_wholes() -> dict[str, list[list[Any]]]:
+    """Returns `{name of a published model: counted_tensors}` of all its parts."""
+    return json.loads(WHOLES.read_text())
+
+
+def whole_tensors(config: dict[str, Any]) -> list[list[Any]]:
+    """Returns `counted_tensors` of the model that a config.json describes, shared ones once."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+    return counted_tensors((name, tuple(x.shape)) for name, x in model.named_parameters())
 
 
 def compute() -> dict[str, Any]:
