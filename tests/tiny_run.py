@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jaxft.config import RunConfig, to_dict
+from jaxft.programs import trainer
 from tests.oracle.cases import write_folder
 
 _TEMPLATE = """\
@@ -96,6 +98,26 @@ def tiny_config(folder: Path, workdir: str = "run", **changes: object) -> RunCon
         node, _, leaf = name.rpartition("__")
         setattr(getattr(config, node) if node else config, leaf, value)
     return config
+
+
+def crash(
+    monkeypatch: pytest.MonkeyPatch, config: RunConfig, *, step: int, resume: bool = False
+) -> None:
+    """Runs `config` until `step` is dispatched, which fails as a lost device would."""
+    calls: list[None] = []
+
+    def put(batch: Any, sharding: Any, **places: Any) -> Any:
+        # Evaluation has its own; the loop calls this one once a step.
+        calls.append(None)
+        if len(calls) == step:
+            raise RuntimeError("device lost")
+        return original(batch, sharding, **places)
+
+    original = trainer.put
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "put", put)
+        with pytest.raises(RuntimeError, match="device lost"):
+            trainer.train(config, resume=resume)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

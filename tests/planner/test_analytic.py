@@ -171,6 +171,17 @@ def test_what_each_operation_keeps_is_what_jax_keeps_of_a_layer(case, capacity):
     assert of_token == pytest.approx(kept_by_jax(architecture, capacity), rel=0.03)
 
 
+@pytest.mark.parametrize("keys", [{}, {"strategy": "fsdp_tp", "mesh__tensor": 2}])
+def test_norms_of_latents_pass_latents_and_not_heads(keys):
+    """Devices that share out heads have all of a token's latents each."""
+    architecture, config = small("deepseek_v3"), small_run("none", **keys)
+    placement = make_placement(config)
+    abstract = architecture.abstract(make_numerics("float32"))
+    placed = Placed(placement, abstract, config.data.max_length, "")
+    estimator = Estimator(architecture=architecture, topology=EIGHT)
+    assert estimator._run(config, placed)._normed() == 2 * 256 + 128 + 96
+
+
 def test_layer_inputs_alone_are_tokens_times_width_times_layers():
     config = single("fsdp")
     tokens = 128  # one row of each device

@@ -24,10 +24,12 @@ from jaxft.programs.beside import FILES, find_others, note_others
 from jaxft.programs.conversion import check, describe
 from jaxft.programs.description import hf_config
 from jaxft.programs.exporter import _check_apart
+from jaxft.programs.folder import keep_model_files
 from jaxft.workdir.source import Source
+from jaxft.workdir.workdir import Workdir
 from tests.oracle.cases import write_folder
 from tests.oracle.towers import tokens, write_tower
-from tests.tiny_run import tiny_config, write_base
+from tests.tiny_run import crash, tiny_config, write_base
 
 PROCESSOR = '{"image_mean": [0.5]}\n'
 
@@ -50,10 +52,13 @@ def is_text(name: str) -> bool:
     return "language_model" in name or "lm_head" in name
 
 
-def test_a_run_exports_the_whole_with_only_its_text_changed(tmp_path):
-    config = tiny_config(tmp_path, train__steps=2, optim__learning_rate=1e-2)
+def test_a_run_exports_the_whole_with_only_its_text_changed(tmp_path, monkeypatch):
+    """Also one that is killed and goes on."""
+    keys = {"train__steps": 2, "train__save_every": 1, "optim__learning_rate": 1e-2}
+    config = tiny_config(tmp_path, **keys)
     base = write_whole(tmp_path / "base", "llava")
-    jaxft.train(config)
+    crash(monkeypatch, config, step=2)
+    jaxft.train(config, resume=True)
     run, lines = tmp_path / "run", []
     out = jaxft.export(run, tmp_path / "out", verify=True, on_log=lines.append)
     before, after = stored(base), stored(out)
@@ -196,6 +201,20 @@ def test_layers_that_guess_further_tokens_lie_beside_a_model_of_text_too(tmp_pat
     save_file(load_file(file) | {"mtp.fc.weight": np.zeros((2, 4), np.float32)}, file)
     with pytest.raises(ModelError, match="1 tensors beside its model that are not the 1 beside"):
         find_others(held, architecture)
+
+
+@pytest.mark.parametrize("random_init", [False, True])
+def test_a_random_start_leaves_layers_that_guess_behind(tmp_path, random_init):
+    base = write_base(tmp_path / "base")
+    file = write_folder("qwen3_5_gqa", base) / "model.safetensors"
+    save_file(load_file(file) | {"mtp.fc.weight": np.ones((2, 4), np.float32)}, file)
+    config = tiny_config(tmp_path, model__random_init=random_init)
+    workdir, source = Workdir(path=tmp_path / "run"), Source(base)
+    workdir.path.mkdir()
+    tokenizer = source.described.load_tokenizer()
+    keep_model_files(workdir, config, source, source.architecture, tokenizer, is_chat=False)
+    held = Source(workdir.model, checkpoints=workdir.checkpoints)
+    assert list(find_others(held, source.architecture)) == ["mtp.fc.weight"] * (not random_init)
 
 
 def test_adapters_have_the_names_of_the_whole_and_are_read_in_all_spellings(tmp_path):

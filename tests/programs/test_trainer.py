@@ -27,29 +27,12 @@ from jaxft.workdir.result import TrainResult
 from jaxft.workdir.workdir import Workdir
 from tests.tiny_run import (
     assert_same_arrays,
+    crash,
     read_arrays,
     read_metrics,
     read_records,
     write_chats,
 )
-
-
-def crash(monkeypatch, config, *, step, resume=False):
-    """Runs `config` until `step` is dispatched, which fails as a lost device would."""
-    calls = []
-
-    def put(batch, sharding, **places):
-        # Evaluation has its own; the loop calls this one once a step.
-        calls.append(None)
-        if len(calls) == step:
-            raise RuntimeError("device lost")
-        return original(batch, sharding, **places)
-
-    original = trainer.put
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "put", put)
-        with pytest.raises(RuntimeError, match="device lost"):
-            train(config, resume=resume)
 
 
 def read_rows(home, config):
