@@ -21,7 +21,7 @@ from jaxft.models.dispatch import (
 from jaxft.models.expert_weights import ExpertWeights, Projection
 from jaxft.models.layers import GatedMLP, Linear, Routing, gelu_tanh
 from jaxft.models.module import Param
-from jaxft.models.weights import Weight
+from jaxft.models.weights import Weight, refuse_columns
 from jaxft.sharding.rules import Placement, active_placement
 
 
@@ -52,6 +52,8 @@ class Routes(NamedTuple):
 class ExpertLinear(Weight):
     """One projection for each expert, `[E, outputs, inputs]`, with a bias `[E, outputs]`."""
 
+    takes_columns = False  # experts take tokens of all rows together
+
     def __init__(self, *shape: int, axes, dtype, scale: float, rngs: nnx.Rngs, bias: bool):
         super().__init__(shape, axes=axes, inputs=1, lead=1, dtype=dtype, scale=scale, rngs=rngs)
         self.b = Param(jnp.zeros(shape[:2], dtype), axes=axes[:2]) if bias else None
@@ -65,6 +67,7 @@ class ExpertLinear(Weight):
         if self.b is not None:
             arrays["b"] = self.b[...].astype(dtype)
         if self.site is not None:
+            refuse_columns()
             arrays["lora_a"] = self.lora_a[...].astype(dtype)
             arrays["lora_b"] = (self.lora_b[...] * self.site.scale).astype(dtype)
             if self.site.start:

@@ -56,6 +56,7 @@ class LatentAttention(nnx.Module):
         self.kv_norm = norm(sizes.rank)
         made = (n, sizes.plain_dim + sizes.value_dim)
         self.kv_up = Linear(made, (sizes.rank,), axes=of_latent, **kwargs)
+        self.kv_up.takes_columns = False  # its matrix meets queries, as one for all rows
         values = (n, sizes.value_dim)
         self.o = Linear((d,), values, axes=("embed", "heads", "head_dim"), **kwargs)
 

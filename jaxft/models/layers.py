@@ -90,6 +90,8 @@ class Linear(Weight):
 class Embedding(Weight):
     """A vector for each token or position, `[rows, D]`."""
 
+    takes_columns = False
+
     def __init__(
         self, rows: int, embed: int, *, dtype, scale: float, rngs: nnx.Rngs, axis: str = "vocab"
     ):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxft.models import activations
 from jaxft.models.module import Param, modules_in, optional
@@ -80,6 +80,35 @@ def dropout_from(noise: Noise | None) -> Iterator[None]:
         _NOISE.reset(token)
 
 
+_COLUMNS = contextvars.ContextVar[Array | None]("columns", default=None)
+
+
+@contextlib.contextmanager
+def columns_of(rows: Bool[Array, "R C"] | None) -> Iterator[None]:
+    """Gives each row of a batch some of the ranks of adapters while a model is traced.
+
+    Several adapters of one model are one wide adapter, of which a row takes the ranks that are its
+    own, or none. Without columns every row takes all.
+
+    Args:
+      rows: Which of the C ranks each row takes.
+    """
+    token = _COLUMNS.set(rows)
+    try:
+        yield
+    finally:
+        _COLUMNS.reset(token)
+
+
+def refuse_columns() -> None:
+    """Raises AssertionError where an adapter is about to be applied to all rows alike.
+
+    Adapters of weights that are used in such a way are not put side by side: see
+    `Weight.takes_columns`.
+    """
+    assert _COLUMNS.get() is None, "an adapter of some rows alone would be applied to all of them"
+
+
 class Weight(nnx.Module):
     """A matrix between groups of named dimensions, `[*lead, *outputs, *inputs]`.
 
@@ -92,7 +121,10 @@ class Weight(nnx.Module):
       added: Ids of the tokens whose rows are learnt apart, of a table.
       matmul: Format of products with the matrix, one of `sharding.scaled.FORMATS`; empty for their
         own type.
+      takes_columns: Whether rows of a batch may have adapters of their own, as `apply` gives them.
     """
+
+    takes_columns = True
 
     def __init__(
         self,
@@ -144,6 +176,7 @@ class Weight(nnx.Module):
         w = self.value(dtype)
         if self.site is None:
             return w
+        refuse_columns()
 
         def low_rank(a: Param, b: Param) -> Array:
             return jnp.tensordot(b[...].astype(jnp.float32), a[...].astype(jnp.float32), 1)
@@ -170,6 +203,7 @@ class Weight(nnx.Module):
         """
         table = self.w[...]
         if self.site is not None:
+            refuse_columns()
             low_rank = self.lora_b[...] @ self.lora_a[...]
             if self.site.start:
                 low_rank = low_rank - self.start_b[...] @ self.start_a[...]
@@ -223,6 +257,8 @@ class Weight(nnx.Module):
         assert self.site is not None
         of_a, of_b = ("rank", *self.input_axes), (*self.output_axes, "rank")
         narrow = project(x, a[...].astype(x.dtype), axes=of_a, inputs=self.inputs)
+        if (columns := _COLUMNS.get()) is not None:
+            narrow = jnp.where(columns[:, None], narrow, 0)
         narrow = narrow * jnp.asarray(self.site.scale, x.dtype)
         return project(narrow, b[...].astype(x.dtype), axes=of_b, inputs=1)
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Int
 
 from jaxft.models.cache import Cache
 from jaxft.models.module import Params, merge
-from jaxft.programs.sampling import Draws, choose_tokens
+from jaxft.models.weights import columns_of
+from jaxft.programs.sampling import LIKELY, Draws, Scores, choose_tokens, score_tokens
 from jaxft.sharding.rules import place
 
 BLOCK = 32
@@ -84,6 +85,12 @@ def grown(cache: Cache, *, slots: int, shardings: Shardings | None) -> Cache:
     return _placed(cache.grown(slots), shardings)
 
 
+@functools.partial(jax.jit, static_argnames="shardings")
+def moved(cache: Cache, rows: Int[Array, " R"], *, shardings: Shardings | None) -> Cache:
+    """Returns the cache of some of its rows, in another order or number."""
+    return _placed(jax.tree.map(lambda x: x[rows], cache), shardings)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "shardings"), donate_argnames="cache")
 def read_tokens(
     graphdef: Any,
@@ -95,19 +102,26 @@ def read_tokens(
     starts: Int[Array, " R"],
     counts: Int[Array, " R"],
     limits: Int[Array, " R"],
+    columns: Bool[Array, "R C"] | None,
     *,
     shardings: Shardings | None,
 ) -> Cache:
-    """Reads `counts` tokens into some rows, from the slots `starts` on."""
+    """Reads `counts` tokens into some rows, from the slots `starts` on.
+
+    With `columns` each row has those of the ranks of all adapters: see `models.weights.columns_of`.
+    """
     places = jnp.arange(tokens.shape[1])[None]
     real = places < counts[:, None]
     positions = (starts[:, None] + places) * real
     model = merge(graphdef, params)
-    _, cache = model.extend(tokens, positions, real, limits, cache, rows=rows, layers=layers)
+    with columns_of(columns):
+        _, cache = model.extend(tokens, positions, real, limits, cache, rows=rows, layers=layers)
     return _placed(cache, shardings)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "shardings"), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "scored", "shardings"), donate_argnames="cache"
+)
 def decode_tokens(
     graphdef: Any,
     params: Params,
@@ -117,13 +131,16 @@ def decode_tokens(
     has_token: Bool[Array, " V"] | None,
     most: Int[Array, ""],
     leave: Bool[Array, ""],
+    columns: Bool[Array, "B C"] | None,
     *,
+    scored: bool,
     shardings: Shardings | None,
-) -> tuple[Int[Array, "B block"], Cache]:
+) -> tuple[Int[Array, "B block"], Scores | None, Cache]:
     """Adds up to `most` tokens to each active row, or with `leave` until the first of them ends.
 
     Returns:
-      The new tokens with the one that ends a row, and -1 where there is none; and the cache.
+      The new tokens with the one that ends a row, and -1 where there is none; with `scored` their
+      log-probabilities and those of the most likely ones; and the cache.
     """
     model, start = merge(graphdef, params), state.active
 
@@ -132,20 +149,31 @@ def decode_tokens(
         return (step < most) & jnp.any(active) & ~(leave & jnp.any(active != start))
 
     def decode(carry: tuple) -> tuple:
-        step, last, position, active, cache, tokens = carry
-        hidden, cache = model.extend(
-            last[:, None], position[:, None], active[:, None], state.limit, cache, layers=layers
-        )
+        step, last, position, active, cache, tokens, scores = carry
+        with columns_of(columns):
+            hidden, cache = model.extend(
+                last[:, None], position[:, None], active[:, None], state.limit, cache, layers=layers
+            )
         logits = model.logits(hidden)[:, 0]
         token = choose_tokens(state.draws, logits, state.new + step, has_token)
         tokens = tokens.at[:, step].set(jnp.where(active, token, -1))
+        if scores is not None:
+            found = score_tokens(logits, token, has_token)
+            scores = jax.tree.map(lambda all, new: all.at[:, step].set(new), scores, found)
         stopped = jnp.any(token[:, None] == state.stops, axis=-1)
         active = active & ~stopped & (position + 2 < state.limit)
-        return step + 1, token, position + 1, active, cache, tokens
+        return step + 1, token, position + 1, active, cache, tokens, scores
 
-    tokens = jnp.full((state.last.shape[0], BLOCK), -1, jnp.int32)
-    carry = (jnp.int32(0), state.last, state.position, start, cache, tokens)
-    *_, cache, tokens = jax.lax.while_loop(running, decode, carry)
+    rows = state.last.shape[0]
+    tokens = jnp.full((rows, BLOCK), -1, jnp.int32)
+    scores = None
+    if scored:
+        likely = (rows, BLOCK, min(LIKELY, model.config.vocab))
+        floats = jnp.zeros((rows, BLOCK)), jnp.zeros(likely)
+        scores = Scores(floats[0], jnp.zeros(likely, jnp.int32), floats[1])
+    carry = (jnp.int32(0), state.last, state.position, start, cache, tokens, scores)
+    *_, cache, tokens, scores = jax.lax.while_loop(running, decode, carry)
     if shardings is not None:
-        tokens = place(tokens, shardings.tokens)
-    return tokens, _placed(cache, shardings)
+        found = tokens, scores
+        tokens, scores = place(found, jax.tree.map(lambda _: shardings.tokens, found))
+    return tokens, scores, _placed(cache, shardings)

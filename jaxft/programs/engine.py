@@ -3,10 +3,13 @@
 The host knows each row's text, and a device holds keys and values of all its tokens but the last.
 Two programs, compiled for few sizes, work on one cache that they overwrite in place: one reads a
 block of tokens into some rows, the other decodes up to `BLOCK` tokens in all rows.
+
+Rows may have adapters of their own, each some of the columns of one wide adapter; see
+`side_by_side.py`.
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,10 +27,11 @@ from jaxft.programs.decoding import (
     decode_tokens,
     grown,
     make_cache,
+    moved,
     read_tokens,
     shardings_of,
 )
-from jaxft.programs.sampling import Draws, Sampling
+from jaxft.programs.sampling import Draws, Sampling, Scores
 
 # Tokens of a row, and rows, that are read at once. A prompt is cut into such parts, so that no more
 # than these few programs are compiled, whatever the lengths of prompts.
@@ -36,6 +40,24 @@ _GROUPS = (16, 4, 1)
 # Bytes that the scores of attention may take while tokens are read.
 _SCORES = 2**29
 _STOPS = 8  # stop tokens are padded to a multiple of this
+_FEWER = 4  # an engine has all of its rows, or this many times fewer, or that once more
+
+
+class Columns(NamedTuple):
+    """The part of a wide adapter that is the adapter of a text.
+
+    Attributes:
+      number: Number of the adapter, never given twice; 0 for none.
+      start: The first column.
+      end: The column behind the last.
+    """
+
+    number: int = 0
+    start: int = 0
+    end: int = 0
+
+
+NO_COLUMNS = Columns()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +70,8 @@ class Request:
       stop_ids: Tokens that end it; not part of it.
       sampling: The way to choose tokens.
       number: Number of the text among those of one seed; see `Sampling.seed`.
+      columns: The adapter that continues it; the bare model by default.
+      scored: Whether its pieces have log-probabilities.
     """
 
     prompt: Sequence[int]
@@ -55,6 +79,8 @@ class Request:
     stop_ids: Collection[int] = ()
     sampling: Sampling = field(default_factory=Sampling)
     number: int = 0
+    columns: Columns = NO_COLUMNS
+    scored: bool = False
 
     @property
     def limit(self) -> int:
@@ -69,11 +95,13 @@ class Piece(NamedTuple):
       ticket: The number that `submit` gave.
       tokens: They; without the one that ends the text.
       ended: `stop` or `length` with the last piece of a text, else empty.
+      scores: Log-probabilities `[tokens, …]`, of a text that is scored.
     """
 
     ticket: int
     tokens: list[int]
     ended: str
+    scores: Scores | None = None
 
 
 @dataclass(slots=True)
@@ -94,13 +122,13 @@ class _Row:
     Attributes:
       number: Place in the cache.
       held: Ids whose keys and values its first slots hold.
-      regime: Regime of the text that these belong to; see `Engine._regime`.
+      regime: The other things that these depend on; see `Engine._regime`.
       text: The text that is being written in it, if any.
     """
 
     number: int
     held: list[int] = field(default_factory=list)
-    regime: tuple[bool, ...] = ()
+    regime: tuple[int, ...] = ()
     text: _Text | None = None
 
 
@@ -114,6 +142,8 @@ class Engine:
       graphdef: Its structure.
       params: Its parameters, in any placement.
       rows: Texts that are written at the same time.
+      elastic: Whether there are fewer rows while there are few texts; a step takes less time then,
+        and another program.
       slots: Tokens that a row has room for at first; the cache grows as texts need it.
       has_token: bool `[V]`; ids where it is False, such as rows that pad the embedding, are never
         chosen. All are allowed if absent.
@@ -126,15 +156,18 @@ class Engine:
         params: Params,
         *,
         rows: int,
+        elastic: bool = False,
         slots: int = 0,
         has_token: np.ndarray | None = None,
     ):
-        self.config = config
-        self._graphdef, self._params, self._has_token = graphdef, params, has_token
-        self._layers = apart(params, config.parts)
+        self.config, self._has_token = config, has_token
+        self._graphdef: Any = None
+        self.replace(graphdef, params)
         self._shardings = shardings_of(params)
         self._slots, self._cache = slots, None
-        self._rows = [_Row(number) for number in range(rows)]
+        fewer = (max(1, rows // _FEWER**2), max(1, rows // _FEWER)) if elastic else ()
+        self._sizes = (*fewer, rows)
+        self._rows = [_Row(number) for number in range(self._sizes[0])]
         self._waiting: deque[_Text] = deque()
         self._tickets = 0
 
@@ -147,6 +180,17 @@ class Engine:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._waiting and not self._active()
+
+    def replace(self, graphdef: Any, params: Params, *, columns: int = 0) -> None:
+        """Puts parameters in the place of those so far; texts under way go on with them.
+
+        Args:
+          graphdef: Structure of the same model, perhaps with a wide adapter.
+          params: Of the model and the adapter. What texts under way are written with is unchanged.
+          columns: Width of the adapter.
+        """
+        self._graphdef, self._params, self._columns = graphdef, params, columns
+        self._layers = apart(params, self.config.parts)
 
     def submit(self, request: Request) -> int:
         """Puts a text behind those that wait; returns the ticket that its pieces carry.
@@ -181,28 +225,45 @@ class Engine:
         It returns as soon as a row ends while texts wait. After an interrupt the next step reads
         the texts anew.
         """
+        self._fit_rows()
         self._admit()
         rows = self._active()
         if not rows:
             return []
-        self._make_room(max(row.text.request.limit for row in rows if row.text is not None))
+        self._make_room(max(_needed(row.text) for row in rows if row.text is not None))
         self._read(rows)
         return self._decode(rows, min(most, BLOCK))
 
     def _active(self) -> list[_Row]:
         return [row for row in self._rows if row.text is not None]
 
+    def _fit_rows(self) -> None:
+        """Brings the number of rows to that of the texts, those with texts first."""
+        wanted, now = len(self._waiting) + len(self._active()), len(self._rows)
+        size = next((size for size in self._sizes if size >= wanted), self._sizes[-1])
+        # Not at once to fewer that a further text would be too many for.
+        if size == now or (size < now and 2 * wanted > size > 1):
+            return
+        kept = sorted(self._rows, key=lambda row: (row.text is None, -len(row.held)))[:size]
+        if self._cache is not None:
+            places = [row.number for row in kept] + [0] * (size - len(kept))
+            numbers = np.asarray(places, np.int32)
+            self._cache = moved(self._take_cache(), numbers, shardings=self._shardings)
+        for number, row in enumerate(kept):
+            row.number = number
+        self._rows = kept + [_Row(number) for number in range(len(kept), size)]
+
     def _admit(self) -> None:
         free = [row for row in self._rows if row.text is None]
         while self._waiting and free:
             text = self._waiting.popleft()
-            regime = self._regime(text.request.limit)
+            regime = self._regime(text.request)
             shared = [self._shared(row, text, regime) for row in free]
             best = shared.index(max(shared))
             row = free.pop(best)
             row.held, row.regime, row.text = row.held[: shared[best]], regime, text
 
-    def _shared(self, row: _Row, text: _Text, regime: tuple[bool, ...]) -> int:
+    def _shared(self, row: _Row, text: _Text, regime: tuple[int, ...]) -> int:
         """Returns how many of a text's first tokens need not be read again in a row."""
         if row.regime != regime:
             return 0
@@ -210,10 +271,13 @@ class Engine:
         # What a recurrent layer keeps is of all that it read, and cannot be cut.
         return 0 if self.config.is_recurrent and count < len(row.held) else count
 
-    def _regime(self, limit: int) -> tuple[bool, ...]:
-        """Returns what decides how keys are turned: whether a text counts as a long one."""
-        return tuple(
-            limit > kind.rope.scaling.original_length
+    def _regime(self, request: Request) -> tuple[int, ...]:
+        """Returns what keys and values depend on beside the tokens.
+
+        It is the adapter, and whether a text counts as a long one, whose keys are turned otherwise.
+        """
+        return request.columns.number, *(
+            request.limit > kind.rope.scaling.original_length
             for kind in self.config.kinds
             if kind.rope is not None and isinstance(kind.rope.scaling, LongScaling)
         )
@@ -274,6 +338,7 @@ class Engine:
             starts,
             counts,
             limits,
+            self._columns_of(rows, range(len(rows)), len(rows)),
             shardings=self._shardings,
         )
         for row, ids, count in zip(rows, tokens.tolist(), counts.tolist(), strict=True):
@@ -281,7 +346,7 @@ class Engine:
         self._cache = cache
 
     def _decode(self, rows: Sequence[_Row], most: int) -> list[Piece]:
-        tokens, cache = decode_tokens(
+        tokens, scores, cache = decode_tokens(
             self._graphdef,
             self._params,
             self._layers,
@@ -290,13 +355,28 @@ class Engine:
             self._has_token,
             np.int32(most),
             np.bool_(bool(self._waiting)),
+            self._columns_of(rows, [row.number for row in rows], len(self._rows)),
+            scored=any(row.text is not None and row.text.request.scored for row in rows),
             shardings=self._shardings,
         )
-        found = np.asarray(tokens)
+        found, scores = np.asarray(tokens), jax.tree.map(np.asarray, scores)
         self._cache = cache
-        return [self._piece(row, found[row.number]) for row in rows]
+        return [self._piece(row, found[row.number], scores) for row in rows]
 
-    def _piece(self, row: _Row, found: np.ndarray) -> Piece:
+    def _columns_of(
+        self, rows: Sequence[_Row], places: Iterable[int], count: int
+    ) -> np.ndarray | None:
+        """Returns which columns of the wide adapter each row takes, if there is one."""
+        if not self._columns:
+            return None
+        taken = np.zeros((count, self._columns), bool)
+        for row, place in zip(rows, places, strict=True):
+            assert row.text is not None
+            _, start, end = row.text.request.columns
+            taken[place, start:end] = True
+        return taken
+
+    def _piece(self, row: _Row, found: np.ndarray, scores: Scores | None) -> Piece:
         """Adds what was decoded to a row's text, and frees the row if that has ended."""
         text = row.text
         assert text is not None
@@ -310,7 +390,10 @@ class Engine:
             ended = "length"
         if ended:
             row.text = None
-        return Piece(text.ticket, new, ended)
+        of_row = None
+        if text.request.scored:
+            of_row = jax.tree.map(lambda x: x[row.number, : len(new)], scores)
+        return Piece(text.ticket, new, ended, of_row)
 
     def _state(self, rows: Sequence[_Row]) -> State:
         texts = {row.number: row.text for row in rows if row.text is not None}
@@ -338,6 +421,11 @@ class Engine:
 def _missing(row: _Row) -> int:
     """Returns how many tokens of its text are to be read before it can be decoded."""
     return 0 if row.text is None else len(row.text.ids) - 1 - len(row.held)
+
+
+def _needed(text: _Text) -> int:
+    """Returns how many slots a text may fill in a step."""
+    return min(text.request.limit, len(text.ids) + BLOCK)
 
 
 def _part(tokens: int) -> int:

@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxft.errors import ConfigError
 
+LIKELY = 20
+"""Most likely tokens whose log-probabilities are given."""
 # The most likely tokens among which `top_k` and `top_p` choose; more are sorted where they must be.
 _CANDIDATES = 256
 # Tokens of a block in a draw from the whole vocabulary.
@@ -63,6 +65,20 @@ class Draws(NamedTuple):
     top_p: Any
 
 
+class Scores(NamedTuple):
+    """The model's own log-probabilities, in nats, whatever the way to choose: `[…]` of tokens.
+
+    Attributes:
+      chosen: float32, of the token that was chosen.
+      ids: int32 `[…, k]`, the most likely tokens, the most likely first.
+      likely: float32 `[…, k]`, their log-probabilities.
+    """
+
+    chosen: Any
+    ids: Any
+    likely: Any
+
+
 class _Ranked(NamedTuple):
     """The most likely tokens of each row, `[B, C]`, the most likely first.
 
@@ -97,6 +113,23 @@ def choose_tokens(
     if draws is None:
         return best
     return jnp.where(draws.temperature > 0, _draw(draws, logits, steps), best)
+
+
+def score_tokens(
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, " B"],
+    has_token: Bool[Array, " V"] | None = None,
+) -> Scores:
+    """Returns the log-probabilities of chosen tokens and of the `LIKELY` most likely ones.
+
+    They are of all logits; ids where `has_token` is False are not among the most likely.
+    """
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(logs, tokens[:, None], axis=-1)[:, 0]
+    if has_token is not None:
+        logs = jnp.where(has_token[None], logs, -jnp.inf)
+    likely, ids = jax.lax.top_k(logs, min(LIKELY, logs.shape[-1]))
+    return Scores(chosen, ids.astype(jnp.int32), likely)
 
 
 def _draw(draws: Draws, logits: Float[Array, "B V"], steps: Int[Array, " B"]) -> Int[Array, " B"]:

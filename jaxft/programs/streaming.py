@@ -13,6 +13,8 @@ from jaxft.programs.sampling import Sampling
 
 _DECODE = 4  # tokens in one step, and as many arrive together
 _SLOTS = 1024  # of the smallest cache: a conversation grows
+_WINDOW = 64  # tokens that are decoded again with each further one, at most about as many
+_CONTEXT = 16  # tokens before those, which tell how their text begins
 
 
 class Session:
@@ -73,33 +75,61 @@ class Session:
             self.engine.cancel(ticket)
 
 
-def text_pieces(
-    tokenizer: Any, ids: Iterable[Sequence[int]], *, after: Sequence[int] = ()
-) -> Iterator[str]:
-    """Yields text as tokens arrive; joined, it is what decoding all of them at once gives.
+class TextWriter:
+    """The text of tokens that arrive little by little; joined, it is that of all of them at once.
 
     Held back is what more tokens may change: bytes of a character that is not complete, and, where
     the tokenizer tidies spaces before punctuation, the last word.
+
+    Args:
+      tokenizer: Decodes tokens.
+      after: The tokens of a text that they continue.
+    """
+
+    def __init__(self, tokenizer: Any, *, after: Sequence[int] = ()):
+        self._tokenizer, self._after = tokenizer, list(after)
+        self._tidies = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._known: list[int] = []
+        self._shown = self._text = ""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Returns the text that further tokens complete."""
+        self._known += tokens
+        if self._after:
+            text = decode_continuation(self._tokenizer, self._after, self._known)
+        else:
+            text = self._tokenizer.decode(self._known, skip_special_tokens=True)
+        self._text, ready = text, text.rstrip("\ufffd")
+        if self._tidies:
+            ready = ready.rpartition(" ")[0]
+        found = ""
+        if len(ready) > len(self._shown) and ready.startswith(self._shown):
+            found, self._shown = ready[len(self._shown) :], ready
+        if self._shown == self._text and len(self._known) >= _WINDOW and not self._tidies:
+            # A few tokens tell how the next ones are written; decoding all again takes ever longer.
+            self._after, self._known = self._known[-_CONTEXT:], []
+            self._shown = self._text = ""
+        return found
+
+    def end(self) -> str:
+        """Returns the text that was held back."""
+        found, self._shown = self._text[len(self._shown) :], self._text
+        return found
+
+
+def text_pieces(
+    tokenizer: Any, ids: Iterable[Sequence[int]], *, after: Sequence[int] = ()
+) -> Iterator[str]:
+    """Yields text as tokens arrive, as `TextWriter` gives it.
 
     Args:
       tokenizer: Decodes them.
       ids: New tokens, a few at a time.
       after: The tokens of a text that they continue.
     """
-    tidies = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-    known: list[int] = []
-    shown = text = ""
+    writer = TextWriter(tokenizer, after=after)
     for new in ids:
-        known += new
-        if after:
-            text = decode_continuation(tokenizer, after, known)
-        else:
-            text = tokenizer.decode(known, skip_special_tokens=True)
-        ready = text.rstrip("\ufffd")
-        if tidies:
-            ready = ready.rpartition(" ")[0]
-        if len(ready) > len(shown) and ready.startswith(shown):
-            yield ready[len(shown) :]
-            shown = ready
-    if len(text) > len(shown):
-        yield text[len(shown) :]
+        if text := writer.push(new):
+            yield text
+    if text := writer.end():
+        yield text

@@ -102,6 +102,42 @@ def load_weights(
     return params
 
 
+def load_beside(
+    source: Source,
+    architecture: Architecture,
+    abstract: AbstractModel,
+    base: Params,
+    sharding: jax.sharding.Sharding,
+) -> Params:
+    """Reads what an adapter of pairs alone holds, for a model whose weights are loaded already.
+
+    Args:
+      source: The adapter.
+      architecture: The model with the adapter.
+      abstract: Its structure.
+      base: Weights of the model.
+      sharding: Placement of what is read.
+
+    Raises:
+      ModelError: If it holds values that are not finite.
+      CheckpointError: If it cannot be read, or the weights are others than its run had.
+    """
+    _check_digest(source, base)
+    kept = {
+        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+        for path, spec in abstract.params.items()
+        if is_beside(path)
+    }
+    leaves = _read_adapter(source, kept)
+    bad = sorted(path for path, x in leaves.items() if not np.isfinite(np.asarray(x, "f4")).all())
+    if bad:
+        raise ModelError(
+            f"{source.name} holds values that are not finite (NaN or infinite): "
+            f"{', '.join(bad[:5])}. Take another copy, or an earlier checkpoint."
+        )
+    return leaves
+
+
 def start_adapters(
     architecture: Architecture,
     params: Params,
@@ -142,13 +178,20 @@ def read_base(
     assert source.base is not None
     new_tokens = note.new_tokens if note is not None else ()
     params = _read_weights(source.base, architecture, target, axes, tokenizer, new_tokens)
+    _check_digest(source, params)
+    return params
+
+
+def _check_digest(source: Source, params: Params) -> None:
+    """Raises CheckpointError if weights are others than the run of an adapter had beside it."""
+    note = source.note
     if note is None:
-        return params
+        return
+    assert source.base is not None
     found = digest_of_base(
-        source.base, note.adaptation, params, dtype=note.dtype, new_tokens=new_tokens
+        source.base, note.adaptation, params, dtype=note.dtype, new_tokens=note.new_tokens
     )
     refuse_another(source, found)
-    return params
 
 
 def _read_adapter(source: Source, target: Mapping[str, jax.ShapeDtypeStruct]) -> Params:

@@ -178,6 +178,36 @@ def test_an_interrupt_costs_no_token_of_any_row(monkeypatch):
         assert first[ticket] + found[ticket][0] == alone(tiny, request)
 
 
+@pytest.mark.slow(seconds=5)
+def test_there_are_as_many_rows_as_texts_ask_for_and_each_goes_on():
+    tiny = load_tiny("gqa", **LONG)
+    config, graphdef = tiny.architecture.config, tiny.abstract.graphdef
+    engine = Engine(config, graphdef, tiny.params, rows=16, elastic=True, slots=96)
+    requests = [dataclasses.replace(r, max_new_tokens=12) for r in requests_of(config.vocab)[:6]]
+    tickets, found, sizes = [], {}, []
+
+    def step(most):
+        for piece in engine.step(most):
+            found.setdefault(piece.ticket, []).extend(piece.tokens)
+        sizes.append(len(engine._rows))
+
+    for count in (1, 2, 3):  # and so 1, 3 and 6 texts
+        for request in requests[len(tickets) : len(tickets) + count]:
+            tickets.append(engine.submit(request))
+        step(2)
+    for ticket in tickets[1:]:
+        engine.cancel(ticket)
+    step(2)
+    tickets.append(engine.submit(requests[1]))
+    while not engine.idle:
+        step(8)
+    assert sizes[:5] == [1, 4, 16, 1, 4]
+    assert found[tickets[0]] == alone(tiny, requests[0])
+    assert found[tickets[-1]] == alone(tiny, requests[1])
+    for ticket, request in zip(tickets[1:6], requests[1:], strict=True):
+        assert found[ticket] == alone(tiny, request)[: len(found[ticket])]
+
+
 @pytest.mark.slow(seconds=3)
 def test_few_programs_are_compiled_whatever_the_lengths():
     tiny = load_tiny("head_dim_6", **LONG)
