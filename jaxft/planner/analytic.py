@@ -186,6 +186,7 @@ class _Run(Products):
         exchanges = self._exchanges()
         work = self._work()
         moved_by_layers, moved_else = self._passed_bytes()
+        moved_by_rule = sum(self._rule_bytes())
         slow = {
             network: sum(e.seconds * (1 - e.hidden) for e in exchanges if e.network == network)
             for network in (ICI, DCN)
@@ -198,7 +199,7 @@ class _Run(Products):
             MATMUL: self.passes * (work.layers + work.head) / reached.products
             + rounded / reached.rounded,
             ATTENTION: self.passes * work.attention / reached.scores,
-            RECURRENCE: self.passes * work.recurrence / reached.products,
+            RECURRENCE: self.passes * self._rule_seconds(work),
             MEMORY: (self.passes * moved_by_layers + moved_else) / moving,
             # Stages wait for the first micro-batch to come and for the last to go.
             f"{WAIT} stages": self._layer_seconds(work) * (self.turns - self.passes),
@@ -215,7 +216,8 @@ class _Run(Products):
             host=host,
             terms={
                 "compute": (flops - rounded) / reached.peak + rounded / reached.rounded_peak,
-                "memory": (self.passes * moved_by_layers + moved_else) / self.chip.bandwidth,
+                "memory": (self.passes * (moved_by_layers + moved_by_rule) + moved_else)
+                / self.chip.bandwidth,
                 ICI: sum((e.seconds for e in exchanges if e.network == ICI), 0.0),
                 DCN: sum((e.seconds for e in exchanges if e.network == DCN), 0.0),
                 TO_HOST: to_host,
@@ -247,9 +249,25 @@ class _Run(Products):
         reached = self._rates_of_products()
         moving = self.chip.bandwidth * self.rates.memory
         moved, _ = self._passed_bytes()
-        products = (work.layers + work.recurrence) / reached.products
-        products += work.rounded / reached.rounded
-        return products + work.attention / reached.scores + moved / moving
+        products = work.layers / reached.products + work.rounded / reached.rounded
+        beside = work.attention / reached.scores + self._rule_seconds(work)
+        return products + beside + moved / moving
+
+    def _rule_seconds(self, work: Work) -> float:
+        """Returns seconds that layers take for the delta rule in one micro-batch.
+
+        Its products take the longer of what they compute and of what they hand on by main memory.
+        """
+        moving = self.chip.bandwidth * self.rates.memory
+        passed, handed = self._rule_bytes()
+        products = work.recurrence / self._rates_of_products().products
+        return passed / moving + max(products, handed / moving)
+
+    def _rule_bytes(self) -> tuple[float, float]:
+        """Returns bytes of the rule in a micro-batch: `passed` and `handed` of `Traffic`."""
+        each = self._traffic
+        passed = self._of_rule(each.passed, each.passed_back)
+        return passed, self._of_rule(each.handed, each.handed_back)
 
     def _passed_bytes(self) -> tuple[float, float]:
         """Returns bytes that memory passes: of layers in a micro-batch, of all else in a step."""

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 
@@ -11,7 +11,7 @@ from jaxft.models import activations as names
 from jaxft.models.config import make_numerics
 from jaxft.models.experts import tokens_of_expert
 from jaxft.models.families import Architecture
-from jaxft.planner.kernels import Recurrence, delta_rule
+from jaxft.planner.kernels import Recurrence, Traffic, delta_rule, delta_traffic
 from jaxft.planner.network import Network
 from jaxft.planner.placed import Placed, Weight
 from jaxft.planner.timeline import Rates
@@ -251,15 +251,25 @@ class Footprint:
     @functools.cached_property
     def _recurrent(self) -> Recurrence:
         """Work of the delta rule on a token on a device, the mean over layers."""
+        return self._of_delta(delta_rule, Recurrence)
+
+    @functools.cached_property
+    def _traffic(self) -> Traffic:
+        """Memory traffic of the delta rule for a token on a device, the mean over layers."""
+        # Cores that share a kernel have a memory of their own each.
+        stays = self.is_tpu and self.chip.kernel_cores == 1
+        return self._of_delta(functools.partial(delta_traffic, stays=stays), Traffic)
+
+    def _of_delta[T: (Recurrence, Traffic)](self, count: Callable[..., T], kind: type[T]) -> T:
+        """Returns what a function counts of the heads on a device, the mean over layers."""
         d = self.model.delta
         if d is None:
-            return Recurrence(0.0, 0.0, 0.0, 0.0)
+            return kind(*[0.0] * len(kind._fields))
         values = d.value_heads / self._split("act_heads", d.value_heads)
         keys = d.key_heads / self._split("act_kv_heads", d.key_heads)
-        share = 1 - self.attending
         platform = "tpu" if self.is_tpu else "gpu"
-        found = delta_rule(d, self.length, self.itemsize, platform, values=values, keys=keys)
-        return Recurrence(*(share * number for number in found))
+        found = count(d, self.length, self.itemsize, platform, values=values, keys=keys)
+        return kind(*((1 - self.attending) * number for number in found))
 
     def _routed(self) -> float:
         """Returns numbers of each token that go to experts and come back."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxft.compiled.hlo import Computation, Instruction, arrays
 from jaxft.hardware.chips import Chip
 from jaxft.models.config import DecoderConfig, DeltaConfig
-from jaxft.models.delta import chunking
+from jaxft.models.delta import Chunking, chunking
 from jaxft.models.grouped import Sizes, choose_blocks, work
 from jaxft.planner.timeline import ATTENTION, MATMUL, Kernel, Rates
 
@@ -81,9 +81,7 @@ def delta_rule(
       values: Heads of values on a device.
       keys: Heads of keys there.
     """
-    suited = chunking(platform)
-    chunk = min(suited.chunk, 1 << (length - 1).bit_length())
-    span = math.gcd(suited.span, -(-length // chunk))
+    chunk, span = _cut(length, platform)
     state = sizes.key_dim * sizes.value_dim
     # Of keys with keys and with queries; of factors with values, keys, the state and corrections.
     alike = 2 * chunk * sizes.key_dim
@@ -100,6 +98,70 @@ def delta_rule(
         kept=kept,
         in_hand=kept + given + at_once * min(1.0, chunk * span / length),
     )
+
+
+class Traffic(NamedTuple):
+    """Memory traffic of the gated delta rule for one token: reads and writes of main memory.
+
+    Attributes:
+      passed: Bytes of what is given, comes out and waits, in a forward pass.
+      passed_back: The same of the backward pass.
+      handed: Bytes of what one product hands to another, in a forward pass.
+      handed_back: The same of the backward pass.
+    """
+
+    passed: float
+    passed_back: float
+    handed: float
+    handed_back: float
+
+
+def delta_traffic(
+    sizes: DeltaConfig,
+    length: int,
+    itemsize: int,
+    platform: str,
+    *,
+    values: float,
+    keys: float,
+    stays: bool,
+) -> Traffic:
+    """Returns the memory traffic for one token of a row: what is made is written and read.
+
+    Args:
+      sizes: As of `delta_rule`; so are `length`, `itemsize`, `platform`, `values` and `keys`.
+      length: Positions of the row.
+      itemsize: Bytes of a number of values.
+      platform: Kind of device.
+      values: Heads of values on a device.
+      keys: Heads of keys there.
+      stays: Whether what products make of one chunk stays in the memory beside the core.
+    """
+    chunk, span = _cut(length, platform)
+    square, state = 4 * chunk, 4 * sizes.key_dim * sizes.value_dim / chunk
+    of_key, of_value = itemsize * sizes.key_dim, itemsize * sizes.value_dim
+    # Queries and keys are normalised; all is put in the order of chunks, and back.
+    normed, out, states = 2 * keys * of_key, values * of_value, values * state / span
+    given = normed + out
+    # What products make: float32 are what is alike, the system, its inverse, outputs and states.
+    outputs = values * 4 * sizes.value_dim
+    inside = values * (2 * square + of_key + 2 * of_value + state) + 2 * keys * square
+    gradients = values * (5 * square + 4 * of_key + 3 * of_value + 3 * state) + 2 * normed
+    away = 2 * (not stays or span > 1)
+    return Traffic(
+        passed=2 * normed + 3 * given + 3 * out + states,
+        passed_back=3 * normed + 4 * given + 3 * out + states,
+        handed=away * (inside + outputs),
+        # All is made again but the outputs.
+        handed_back=away * (inside + gradients),
+    )
+
+
+def _cut(length: int, platform: str) -> Chunking:
+    """Returns how a row is cut."""
+    suited = chunking(platform)
+    chunk = min(suited.chunk, 1 << (length - 1).bit_length())
+    return Chunking(chunk, math.gcd(suited.span, -(-length // chunk)))
 
 
 def splash_flops(

@@ -112,8 +112,6 @@ class Products(Footprint):
             of_keys, of_values = of_keys + self.back, of_values + self.back
         layer, rounded = (layer, own) if self.matmul else (layer + own, 0.0)
         rule = self._recurrent
-        again_rule = (names.ATTENTION in self.again) + (self.stages > 1)
-        recurrence = rule.forward * (1 + self.back * again_rule) + rule.backward * self.back
         pairs = self.attending * self._pairs() * self._heads()
         layers = self.model.attending
         attention = sum(of_keys * one.head_dim + of_values * one.value_dim for one in layers)
@@ -123,8 +121,18 @@ class Products(Footprint):
             rounded=2 * self.tokens * self.layers * rounded,
             head=2 * self.tokens * head * self.model.embed * self._vocab(),
             attention=2 * attention * pairs * self.layers,
-            recurrence=2 * self.tokens * self.layers * recurrence,
+            recurrence=2 * self._of_rule(rule.forward, rule.backward),
         )
+
+    def _of_rule(self, forward: float, backward: float) -> float:
+        """Returns what layers take in a micro-batch of what the delta rule takes of a token.
+
+        Args:
+          forward: In a forward pass.
+          backward: In the backward pass.
+        """
+        runs = 1 + self.back * ((names.ATTENTION in self.again) + (self.stages > 1))
+        return self.tokens * self.layers * (forward * runs + backward * self.back)
 
     def _met(self, weight: Weight) -> float:
         """Returns the numbers of a weight that a token is multiplied with, the mean of layers."""

@@ -1,6 +1,7 @@
 """Closed-form estimates, against compiled programs and where arrays are really placed."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,21 @@ def test_norms_of_latents_pass_latents_and_not_heads(keys):
     placed = Placed(placement, abstract, config.data.max_length, "")
     estimator = Estimator(architecture=architecture, topology=EIGHT)
     assert estimator._run(config, placed)._normed() == 2 * 256 + 128 + 96
+
+
+def test_the_delta_rule_takes_what_its_compiled_program_takes(shared):
+    """Qwen3.5-27B by `fsdp`, two rows a device: 428 ms on v5p, docs/planning.md; mostly memory."""
+    config = RunConfig(strategy="fsdp")
+    config.model.remat, config.data.max_length, config.train.batch_size = "full", 4096, 16
+    file = shared / "configs" / "Qwen--Qwen3.5-27B" / "config.json"
+    architecture = architecture_from_hf(json.loads(file.read_text()))
+    abstract = architecture.abstract(make_numerics("mixed"))
+    placed = Placed(make_placement(config), abstract, 4096, "")
+    v5p = Topology("v5p-16", chip_named("v5p"), (2, 2, 2))  # pyright: ignore
+    run = Estimator(architecture=architecture, topology=v5p)._run(config, placed)
+    work = run._work()
+    assert run.passes * run._rule_seconds(work) == pytest.approx(0.428, rel=0.05)
+    assert work.recurrence / run._rates_of_products().products < 0.05
 
 
 def test_layer_inputs_alone_are_tokens_times_width_times_layers():

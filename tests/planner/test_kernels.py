@@ -1,15 +1,19 @@
 """Work of kernels by the shapes of their calls: pairs counted one by one, rows of groups."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
 from jaxft.compiled.hlo import Computation, Instruction, Module
 from jaxft.hardware.chips import chip_named
-from jaxft.models.config import LayerKind
+from jaxft.models.config import DeltaConfig, LayerKind
+from jaxft.models.delta import Chunking, chunking
 from jaxft.models.families import architecture_from_hf
 from jaxft.planner.kernels import (
     EFFICIENCY,
+    delta_traffic,
     efficiency,
     grouped_work,
     kernels_of,
@@ -166,6 +170,34 @@ def test_another_kernel_is_not_counted():
     v6e = chip_named("v6e")
     assert v6e is not None
     assert kernels_of(ALTERNATING, v6e, Rates())(*call("gmm.1")) is None
+
+
+COMPILED = Path(__file__).parents[2] / "benchmarks/results/2026-11-29-delta.jsonl"
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5p", "v6e"])
+def test_what_the_delta_rule_moves_is_what_its_compiled_program_does(name):
+    """Forward and backward, of a row of 4,096 tokens; on v5p what a chunk makes passes memory."""
+    chip = chip_named(name)
+    assert chip is not None
+    records = map(json.loads, COMPILED.read_text().splitlines())
+    [found] = [
+        record
+        for record in records
+        if record.get("slice", "").startswith(f"{name}:")
+        and Chunking(record["chunk"], record["span"]) == chunking("tpu")
+    ]
+    size, heads, keys = (found[key] for key in ("size", "heads", "keys"))
+    traffic = delta_traffic(
+        DeltaConfig(keys, heads, size, size, 4),
+        found["length"],
+        2,
+        "tpu",
+        values=heads,
+        keys=keys,
+        stays=chip.kernel_cores == 1,
+    )
+    assert found["length"] * sum(traffic) == pytest.approx(found["moved_bytes"], rel=0.15)
 
 
 def test_small_heads_leave_a_matrix_unit_idle():
