@@ -18,6 +18,7 @@ import uvicorn
 from jaxft import console
 from jaxft.errors import ConfigError
 from jaxft.service.app import make_app
+from jaxft.service.executors import make_executor
 from jaxft.service.gate import read_digests
 from jaxft.service.settings import Settings
 from jaxft.service.state import Service
@@ -58,10 +59,12 @@ def serve(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...] = 
       hosts: Further names that it may be addressed by.
 
     Raises:
-      ConfigError: If the address is open to others and there is no token, or it is taken.
+      ConfigError: If the address is open to others and there is no token, or it is taken, and for
+        options that the executor has not.
     """
     settings.check()
     service = prepare(settings)
+    make_executor(settings)  # the worker's own; options are refused here
     if not is_loopback(host) and not read_digests(service):
         raise ConfigError(
             f"--host={host} is open to others, who could use your devices. Make a token first: "

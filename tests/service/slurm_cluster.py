@@ -111,7 +111,8 @@ class SlurmCluster:
         assert program
         with (self.folder / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                [program, *arguments],
+                # Should the test be killed, they do not outlive it.
+                ["setpriv", "--pdeathsig=TERM", program, *arguments],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

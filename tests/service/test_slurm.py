@@ -15,6 +15,8 @@ from jaxft.files import write_json
 from jaxft.service.executors import ExecutorError, Launch, State, listing
 from jaxft.service.executors import slurm as module
 from jaxft.service.executors.slurm import Slurm
+from jaxft.service.server import serve
+from jaxft.service.settings import Settings
 from tests.service.slurm_cluster import SlurmCluster, missing, wait_until
 from tests.test_launch import ROOT
 from tests.tiny_run import read_metrics, tiny_config
@@ -150,6 +152,51 @@ def test_options_that_cannot_be_passed_on_are_refused(option, problem):
         Slurm.from_options([f"script={SCRIPT}", option])
 
 
+def test_a_service_with_such_options_does_not_start(tmp_path):
+    options = (f"script={SCRIPT}", "--wrap=true")
+    settings = Settings(
+        workdir=tmp_path, models={"m": "org/m"}, executor="slurm", executor_options=options
+    )
+    with pytest.raises(ConfigError, match="--wrap is the service's own"):
+        serve(settings, host="127.0.0.1", port=0)
+
+
+def test_a_run_is_asked_to_end_once_and_a_job_that_waits_until_it_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "AGE", 0)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("squeue", "scancel", "scontrol"):
+        (tmp_path / name).write_text(f'#!/bin/sh\n. "{tmp_path}/{name}.does"\n')
+        (tmp_path / name).chmod(0o755)
+    slurm, calls = Slurm([], SCRIPT), tmp_path / "calls"
+
+    def stop(job: str, *, refused: bool = False, then: str = "") -> str:
+        """Returns what is asked of SLURM for a job, which may refuse and show it otherwise."""
+        calls.write_text("")
+        (tmp_path / "squeue.does").write_text(f"cat {tmp_path}/queue\n")
+        (tmp_path / "queue").write_text(job)
+        act = f"echo '{then}' >{tmp_path}/queue; echo 'no' >&2; exit 1" if refused else ""
+        for name in ("scancel", "scontrol"):
+            text = f'echo {name} "$@" >>{calls}\n{act}\n'
+            (tmp_path / f"{name}.does").write_text(text)
+        slurm.stop("job-1")
+        return calls.read_text()
+
+    long, short = "7|RUNNING|1:30|1-00:00:00|job-1\n", "8|RUNNING|1:30|5:00|job-1\n"
+    with pytest.raises(ExecutorError, match="scancel failed: no"):
+        stop(short, refused=True, then=short)
+    slurm = Slurm([], SCRIPT)
+    assert stop(short) == "scancel --ctld --signal=TERM 8\n"
+    limit = "scontrol update JobId=7 TimeLimit=12\n"
+    assert stop(long + short) == limit + "scancel --ctld --signal=TERM 7\n"
+    assert stop(long + "9|COMPLETING|1:30|5:00|job-1\n10|FAILED|0:01|5:00|job-1\n") == ""
+    waiting = long.replace("RUNNING", "PENDING")  # preempted
+    assert stop(waiting) == stop(waiting) == "scancel 7\n"
+    assert (
+        stop(waiting, refused=True, then=waiting.replace("PENDING", "CANCELLED")) == "scancel 7\n"
+    )
+    assert stop(waiting.replace("job-1", "JOB-1")) == ""
+
+
 def test_answers_that_are_not_understood_are_no_state(tmp_path, monkeypatch):
     program = tmp_path / "squeue"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -158,7 +205,7 @@ def test_answers_that_are_not_understood_are_no_state(tmp_path, monkeypatch):
     with pytest.raises(ExecutorError, match="job 7 DREAMING: an unknown state"):
         Slurm([], SCRIPT).state("job-1")
     program.write_text("#!/bin/sh\necho '7|RUNNING|1-02:03:30|UNLIMITED|job-1'\n")
-    (job,) = module._read_queue().jobs("job-1")
+    (job,) = module._read_queue()["job-1"]
     assert (job.state, job.used, job.left) == (State.RUNNING, 1563.5, float("inf"))
     monkeypatch.setattr(module, "_PATIENCE", 0.1)
     program.write_text("#!/bin/sh\nexec sleep 5\n")

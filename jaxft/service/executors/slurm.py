@@ -59,6 +59,7 @@ class Slurm:
     def __init__(self, options: Sequence[str], script: Path, *, grace: int = _GRACE):
         self._options, self._script, self._grace = options, script, grace
         self._queue = Listing(_read_queue)
+        self._asked: set[str] = set()  # numbers of jobs whose runs got SIGTERM
 
     @classmethod
     def from_options(cls, options: Sequence[str]) -> "Slurm":
@@ -111,11 +112,11 @@ class Slurm:
 
     def find(self, launch: Launch) -> str | None:
         """Returns the name of a launch that SLURM knows, also minutes after its end."""
-        return launch.name if self._queue.new().jobs(launch.name) else None
+        return launch.name if launch.name in self._queue.new() else None
 
     def state(self, handle: str) -> State:
         """Returns the state of a launch; one that SLURM has forgotten has ended."""
-        states = {job.state for job in self._queue.recent().jobs(handle)}
+        states = {job.state for job in self._queue.recent().get(handle, [])}
         return next((s for s in (State.RUNNING, State.WAITING) if s in states), State.ENDED)
 
     def stop(self, handle: str) -> None:
@@ -123,30 +124,30 @@ class Slurm:
 
         When the limit is reached SLURM sends SIGTERM once more, and SIGKILL after its `KillWait`.
         """
-        queue = self._queue.recent()
-        for job in queue.jobs(handle):
-            if job.state is State.ENDED or job.number in queue.asked:
-                continue
-            queue.asked.add(job.number)
+        for job in self._queue.recent().get(handle, []):
             try:
                 self._end(job)
             except ExecutorError:
-                # One that has ended meanwhile refuses all of it.
-                now = {one.number: one.state for one in self._queue.new().jobs(handle)}
-                if now.get(job.number, State.ENDED) is not State.ENDED:
+                # One that has ended meanwhile refuses.
+                now = {one.number: one for one in self._queue.new().get(handle, [])}
+                if job.number in now and now[job.number].can_be_asked:
                     raise
 
     def _end(self, job: "_Job") -> None:
         if job.state is State.WAITING:
             _run("scancel", job.number)
+            self._queue.forget()
+        if job.state is not State.RUNNING or not job.can_be_asked or job.number in self._asked:
             return
         try:
-            if job.left > self._grace and job.word != "COMPLETING":
+            if job.left > self._grace + 1:
                 limit = f"TimeLimit={math.ceil(job.used) + self._grace}"
                 _run("scontrol", "update", f"JobId={job.number}", limit)
         finally:
-            # Steps alone get it: the script goes on to wait for them.
+            # Steps alone get it: the script goes on to wait for them. Once, as a run that has saved
+            # and writes its report does not wait for a second.
             _run("scancel", "--ctld", "--signal=TERM", job.number)
+            self._asked.add(job.number)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,6 @@ class _Job:
     word: str
     used: float
     left: float
-    name: str
 
     @property
     def state(self) -> State:
@@ -166,33 +166,21 @@ class _Job:
             raise ExecutorError(f"squeue calls job {self.number} {self.word}: an unknown state.")
         return _STATES[self.word]
 
-
-@dataclass(frozen=True)
-class _Queue:
-    """Our jobs, those that ended minutes ago as well (slurm.conf's MinJobAge).
-
-    Attributes:
-      all: Jobs.
-      asked: Numbers of those that were asked to end since.
-    """
-
-    all: list[_Job]
-    asked: set[str]
-
-    def jobs(self, name: str) -> list[_Job]:
-        """Returns the jobs of a name; squeue itself would not tell upper from lower case."""
-        return [job for job in self.all if job.name == name]
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether it has not ended and is not being ended, which nothing more can be asked of."""
+        return self.state is not State.ENDED and self.word != "COMPLETING"
 
 
-def _read_queue() -> _Queue:
+def _read_queue() -> dict[str, list[_Job]]:
+    """Returns our jobs by their names, with those that ended minutes ago (MinJobAge)."""
     printed = _run("squeue", "--me", "--states=all", "--noheader", "--format=%A|%T|%M|%L|%j")
     # With SLURM_CLUSTERS the name of the cluster stands above them all the same.
     lines = [line.split("|", 4) for line in printed.splitlines() if line.count("|") >= 4]
-    jobs = [
-        _Job(number, word, _minutes(used), _minutes(left), name)
-        for number, word, used, left, name in lines
-    ]
-    return _Queue(jobs, set())
+    jobs: dict[str, list[_Job]] = {}
+    for number, word, used, left, name in lines:
+        jobs.setdefault(name, []).append(_Job(number, word, _minutes(used), _minutes(left)))
+    return jobs
 
 
 def _minutes(text: str) -> float:
