@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from jaxft.reporting.charts import Unit
-from jaxft.training.objectives.contract import RECORDED
+from jaxft.training.objectives.recorded import RECORDED
 
 Record = dict[str, Any]
 

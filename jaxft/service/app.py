@@ -9,6 +9,9 @@ from starlette.routing import Mount, Route, Router
 
 from jaxft.service import files, jobs, models, oldest
 from jaxft.service.gate import Gate
+from jaxft.service.page import routes as page
+from jaxft.service.page.exports import Exports
+from jaxft.service.page.links import Links
 from jaxft.service.state import Service
 
 
@@ -26,8 +29,9 @@ def make_app(service: Service, *, hosts: tuple[str, ...] = (), **state: Any) -> 
       state: Further parts that routes find in `request.app.state`.
     """
     routes = [*files.ROUTES, *jobs.ROUTES, *models.ROUTES, *oldest.ROUTES]
-    router = Router([Route("/health", health), Mount("/v1", routes=routes)])
+    router = Router([Route("/health", health), *page.ROUTES, Mount("/v1", routes=routes)])
     app = Gate(router, service=service, hosts=hosts)
     app.state.models = models.Models(service)
+    app.state.links, app.state.exports = Links(), Exports(service)
     vars(app.state).update(state)
     return app

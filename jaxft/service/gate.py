@@ -26,6 +26,7 @@ _KNOWN_FOR = 2.0  # seconds that tokens are remembered
 _BODY = 8 << 20  # bytes of a body that is no file
 _ROOM = 1 << 20  # of a form beside the file in it
 _OPEN = ("/", "/health")  # what needs no token: the page asks for one itself
+_OPENED = "/open/"  # addresses that are secret themselves
 _WINDOW = 60.0
 
 log = logging.getLogger("jaxft.service")
@@ -125,7 +126,8 @@ class Gate:
     async def _check_token(self, request: Request) -> None:
         digests = await self._known_digests()
         who = request.client.host if request.client else ""
-        if digests and request.url.path not in _OPEN:
+        path = request.url.path
+        if digests and path not in _OPEN and not path.startswith(_OPENED):
             kind, _, token = request.headers.get("authorization", "").partition(" ")
             digest = _digest(token.strip()) if kind.lower() == "bearer" else ""
             # All are compared, so that time says nothing.

@@ -43,22 +43,11 @@ def make_job(service: Service, body: JobCreate, *, legacy: bool = False) -> Row:
     Raises:
       ApiError: If it names no model or file that is there, or settings that are not understood.
     """
-    method, asked = _asked(body)
-    check_keys(asked.config)
     time = now()
     suffix = body.suffix or "jaxft"
     with service.database.write() as connection:
-        model = find_base(service, connection, body.model)
-        for field in ("training_file", "validation_file"):
-            if (number := getattr(body, field)) is None:
-                continue
-            if find_file(connection, number, param=field)["purpose"] != "fine-tune":
-                raise ApiError(
-                    f"{number} was not uploaded with purpose 'fine-tune'.",
-                    param=field,
-                    code="invalid_file_purpose",
-                )
-        organization = service.settings.organization
+        request = read_request(service, connection, body)
+        model, organization = request["model"], service.settings.organization
         row = {
             "id": new_id("ft-" if legacy else "ftjob-"),
             "created_at": time,
@@ -66,16 +55,11 @@ def make_job(service: Service, body: JobCreate, *, legacy: bool = False) -> Row:
             "finished_at": None,
             "estimated_finish": None,
             "status": "validating_files",
-            "model": model,
+            **request,
             "tuned_name": f"ft:{_stem(model)}:{organization}:{suffix}:{letters(8)}",
-            "training_file": body.training_file,
-            "validation_file": body.validation_file,
             "suffix": body.suffix,
             "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
-            "method": method,
-            "asked": asked.model_dump(),
-            "hyperparameters": _shown(method, asked),
-            "integrations": [item.model_dump() for item in body.integrations or []],
+            "hyperparameters": _shown(request["method"], request["asked"]),
             "metadata": body.metadata or {},
             "trained_tokens": None,
             "error": None,
@@ -96,6 +80,34 @@ def make_job(service: Service, body: JobCreate, *, legacy: bool = False) -> Row:
         add_event(connection, row["id"], f"Created fine-tuning job: {row['id']}")
         add_event(connection, row["id"], "Checking the files and whether the job fits")
     return row
+
+
+def read_request(service: Service, connection: sa.Connection, body: JobCreate) -> Row:
+    """Returns what the check of a job is asked, by column.
+
+    Raises:
+      ApiError: If it names no model or file that is there, or settings that are not understood.
+    """
+    method, asked = _asked(body)
+    check_keys(asked.config)
+    model = find_base(service, connection, body.model)
+    for field in ("training_file", "validation_file"):
+        if (number := getattr(body, field)) is None:
+            continue
+        if find_file(connection, number, param=field)["purpose"] != "fine-tune":
+            raise ApiError(
+                f"{number} was not uploaded with purpose 'fine-tune'.",
+                param=field,
+                code="invalid_file_purpose",
+            )
+    return {
+        "model": model,
+        "training_file": body.training_file,
+        "validation_file": body.validation_file,
+        "method": method,
+        "asked": asked.model_dump(),
+        "integrations": [item.model_dump() for item in body.integrations or []],
+    }
 
 
 def _stem(model: str) -> str:
@@ -132,10 +144,10 @@ def _asked(body: JobCreate) -> tuple[str, Hyperparameters]:
     return kind, asked
 
 
-def _shown(method: str, asked: Hyperparameters) -> dict[str, Any]:
+def _shown(method: str, asked: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that a client sees before they are resolved."""
     names = ["n_epochs", "batch_size", "learning_rate_multiplier", "lora_rank"]
-    return {name: getattr(asked, name) for name in [*names, *(["beta"] if method == "dpo" else [])]}
+    return {name: asked[name] for name in [*names, *(["beta"] if method == "dpo" else [])]}
 
 
 async def list_jobs(request: Request) -> Response:

@@ -75,6 +75,15 @@ def find_served(service: Service, connection: sa.Connection, name: str) -> Serve
     return Served(name, path, str(row["step"]), row["created_at"], _owner(service))
 
 
+def find_tuned(service: Service, connection: sa.Connection, name: str) -> Row:
+    """Returns the row of a tuned model; raises ApiError if there is none of that name."""
+    served = find_served(service, connection, name)
+    row = one(connection, schema.models, name=served.name)
+    if row is None:
+        raise ApiError(f"{name} is a base model, not a tuned one.", param="model")
+    return row
+
+
 def find_base(service: Service, connection: sa.Connection, name: str) -> str:
     """Returns the name of a model that a job may begin with; raises ApiError if there is none."""
     return find_served(service, connection, name).name
@@ -134,12 +143,15 @@ def _delete(service: Service, name: str) -> None:
         )
         if job := connection.execute(needed).scalar():
             raise ApiError(f"{name} is needed by {job}, which is not over.", code="model_in_use")
+        exports = service.settings.exports(row["job_id"])
         if ":ckpt-step-" in name:
             remove(connection, models, name=name)
+            shutil.rmtree(exports / str(row["step"]), ignore_errors=True)
             return
         remove(connection, models, job_id=row["job_id"])
         remove(connection, schema.checkpoints, job_id=row["job_id"])
-    shutil.rmtree(f"{found.path}/checkpoints", ignore_errors=True)
+    for folder in (f"{found.path}/checkpoints", exports):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 ROUTES = [

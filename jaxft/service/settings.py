@@ -90,6 +90,10 @@ class Settings:
         """The file of what a job's run prints."""
         return self.job(number) / "log.txt"
 
+    def exports(self, number: str) -> Path:
+        """The folder of exports of a job's models, by step."""
+        return self.job(number) / "exports"
+
     def check(self) -> None:
         """Raises ConfigError for what could not work."""
         problems = []

@@ -23,7 +23,8 @@ from jaxft.programs.reference import digest_of
 from jaxft.programs.tables import print_comparison, print_evaluation
 from jaxft.training.objectives import sft
 from jaxft.training.objectives.bound import BoundObjective
-from jaxft.training.objectives.contract import RECORDED, Objective, Terms
+from jaxft.training.objectives.contract import Objective, Terms
+from jaxft.training.objectives.recorded import RECORDED
 from tests.tiny import load_tiny, make_program
 from tests.tiny_run import (
     assert_same_arrays,

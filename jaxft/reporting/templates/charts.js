@@ -1,5 +1,5 @@
-document.querySelectorAll(".plot").forEach((plot) => {
-  const series = JSON.parse(plot.querySelector("script").textContent);
+// Shows the values of a plot beside the pointer, or by the arrow keys.
+const showValues = (plot, series) => {
   const steps = [...new Map(series.flatMap((s) => s.points).map((p) => [p[0], p])).values()]
     .sort((a, b) => a[0] - b[0]);
   const nearest = (points, x) => points.reduce((best, p) =>
@@ -49,4 +49,6 @@ document.querySelectorAll(".plot").forEach((plot) => {
     event.preventDefault();
     show(steps[Math.min(steps.length - 1, Math.max(0, at + move))][0]);
   });
-});
+};
+document.querySelectorAll(".plot").forEach((plot) =>
+  showValues(plot, JSON.parse(plot.querySelector("script").textContent)));

@@ -13,7 +13,8 @@ from jaxft.data.batch import Batch
 from jaxft.errors import ConfigError
 from jaxft.models.experts import balance_loss
 from jaxft.models.layers import Routing
-from jaxft.training.objectives.contract import RECORDED, Objective, Scores, Terms
+from jaxft.training.objectives.contract import Objective, Scores, Terms
+from jaxft.training.objectives.recorded import RECORDED
 from jaxft.training.objectives.token_scores import (
     Predictor,
     cross_entropy_sum,

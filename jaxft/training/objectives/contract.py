@@ -12,15 +12,6 @@ from jaxft.data.batch import Batch
 from jaxft.data.units import UNITS
 from jaxft.errors import ConfigError
 
-RECORDED = frozenset(
-    "step dataset digest loss weight tokens trained_tokens rows of_rows documents "
-    "learning_rate grad_norm seconds tokens_per_second mfu mfu_full "
-    "host_memory host_memory_peak device_memory device_memory_peak "
-    "expert_balance expert_unused expert_dropped expert_busiest "
-    "perplexity bits_per_byte exact_match label_accuracy labels".split()
-)
-"""What the records of a run hold by themselves, in metrics.jsonl or eval.jsonl."""
-
 
 class Terms(NamedTuple):
     """Sums over a batch, or over each row or unit of it; normalised once, after accumulation.
@@ -31,7 +22,8 @@ class Terms(NamedTuple):
       total: float32, the loss, summed.
       weight: float32, what the sum is divided by: trained tokens, or units.
       figures: Sum and count of each further figure, by name. Names are those of metrics.jsonl and
-        eval.jsonl, of the bar and of the report, so that those in `RECORDED` are taken.
+        eval.jsonl, of the bar and of the report, so that those in
+        `recorded.RECORDED` are taken.
     """
 
     total: Any
