@@ -17,7 +17,7 @@ class Entry(NamedTuple):
     """A file of an archive.
 
     Attributes:
-      path: Where it lies.
+      path: Path on this machine.
       header: The blocks before its content.
       size: Bytes of its content.
     """

@@ -33,8 +33,8 @@ class ExportCreate(Body):
     """A tuned model to be exported.
 
     Attributes:
-      model: Its name.
-      form: Its adapter alone, the base model with the adapter in it, or a model trained whole.
+      model: Name of the model.
+      form: `adapter` alone, the base `merged` with it, or a `model` trained whole.
     """
 
     model: str
@@ -46,7 +46,7 @@ class Export:
     """An export of one form.
 
     Attributes:
-      folder: Where it lies, once it is made.
+      folder: Path that it has once it is made.
       status: `making`, `ready` or `failed`.
       message: The reason why it failed.
     """
@@ -124,7 +124,7 @@ def _wait_for(command: list[str], log: Path) -> None:
 
 
 def forms_of(service: Service, job: str) -> list[Form]:
-    """Returns the forms in which the model of a job can be had; none before it is checked."""
+    """Returns the forms that the model of a job has; none before it is checked."""
     try:
         config = json.loads(service.settings.config(job).read_text(encoding="utf-8"))
     except (OSError, ValueError):

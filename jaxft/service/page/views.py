@@ -1,4 +1,4 @@
-"""What the page shows of jobs and models beside OpenAI's objects: progress, charts, reports."""
+"""Jobs and models as the page shows them: with progress, charts and reports."""
 
 from typing import Any
 

@@ -91,8 +91,7 @@ const stateOf = (job) => [
     el("pre", {}, job.error.message)),
   ACTIVE.includes(job.status) && el("div", { class: "progress large" },
     bar("Progress", job.step, job.steps),
-    el("small", {}, [stepsOf(job) && stepsOf(job) + " steps", timeLeft(job)].filter(Boolean)
-      .join(" · ") || "waiting")),
+    el("small", {}, progressText(job))),
   facts([
     ["Base model", job.model],
     ["Method", job.method],

@@ -34,7 +34,7 @@ const progressOf = (job) => {
   if (!job.steps && !ACTIVE.includes(job.status)) return "–";
   return el("div", { class: "progress" },
     job.status !== "failed" && bar("Progress of " + nameOf(job), job.step, job.steps),
-    el("small", {}, [stepsOf(job), timeLeft(job)].filter(Boolean).join(" · ") || "waiting"));
+    el("small", {}, progressText(job)));
 };
 
 const welcome = () => el("div", { class: "card welcome" },

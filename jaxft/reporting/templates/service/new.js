@@ -105,7 +105,7 @@ const fillForm = (form, preview, signal, models, files, given) => {
     el("h2", {}, "New job"),
     training.element,
     labelled("Base model", model),
-    el("details", {}, el("summary", {}, "Validation, method and hyperparameters"),
+    el("details", {}, el("summary", {}, "Validation, method, settings"),
       validation.element,
       labelled("Method", method),
       el("div", { class: "fields" }, Object.entries(inputs).map(([name, input]) =>

@@ -50,7 +50,8 @@ const table = (label, heads, rows, empty) => {
 
 const facts = (pairs) => el("dl", { class: "facts" },
   pairs.filter(([, value]) => value !== null && value !== undefined && value !== "")
-    .map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+    .map(([name, value]) => el("div", { class: value.tagName === "CODE" && "long" },
+      el("dt", {}, name), el("dd", {}, value))));
 
 const tile = (title, value, note, lead) => el("div", { class: "tile" + (lead ? " lead" : "") },
   el("h3", {}, title), el("strong", {}, value), el("p", {}, note || ""));
@@ -66,7 +67,12 @@ const nameOf = (job) => job.user_provided_suffix || job.id.slice(0, 14) + "…";
 
 const timeLeft = (job) => job.status === "running" && job.estimated_finish
   ? duration(job.estimated_finish - Date.now() / 1000) + " left" : "";
+// What a job without a step waits for.
+const waitsFor = (job) => ({ running: "loading and compiling", queued: "waiting for devices" })[
+  job.status] || "";
 const stepsOf = (job) => job.steps ? count(job.step) + " / " + count(job.steps) : "";
+const progressText = (job) => [stepsOf(job), timeLeft(job), !job.step && waitsFor(job)]
+  .filter(Boolean).join(" · ") || WORDS[job.status] || "";
 
 // Draws a chart as templates/charts.html does.
 const SVG = "http://www.w3.org/2000/svg";
