@@ -180,7 +180,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Used when it is there; and what other packages import for us, as pyproject.toml says beside each.
-OPTIONAL, INDIRECT = {"wandb"}, {"protobuf", "sentencepiece", "tiktoken"}
+OPTIONAL, INDIRECT = {"openai", "wandb"}, {"protobuf", "sentencepiece", "tiktoken"}
 # The service alone needs more.
 SERVICE_INDIRECT = {"python-multipart"}
 

@@ -160,7 +160,7 @@ def _described(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     # Of a value that may be several things one error stands for all: the last, the most exact.
     details = error.errors(include_url=False)
     first = details[0]
-    same = [d for d in details if _param(d)[:1] == _param(first)[:1]]
+    same = [d for d in details if _param(d) == _param(first)]
     worst = same[-1]
     param = ".".join(_param(worst))
     if worst["type"] == "extra_forbidden":
@@ -181,5 +181,6 @@ def _param(details: ErrorDetails) -> list[str]:
 
 def _is_of_union(part: int | str) -> bool:
     return isinstance(part, str) and (
-        part in ("int", "float", "str", "bool") or part.startswith(("literal[", "constrained-"))
+        part in ("int", "float", "str", "bool", "[key]")
+        or part.startswith(("literal[", "constrained-"))
     )

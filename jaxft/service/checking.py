@@ -5,6 +5,7 @@ This runs in `jaxft.service.checker`, a process of its own on CPU alone.
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -127,6 +128,9 @@ def check(request: Request, target: Target) -> dict[str, Any]:
 
 
 def _check(request: Request, target: Target) -> dict[str, Any]:
+    _require_json_lines(request.training, request.training_name, "training_file")
+    if request.validation:
+        _require_json_lines(request.validation, request.validation_name, "validation_file")
     topology, found = _hardware(target)
     config, source = _first_config(request)
     description = read_description(source, config)
@@ -165,6 +169,26 @@ def _check(request: Request, target: Target) -> dict[str, Any]:
         "takes": takes,
         "data": report,
     }
+
+
+def _require_json_lines(path: str, name: str, param: str) -> None:
+    """Refuses what is no JSONL by its first line: it would be taken for plain text or a table."""
+    with open(path, "rb") as file:
+        number, line = next(
+            ((i, line) for i, line in enumerate(file, start=1) if line.strip()), (1, b"")
+        )
+    try:
+        if isinstance(json.loads(line.decode("utf-8-sig")), dict):
+            return
+        problem = "is no JSON object"
+    except ValueError as error:
+        problem = f"is no JSON: {error}"
+    raise Refusal(
+        f"{name}:{number} {problem}. Expected UTF-8 text with a JSON object on each line, such as "
+        '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.',
+        code="invalid_file_format",
+        param=param,
+    )
 
 
 def _hardware(target: Target) -> tuple[Topology | None, Room | None]:

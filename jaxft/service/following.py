@@ -89,7 +89,7 @@ def checkpoint_metrics(folder: RunFolder, step: int) -> dict[str, Any]:
     for record in folder.evaluations():
         if record["step"] == step:
             found |= evaluated(record, 0)[1]
-    del found["total_steps"]
+    found.pop("total_steps", None)
     return {**found, "step": step}
 
 

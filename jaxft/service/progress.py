@@ -48,7 +48,7 @@ def take_progress(service: Service, row: Row, *, runs: bool) -> None:
         values: dict[str, Any] = {}
         if begins:
             values |= {"status": "running", "started_at": fresh["started_at"] or now()}
-            add_event(connection, row["id"], "Job started")
+            add_event(connection, row["id"], "Job runs again" if row["attempt"] else "Job started")
         for record, describe in _in_order(metrics, evaluations):
             message, figures = describe(record, steps)
             add_event(connection, row["id"], message, data=figures)

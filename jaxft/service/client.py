@@ -1,0 +1,96 @@
+"""The oldest form of the calls, `client.fine_tunes`, which no present client has any more.
+
+from jaxft.service.client import OpenAI
+
+client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="…")
+client.fine_tunes.create(training_file="file-…", model="…", n_epochs=4)
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+try:
+    import openai
+except ImportError as error:
+    raise ImportError(
+        "jaxft.service.client extends the client of OpenAI: pip install openai"
+    ) from (error)
+
+
+class FineTune(openai.BaseModel):
+    """A job, as the first scripts know it.
+
+    Attributes:
+      id: Id that begins with `ft-`.
+      status: `pending`, `running`, `succeeded`, `failed` or `cancelled`.
+      model: Base model.
+      fine_tuned_model: Name of what it made; None before.
+      hyperparams: Settings, resolved once they are known.
+      events: Messages, the oldest first.
+      training_files: Files that it learns from.
+      validation_files: Files that it is evaluated on.
+      result_files: Tables of its figures.
+      created_at: Time in seconds since 1970.
+      updated_at: Time of its last change.
+    """
+
+    id: str
+    status: str
+    model: str
+    fine_tuned_model: str | None
+    hyperparams: dict[str, Any]
+    events: list[dict[str, Any]]
+    training_files: list[dict[str, Any]]
+    validation_files: list[dict[str, Any]]
+    result_files: list[dict[str, Any]]
+    created_at: int
+    updated_at: int
+
+
+class _List(openai.BaseModel):
+    data: list[dict[str, Any]]
+
+
+class FineTunes:
+    """The calls of `client.fine_tunes`."""
+
+    def __init__(self, client: openai.OpenAI):
+        self._client = client
+
+    def create(self, *, training_file: str, **settings: Any) -> FineTune:
+        """Makes a job.
+
+        Args:
+          training_file: Id of an uploaded file.
+          settings: `model`, `validation_file`, `suffix`, `n_epochs`, `batch_size`,
+            `learning_rate_multiplier`.
+        """
+        body = {"training_file": training_file, **settings}
+        return self._client.post("/fine-tunes", body=body, cast_to=FineTune)
+
+    def list(self) -> list[FineTune]:
+        """Returns all jobs that were made in this form."""
+        found = self._client.get("/fine-tunes", cast_to=_List)
+        return [FineTune.construct(**item) for item in found.data]
+
+    def retrieve(self, number: str) -> FineTune:
+        """Returns a job."""
+        return self._client.get(f"/fine-tunes/{number}", cast_to=FineTune)
+
+    def cancel(self, number: str) -> FineTune:
+        """Cancels a job."""
+        return self._client.post(f"/fine-tunes/{number}/cancel", cast_to=FineTune)
+
+    def list_events(self, number: str) -> Iterator[dict[str, Any]]:
+        """Yields the events of a job, the oldest first."""
+        yield from self._client.get(f"/fine-tunes/{number}/events", cast_to=_List).data
+
+
+class OpenAI(openai.OpenAI):
+    """The client of OpenAI, with `fine_tunes` as it once was."""
+
+    @cached_property
+    def fine_tunes(self) -> FineTunes:
+        """The calls for jobs in their oldest form."""
+        return FineTunes(self)
