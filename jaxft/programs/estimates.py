@@ -1,5 +1,8 @@
 """Estimates of runs on the devices that are here, which cost milliseconds."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from jaxft.config import RunConfig, to_dict
 from jaxft.hardware.devices import Room
 from jaxft.models.activations import AUTO
@@ -20,11 +23,17 @@ class Estimates:
 
     Args:
       architecture: The model.
-      topology: Hardware that jax has as many devices for; that of this machine if absent.
+      topology: The hardware; that of this machine if absent.
+      devices: Devices that stand for it, made up or not; all that jax has if absent.
     """
 
-    def __init__(self, architecture: Architecture, topology: Topology | None = None):
-        self._architecture = architecture
+    def __init__(
+        self,
+        architecture: Architecture,
+        topology: Topology | None = None,
+        devices: Sequence[Any] | None = None,
+    ):
+        self._architecture, self._devices = architecture, devices
         self._topology = topology or parse(LOCAL)
         self._estimator = Estimator(architecture=architecture, topology=self._topology)
         self._placed: dict[tuple, Placed] = {}
@@ -90,5 +99,5 @@ class Estimates:
         mesh = tuple(to_dict(config.mesh).values())
         key = (model.dtypes, model.attention, config.strategy, mesh, length, config.optim.freeze)
         if key not in self._placed:
-            self._placed[key] = place_run(config, self._architecture, self._topology)
+            self._placed[key] = place_run(config, self._architecture, self._topology, self._devices)
         return self._placed[key]

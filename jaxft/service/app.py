@@ -29,7 +29,10 @@ def make_app(service: Service, *, hosts: tuple[str, ...] = (), **state: Any) -> 
       state: Further parts that routes find in `request.app.state`.
     """
     routes = [*files.ROUTES, *jobs.ROUTES, *models.ROUTES, *oldest.ROUTES]
-    router = Router([Route("/health", health), *page.ROUTES, Mount("/v1", routes=routes)])
+    api = Router(routes, redirect_slashes=False)
+    router = Router(
+        [Route("/health", health), *page.ROUTES, Mount("/v1", app=api)], redirect_slashes=False
+    )
     app = Gate(router, service=service, hosts=hosts)
     app.state.models = models.Models(service)
     app.state.links, app.state.exports = Links(), Exports(service)

@@ -180,7 +180,5 @@ def _param(details: ErrorDetails) -> list[str]:
 
 
 def _is_of_union(part: int | str) -> bool:
-    return isinstance(part, str) and (
-        part in ("int", "float", "str", "bool", "[key]")
-        or part.startswith(("literal[", "constrained-"))
-    )
+    is_kind = part in ("int", "float", "str", "bool", "[key]")
+    return is_kind or str(part).startswith(("literal[", "constrained-"))

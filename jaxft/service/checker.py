@@ -17,9 +17,10 @@ from jaxft.service.target import Target
 
 _FAILED = "The files could not be checked, by a fault of the server; its log has more."
 _DIED = (
-    "The check of the files ended before its time, perhaps for lack of memory. The server's log "
-    "has more."
+    "The check of the files ended before its time again and again, perhaps for lack of memory. The "
+    "server's log has more."
 )
+_TRIES = 5
 _SECONDS = 3600  # for one check; tokenising gigabytes takes its time
 
 
@@ -33,31 +34,46 @@ class Checker:
     def __init__(self, target: Target):
         self._target = target
         self._process: subprocess.Popen[str] | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """Ends the process under a check, and begins no other."""
+        self._closed = True
+        if self._process is not None:
+            self._process.kill()
 
     def check(self, request: dict[str, Any]) -> dict[str, Any]:
         """Returns the result of `checking.check`, or an object with `error`.
 
-        A process that dies, such as for lack of memory, is an error of its own.
+        A process that dies is asked again; one that dies each time, such as for lack of memory,
+        is an error of its own.
         """
+        for _ in range(_TRIES):
+            if self._closed:
+                break
+            if line := self._ask(json.dumps(request)):
+                return json.loads(line)
+            self.stop()
+        return {"error": {"code": "check_failed", "message": _DIED, "param": None}}
+
+    def _ask(self, request: str) -> str:
+        """Returns the line that answers; empty if the process ended before."""
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(_SECONDS, process.kill)
         timer.start()
         try:
-            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.write(request + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except OSError:
             line = ""
         finally:
             timer.cancel()
-        if line.endswith("\n"):
-            return json.loads(line)
-        self.stop()
-        return {"error": {"code": "check_failed", "message": _DIED, "param": None}}
+        return line if line.endswith("\n") else ""
 
     def stop(self) -> None:
-        """Ends the process, if there is one."""
+        """Ends the process, if there is one; the next check starts another."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,7 +131,7 @@ def _check(request: Request, target: Target) -> dict[str, Any]:
     _require_json_lines(request.training, request.training_name, "training_file")
     if request.validation:
         _require_json_lines(request.validation, request.validation_name, "validation_file")
-    topology, found = _hardware(target)
+    hardware = _make_up(target)
     config, source = _first_config(request)
     description = read_description(source, config)
     context = description.architecture.config.max_length
@@ -149,12 +149,13 @@ def _check(request: Request, target: Target) -> dict[str, Any]:
     if asked == "auto":
         config.data.max_length = min(context, -(-longest // _ROUND) * _ROUND)
     settings = _resolve(request, read.examples, config)
-    rows = _pack(config, description, settings["batch_size"], read.examples)
+    shards = make_placement(config, hardware.devices).batch_shards
+    rows = _pack(config, description, settings["batch_size"], read.examples, shards)
     steps = _set_length(config, rows, settings)
     config = from_dict(to_dict(config) | request.asked["config"])
     config.validate(training=True)
     architecture = read_description(source, config).architecture
-    seconds, takes = _judge(config, architecture, topology, found)
+    seconds, takes = _judge(config, architecture, hardware)
     report = _describe_data(config, description, request, context) if request.shown else None
     return {
         "config": to_dict(config),
@@ -191,18 +192,25 @@ def _require_json_lines(path: str, name: str, param: str) -> None:
     )
 
 
-def _hardware(target: Target) -> tuple[Topology | None, Room | None]:
-    """Makes up the devices of the job; returns what they are, and the memory of each."""
-    if target.topology:
-        topology = parse(target.topology)
-        cpu_devices(topology.device_count)
-        chip = topology.chip
-        limit = target.limit or int(chip.memory * chip.usable) // chip.cores
-        return topology, Room(limit, limit, f"a {chip.name}")
-    devices = cpu_devices(target.count)
-    if target.platform == "cpu":
-        return None, room(list(devices))
-    return None, Room(target.limit, target.limit, f"a {target.kind}")
+class _Hardware(NamedTuple):
+    """Devices that stand for those of the job, what they are, and the memory of each."""
+
+    devices: Sequence[Any]
+    topology: Topology | None
+    room: Room
+
+
+def _make_up(target: Target) -> _Hardware:
+    if not target.topology:
+        devices = cpu_devices(target.count)
+        limit = Room(target.limit, target.limit, f"a {target.kind}")
+        return _Hardware(devices, None, room(devices) if target.platform == "cpu" else limit)
+    topology = parse(target.topology)
+    chip = topology.chip
+    limit = target.limit or int(chip.memory * chip.usable) // chip.cores
+    return _Hardware(
+        cpu_devices(topology.device_count), topology, Room(limit, limit, f"a {chip.name}")
+    )
 
 
 def _first_config(request: Request) -> tuple[RunConfig, Source]:
@@ -299,9 +307,13 @@ def default_batch(examples: int) -> int:
     return max(1, min(batch, examples // 10))
 
 
-def _pack(config: RunConfig, description: Description, batch: int, examples: int) -> TokenRows:
-    """Packs the data so that a step has as many examples as asked for, about."""
-    shards = make_placement(config).batch_shards
+def _pack(
+    config: RunConfig, description: Description, batch: int, examples: int, shards: int
+) -> TokenRows:
+    """Packs the data so that a step has as many examples as asked for, about.
+
+    Rows are a multiple of the shards that a step is split into.
+    """
     rows = _prepare(config, description, "train")
     held = examples / len(rows)  # examples in a row
     if held > batch / shards:
@@ -325,16 +337,14 @@ def _set_length(config: RunConfig, rows: TokenRows, settings: Mapping[str, Any])
     return steps
 
 
-def _judge(
-    config: RunConfig, architecture: Architecture, topology: Topology | None, found: Room | None
-) -> tuple[float, str]:
+def _judge(config: RunConfig, architecture: Architecture, hardware: _Hardware) -> tuple[float, str]:
     """Returns the time of a step in seconds, 0 if it is not known, and what it takes in words.
 
     Raises:
       Refusal: If it cannot fit; with the smallest change that lets it.
     """
-    estimates = Estimates(architecture, topology)
-    assert found is not None
+    estimates = Estimates(architecture, hardware.topology, hardware.devices)
+    found = hardware.room
     settled = estimates.settled(config, found)
     kinds = capacity.TRAINING.kinds(settled, estimates)
     judged = capacity.Judgement(kinds, found, [])

@@ -48,7 +48,7 @@ class Checks:
     def close(self) -> None:
         """Ends the check that is under way; it is made again later."""
         if self._checker is not None:
-            self._checker.stop()
+            self._checker.close()
         self._pool.shutdown(cancel_futures=True)
 
     def advance(self, row: Row) -> None:

@@ -13,9 +13,7 @@ from typing import Any
 try:
     import openai
 except ImportError as error:
-    raise ImportError(
-        "jaxft.service.client extends the client of OpenAI: pip install openai"
-    ) from (error)
+    raise ImportError("This extends the client of OpenAI: pip install openai") from error
 
 
 class FineTune(openai.BaseModel):

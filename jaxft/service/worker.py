@@ -60,8 +60,9 @@ class Worker:
 
     def run(self, stop: threading.Event) -> None:
         """Works until it is asked to stop; runs go on without it."""
-        with _alone(self._settings.workdir):
-            self._release_all()
+        with _alone(self._settings.workdir, stop):
+            if not stop.is_set():
+                self._release_all()
             while not stop.is_set():
                 try:
                     self.tick()
@@ -235,11 +236,24 @@ def _is_half_over(row: Row, time_: int) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(workdir: Path) -> Iterator[None]:
-    """Waits until no other worker of this machine works for the service."""
+def _alone(workdir: Path, stop: threading.Event) -> Iterator[None]:
+    """Waits until no other worker of this machine works for the service, or `stop` is set."""
     with (workdir / "worker.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not stop.is_set():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                stop.wait(_TICK)
         yield
+
+
+def _stop_with_parent(stop: threading.Event) -> None:
+    """Sets `stop` once the server is no more: the next one starts a worker of its own."""
+    parent = os.getppid()
+    while os.getppid() == parent and not stop.wait(_TICK):
+        pass
+    stop.set()
 
 
 def main() -> None:
@@ -251,6 +265,7 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    threading.Thread(target=_stop_with_parent, args=(stop,), daemon=True).start()
     Worker(settings).run(stop)
 
 

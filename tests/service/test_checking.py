@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jaxft.config import from_dict
@@ -26,6 +27,7 @@ CPU = Target("cpu", "cpu", 1, 8 << 30, "")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    jax.devices()  # jax starts with the tests' eight, of which each check takes what it needs
     found = tmp_path_factory.mktemp("checking")
     write_base(found / "base")
     write_chats(found / "file-train", 40)

@@ -99,7 +99,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             found.append(request)
             return dict(CHECKED)
 
-        def stop(self) -> None:
+        def close(self) -> None:
             pass
 
     monkeypatch.setattr("jaxft.service.checks.Checker", Checker)
@@ -413,13 +413,13 @@ def test_webhooks_are_signed_and_tried_again_until_they_answer(
 
 def test_a_second_worker_of_a_machine_waits(settings: Settings, tmp_path: Path):
     settings.workdir.mkdir(parents=True)
-    entered = threading.Event()
+    entered, stop = threading.Event(), threading.Event()
 
     def wait() -> None:
-        with worker._alone(settings.workdir):
+        with worker._alone(settings.workdir, stop):
             entered.set()
 
-    with worker._alone(settings.workdir):
+    with worker._alone(settings.workdir, stop):
         thread = threading.Thread(target=wait)
         thread.start()
         assert not entered.wait(0.1)
