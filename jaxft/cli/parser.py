@@ -195,6 +195,13 @@ def _add_model(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
         "--top_p", type=float, default=1.0, metavar="P", help="share of probability that is kept"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws")
+    _add_numbers(parser)
+    _add_step(parser)
+    _add_base(parser)
+
+
+def _add_numbers(parser: argparse.ArgumentParser) -> None:
+    """Adds how a model that generates holds its weights."""
     parser.add_argument(
         "--dtypes",
         default="float32",
@@ -207,8 +214,6 @@ def _add_model(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
         choices=_choices("quantise"),
         help="hold the layers' weights in codes: nf4 takes a quarter of bfloat16",
     )
-    _add_step(parser)
-    _add_base(parser)
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -301,6 +306,14 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     )
     serve.add_argument(
         "--requests_per_minute", type=int, default=0, metavar="N", help="of one token; 0: any"
+    )
+    _add_numbers(serve)
+    serve.add_argument(
+        "--idle",
+        type=float,
+        default=10.0,
+        metavar="MINUTES",
+        help="without a request for text, after which models leave the memory; 0: they stay",
     )
 
 

@@ -34,6 +34,11 @@ def serve(options: argparse.Namespace) -> int:
         webhooks=tuple(options.webhook or ()),
         webhook_secret=options.webhook_secret,
         requests_per_minute=options.requests_per_minute,
+        generation={
+            "dtypes": options.dtypes,
+            "quantise": options.quantise,
+            "idle": str(options.idle),
+        },
     )
     if options.new_token:
         token = new_token(server.prepare(settings), options.new_token)

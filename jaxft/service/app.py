@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route, Router
 
-from jaxft.service import files, jobs, models, oldest
+from jaxft.service import completions, files, jobs, models, oldest
 from jaxft.service.gate import Gate
 from jaxft.service.page import routes as page
 from jaxft.service.page.exports import Exports
@@ -26,9 +26,10 @@ def make_app(service: Service, *, hosts: tuple[str, ...] = (), **state: Any) -> 
     Args:
       service: Its database and files.
       hosts: Names that it may be addressed by; empty: any.
-      state: Further parts that routes find in `request.app.state`.
+      state: Further parts that routes find in `request.app.state`, such as the `generator`.
     """
     routes = [*files.ROUTES, *jobs.ROUTES, *models.ROUTES, *oldest.ROUTES]
+    routes += completions.ROUTES
     api = Router(routes, redirect_slashes=False)
     router = Router(
         [Route("/health", health), *page.ROUTES, Mount("/v1", app=api)], redirect_slashes=False

@@ -20,6 +20,7 @@ from jaxft.errors import ConfigError
 from jaxft.service.app import make_app
 from jaxft.service.executors import make_executor
 from jaxft.service.gate import read_digests
+from jaxft.service.generator.client import Generator
 from jaxft.service.settings import Settings
 from jaxft.service.state import Service
 
@@ -70,10 +71,16 @@ def serve(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...] = 
             f"--host={host} is open to others, who could use your devices. Make a token first: "
             f"jaxft serve --workdir={settings.workdir} --new_token=NAME"
         )
-    with _bound(host, port) as listener, _worker(settings):
+    log = settings.workdir / "generator.log"
+    generator = Generator(settings.socket, log=log, options=settings.generation)
+    with (
+        _bound(host, port) as listener,
+        _worker(settings),
+        contextlib.closing(generator),
+    ):
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
         names = tuple({*_LOCAL, host, *hosts}) if is_loopback(host) or hosts else ()
-        app = make_app(service, hosts=names)
+        app = make_app(service, hosts=names, generator=generator)
         config = uvicorn.Config(
             app,
             log_level="warning",
