@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import signal
 import socket
@@ -37,6 +38,8 @@ from jaxft.service.webhooks import Webhooks
 _TICK = 0.5
 _LEASE = 30  # seconds after which another worker takes the jobs of one that is silent
 _SWEEP = 300.0
+_REPEAT = 60.0  # seconds until a warning that still holds is logged again
+_REFUSED = 15.0  # seconds until an executor that did not take a job is asked again
 
 log = logging.getLogger("jaxft.service")
 
@@ -57,6 +60,8 @@ class Worker:
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._checks = Checks(self._service)
         self._swept = 0.0
+        self._warned: dict[str, float] = {}  # when a text was logged last
+        self._refused: dict[str, float] = {}  # when a job was not taken by the executor
 
     def run(self, stop: threading.Event) -> None:
         """Works until it is asked to stop; runs go on without it."""
@@ -85,13 +90,21 @@ class Worker:
             try:
                 self._advance(row)
             except (ExecutorError, JaxftError) as error:
-                log.warning("%s: %s", row["id"], error)
+                self._warn(f"{row['id']}: {error}")
         self._checks.look_at_previews()
         self._webhooks.deliver()
         if time.monotonic() - self._swept > _SWEEP:
             self._swept = time.monotonic()
             drop_expired(self._service)
             self._checks.drop_previews()
+
+    def _warn(self, text: str) -> None:
+        """Logs a text once in a while, however often it holds."""
+        time_ = time.monotonic()
+        self._warned = {one: at for one, at in self._warned.items() if time_ - at < _REPEAT}
+        if text not in self._warned:
+            self._warned[text] = time_
+            log.warning("%s", text)
 
     # Which jobs are this worker's.
 
@@ -149,6 +162,8 @@ class Worker:
             self._end(row)
 
     def _submit(self, row: Row) -> None:
+        if time.monotonic() - self._refused.get(row["id"], -math.inf) < _REFUSED:
+            return
         devices = self._free_devices(row)
         if devices is None:
             return
@@ -161,7 +176,12 @@ class Worker:
                 found = one(connection, schema.jobs, id=row["id"])
             if found is None or found["status"] != "queued":
                 return
-            handle = self._executor.submit(launch)
+            try:
+                handle = self._executor.submit(launch)
+            except ExecutorError:
+                self._refused[row["id"]] = time.monotonic()
+                raise
+            self._refused.pop(row["id"], None)
         self._note(row, handle=handle, devices=devices)
 
     def _note(self, row: Row, **values: Any) -> None:

@@ -350,6 +350,33 @@ def test_a_scheduler_that_does_not_answer_is_asked_again(
     until(working, client, job, "succeeded")
 
 
+def test_a_job_that_a_scheduler_refuses_is_offered_again_after_a_while(
+    client: OpenAI,
+    working: Worker,
+    runs: Runs,
+    make: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    job, offered = make(), []
+
+    def refuse(launch: Launch) -> str:
+        offered.append(launch.name)
+        raise ExecutorError("sbatch failed: invalid partition")
+
+    with monkeypatch.context() as context:
+        context.setattr(runs, "submit", refuse)
+        until(working, client, job, "queued")
+        for _ in range(3):
+            working.tick()
+        assert len(offered) == 1
+        context.setattr("jaxft.service.worker._REFUSED", 0)
+        working.tick()
+    assert len(offered) == 2 and caplog.text.count("invalid partition") == 1
+    monkeypatch.setattr("jaxft.service.worker._REFUSED", 0)
+    until(working, client, job, "running")
+
+
 @pytest.fixture
 def hook() -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
     """A server that refuses the first delivery; its URL and what it got."""
