@@ -40,6 +40,7 @@ _GROUPS = (16, 4, 1)
 # Bytes that the scores of attention may take while tokens are read.
 _SCORES = 2**29
 _STOPS = 8  # stop tokens are padded to a multiple of this
+_CALM = 32  # steps that need fewer rows before there are fewer
 _FEWER = 4  # an engine has all of its rows, or this many times fewer, or that once more
 
 
@@ -166,7 +167,7 @@ class Engine:
         self._shardings = shardings_of(params)
         self._slots, self._cache = slots, None
         fewer = (max(1, rows // _FEWER**2), max(1, rows // _FEWER)) if elastic else ()
-        self._sizes = (*fewer, rows)
+        self._sizes, self._calm = (*fewer, rows), 0
         self._rows = [_Row(number) for number in range(self._sizes[0])]
         self._waiting: deque[_Text] = deque()
         self._tickets = 0
@@ -219,11 +220,16 @@ class Engine:
             if row.text is not None and row.text.ticket == ticket:
                 row.text = None
 
-    def step(self, most: int = BLOCK) -> list[Piece]:
+    def step(self, most: int = BLOCK, *, parts: int = 0) -> list[Piece]:
         """Fills free rows with waiting texts and decodes up to `most` tokens in each row.
 
         It returns as soon as a row ends while texts wait. After an interrupt the next step reads
         the texts anew.
+
+        Args:
+          most: Tokens.
+          parts: Parts of prompts that are read at most while other texts are being written, so that
+            these do not wait for a long one; 0 for all. A text gets tokens once its prompt is read.
         """
         self._fit_rows()
         self._admit()
@@ -231,8 +237,9 @@ class Engine:
         if not rows:
             return []
         self._make_room(max(_needed(row.text) for row in rows if row.text is not None))
-        self._read(rows)
-        return self._decode(rows, min(most, BLOCK))
+        self._read(rows, parts)
+        ready = [row for row in rows if not _missing(row)]
+        return self._decode(ready, min(most, BLOCK)) if ready else []
 
     def _active(self) -> list[_Row]:
         return [row for row in self._rows if row.text is not None]
@@ -241,9 +248,11 @@ class Engine:
         """Brings the number of rows to that of the texts, those with texts first."""
         wanted, now = len(self._waiting) + len(self._active()), len(self._rows)
         size = next((size for size in self._sizes if size >= wanted), self._sizes[-1])
-        # Not at once to fewer that a further text would be too many for.
-        if size == now or (size < now and 2 * wanted > size > 1):
+        self._calm = self._calm + 1 if size < now else 0
+        # Not at once to fewer: texts that end together are often followed by others.
+        if size == now or (size < now and self._calm < _CALM):
             return
+        self._calm = 0
         kept = sorted(self._rows, key=lambda row: (row.text is None, -len(row.held)))[:size]
         if self._cache is not None:
             places = [row.number for row in kept] + [0] * (size - len(kept))
@@ -308,9 +317,12 @@ class Engine:
         assert cache is not None
         return cache
 
-    def _read(self, rows: Sequence[_Row]) -> None:
-        """Brings the cache to hold all tokens of the texts but their last."""
-        while missing := [(row, n) for row in rows if (n := _missing(row))]:
+    def _read(self, rows: Sequence[_Row], parts: int) -> None:
+        """Brings the cache to hold all tokens of the texts but their last, or nearer to it."""
+        written = any(row.text is not None and row.text.new for row in rows)
+        left = parts if parts and written else -1
+        while left and (missing := [(row, n) for row in rows if (n := _missing(row))]):
+            left -= 1
             part = max(_part(n) for _, n in missing)
             scores = 4 * self.config.heads * self.slots
             part = next((p for p in _PARTS if p <= part and p * scores <= _SCORES), _PARTS[-1])

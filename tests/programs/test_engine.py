@@ -110,6 +110,28 @@ def test_a_step_decodes_no_more_than_it_is_asked_to():
     assert sizes == [1, 4, module.BLOCK]
 
 
+@pytest.mark.slow(seconds=2)
+def test_a_long_prompt_that_is_read_in_parts_keeps_nobody_waiting():
+    tiny = load_tiny("gqa", **LONG)
+    engine = engine_of(tiny, rows=2, slots=768)
+    first, long = Request([1, 2, 3], 40), Request([5, 6] * 300, 3)
+    engine.submit(first)
+    engine.step(4, parts=1)
+    engine.submit(long)
+    found: dict[int, list[int]] = {}
+    steps = []
+    while not engine.idle:
+        pieces = engine.step(4, parts=1)
+        steps.append([piece.ticket for piece in pieces])
+        for piece in pieces:
+            found.setdefault(piece.ticket, []).extend(piece.tokens)
+    # 599 tokens are parts of 256, 256, 64, 16 and 7.
+    assert steps[:5] == [*[[1]] * 4, [1, 2]]
+    at_once = engine_of(tiny, rows=2, slots=768)
+    at_once.submit(long)
+    assert run(at_once)[1][0] == found[2]
+
+
 def test_a_cancelled_text_gives_nothing_more_and_the_others_go_on():
     tiny = load_tiny("gqa", **LONG)
     engine = engine_of(tiny, rows=2)
@@ -179,7 +201,8 @@ def test_an_interrupt_costs_no_token_of_any_row(monkeypatch):
 
 
 @pytest.mark.slow(seconds=5)
-def test_there_are_as_many_rows_as_texts_ask_for_and_each_goes_on():
+def test_there_are_as_many_rows_as_texts_ask_for_and_each_goes_on(monkeypatch):
+    monkeypatch.setattr(module, "_CALM", 2)
     tiny = load_tiny("gqa", **LONG)
     config, graphdef = tiny.architecture.config, tiny.abstract.graphdef
     engine = Engine(config, graphdef, tiny.params, rows=16, elastic=True, slots=96)
@@ -197,11 +220,12 @@ def test_there_are_as_many_rows_as_texts_ask_for_and_each_goes_on():
         step(2)
     for ticket in tickets[1:]:
         engine.cancel(ticket)
-    step(2)
+    step(1)
+    step(1)
     tickets.append(engine.submit(requests[1]))
     while not engine.idle:
         step(8)
-    assert sizes[:5] == [1, 4, 16, 1, 4]
+    assert sizes[:6] == [1, 4, 16, 16, 1, 4]
     assert found[tickets[0]] == alone(tiny, requests[0])
     assert found[tickets[-1]] == alone(tiny, requests[1])
     for ticket, request in zip(tickets[1:6], requests[1:], strict=True):

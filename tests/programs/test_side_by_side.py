@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxft
 from jaxft.hf.peft.write import write_adapter
 from jaxft.models.adapters import Adaptation
 from jaxft.models.weights import Site
@@ -15,7 +16,7 @@ from jaxft.programs.side_by_side import SideBySide, load_adapter, reason_apart
 from jaxft.workdir.source import find_source
 from tests.adapters import linear_sites, random_adapter, shapes_of
 from tests.tiny import load_tiny
-from tests.tiny_run import write_base
+from tests.tiny_run import tiny_config
 
 
 def write(folder, name, ranks, **kinds):
@@ -31,7 +32,7 @@ def write(folder, name, ranks, **kinds):
 def home(tmp_path_factory):
     """A base and adapters of unlike ranks and sites."""
     folder = tmp_path_factory.mktemp("adapters")
-    write_base(folder / "base")
+    tiny_config(folder)
     sites = linear_sites(load_tiny("gqa"))
     write(folder, "wide", dict.fromkeys(sites, 5))
     write(folder, "queries", {site: 2 for site in sites if site.endswith(("q", "o"))})
@@ -58,12 +59,15 @@ def run(engine, found):
             found.setdefault(piece.ticket, []).append(piece)
 
 
-@pytest.mark.slow(seconds=5)
+@pytest.mark.slow(seconds=9)
 def test_texts_of_several_adapters_in_one_batch_are_those_of_each_model_alone(home):
     base = loaded(home, "base")
+    # Its pair is of rank 2, and another one is subtracted.
+    keys = {"adapter__rank": 2, "adapter__start": "pissa", "optim__learning_rate": 2e-2}
+    jaxft.train(tiny_config(home, "trained", train__steps=4, **keys))
     config, side = base.architecture.config, SideBySide(base, dtypes="float32")
     known = base.has_token
-    engine = Engine(config, side.graphdef, side.params, rows=4, slots=64, has_token=known)
+    engine = Engine(config, side.graphdef, side.params, rows=5, slots=64, has_token=known)
     prompt, found, tickets = list(range(5, 22)), {}, {}
 
     def add(name):
@@ -83,9 +87,11 @@ def test_texts_of_several_adapters_in_one_batch_are_those_of_each_model_alone(ho
     ask("base", NO_COLUMNS)
     ask("wide", columns["wide"])
     step(2)
-    columns["first"] = add("first")  # texts are under way when it comes
-    assert len({(c.start, c.end) for c in columns.values()}) == 3 and side.width == 32
-    for name in ("queries", "first"):
+    for name in ("first", "trained"):  # texts are under way when they come
+        columns[name] = add(name)
+    ranges = sorted((c.start, c.end) for c in columns.values())
+    assert ranges == [(0, 5), (5, 7), (7, 18), (18, 22)] and side.width == 32
+    for name in ("queries", "first", "trained"):
         ask(name, columns[name])
     while not engine.idle:
         step(5)
@@ -112,7 +118,7 @@ def test_texts_of_several_adapters_in_one_batch_are_those_of_each_model_alone(ho
             np.testing.assert_allclose(likely, -np.sort(-allowed)[:, :20], atol=1e-5)
             assert best[:, 0].tolist() == new
         texts.add(tuple(new))
-    assert len(texts) == 4  # or the test would not tell them apart
+    assert len(texts) == 5  # or the test would not tell them apart
 
 
 def test_what_shares_no_model_says_why(home):

@@ -229,9 +229,9 @@ def test_a_client_that_goes_frees_its_row(served, monkeypatch):
     engine = engine_of(client, desk)
     slow, real = threading.Event(), type(engine).step
 
-    def step(self, most):
+    def step(self, most, **parts):
         slow.wait(0.05)
-        return real(self, 1)
+        return real(self, 1, **parts)
 
     monkeypatch.setattr(type(engine), "step", step)
     long = {"model": "base", "prompt": "abc", "max_tokens": 100, "temperature": 0}
@@ -259,7 +259,7 @@ def test_what_goes_wrong_under_way_reaches_the_client(served, monkeypatch):
     engine = engine_of(client, desk)
     ask = {"model": "base", "prompt": "abc", "max_tokens": 60, "temperature": 0}
 
-    def fail(self, most):
+    def fail(self, most, **_):
         raise RuntimeError("the device is gone")
 
     stream = iter(client.completions.create(**ask, stream=True))

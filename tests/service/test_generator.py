@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from jaxft.service.errors import ApiError
 from jaxft.service.generator.client import Generator
 from jaxft.service.generator.protocol import Generate, Prompt
+from jaxft.service.generator.running import _watch
 from tests.tiny_run import write_base
 
 
@@ -70,3 +72,23 @@ def test_a_process_is_there_when_it_is_needed_and_gone_when_it_is_not(tmp_path):
             await text(Generator(tmp_path / "g.sock", log=log, options={"rows": "0"}))
 
     asyncio.run(work())
+
+
+def test_a_process_that_nobody_needs_ends_itself(monkeypatch):
+    def ends(texts=0, last=0.0, idle=0.0, parent=0):
+        server = SimpleNamespace(should_exit=False)
+        options = SimpleNamespace(idle=idle, parent=parent)
+        desk = SimpleNamespace(texts=texts, last=time.monotonic() - last)
+
+        async def watch():
+            task = asyncio.ensure_future(_watch(options, desk, server))
+            await asyncio.wait((task,), timeout=0.01)
+            task.cancel()
+
+        asyncio.run(watch())
+        return server.should_exit
+
+    monkeypatch.setattr("jaxft.service.generator.running._SECONDS", 0.001)
+    assert ends(last=90, idle=1) and ends(parent=-1)
+    assert not ends(last=90, idle=2) and not ends(last=90, idle=1, texts=1)
+    assert not ends(last=90) and not ends(parent=os.getppid())

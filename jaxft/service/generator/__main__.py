@@ -1,36 +1,24 @@
 """`python -m jaxft.service.generator --socket=PATH`: generates text until it is told to end."""
 
 import argparse
-import asyncio
 import os
-import socket
-import sys
-import time
 from pathlib import Path
 
-import uvicorn
-
 from jaxft.errors import JaxftError
-from jaxft.models.config import make_numerics
-from jaxft.service.generator.app import Desk, make_app
-from jaxft.service.generator.driver import Driver
-from jaxft.service.generator.models import Models
-
-_GRACE = 2  # seconds that requests and the step under way get to end in
+from jaxft.hardware import huge_pages
 
 
 def main() -> None:
-    """Serves until SIGTERM or SIGINT, or until there was nothing to do for long enough."""
+    """Runs the generator as the command line says."""
     options = _options()
+    huge_pages.start_again_with_them()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    driver = Driver()
-    driver.start()
-    asyncio.run(_serve(options, driver))
-    driver.end()
-    driver.join(_GRACE)
-    sys.stdout.flush()
-    # A program that is being compiled, or a device that hangs, keeps nobody waiting.
-    os._exit(0)
+    from jaxft.service.generator.running import run
+
+    try:
+        run(options)
+    except JaxftError as error:
+        raise SystemExit(str(error)) from error
 
 
 def _options() -> argparse.Namespace:
@@ -48,51 +36,7 @@ def _options() -> argparse.Namespace:
     for name in ("models", "rows", "texts"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; expected at least 1")
-    try:
-        make_numerics(options.dtypes)
-    except JaxftError as error:
-        parser.error(str(error))
     return options
-
-
-async def _serve(options: argparse.Namespace, driver: Driver) -> None:
-    models = Models(driver, options.models, options.rows, options.dtypes, options.quantise)
-    desk = Desk(driver, models, options.texts)
-    config = uvicorn.Config(
-        make_app(desk),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=_GRACE,
-        lifespan="off",
-    )
-    server = uvicorn.Server(config)
-    watch = asyncio.create_task(_watch(options, desk, server))
-    with _listening(options.socket) as bound:
-        await server.serve(sockets=[bound])
-    watch.cancel()
-    options.socket.unlink(missing_ok=True)
-
-
-def _listening(path: Path) -> socket.socket:
-    """Binds the socket, for this user alone; one that a killed process left is taken away."""
-    path.unlink(missing_ok=True)
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
-    try:
-        bound.bind(str(path))
-    finally:
-        os.umask(mask)
-    return bound
-
-
-async def _watch(options: argparse.Namespace, desk: Desk, server: uvicorn.Server) -> None:
-    """Ends the server when its parent is gone, or nobody asked for anything for a while."""
-    while True:
-        await asyncio.sleep(1)
-        idle = not desk.texts and time.monotonic() - desk.last > 60 * options.idle
-        gone = options.parent and os.getppid() != options.parent
-        if gone or (options.idle and idle):
-            server.should_exit = True
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from jaxft import console
 from jaxft.errors import JaxftError, OutOfMemoryError
+from jaxft.hardware.devices import shortage
 from jaxft.programs.engine import Piece, Request
 from jaxft.programs.questions import Question
 from jaxft.programs.sampling import Sampling
@@ -251,6 +252,8 @@ def _described(error: Exception) -> ApiError:
             return ApiError(str(error), status=503, code="out_of_memory", kind="server_error")
         case JaxftError():
             return ApiError(str(error), code="model_error")
+    if said := shortage(error):
+        return ApiError(said, status=503, code="out_of_memory", kind="server_error")
     console.log(f"{type(error).__name__} while text was generated: {error}", style="red")
     return ApiError(
         f"The generator failed: {type(error).__name__}: {error}", status=500, kind="server_error"

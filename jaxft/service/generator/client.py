@@ -55,22 +55,25 @@ class Generator:
         Raises:
           ApiError: If it refuses, fails or cannot be started; under way, too.
         """
-        # It may end while the request is on its way, as it does when it was idle for long.
-        for attempt in range(2):
-            client = await self._started()
-            try:
-                async with contextlib.aclosing(self._lines(client, asked)) as lines:
-                    first = await anext(lines)
-                    yield first
-                    async for line in lines:
-                        yield line
-                return
-            except httpx.ConnectError as error:
-                if attempt:
-                    raise _failed(f"it cannot be reached: {error}") from error
-                await asyncio.to_thread(self._end)
-            except httpx.TransportError as error:
+        client = await self._started()
+        process, begun = self._process, False
+        try:
+            async with contextlib.aclosing(self._lines(client, asked)) as lines:
+                async for line in lines:
+                    begun = True
+                    yield line
+            return
+        except httpx.TransportError as error:
+            # It may end, as it does when it was idle for long, while the request is on its way.
+            if begun or not await asyncio.to_thread(_ended_well, process):
                 raise _failed("its process ended while it wrote") from error
+        client = await self._started()
+        try:
+            async with contextlib.aclosing(self._lines(client, asked)) as lines:
+                async for line in lines:
+                    yield line
+        except httpx.TransportError as error:
+            raise _failed("its process ended while it wrote") from error
 
     async def status(self) -> dict[str, Any] | None:
         """Returns what is loaded and under way; None if there is no process."""
@@ -177,6 +180,14 @@ class Generator:
             process.kill()
             process.wait()
         self._socket.unlink(missing_ok=True)
+
+
+def _ended_well(process: subprocess.Popen[bytes] | None) -> bool:
+    """Returns whether a process has ended, or is about to, as it is told to."""
+    try:
+        return process is not None and process.wait(_STOP_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _refused(response: httpx.Response) -> ApiError:

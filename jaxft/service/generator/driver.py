@@ -105,7 +105,7 @@ class Driver(threading.Thread):
         texts, most = self._texts[engine], self._most.pop(engine, 1)
         started = time.monotonic()
         try:
-            pieces = engine.step(most)
+            pieces = engine.step(most, parts=1)
         except Exception as error:
             # Nothing is known of what the engine's rows hold: their texts end here.
             for text in list(texts.values()):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 from jaxft import console
 from jaxft.errors import OutOfMemoryError
+from jaxft.hardware.devices import shortage
 from jaxft.programs.engine import NO_COLUMNS, Columns, Engine
 from jaxft.programs.model import Model, load_source
 from jaxft.programs.side_by_side import SideBySide, load_adapter, reason_apart
@@ -175,10 +177,12 @@ class Models:
         while True:
             try:
                 return await self._in_loader(lambda: self._read(source))
-            except OutOfMemoryError:
-                if not any(self._is_idle(one) for one in self._whole()):
+            except Exception as error:
+                short = isinstance(error, OutOfMemoryError) or shortage(error)
+                if not short or not any(self._is_idle(one) for one in self._whole()):
                     raise
-                await self._let_go(self._whole())
+            await self._let_go(self._whole())
+            gc.collect()
 
     def _read(self, source: Source) -> Loaded:
         model = load_source(source, dtypes=self.dtypes, quantise=self.quantise)
