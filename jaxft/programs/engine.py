@@ -9,9 +9,9 @@ Rows may have adapters of their own, each some of the columns of one wide adapte
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +31,8 @@ from jaxft.programs.decoding import (
     read_tokens,
     shardings_of,
 )
-from jaxft.programs.sampling import Draws, Sampling, Scores
+from jaxft.programs.sampling import Draws, Scores
+from jaxft.programs.texts import Piece, Request
 
 # Tokens of a row, and rows, that are read at once. A prompt is cut into such parts, so that no more
 # than these few programs are compiled, whatever the lengths of prompts.
@@ -42,67 +43,6 @@ _SCORES = 2**29
 _STOPS = 8  # stop tokens are padded to a multiple of this
 _CALM = 32  # steps that need fewer rows before there are fewer
 _FEWER = 4  # an engine has all of its rows, or this many times fewer, or that once more
-
-
-class Columns(NamedTuple):
-    """The part of a wide adapter that is the adapter of a text.
-
-    Attributes:
-      number: Number of the adapter, never given twice; 0 for none.
-      start: The first column.
-      end: The column behind the last.
-    """
-
-    number: int = 0
-    start: int = 0
-    end: int = 0
-
-
-NO_COLUMNS = Columns()
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A text that is to be continued.
-
-    Attributes:
-      prompt: Token ids, at least one.
-      max_new_tokens: Longest continuation, at least 1.
-      stop_ids: Tokens that end it; not part of it.
-      sampling: The way to choose tokens.
-      number: Number of the text among those of one seed; see `Sampling.seed`.
-      columns: The adapter that continues it; the bare model by default.
-      scored: Whether its pieces have log-probabilities.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    stop_ids: Collection[int] = ()
-    sampling: Sampling = field(default_factory=Sampling)
-    number: int = 0
-    columns: Columns = NO_COLUMNS
-    scored: bool = False
-
-    @property
-    def limit(self) -> int:
-        """The length that the text may reach."""
-        return len(self.prompt) + self.max_new_tokens
-
-
-class Piece(NamedTuple):
-    """New tokens of one text.
-
-    Attributes:
-      ticket: The number that `submit` gave.
-      tokens: They; without the one that ends the text.
-      ended: `stop` or `length` with the last piece of a text, else empty.
-      scores: Log-probabilities `[tokens, …]`, of a text that is scored.
-    """
-
-    ticket: int
-    tokens: list[int]
-    ended: str
-    scores: Scores | None = None
 
 
 @dataclass(slots=True)

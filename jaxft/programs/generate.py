@@ -8,8 +8,9 @@ import numpy as np
 from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig
 from jaxft.models.module import Params
-from jaxft.programs.engine import Engine, Request
+from jaxft.programs.engine import Engine
 from jaxft.programs.sampling import Sampling
+from jaxft.programs.texts import Request
 
 MOST_ROWS = 64
 """Prompts that are continued at the same time; others wait for a row that ends."""

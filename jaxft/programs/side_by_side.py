@@ -21,8 +21,8 @@ from jaxft.models.families import Architecture
 from jaxft.models.module import AbstractModel, Params, without_memory
 from jaxft.models.weights import Site
 from jaxft.programs.description import grown
-from jaxft.programs.engine import Columns
 from jaxft.programs.model import Model
+from jaxft.programs.texts import Columns
 from jaxft.programs.weights import load_beside
 from jaxft.training.adaptation import quantised
 from jaxft.workdir.source import Source

@@ -8,8 +8,9 @@ import numpy as np
 from jaxft.hf.tokenizer import decode_continuation
 from jaxft.models.config import DecoderConfig
 from jaxft.models.module import Params
-from jaxft.programs.engine import Engine, Request
+from jaxft.programs.engine import Engine
 from jaxft.programs.sampling import Sampling
+from jaxft.programs.texts import Request
 
 _DECODE = 4  # tokens in one step, and as many arrive together
 _SLOTS = 1024  # of the smallest cache: a conversation grows

@@ -24,8 +24,9 @@ from jaxft.models.families import FAMILIES, Architecture, architecture_from_hf
 from jaxft.models.module import AbstractModel, Params, merge
 from jaxft.models.refused import REFUSED
 from jaxft.models.towers import TOWERS
-from jaxft.programs.engine import Engine, Request
+from jaxft.programs.engine import Engine
 from jaxft.programs.generate import generate_tokens
+from jaxft.programs.texts import Request
 from jaxft.training.objectives.token_scores import cross_entropy_sum
 from jaxft.training.optim import make_optimizer
 from jaxft.training.program import make_placement

@@ -12,9 +12,10 @@ from jaxft.models.config import Numerics
 from jaxft.models.families import architecture_from_hf
 from jaxft.models.module import init_params
 from jaxft.programs import engine as module
-from jaxft.programs.engine import Engine, Request
+from jaxft.programs.engine import Engine
 from jaxft.programs.generate import generate_tokens
 from jaxft.programs.sampling import Sampling
+from jaxft.programs.texts import Request
 from jaxft.training.program import make_placement
 from tests.oracle.cases import CASES
 from tests.tiny import Tiny, load_tiny

@@ -10,9 +10,10 @@ import jaxft
 from jaxft.hf.peft.write import write_adapter
 from jaxft.models.adapters import Adaptation
 from jaxft.models.weights import Site
-from jaxft.programs.engine import NO_COLUMNS, Engine, Request
+from jaxft.programs.engine import Engine
 from jaxft.programs.model import load_source
 from jaxft.programs.side_by_side import SideBySide, load_adapter, reason_apart
+from jaxft.programs.texts import NO_COLUMNS, Request
 from jaxft.workdir.source import find_source
 from tests.adapters import linear_sites, random_adapter, shapes_of
 from tests.tiny import load_tiny

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.hf.tokenizer import load_tokenizer
-from jaxft.programs.engine import Piece
 from jaxft.programs.sampling import Scores
+from jaxft.programs.texts import Piece
 from jaxft.service.generator.text import Answer, Speller
 from tests.tiny_run import write_base
 

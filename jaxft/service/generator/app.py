@@ -17,9 +17,9 @@ from starlette.routing import Route
 from jaxft import console
 from jaxft.errors import JaxftError, OutOfMemoryError
 from jaxft.hardware.devices import shortage
-from jaxft.programs.engine import Piece, Request
 from jaxft.programs.questions import Question
 from jaxft.programs.sampling import Sampling
+from jaxft.programs.texts import Piece, Request
 from jaxft.service.bodies import read_body
 from jaxft.service.errors import ApiError
 from jaxft.service.generator.driver import Driver, Text

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.programs.decoding import BLOCK
-from jaxft.programs.engine import Engine, Piece, Request
+from jaxft.programs.engine import Engine
+from jaxft.programs.texts import Piece, Request
 
 _SECONDS = 0.05  # that a step shall take: texts arrive, and are let in, as often
 

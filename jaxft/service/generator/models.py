@@ -15,9 +15,10 @@ from typing import Any
 from jaxft import console
 from jaxft.errors import OutOfMemoryError
 from jaxft.hardware.devices import shortage
-from jaxft.programs.engine import NO_COLUMNS, Columns, Engine
+from jaxft.programs.engine import Engine
 from jaxft.programs.model import Model, load_source
 from jaxft.programs.side_by_side import SideBySide, load_adapter, reason_apart
+from jaxft.programs.texts import NO_COLUMNS, Columns
 from jaxft.service.generator.driver import Driver
 from jaxft.service.generator.text import Speller
 from jaxft.workdir.source import Source, find_source

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxft.programs.engine import Piece
 from jaxft.programs.streaming import TextWriter
+from jaxft.programs.texts import Piece
 
 type Score = list[Any]
 """A token as it is written, its log-probability, its bytes or None, and the most likely ones."""
