@@ -153,7 +153,8 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     whole = config.get("model_type", "")
     text = text_config(config) if whole in TOWERS else config
     modules = FAMILIES if text is config else FAMILIES | _TEXTS
-    kind = _SAME.get(text.get("model_type", ""), text.get("model_type", ""))
+    kind = text.get("model_type", "")
+    kind = _SAME.get(kind, kind)
     if kind not in modules:
         raise ModelError(_unsupported(config, str(whole)))
     family = importlib.import_module(modules[kind])
