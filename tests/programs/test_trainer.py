@@ -242,6 +242,9 @@ def test_train_leaves_the_config_as_it_was_and_says_how_the_run_ended(home, conf
     assert result.checkpoint == result.workdir / "checkpoints/8"
     evaluations = [r["loss"] for r in read_records(result.workdir / "eval.jsonl")]
     assert result.best_loss == min(evaluations) < evaluations[0]
+    told = json.loads((result.workdir / "result.json").read_text())
+    assert told["status"] == "succeeded" and told["step"] == 8
+    assert told["trained_tokens"] == read_metrics(result.workdir)[-1]["trained_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -392,10 +395,16 @@ def test_evaluation_is_due_every_n_steps_or_at_the_end_of_each_epoch(home, confi
     every = train(config("every", data__validation=held_out(home), train__eval_every=3))
     assert [r["step"] for r in read_records(every.workdir / "eval.jsonl")] == [0, 3, 6, 8]
     # 19 rows, 4 a step: rows 19, 38 and 57 are read by steps 5, 10 and 15.
-    epochs = train(
-        config("epochs", data__validation=held_out(home), train__steps=0, train__epochs=3)
-    )
+    keys = {
+        "train__steps": 0,
+        "train__epochs": 3,
+        "train__save_epochs": True,
+        "train__keep_last": 3,
+    }
+    epochs = train(config("epochs", data__validation=held_out(home), **keys))
     assert [r["step"] for r in read_records(epochs.workdir / "eval.jsonl")] == [0, 5, 10, 15]
+    saved = (epochs.workdir / "checkpoints").iterdir()
+    assert sorted(int(path.name) for path in saved) == [5, 10, 15]
 
 
 def feed_answers(monkeypatch, shares):
@@ -632,6 +641,8 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_lines(home, config, tmp_p
         assert f"row {number} ({home / 'train.jsonl'}:" in text
     iterator.close()
     assert not list((tmp_path / "run/checkpoints").iterdir())
+    told = json.loads((tmp_path / "run/result.json").read_text())
+    assert told["reason"] == "TrainingError" and told["problems"] == [text]
 
 
 @pytest.mark.slow(seconds=2)
