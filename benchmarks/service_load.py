@@ -2,10 +2,11 @@
 
     .venv/bin/python -m benchmarks.service_load --output benchmarks/results/service-load.jsonl
 
-Starts `jaxft serve` in a temporary folder with a tiny model and one job, takes the time of the job's
-steps alone, then lets clients read (files, jobs, events, models), upload files of 64 kB and follow the
-stream of events, each a request every `--pause` seconds. Times are of whole requests at the client,
-which shares the cores; `step_ratio` is the time of the job's steps meanwhile over that alone.
+Starts `jaxft serve` in a temporary folder with a tiny model and one job, takes the time of the
+job's steps alone, then lets clients read (files, jobs, events, models), upload files of 64 kB and
+follow the stream of events, each a request every `--pause` seconds. Times are of whole requests at
+the client, which shares the cores; `step_ratio` is the time of the job's steps meanwhile over that
+alone.
 """
 
 import argparse

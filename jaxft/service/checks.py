@@ -5,6 +5,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from jaxft.errors import JaxftError
 from jaxft.files import write_json
 from jaxft.formatting import counted, format_duration
 from jaxft.service.checker import Checker
@@ -66,8 +67,11 @@ class Checks:
             self._take_result(row, future.result())
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._checker is None:
-            self._checker = Checker(self.target)
+        try:
+            if self._checker is None:
+                self._checker = Checker(self.target)
+        except JaxftError as error:  # there are no devices
+            return {"error": {"code": "no_devices", "message": str(error), "param": None}}
         return self._checker.check(request)
 
     def _request(self, row: Row, *, shown: bool = False) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from jaxft.formatting import format_bytes
 from jaxft.service.bodies import ExpiresAfter, UploadComplete, UploadCreate, read_body, read_values
 from jaxft.service.errors import ApiError, not_found
+from jaxft.service.history import ACTIVE
 from jaxft.service.ids import new_id
 from jaxft.service.objects import file_object, part_object, upload_object
 from jaxft.service.paging import find_page, listed, page_of
@@ -169,7 +170,7 @@ async def delete_file(request: Request) -> Response:
         jobs = schema.jobs
         with service.database.write() as connection:
             used = sa.select(jobs.c.id).where(
-                jobs.c.status.in_(("validating_files", "queued", "running", "paused")),
+                jobs.c.status.in_(ACTIVE),
                 sa.or_(jobs.c.training_file == row["id"], jobs.c.validation_file == row["id"]),
             )
             if job := connection.execute(used).scalar():
@@ -372,7 +373,12 @@ def drop_expired(service: Service) -> None:
         if old:
             change(connection, uploads, {"id": tuple(old)}, status="expired")
             remove(connection, parts, upload_id=tuple(old))
-        connection.execute(sa.delete(files).where(files.c.expires_at <= time))
+        jobs = schema.jobs
+        is_needed = sa.exists().where(
+            jobs.c.status.in_(ACTIVE),
+            sa.or_(jobs.c.training_file == files.c.id, jobs.c.validation_file == files.c.id),
+        )
+        connection.execute(sa.delete(files).where(files.c.expires_at <= time, ~is_needed))
         known = {*connection.execute(sa.select(files.c.id)).scalars()}
         known_parts = {*connection.execute(sa.select(parts.c.id)).scalars()}
     for blobs, names in ((service.files, known), (service.parts, known_parts)):

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 import types
+import urllib.parse
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -28,6 +29,7 @@ _ROOM = 1 << 20  # of a form beside the file in it
 _OPEN = ("/", "/health")  # what needs no token: the page asks for one itself
 _OPENED = "/open/"  # addresses that are secret themselves
 _WINDOW = 60.0
+_CALLERS = 10_000  # of which rates are remembered before the silent ones are forgotten
 
 log = logging.getLogger("jaxft.service")
 
@@ -113,7 +115,7 @@ class Gate:
     def _check_origin(self, request: Request) -> None:
         """Refuses what pages of other sites make a browser send."""
         host = request.headers.get("host", "")
-        if self._hosts and host.rpartition(":")[0].strip("[]") not in self._hosts:
+        if self._hosts and _name_of(host) not in self._hosts:
             raise ApiError(
                 f"This server is not {host!r}; it is called {', '.join(self._hosts)} "
                 "(--host and --allow_host say so).",
@@ -151,7 +153,11 @@ class Gate:
         most = self._service.settings.requests_per_minute
         if not most:
             return
-        times, present = self._requests.setdefault(who, collections.deque()), time.monotonic()
+        present = time.monotonic()
+        if len(self._requests) > _CALLERS:
+            old = present - _WINDOW
+            self._requests = {k: v for k, v in self._requests.items() if v and v[-1] > old}
+        times = self._requests.setdefault(who, collections.deque())
         while times and times[0] <= present - _WINDOW:
             times.popleft()
         if len(times) >= most:
@@ -183,6 +189,14 @@ class Gate:
             return message
 
         return bounded
+
+
+def _name_of(host: str) -> str | None:
+    """Returns a Host header without its port."""
+    try:
+        return urllib.parse.urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 def _too_large(most: int, is_form: bool) -> ApiError:

@@ -8,6 +8,9 @@ from jaxft.service.ids import new_id
 from jaxft.service.store import schema
 from jaxft.service.store.database import add, now
 
+ACTIVE = ("validating_files", "queued", "running", "paused")
+"""Statuses of jobs that are not over."""
+
 
 def add_event(
     connection: sa.Connection,

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from jaxft.service.bodies import Hyperparameters, JobCreate, read_body
 from jaxft.service.errors import ApiError, not_found
 from jaxft.service.files import find_file
-from jaxft.service.history import add_delivery, add_event
+from jaxft.service.history import ACTIVE, add_delivery, add_event
 from jaxft.service.ids import letters, new_id
 from jaxft.service.keys import check_keys
 from jaxft.service.models import find_base
@@ -23,9 +23,6 @@ from jaxft.service.paging import find_page, listed, page_of
 from jaxft.service.state import Service, in_thread, service_of
 from jaxft.service.store import schema
 from jaxft.service.store.database import Row, add, change, now, one
-
-ACTIVE = ("validating_files", "queued", "running", "paused")
-"""Statuses of jobs that are not over."""
 
 _MOST = 1000
 _STREAM_SECONDS = 0.5  # between looks at the database for events to be sent
@@ -44,7 +41,6 @@ def make_job(service: Service, body: JobCreate, *, legacy: bool = False) -> Row:
       ApiError: If it names no model or file that is there, or settings that are not understood.
     """
     time = now()
-    suffix = body.suffix or "jaxft"
     with service.database.write() as connection:
         request = read_request(service, connection, body)
         model, organization = request["model"], service.settings.organization
@@ -56,7 +52,7 @@ def make_job(service: Service, body: JobCreate, *, legacy: bool = False) -> Row:
             "estimated_finish": None,
             "status": "validating_files",
             **request,
-            "tuned_name": f"ft:{_stem(model)}:{organization}:{suffix}:{letters(8)}",
+            "tuned_name": f"ft:{_stem(model)}:{organization}:{body.suffix or ''}:{letters(8)}",
             "suffix": body.suffix,
             "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
             "hyperparameters": _shown(request["method"], request["asked"]),

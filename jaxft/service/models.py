@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from jaxft.errors import nearest
 from jaxft.service.errors import ApiError
+from jaxft.service.history import ACTIVE
 from jaxft.service.objects import model_object
 from jaxft.service.paging import listed
 from jaxft.service.state import Service, in_thread, service_of
@@ -138,7 +139,7 @@ def _delete(service: Service, name: str) -> None:
         row = one(connection, models, name=name)
         assert row is not None
         needed = sa.select(jobs.c.id).where(
-            jobs.c.status.in_(("validating_files", "queued", "running", "paused")),
+            jobs.c.status.in_(ACTIVE),
             sa.or_(jobs.c.model == name, jobs.c.id == row["job_id"]),
         )
         if job := connection.execute(needed).scalar():

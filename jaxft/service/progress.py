@@ -201,8 +201,26 @@ def _succeed(service: Service, row: Row, result: Row) -> None:
         add_delivery(connection, job, "succeeded")
 
 
-def fail(service: Service, row: Row, message: str, *, code: str, param: str | None = None) -> None:
-    """Notes that a job has failed, and why, unless it is over already."""
+def fail(
+    service: Service,
+    row: Row,
+    message: str,
+    *,
+    code: str,
+    param: str | None = None,
+    ended: bool = True,
+) -> None:
+    """Notes that a job has failed, and why, unless it is over already.
+
+    Args:
+      service: Of the job.
+      row: The job.
+      message: What is wrong.
+      code: Word that programs know it by.
+      param: Field of the request.
+      ended: Whether its run, if it has one, has ended; one that may not have is stopped later.
+    """
+    free = {"handle": None, "devices": None} if ended else {}
     with service.database.write() as connection:
         if change(
             connection,
@@ -212,8 +230,7 @@ def fail(service: Service, row: Row, message: str, *, code: str, param: str | No
             finished_at=now(),
             estimated_finish=None,
             error={"code": code, "message": message, "param": param},
-            handle=None,
-            devices=None,
+            **free,
         ):
             add_event(connection, row["id"], message, level="error")
             add_delivery(connection, row["id"], "failed")

@@ -38,6 +38,8 @@ def prepare(settings: Settings) -> Service:
     # Bodies of requests wait here, on the disk that they go to, and not in memory.
     temporary = settings.workdir / "tmp"
     try:
+        if not settings.workdir.exists():
+            settings.workdir.mkdir(mode=0o700, parents=True)  # files and models of its users
         for folder in (temporary, settings.workdir / "jobs"):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from jaxft.errors import JaxftError
 from jaxft.service.checks import Checks
 from jaxft.service.executors import Executor, ExecutorError, Launch, State, make_executor
 from jaxft.service.files import drop_expired
 from jaxft.service.following import RunFolder
 from jaxft.service.history import add_event
-from jaxft.service.progress import finish, take_progress
+from jaxft.service.progress import fail, finish, take_progress
 from jaxft.service.settings import Settings
 from jaxft.service.state import Service
 from jaxft.service.store import schema
@@ -89,8 +89,15 @@ class Worker:
         for row in self._take():
             try:
                 self._advance(row)
-            except (ExecutorError, JaxftError) as error:
+            except ExecutorError as error:
                 self._warn(f"{row['id']}: {error}")
+            except SQLAlchemyError:
+                raise
+            except Exception:
+                # One job must not keep the others waiting.
+                self._warn(f"{row['id']} cannot go on: {traceback.format_exc()}")
+                text = "The server failed on this job; its log has more."
+                fail(self._service, row, text, code="server_error", ended=False)
         self._checks.look_at_previews()
         self._webhooks.deliver()
         if time.monotonic() - self._swept > _SWEEP:

@@ -89,6 +89,19 @@ def test_a_file_expires(client: OpenAI, service: Service):
     assert not stored(service)
 
 
+def test_a_file_that_a_job_needs_outlives_its_time(client: OpenAI, service: Service):
+    file = client.files.create(file=("a", LINES), purpose="fine-tune").id
+    job = client.fine_tuning.jobs.create(model="base", training_file=file).id
+    with service.database.write() as connection:
+        change(connection, schema.files, {"id": file}, expires_at=1)
+    os.utime(service.files.path(file), (1, 1))
+    drop_expired(service)
+    assert stored(service) == {file}
+    client.fine_tuning.jobs.cancel(job)
+    drop_expired(service)
+    assert not stored(service)
+
+
 def test_wrong_forms_say_which_field_is_wrong(url: str, service: Service):
     def post(**parts: object) -> tuple[int, str | None]:
         answer = httpx.post(f"{url}/v1/files", **parts)  # pyright: ignore

@@ -69,7 +69,14 @@ def test_pages_of_other_sites_and_other_names_are_refused(service: Service):
         assert get(origin=url) == 200
         assert get(origin="https://evil.example") == 403
         assert get(origin="null") == 403
-        assert get(host=f"evil.example:{host.partition(':')[2]}") == 421
+        for other, status in (
+            (f"evil.example:{host.partition(':')[2]}", 421),
+            ("localhost", 200),
+            ("[::1]:80", 421),
+            ("[", 421),
+            ("", 421),
+        ):
+            assert get(host=other) == status, other
 
 
 def test_rates_are_bounded(tmp_path):

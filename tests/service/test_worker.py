@@ -377,6 +377,27 @@ def test_a_job_that_a_scheduler_refuses_is_offered_again_after_a_while(
     until(working, client, job, "running")
 
 
+def test_a_fault_on_one_job_keeps_no_other_waiting(
+    client: OpenAI,
+    working: Worker,
+    runs: Runs,
+    make: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    bad, good = make(), make()
+    until(working, client, bad, "running")
+    with monkeypatch.context() as context:
+        context.setattr(runs, "state", lambda handle: 1 / 0)
+        working.tick()
+    found = client.fine_tuning.jobs.retrieve(bad)
+    assert found.status == "failed" and found.error is not None
+    assert found.error.code == "server_error"
+    working.tick()
+    assert runs.stopped == [f"{bad}-0"]  # and it has the devices until it has ended
+    runs.end(bad)
+    until(working, client, good, "running")
+
+
 @pytest.fixture
 def hook() -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
     """A server that refuses the first delivery; its URL and what it got."""
