@@ -57,14 +57,14 @@ class Cache(NamedTuple):
         kept = (layer for layer in self.layers if not isinstance(layer, Recurrent))
         return next((layer[0].shape[2] for layer in kept), 0)
 
-    def grown(self, slots: int) -> "Cache":
-        """Returns the cache with room for `slots` tokens a row."""
-        added = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0))
+    def with_slots(self, slots: int) -> "Cache":
+        """Returns the cache with room for `slots` tokens a row; with fewer, for the first ones."""
+        added = ((0, 0), (0, 0), (0, max(0, slots - self.slots)), (0, 0))
         return Cache(
             tuple(
                 layer
                 if isinstance(layer, Recurrent)
-                else jax.tree.map(lambda x: jnp.pad(x, added), layer)
+                else jax.tree.map(lambda x: jnp.pad(x[:, :, :slots], added), layer)
                 for layer in self.layers
             )
         )

@@ -80,9 +80,9 @@ def make_cache(
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "shardings"))
-def grown(cache: Cache, *, slots: int, shardings: Shardings | None) -> Cache:
+def with_slots(cache: Cache, *, slots: int, shardings: Shardings | None) -> Cache:
     """Returns the cache with room for `slots` tokens a row."""
-    return _placed(cache.grown(slots), shardings)
+    return _placed(cache.with_slots(slots), shardings)
 
 
 @functools.partial(jax.jit, static_argnames="shardings")

@@ -25,11 +25,11 @@ from jaxft.programs.decoding import (
     BLOCK,
     State,
     decode_tokens,
-    grown,
     make_cache,
     moved,
     read_tokens,
     shardings_of,
+    with_slots,
 )
 from jaxft.programs.sampling import Draws, Scores
 from jaxft.programs.texts import Piece, Request
@@ -41,7 +41,8 @@ _GROUPS = (16, 4, 1)
 # Bytes that the scores of attention may take while tokens are read.
 _SCORES = 2**29
 _STOPS = 8  # stop tokens are padded to a multiple of this
-_CALM = 32  # steps that need fewer rows before there are fewer
+_CALM = 32  # steps that need fewer rows, or far fewer slots, before there are fewer
+_MUCH = 4  # times as many slots as are needed are too many: each step looks at all of them
 _FEWER = 4  # an engine has all of its rows, or this many times fewer, or that once more
 
 
@@ -85,7 +86,8 @@ class Engine:
       rows: Texts that are written at the same time.
       elastic: Whether there are fewer rows while there are few texts; a step takes less time then,
         and another program.
-      slots: Tokens that a row has room for at first; the cache grows as texts need it.
+      slots: Tokens that a row has room for at least; the cache grows as texts need it, and gets
+        smaller again after a long one.
       has_token: bool `[V]`; ids where it is False, such as rows that pad the embedding, are never
         chosen. All are allowed if absent.
     """
@@ -106,6 +108,7 @@ class Engine:
         self.replace(graphdef, params)
         self._shardings = shardings_of(params)
         self._slots, self._cache = slots, None
+        self._least, self._roomy = slots, 0
         fewer = (max(1, rows // _FEWER**2), max(1, rows // _FEWER)) if elastic else ()
         self._sizes, self._calm = (*fewer, rows), 0
         self._rows = [_Row(number) for number in range(self._sizes[0])]
@@ -247,9 +250,15 @@ class Engine:
                 # Bound to the device as what programs return is, which would be compiled again.
                 cache = jax.device_put(cache, *next(iter(self._params.values())).devices())
             self._cache = cache
-        elif self._cache.slots < limit:
-            self._slots = min(_size(limit), self.config.max_length)
-            self._cache = grown(self._take_cache(), slots=self._slots, shardings=self._shardings)
+            return
+        size = min(_size(max(limit, self._least)), self.config.max_length)
+        self._roomy = self._roomy + 1 if _MUCH * size <= self._slots else 0
+        if self._slots < limit or self._roomy > _CALM:
+            self._slots, self._roomy = size, 0
+            for row in self._rows:
+                fits = len(row.held) <= size
+                row.held = row.held if fits else [] if self.config.is_recurrent else row.held[:size]
+            self._cache = with_slots(self._take_cache(), slots=size, shardings=self._shardings)
 
     def _take_cache(self) -> Cache:
         """Returns the cache, which its next program overwrites: an interrupt leaves none."""

@@ -170,7 +170,9 @@ def test_what_a_row_holds_of_a_prompt_is_not_read_again(monkeypatch):
 
 
 @pytest.mark.slow(seconds=3)
-def test_a_cache_that_grows_keeps_what_is_being_written():
+def test_a_cache_that_grows_or_shrinks_keeps_what_is_being_written(monkeypatch):
+    monkeypatch.setattr(module, "_CALM", 3)
+    monkeypatch.setattr(module, "_MUCH", 2)
     tiny = load_tiny("gqa", **LONG)
     engine = engine_of(tiny, rows=2)
     short, long = Request([1, 2, 3], 60), Request([5] * 100, 8)
@@ -182,6 +184,9 @@ def test_a_cache_that_grows_keeps_what_is_being_written():
     assert engine.slots == 128
     assert first + found[1][0] == alone(tiny, short)
     assert found[2][0] == alone(tiny, long)
+    engine.submit(short)
+    again = run(engine, 4)[3][0]
+    assert engine.slots == 64 and again == first + found[1][0]
 
 
 def test_an_interrupt_costs_no_token_of_any_row(monkeypatch):

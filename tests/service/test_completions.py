@@ -343,3 +343,18 @@ def test_calls_of_tools_reach_the_client_at_once_and_as_a_stream(home):
         assert sent.messages[2] == result and sent.tools == tools
         client.chat.completions.create(**ask, tool_choice="none")
         assert generator.asked[-1].prompts[0].tools is None
+
+
+@pytest.mark.slow(seconds=4)
+def test_a_real_model_tells_its_story(shared, tmp_path):
+    (tmp_path / "stories").symlink_to(shared / "models/stories260K")
+    golden = (shared / "models/stories260K/golden/greedy_200_runc.txt").read_text()
+    with near(tmp_path, rows=2) as (client, _):
+        ask = {"model": "stories", "prompt": "Once upon a time", "temperature": 0}
+        found = client.completions.create(**ask, max_tokens=120, echo=True).choices[0].text
+        assert len(found) > 300 and golden.startswith(found)
+        chunks = client.completions.create(
+            **ask, max_tokens=120, stop=["mom", "mommy"], stream=True
+        )
+        text = "".join(chunk.choices[0].text for chunk in chunks)
+        assert text == golden[len("Once upon a time") : golden.index("mom")]

@@ -1,7 +1,6 @@
 """`python -m jaxft.service.generator --socket=PATH`: generates text until it is told to end."""
 
 import argparse
-import os
 from pathlib import Path
 
 from jaxft.errors import JaxftError
@@ -12,7 +11,6 @@ def main() -> None:
     """Runs the generator as the command line says."""
     options = _options()
     huge_pages.start_again_with_them()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from jaxft.service.generator.running import run
 
     try:
