@@ -8,7 +8,10 @@ import pytest
 
 import jaxft
 from jaxft.hf.peft.write import write_adapter
-from jaxft.models.adapters import Adaptation
+from jaxft.models.adapters import Adaptation, weights_in
+from jaxft.models.config import Numerics
+from jaxft.models.families import architecture_from_hf
+from jaxft.models.module import without_memory
 from jaxft.models.weights import Site
 from jaxft.programs.engine import Engine
 from jaxft.programs.model import load_source
@@ -16,6 +19,7 @@ from jaxft.programs.side_by_side import SideBySide, load_adapter, reason_apart
 from jaxft.programs.texts import NO_COLUMNS, Request
 from jaxft.workdir.source import find_source
 from tests.adapters import linear_sites, random_adapter, shapes_of
+from tests.oracle.cases import CASES
 from tests.tiny import load_tiny
 from tests.tiny_run import tiny_config
 
@@ -122,11 +126,20 @@ def test_texts_of_several_adapters_in_one_batch_are_those_of_each_model_alone(ho
     assert len(texts) == 5  # or the test would not tell them apart
 
 
+@pytest.mark.slow(seconds=2)
 def test_what_shares_no_model_says_why(home):
     def changed(name, **changes):
         source = find_source(home / name)
         found = source.architecture
         adaptation = dataclasses.replace(found.adaptation, **changes)
+        source.__dict__["architecture"] = dataclasses.replace(found, adaptation=adaptation)
+        return source
+
+    def of_family(case, end):
+        source, found = changed("wide"), architecture_from_hf(CASES[case])
+        weights = weights_in(without_memory(found.build(Numerics())))
+        site = next(path for path in weights if path.startswith("layers.") and path.endswith(end))
+        adaptation = Adaptation({site: Site(2, 4.0)})
         source.__dict__["architecture"] = dataclasses.replace(found, adaptation=adaptation)
         return source
 
@@ -137,9 +150,12 @@ def test_what_shares_no_model_says_why(home):
         (changed("wide", rows=(3,)), "rows of tokens"),
         (changed("wide", whole=True), "nobody else has"),
         (changed("wide", sites=head), "head is applied to all rows"),
+        (of_family("mixtral_gqa_published", "gate"), "gate is applied to all rows"),
+        (of_family("deepseek_v3_published", "kv_up"), "kv_up is applied to all rows"),
     ):
         assert reason in reason_apart(source)
-    assert Adaptation(head)
+    assert not reason_apart(of_family("mixtral_gqa_published", "router"))
+    assert not reason_apart(of_family("deepseek_v3_published", "kv_down"))
 
 
 def test_an_adapter_of_other_tokens_is_not_put_beside(home):
