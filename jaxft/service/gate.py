@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxft.errors import ConfigError
 from jaxft.formatting import format_bytes
 from jaxft.service.errors import ApiError
 from jaxft.service.ids import letters
@@ -38,14 +39,14 @@ def new_token(service: Service, name: str) -> str:
     """Makes a token; only its digest is kept.
 
     Raises:
-      ApiError: If one has that name.
+      ConfigError: If one has that name.
     """
     token = f"sk-jaxft-{letters(40)}"
     try:
         with service.database.write() as connection:
             add(connection, schema.tokens, name=name, created_at=now(), digest=_digest(token))
     except IntegrityError as error:
-        raise ApiError(f"There is a token called {name!r} already.") from error
+        raise ConfigError(f"There is a token called {name!r} already.") from error
     return token
 
 
