@@ -117,9 +117,10 @@ def _bound(host: str, port: int) -> socket.socket:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{host}:{port} cannot be listened on: {error.strerror}. Name another --port, or 0 "
+            f"{host}:{port} cannot be listened on: {reason}. Name another --port, or 0 "
             "for a free one."
         ) from error
 

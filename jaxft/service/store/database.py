@@ -31,7 +31,7 @@ class Database:
 
     def __init__(self, url: str):
         try:
-            parsed = sa.make_url(url)
+            parsed = sa.make_url(url.replace("postgres://", "postgresql://", 1))
             if parsed.get_backend_name() == "postgresql":
                 parsed = parsed.set(drivername="postgresql+psycopg")
             elif parsed.get_backend_name() != "sqlite":
