@@ -7,3 +7,7 @@ import logging
 logging.getLogger("transformers").addFilter(
     lambda record: not record.getMessage().startswith("PyTorch was not found")
 )
+# Of a model that it has no class for, such as Kimi-K2, it doubts what no tokenizer depends on.
+logging.getLogger("transformers.configuration_utils").addFilter(
+    lambda record: not record.getMessage().startswith("You are using a model of type")
+)

@@ -18,6 +18,7 @@ from jaxft.data.template import resolve_template
 from jaxft.errors import ModelError
 from jaxft.hf.save_tokenizer import save_tokenizer
 from jaxft.hf.tokenizer import add_special_tokens, load_tokenizer, stop_ids
+from tests.tiny_run import write_base
 
 CHATS = ["tokenizers/qwen3-hf", "tokenizers/deepseek-r1"]
 NAMES = [
@@ -182,6 +183,14 @@ def test_nobody_is_advised_to_install_pytorch(module):
         check=True,
     )
     assert "PyTorch" not in done.stdout + done.stderr
+
+
+def test_a_model_that_transformers_does_not_know_is_not_doubted(tmp_path, monkeypatch, caplog):
+    folder = write_base(tmp_path / "base")
+    (folder / "config.json").write_text('{"model_type": "kimi_k2"}')
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert load_tokenizer(folder).eos_token == "<end>"
+    assert not caplog.records
 
 
 def test_other_advice_of_transformers_still_arrives():
