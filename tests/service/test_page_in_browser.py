@@ -91,6 +91,8 @@ def service(tmp_path):
             seen_step=4,
         )
         add_event(connection, job, EVIL, level="error")
+        values = {"id": "ftckpt_a", "job_id": job, "created_at": now(), "step": 4, "metrics": {}}
+        add(connection, schema.checkpoints, **values)
         add(connection, schema.models, name="ft:" + EVIL, created_at=now(), job_id=job, step=4)
     yield found
     found.database.close()

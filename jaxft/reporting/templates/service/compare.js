@@ -17,7 +17,7 @@ views.compare = async (box, signal, first, second) => {
     pane("Model " + "AB"[i], models, name));
   panes.append(...sides.map((side) => side.element));
 
-  const prompt = el("textarea", { rows: 3, required: true, "aria-label": "Prompt",
+  const prompt = el("textarea", { rows: 2, required: true, "aria-label": "Prompt",
     placeholder: "Ask both" });
   const system = el("textarea", { rows: 2, "aria-label": "System prompt" });
   const temperature = el("input", { type: "number", min: 0, max: 2, step: 0.1, value: 0.7 });
@@ -78,6 +78,8 @@ const pane = (title, models, name) => {
     const answer = el("pre", { class: "turn assistant busy" });
     const note = el("small", {});
     list.append(el("pre", { class: "turn user" }, text), answer, note);
+    const toEnd = () => { list.scrollTop = list.scrollHeight; };
+    toEnd();
     const begun = performance.now();
     const given = system ? [{ role: "system", content: system }, ...turns] : turns;
     let pieces = 0;
@@ -93,7 +95,7 @@ const pane = (title, models, name) => {
         pieces += 1;
         const follows = list.scrollHeight - list.scrollTop - list.clientHeight < 60;
         answer.append(piece);
-        if (follows) list.scrollTop = list.scrollHeight;
+        if (follows) toEnd();
       }
       note.textContent = ((performance.now() - begun) / 1000).toFixed(1) + " s";
     } catch (error) {
@@ -106,6 +108,7 @@ const pane = (title, models, name) => {
       turns.pop();  // what was not answered is no part of the conversation
       answer.append(el("em", {}, "no answer"));
     }
+    toEnd();
   };
   return {
     element: el("section", { class: "pane card" }, labelled(title, select), list),

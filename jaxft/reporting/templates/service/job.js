@@ -18,8 +18,7 @@ const showJob = (box, signal, id) => {
     paint(parts.state, [job, Math.floor(Date.now() / 5000)], () => stateOf(job));
     paint(parts.made, [job.fine_tuned_model, job.forms, job.has_report, job.result_files],
       () => madeOf(job));
-    paint(parts.settings, [job.hyperparameters, job.finished_at, job.status], () =>
-      settingsOf(job));
+    paint(parts.settings, [job, Math.floor(Date.now() / 5000)], () => settingsOf(job));
     const kept = await get(paths.jobs + "/" + encodeURIComponent(id) + "/checkpoints?limit=100",
       signal);
     paint(parts.checkpoints, kept, () => checkpointsOf(kept.data));
@@ -86,26 +85,15 @@ const headOf = (job, look) => {
 };
 
 const stateOf = (job) => [
+  el("p", { class: "about" }, el("b", {}, job.model), " · " + job.method + " on ",
+    el("b", {}, job.training_name || job.training_file), job.validation_file && [", held out ",
+      el("b", {}, job.validation_name || job.validation_file)]),
   job.error && job.error.message && el("div", { class: "trouble", role: "alert" },
     el("b", {}, "The job failed"), job.error.code && el("code", {}, job.error.code),
     el("pre", {}, job.error.message)),
   ACTIVE.includes(job.status) && el("div", { class: "progress large" },
     bar("Progress", job.step, job.steps),
     el("small", {}, progressText(job))),
-  facts([
-    ["Base model", job.model],
-    ["Method", job.method],
-    ["Training file", job.training_name || job.training_file],
-    ["Validation file", job.validation_name || job.validation_file],
-    ["Trained tokens", job.trained_tokens && count(job.trained_tokens)],
-    ["Created", moment(job.created_at)],
-    ["Started", job.started_at && moment(job.started_at)],
-    ["Finished", job.finished_at && moment(job.finished_at)],
-    ["Expected finish", job.estimated_finish && moment(job.estimated_finish)],
-    ["Took", job.started_at && job.finished_at && duration(job.finished_at - job.started_at)],
-    ["Id", el("code", {}, job.id)],
-    ...Object.entries(job.metadata || {}),
-  ]),
 ];
 
 const madeOf = (job) => {
@@ -138,9 +126,9 @@ const PRODUCTION = "This server is for trying and evaluating. For production, vL
   + "downloaded folder.";
 
 const checkpointsOf = (kept) => kept.length ? [el("h2", {}, "Checkpoints"),
-  table("Checkpoints", [">Step", "Model", ">Training loss", ">Validation loss", ">Accuracy"],
+  table("Checkpoints", ["Model", ">Step", ">Training loss", ">Validation loss", ">Accuracy"],
     kept.map(({ step_number: step, fine_tuned_model_checkpoint: name, metrics }) => [
-      count(step), el("code", {}, name), number(metrics.train_loss), number(metrics.valid_loss),
+      el("code", {}, name), count(step), number(metrics.train_loss), number(metrics.valid_loss),
       percent(metrics.valid_mean_token_accuracy ?? metrics.train_mean_token_accuracy)]))] : [];
 
 const TITLES = {
@@ -150,9 +138,22 @@ const TITLES = {
   lora_rank: "LoRA rank (0: all weights)",
   beta: "Beta",
 };
-const settingsOf = (job) => [el("h2", {}, "Hyperparameters"),
+const settingsOf = (job) => [
+  el("h2", {}, "Hyperparameters"),
   facts([...Object.entries(job.hyperparameters).map(([name, value]) =>
-    [TITLES[name] || name, String(value)]), ["Seed", String(job.seed)]])];
+    [TITLES[name] || name, String(value)]), ["Seed", String(job.seed)]]),
+  el("h2", {}, "Details"),
+  facts([
+    ["Trained tokens", job.trained_tokens && count(job.trained_tokens)],
+    ["Created", moment(job.created_at)],
+    ["Started", job.started_at && moment(job.started_at)],
+    ["Finished", job.finished_at && moment(job.finished_at)],
+    ["Expected finish", job.estimated_finish && moment(job.estimated_finish)],
+    ["Took", job.started_at && job.finished_at && duration(job.finished_at - job.started_at)],
+    ["Id", el("code", {}, job.id)],
+    ...Object.entries(job.metadata || {}),
+  ]),
+];
 
 const MOST_EVENTS = 500;
 // The events of a job, newest first; figures, of which there are many, only if they are wished.
