@@ -64,7 +64,7 @@ def test_a_launch_is_one_jobset_from_its_creation_to_its_end(api, tmp_path):
     assert jobsets.state(NAME) is State.WAITING  # without a status
     group = {"name": "slice", "ready": 1, "active": 2, "succeeded": 0, "failed": 0, "suspended": 0}
     queued = [{"type": "Suspended", "status": "True"}]
-    api.report(NAME, conditions=queued, replicatedJobsStatus=[group | {"suspended": 2}])
+    api.report(NAME, conditions=queued, replicatedJobsStatus=[group | {"ready": 2}])
     assert jobsets.state(NAME) is State.WAITING
     api.report(NAME, conditions=[{"type": "Suspended", "status": "False"}])
     assert jobsets.state(NAME) is State.WAITING
@@ -78,6 +78,7 @@ def test_a_launch_is_one_jobset_from_its_creation_to_its_end(api, tmp_path):
 
     api.report(NAME, replicatedJobsStatus=[group | {"ready": 2}])
     jobsets.stop(NAME)
+    api.report(NAME, replicatedJobsStatus=[group])
     assert jobsets.state(NAME) is State.RUNNING  # its pods are saving
     jobsets.stop(NAME)
     api.end_pods(NAME)

@@ -76,6 +76,7 @@ def test_jobs_wait_run_and_end_by_their_names(cluster, slurm, idle, tmp_path):
     handle = slurm.submit(first)
     # Submitted and not noted, it is found; one that was submitted twice runs once.
     assert slurm.submit(first) == handle == slurm.find(first)
+    assert "singleton" in cluster.ask("squeue", "--noheader", "--format=%E")
     other = slurm.submit(second)
     assert other != handle and slurm.find(launch_of(tmp_path, "ftjob-Ab1", 2)) is None
     wait_until(lambda: slurm.state(handle) is State.RUNNING)
