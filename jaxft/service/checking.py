@@ -121,7 +121,7 @@ def check(request: Request, target: Target) -> dict[str, Any]:
     except JaxftError as error:
         code = "invalid_file_format" if isinstance(error, DataError) else "invalid_job"
         param = "training_file" if isinstance(error, DataError) else None
-        text = _named("\n".join(error.problems), request)
+        text = _as_request(_named("\n".join(error.problems), request))
         if request.validation_name and f"{request.validation_name}:" in text:
             param = "validation_file"
         raise Refusal(text, code=code, param=param) from error
@@ -133,6 +133,7 @@ def _check(request: Request, target: Target) -> dict[str, Any]:
         _require_json_lines(request.validation, request.validation_name, "validation_file")
     hardware = _make_up(target)
     config, source = _first_config(request)
+    config = _with_keys(config, request)  # such as those by which data is read
     description = read_description(source, config)
     context = description.architecture.config.max_length
     asked = request.asked["max_length"]
@@ -152,7 +153,7 @@ def _check(request: Request, target: Target) -> dict[str, Any]:
     shards = make_placement(config, hardware.devices).batch_shards
     rows = _pack(config, description, settings["batch_size"], read.examples, shards)
     steps = _set_length(config, rows, settings)
-    config = from_dict(to_dict(config) | request.asked["config"])
+    config = _with_keys(config, request)  # in place of what was derived
     config.validate(training=True)
     architecture = read_description(source, config).architecture
     seconds, takes = _judge(config, architecture, hardware)
@@ -244,6 +245,11 @@ def _first_config(request: Request) -> tuple[RunConfig, Source]:
         beta = request.asked["beta"]
         config.objective.dpo.beta = _BETA if beta == "auto" else beta
     return config, source
+
+
+def _with_keys(config: RunConfig, request: Request) -> RunConfig:
+    """Returns a config with the further keys that a request sets."""
+    return from_dict(to_dict(config) | request.asked["config"])
 
 
 def _prepare(config: RunConfig, description: Description, name: str) -> TokenRows:
@@ -360,6 +366,7 @@ def _judge(config: RunConfig, architecture: Architecture, hardware: _Hardware) -
 def _as_request(advice: str) -> str:
     """Returns advice on keys of a run in the words of a request."""
     text = re.sub(r"--config\.adapter\.rank=(\S+)", r"hyperparameters.lora_rank=\1", advice)
+    text = re.sub(r"--config\.data\.max_length=(\S+)", r"hyperparameters.max_length=\1", text)
     return re.sub(r"--config\.([\w.]+)=(\S+)", r"hyperparameters.config['\1']=\2", text)
 
 
@@ -380,6 +387,7 @@ def _report_json(report: Report, request: Request) -> dict[str, Any]:
         {
             "name": item.name,
             "formats": [_named(line, request) for line in item.rows.statistics.read.formats],
+            "skipped": item.rows.statistics.read.skipped,
             "documents": item.rows.statistics.documents,
             "tokens": item.rows.statistics.packed.document_tokens,
             "trained_tokens": item.rows.statistics.packed.document_trained_tokens,

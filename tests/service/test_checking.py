@@ -121,6 +121,15 @@ def test_bad_rows_are_named_by_the_file_that_users_know(
     assert "file-bad" not in error.value.message and str(tmp_path) not in error.value.message
 
 
+def test_keys_of_the_config_decide_how_data_is_read(folder: Path, tmp_path: Path):
+    path = tmp_path / "file-bad"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 12 + '{"prompt": 3}\n')
+    with pytest.raises(Refusal, match=r"hyperparameters\.config\['data\.bad_rows'\]=skip"):
+        check(request(folder, training=str(path)), CPU)
+    keys = {"data.bad_rows": "skip", "data.bad_share": 0.5}
+    assert check(request(folder, training=str(path), asked={"config": keys}), CPU)["examples"] == 12
+
+
 def test_bad_validation_rows_name_the_validation_file(folder: Path, tmp_path: Path):
     path = tmp_path / "file-bad"
     path.write_text('{"messages": [{"role": "user", "content": 3}]}\n' * 3)

@@ -143,7 +143,13 @@ def job_of(service):
 def test_what_users_wrote_is_text_in_every_view_and_fits_a_phone(service, page):
     sample = {"origin": EVIL, "label": "", "runs": [{"text": EVIL, "trained": True}]}
     counts = {"formats": [EVIL], "documents": 9, "tokens": 90, "trained_tokens": 40, "longest": 12}
-    counts |= {"duplicates": 1, "also_in_training": None, "refusal": EVIL, "name": "train"}
+    counts |= {
+        "skipped": 0,
+        "duplicates": 1,
+        "also_in_training": None,
+        "refusal": EVIL,
+        "name": "train",
+    }
     counts["histogram"] = [{"from": 1, "to": 12, "count": 9}]
     result = {"examples": 9, "rows": 9, "tokens": 90, "trained_tokens": 40, "steps": 3}
     result |= {"step_seconds": 2.0, "takes": EVIL, "hyperparameters": {"n_epochs": 3}}
@@ -277,9 +283,7 @@ def test_three_clicks_from_a_file_to_a_tuned_model(tmp_path, page):
         page.wait_for_selector(".job-checkpoints code")
         with page.expect_download(timeout=60_000) as download:
             page.click("text=Download adapter")
-        assert re.fullmatch(
-            r"ft-base-local-jaxft-\w{8}-adapter.tar", download.value.suggested_filename
-        )
+        assert re.fullmatch(r"ft-base-local-\w{8}-adapter.tar", download.value.suggested_filename)
         with page.context.expect_page() as opened:
             page.click("button:text('Report')")
         opened.value.hover(".plot >> nth=0")

@@ -5,7 +5,7 @@ import secrets
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, Router
 
 from jaxft.reporting.pages import render
 from jaxft.service.page import exports, links, previews, views
@@ -31,21 +31,19 @@ async def page(request: Request) -> Response:
     return Response(text, media_type="text/html", headers=headers)
 
 
+_OWN = [
+    Route("/jobs", views.list_jobs),
+    Route("/jobs/{job}", views.retrieve_job),
+    Route("/jobs/{job}/charts", views.list_charts),
+    Route("/jobs/{job}/report", views.open_report, methods=["POST"]),
+    Route("/models", views.list_models),
+    Route("/previews", previews.create_preview, methods=["POST"]),
+    Route("/previews/{preview}", previews.retrieve_preview),
+    Route("/exports", exports.create_export, methods=["POST"]),
+    Route("/exports", exports.retrieve_export),
+]
 ROUTES = [
     Route("/", page),
     Route(f"{links.PREFIX}{{key}}", links.follow),
-    Mount(
-        "/v1/jaxft",
-        routes=[
-            Route("/jobs", views.list_jobs),
-            Route("/jobs/{job}", views.retrieve_job),
-            Route("/jobs/{job}/charts", views.list_charts),
-            Route("/jobs/{job}/report", views.open_report, methods=["POST"]),
-            Route("/models", views.list_models),
-            Route("/previews", previews.create_preview, methods=["POST"]),
-            Route("/previews/{preview}", previews.retrieve_preview),
-            Route("/exports", exports.create_export, methods=["POST"]),
-            Route("/exports", exports.retrieve_export),
-        ],
-    ),
+    Mount("/v1/jaxft", app=Router(_OWN, redirect_slashes=False)),
 ]

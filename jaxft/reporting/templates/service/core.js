@@ -57,6 +57,8 @@ const askForKey = () => {
   return asked;
 };
 
+const pause = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
+
 const errorOf = async (response) => {
   const body = await response.json().catch(() => ({}));
   return new Refused(response.status, body.error || {});
@@ -72,7 +74,9 @@ const request = async (method, path, body, signal) => {
       headers: { ...authorization(), ...(body ? { "Content-Type": "application/json" } : {}) },
       body: body ? JSON.stringify(body) : undefined,
     });
+    const wait = response.status === 429 && Number(response.headers.get("retry-after"));
     if (response.status === 401) await askForKey();
+    else if (wait) await pause(wait);
     else if (!response.ok) throw await errorOf(response);
     else return response;
   }
@@ -151,7 +155,7 @@ const repeat = async (seconds, signal, call) => {
         if (!signal.aborted) notify(error);
       }
     }
-    await new Promise((done) => setTimeout(done, 1000 * seconds));
+    await pause(seconds);
   }
 };
 
@@ -228,7 +232,9 @@ const show = () => {
   const [name, ...rest] = partsOf(location.hash);
   const found = Object.hasOwn(views, name) ? name : "jobs";
   for (const link of document.querySelectorAll("nav a")) {
-    if (link.hash === "#" + found) link.setAttribute("aria-current", "page");
+    const here = link.hash === "#" + found;
+    if (here) document.title = link.textContent + " · jaxft";
+    if (here) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   const box = el("div");

@@ -48,14 +48,17 @@ const notesOf = (item) => {
   return notes.map((text) => el("p", { class: "remark" }, text));
 };
 
-const countsOf = (sets) => table("Counts", ["", ...sets.map((item) => ">" + item.name)], [
+const countsOf = (sets) => table("Counts", ["", ...sets.map((item) => ">" + item.name)],
+  countRows(sets), "", "scroll counts");
+const countRows = (sets) => [
   ["examples", (item) => count(item.documents)],
+  ["bad rows left out", (item) => count(item.skipped)],
   ["exact duplicates", (item) => count(item.duplicates)],
   ["also in training", (item) => count(item.also_in_training)],
   ["tokens", (item) => count(item.tokens)],
   ["trained tokens", (item) => count(item.trained_tokens)],
   ["longest example", (item) => count(item.longest)],
-].map(([title, value]) => [el("b", {}, title), ...sets.map(value)]), "");
+].map(([title, value]) => [title, ...sets.map(value)]);
 
 const histogramOf = (item) => {
   const most = Math.max(1, ...item.histogram.map((bin) => bin.count));

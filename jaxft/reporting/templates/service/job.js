@@ -5,6 +5,7 @@ const showJob = (box, signal, id) => {
   const parts = Object.fromEntries(
     ["head", "state", "made", "charts", "checkpoints", "settings", "events"]
       .map((name) => [name, el("section", { class: "job-" + name })]));
+  parts.head.setAttribute("aria-live", "polite");
   box.append(el("p", { class: "back" }, el("a", { href: "#jobs" }, "← All jobs")),
     ...Object.values(parts));
   parts.head.append(el("p", { class: "empty" }, "Loading…"));
@@ -14,6 +15,7 @@ const showJob = (box, signal, id) => {
   const look = async () => {
     job = await get(where, signal);
     unnotify();
+    document.title = nameOf(job) + ", " + job.status + " · jaxft";
     paint(parts.head, [job.status, job.user_provided_suffix], () => headOf(job, look));
     paint(parts.state, [job, Math.floor(Date.now() / 5000)], () => stateOf(job));
     paint(parts.made, [job.fine_tuned_model, job.forms, job.has_report, job.result_files],
@@ -31,7 +33,7 @@ const showJob = (box, signal, id) => {
     }
   };
 
-  // Events come as they happen; what else is shown is asked for after some, once a second at most.
+  // Events come as they happen; what else is shown is asked for after some, and not at each.
   const listen = async () => {
     const response = await request("GET",
       paths.jobs + "/" + encodeURIComponent(id) + "/events?stream=true", undefined, signal);
@@ -56,9 +58,9 @@ const showJob = (box, signal, id) => {
     }
   });
   let turns = 0;
-  repeat(1, signal, async () => {
+  repeat(1.5, signal, async () => {
     turns += 1;
-    if (!wanted && (turns % 5 || (job && !ACTIVE.includes(job.status) && drawnAt === job.step)))
+    if (!wanted && (turns % 4 || (job && !ACTIVE.includes(job.status) && drawnAt === job.step)))
       return;
     wanted = false;
     await look().catch((error) => { if (error.status !== 404) throw error; });

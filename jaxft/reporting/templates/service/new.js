@@ -25,6 +25,14 @@ views.new = async (box, signal, file) => {
   }
 };
 
+const valueOf = (text) => {
+  const word = text.trim();
+  if (word === "true" || word === "false") return word === "true";
+  return word !== "" && !isNaN(Number(word)) ? Number(word) : word;
+};
+const keysOf = (text) => Object.fromEntries(text.split("\n").filter((line) => line.trim())
+  .map((line) => line.split(/=(.*)/, 2)).map(([key, value]) => [key.trim(), valueOf(value || "")]));
+
 const labelled = (text, input, hint) => el("label", { class: "field" }, el("span", {}, text),
   input, hint && el("small", {}, hint));
 const option = (value, text) => el("option", { value }, text);
@@ -42,16 +50,19 @@ const fillForm = (form, preview, signal, models, files, given) => {
   const beta = labelled(FIELDS.beta[0], inputs.beta);
   const suffix = el("input", { name: "suffix", maxlength: 64, autocomplete: "off",
     placeholder: "a word in the model's name" });
+  const config = el("textarea", { name: "config", rows: 2, spellcheck: "false",
+    placeholder: "data.bad_rows=skip" });
   const start = el("button", { type: "button", class: "main", disabled: true }, "Start");
   const training = filePicker("Training file", files, signal, (file) => chosen(file), true);
   const validation = filePicker("Validation file", files, signal, () => changed());
 
-  const valueOf = (text) => text.trim() !== "" && !isNaN(Number(text)) ? Number(text) : text.trim();
   const bodyOf = () => {
     const names = Object.keys(inputs).filter((name) => name !== "beta" || method.value === "dpo");
     const set = names.filter((name) => inputs[name].value.trim());
     const hyperparameters = Object.fromEntries(
       set.map((name) => [name, valueOf(inputs[name].value)]));
+    const further = keysOf(config.value);
+    if (Object.keys(further).length) hyperparameters.config = further;
     return {
       model: model.value,
       training_file: training.value,
@@ -76,7 +87,7 @@ const fillForm = (form, preview, signal, models, files, given) => {
     try {
       let found = await post(paths.own + "/previews", bodyOf(), signal);
       while (found.status === "waiting" && mine === turn) {
-        await new Promise((done) => setTimeout(done, 300));
+        await pause(0.3);
         found = await get(paths.own + "/previews/" + found.id, signal);
       }
       if (mine !== turn) return;
@@ -110,9 +121,10 @@ const fillForm = (form, preview, signal, models, files, given) => {
       labelled("Method", method),
       el("div", { class: "fields" }, Object.entries(inputs).map(([name, input]) =>
         name === "beta" ? beta : labelled(FIELDS[name][0], input))),
+      labelled("Further keys of the run, one a line", config),
       labelled("Name", suffix)),
     el("div", { class: "actions" }, start));
-  for (const input of [model, method, ...Object.values(inputs), suffix])
+  for (const input of [model, method, ...Object.values(inputs), config, suffix])
     input.addEventListener("change", changed);
   beta.hidden = true;
   if (given) {

@@ -37,12 +37,12 @@ const ACTIVE = ["validating_files", "queued", "running", "paused"];
 const WORDS = { validating_files: "checking files" };
 const chip = (status) => el("span", { class: "chip " + status }, WORDS[status] || status);
 
-// A table whose rows become cards on a phone. Heads that begin with ">" are of numbers.
-const table = (label, heads, rows, empty) => {
+// A table, of "cards" on a phone if its class says so. Heads that begin with ">" are of numbers.
+const table = (label, heads, rows, empty, classes = "scroll cards") => {
   if (!rows.length) return el("p", { class: "empty card" }, empty);
   const names = heads.map((head) => head.replace(/^>/, ""));
   const kinds = heads.map((head) => head.startsWith(">") ? "n" : null);
-  return el("div", { class: "scroll cards" }, el("table", { "aria-label": label },
+  return el("div", { class: classes }, el("table", { "aria-label": label },
     el("thead", {}, el("tr", {}, names.map((name, i) => el("th", { class: kinds[i] }, name)))),
     el("tbody", {}, rows.map((cells) => el("tr", {}, cells.map((cell, i) =>
       el("td", { class: kinds[i], "data-name": names[i] }, cell)))))));
@@ -146,11 +146,11 @@ const downloads = (model, forms) => forms.map((form) => {
       const query = "?model=" + encodeURIComponent(model) + "&form=" + form;
       let made = await post(where, { model, form });
       while (made.status === "making") {
-        await new Promise((done) => setTimeout(done, 1000));
+        await pause(1);
         made = await get(where + query);
       }
       if (made.status === "failed") throw new Error("The export failed: " + made.message);
-      follow(made.url);
+      follow(made.url, true);
     } finally {
       pressed.textContent = text;
     }
