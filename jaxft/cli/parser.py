@@ -307,6 +307,9 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--requests_per_minute", type=int, default=0, metavar="N", help="of one token; 0: any"
     )
+    serve.add_argument(
+        "--generate_on", default="", metavar="DEVICES", help="cpu, or 3: where text is generated"
+    )
     _add_numbers(serve)
     serve.add_argument(
         "--idle",

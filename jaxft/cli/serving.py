@@ -39,6 +39,7 @@ def serve(options: argparse.Namespace) -> int:
             "quantise": options.quantise,
             "idle": str(options.idle),
         },
+        generate_on=options.generate_on,
     )
     if options.new_token:
         token = new_token(server.prepare(settings), options.new_token)

@@ -23,6 +23,7 @@ from jaxft.service.gate import read_digests
 from jaxft.service.generator.client import Generator
 from jaxft.service.settings import Settings
 from jaxft.service.state import Service
+from jaxft.service.target import variables_of
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _AGAIN = 2.0  # seconds before a worker that died is started again
@@ -74,7 +75,12 @@ def serve(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...] = 
             f"jaxft serve --workdir={settings.workdir} --new_token=NAME"
         )
     log = settings.workdir / "generator.log"
-    generator = Generator(settings.socket, log=log, options=settings.generation)
+    generator = Generator(
+        settings.socket,
+        log=log,
+        options=settings.generation,
+        environment=devices_of(settings.generate_on),
+    )
     with (
         _bound(host, port) as listener,
         _worker(settings),
@@ -96,6 +102,13 @@ def serve(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...] = 
         server = uvicorn.Server(config)
         server.run(sockets=[listener])
     service.database.close()
+
+
+def devices_of(devices: str) -> dict[str, str]:
+    """Returns the environment of a process that computes on some devices: `cpu`, or `0,1`."""
+    if devices == "cpu":
+        return {"JAX_PLATFORMS": "cpu"}
+    return variables_of("gpu", devices) | variables_of("tpu", devices)
 
 
 def is_loopback(host: str) -> bool:

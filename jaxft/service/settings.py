@@ -34,8 +34,8 @@ class Settings:
       max_file_bytes: Size of a file in one request.
       max_upload_bytes: Size of a file in parts.
       requests_per_minute: Most requests of one token, or of one address without tokens; 0: any.
-      keep_files_open: Seconds after which an upload that was not completed is dropped.
       generation: Options of the process that generates text.
+      generate_on: Devices that it computes on: `cpu`, or such as `3`; empty: all.
     """
 
     workdir: Path
@@ -53,6 +53,7 @@ class Settings:
     max_upload_bytes: int = 8 << 30
     requests_per_minute: int = 0
     generation: dict[str, str] = dataclasses.field(default_factory=dict)
+    generate_on: str = ""
 
     @property
     def url(self) -> str:

@@ -30,16 +30,25 @@ class Generator:
       socket: Path of its unix socket.
       log: File that gets what it prints; absent: the server's own output.
       options: Of its command line, such as `{"dtypes": "bfloat16", "idle": "30"}`.
+      environment: Variables that it has beside those of the server, such as which devices it sees.
     """
 
     def __init__(
-        self, socket: Path, *, log: Path | None = None, options: Mapping[str, str] | None = None
+        self,
+        socket: Path,
+        *,
+        log: Path | None = None,
+        options: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ):
         self._folder = ""
         if len(os.fsencode(socket)) > _LONGEST_PATH:
             self._folder = tempfile.mkdtemp(prefix="jaxft-")  # of this user alone
             socket = Path(self._folder) / "generator.sock"
         self._socket, self._log, self._options = socket, log, dict(options or {})
+        # Devices may be those of a job: what is not needed is not taken.
+        spared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self._environment = spared | os.environ | dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._starting = asyncio.Lock()
         self._client: httpx.AsyncClient | None = None
@@ -144,7 +153,12 @@ class Generator:
         with contextlib.ExitStack() as stack:
             log = None if self._log is None else stack.enter_context(self._log.open("ab"))
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
             )
 
     async def _wait_for(self, client: httpx.AsyncClient) -> None:
