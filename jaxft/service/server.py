@@ -108,6 +108,7 @@ def devices_of(devices: str) -> dict[str, str]:
     """Returns the environment of a process that computes on some devices: `cpu`, or `0,1`."""
     if devices == "cpu":
         return {"JAX_PLATFORMS": "cpu"}
+    # Which of the two it has is not known to the server, which never starts jax.
     return variables_of("gpu", devices) | variables_of("tpu", devices)
 
 

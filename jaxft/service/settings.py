@@ -5,8 +5,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxft.errors import ConfigError
+from jaxft.errors import ConfigError, collected
 from jaxft.files import write_json
+from jaxft.service.target import check_devices
 
 _FILE = "service.json"
 # What sources of data separate their options by; such a name could not be handed to a run.
@@ -97,7 +98,7 @@ class Settings:
 
     def check(self) -> None:
         """Raises ConfigError for what could not work."""
-        problems = []
+        problems: list[str] = []
         if any(letter in str(self.workdir) for letter in _SEPARATORS):
             problems.append(
                 f"--workdir={self.workdir} holds one of {_SEPARATORS}, by which sources of data "
@@ -109,6 +110,13 @@ class Settings:
             problems.append("--executor_option is for slurm and jobset; local has none.")
         if self.executor != "local" and self.device_sets:
             problems.append("--device_set is for jobs of this machine, --executor=local.")
+        for devices in (*self.device_sets, self.generate_on):
+            if devices and devices != "cpu":
+                with collected(problems):
+                    check_devices(devices)
+        used = [device for devices in self.device_sets for device in devices.split(",")]
+        if len(set(used)) < len(used):
+            problems.append(f"--device_set names a device twice: {' and '.join(self.device_sets)}.")
         if problems:
             raise ConfigError(problems)
 

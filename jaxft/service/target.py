@@ -1,6 +1,7 @@
 """The devices that jobs run on: found without taking them, as the server's processes share them."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -9,6 +10,9 @@ from pathlib import Path
 from jaxft.errors import ConfigError
 from jaxft.files import write_json
 
+# How the chips of a process lie on its host, and the port of the first one.
+_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
+_PORT = 8476
 _SECONDS = 120  # for jax to start on an accelerator
 
 
@@ -58,11 +62,36 @@ def find_target(cache: Path, topology: str, devices: str) -> Target:
 
 
 def variables_of(platform: str, devices: str) -> dict[str, str]:
-    """Returns the environment in which a process sees some of the devices alone."""
+    """Returns the environment in which a process sees some of the devices alone.
+
+    On a TPU host the visible chips are not enough: libtpu locks the host unless it is told how the
+    chips of its process lie, and on which port it may listen.
+
+    Raises:
+      ConfigError: If so many chips of a TPU make no slice.
+    """
     if not devices or platform == "cpu":
         return {}
-    name = "TPU_VISIBLE_CHIPS" if platform == "tpu" else "CUDA_VISIBLE_DEVICES"
-    return {name: devices}
+    if platform != "tpu":
+        return {"CUDA_VISIBLE_DEVICES": devices}
+    chips = devices.split(",")
+    if len(chips) not in _BOUNDS:
+        raise ConfigError(f"{devices} are {len(chips)} chips; a process may have 1, 2, 4 or 8.")
+    port = _PORT + int(chips[0])
+    return {
+        "TPU_VISIBLE_CHIPS": devices,
+        "TPU_PROCESS_BOUNDS": "1,1,1",
+        "TPU_CHIPS_PER_PROCESS_BOUNDS": _BOUNDS[len(chips)],
+        "TPU_PROCESS_ADDRESSES": f"localhost:{port}",
+        "TPU_PROCESS_PORT": str(port),
+        "CLOUD_TPU_TASK_ID": "0",
+    }
+
+
+def check_devices(devices: str) -> None:
+    """Raises ConfigError for what names no devices, as `0,1` does."""
+    if not re.fullmatch(r"\d+(,\d+)*", devices):
+        raise ConfigError(f"{devices!r} names no devices; expected numbers, such as 0,1.")
 
 
 def describe_devices(devices: str) -> None:

@@ -7,7 +7,9 @@ import pytest
 
 from jaxft.cli import main
 from jaxft.errors import ConfigError
+from jaxft.service.server import devices_of
 from jaxft.service.settings import Settings, name_models
+from jaxft.service.target import variables_of
 
 
 def model(folder: Path) -> Path:
@@ -63,12 +65,27 @@ def test_settings_reach_other_processes_unchanged(tmp_path: Path):
         ({"workdir": Path("/tmp/a,b")}, "told apart"),
         ({"executor_options": ("a=b",)}, "local has none"),
         ({"executor": "slurm", "device_sets": ("0",)}, "this machine"),
+        ({"device_sets": ("0,1", "1,2")}, "twice"),
+        ({"device_sets": ("a",)}, "no devices"),
+        ({"generate_on": "0;1"}, "no devices"),
     ],
 )
 def test_settings_that_could_not_work_are_refused(tmp_path: Path, values: dict, match: str):
     settings = Settings(workdir=tmp_path, models={"a": "b"})
     with pytest.raises(ConfigError, match=match):
         dataclasses.replace(settings, **values).check()
+
+
+def test_a_process_of_a_tpu_host_is_told_how_its_chips_lie():
+    found = variables_of("tpu", "2,3")
+    assert found["TPU_VISIBLE_CHIPS"] == "2,3"
+    assert found["TPU_CHIPS_PER_PROCESS_BOUNDS"] == "1,2,1"
+    assert found["TPU_PROCESS_PORT"] != variables_of("tpu", "0,1")["TPU_PROCESS_PORT"]
+    assert variables_of("gpu", "2,3") == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert variables_of("cpu", "2,3") == variables_of("tpu", "") == {}
+    with pytest.raises(ConfigError, match="1, 2, 4 or 8"):
+        variables_of("tpu", "0,1,2")
+    assert devices_of("cpu") == {"JAX_PLATFORMS": "cpu"}
 
 
 def test_the_command_makes_and_drops_tokens(tmp_path: Path, capsys: pytest.CaptureFixture):
