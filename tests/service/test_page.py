@@ -121,7 +121,7 @@ def test_a_preview_is_checked_as_a_job_would_be_and_is_answered_by_the_worker(se
     assert client.post("/v1/jaxft/previews", json=BODY).status_code == 429
 
 
-def test_a_job_is_shown_with_its_progress_its_charts_and_its_report(client, tuned):
+def test_a_job_is_shown_with_its_progress_its_charts_and_its_report(client, service, tuned):
     [job] = client.get("/v1/jaxft/jobs").json()["data"]
     assert (job["step"], job["steps"], job["training_name"]) == (4, 4, "<b>.jsonl")
     one = client.get(f"/v1/jaxft/jobs/{job['id']}").json()
@@ -129,6 +129,10 @@ def test_a_job_is_shown_with_its_progress_its_charts_and_its_report(client, tune
     [loss, *_] = client.get(f"/v1/jaxft/jobs/{job['id']}/charts").json()["data"]
     assert [item["name"] for item in loss["series"]] == ["training", "validation"]
     assert len(loss["hover"][0]["points"]) == 4 and loss["shapes"] and loss["up"]
+    with (service.settings.run(job["id"]) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 0.5, "trained_tokens": 45}\n')
+    [loss, *_] = client.get(f"/v1/jaxft/jobs/{job['id']}/charts").json()["data"]
+    assert len(loss["hover"][0]["points"]) == 5
     url = client.post(f"/v1/jaxft/jobs/{job['id']}/report").json()["url"]
     report = client.get(url)
     assert report.text == "<h1>report</h1>"

@@ -1,5 +1,7 @@
 """Jobs and models as the page shows them: with progress, charts and reports."""
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -76,17 +78,35 @@ async def list_charts(request: Request) -> Response:
     def draw() -> list[dict[str, Any]]:
         with service.database.read() as connection:
             row = find_job(connection, number)
-        folder = RunFolder(service.settings.run(number))
-        evaluations = folder.evaluations()
-        run = Run(
-            metrics=folder.metrics(),
-            evaluations={PRIMARY: evaluations} if evaluations else {},
-            units="pairs" if row["method"] == "dpo" else "documents",
-            is_sft=row["method"] != "dpo",
-        )
-        return [_chart(plot(chart)) for chart in make_charts(run)]
+        run = service.settings.run(number)
+        sizes = tuple(_size(run / name) for name in ("metrics.jsonl", "eval.jsonl"))
+        return _charts(run, row["method"], sizes)
 
     return JSONResponse({"object": "list", "data": await in_thread(draw)})
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+@functools.lru_cache(maxsize=32)
+def _charts(path: Path, method: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Returns the charts of a run, drawn once for as many as look at it.
+
+    Args:
+      path: Folder of the run.
+      method: Method of its job.
+      sizes: Bytes of the files of its figures, to which lines are added.
+    """
+    folder = RunFolder(path)
+    evaluations = folder.evaluations()
+    run = Run(
+        metrics=folder.metrics(),
+        evaluations={PRIMARY: evaluations} if evaluations else {},
+        units="pairs" if method == "dpo" else "documents",
+        is_sft=method != "dpo",
+    )
+    return [_chart(plot(chart)) for chart in make_charts(run)]
 
 
 def _chart(drawn: Plot) -> dict[str, Any]:

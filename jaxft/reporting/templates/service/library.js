@@ -23,13 +23,13 @@ const erase = (kind, name, path, text, look) => button("Delete", async () => {
 const modelsTable = (models, look) => table("Models", ["Model", "Of", "Created", ""],
   models.map((model) => [
     el("code", {}, model.name),
-    model.job ? [el("a", { href: jobLink(model.job) }, "job"), " step " + count(model.step)]
+    model.job ? el("a", { href: jobLink(model.job) }, "step " + count(model.step) + " of a job")
       : "this server",
-    model.job ? ago(model.created_at) : "–",
+    el("span", { class: "time" }, model.job ? ago(model.created_at) : "–"),
     el("div", { class: "actions" },
       el("a", { class: "button", href: "#compare/" + encodeURIComponent(model.name) },
         "Try"),
-      model.job && downloads(model.name, model.forms),
+      model.job && downloads(model.name, model.forms, ""),
       model.job && erase("model", model.name, "/v1/models/" + encodeURIComponent(model.name),
         model.name.includes(":ckpt-step-") ? "It is no longer served by this name."
           : "Its checkpoints and downloads go with it.", look)),
@@ -41,7 +41,7 @@ const filesTable = (files, look) => table("Files", ["File", ">Size", "Purpose", 
     [el("span", { class: "long" }, file.filename), el("small", {}, el("code", {}, file.id))],
     size(file.bytes),
     file.purpose + (file.status === "processed" ? "" : ", " + file.status),
-    [ago(file.created_at), file.expires_at && el("small", {}, "expires "
+    [el("span", { class: "time" }, ago(file.created_at)), file.expires_at && el("small", {}, "expires "
       + moment(file.expires_at))],
     el("div", { class: "actions" },
       file.purpose === "fine-tune" && el("a", { class: "button",

@@ -135,9 +135,9 @@ const FORMS = {
   merged: ["Merged folder", "the model with its adapter in it"],
   model: ["Model folder", "as Hugging Face has it"],
 };
-const downloads = (model, forms) => forms.map((form) => {
+const downloads = (model, forms, verb = "Download ") => forms.map((form) => {
   const [title, meaning] = FORMS[form];
-  const text = "Download " + title.toLowerCase();
+  const text = verb ? verb + title.toLowerCase() : title;
   return button(text, async (event) => {
     const pressed = event.currentTarget;
     pressed.textContent = title + " is made…";
@@ -154,5 +154,5 @@ const downloads = (model, forms) => forms.map((form) => {
     } finally {
       pressed.textContent = text;
     }
-  }, { title: meaning });
+  }, { title: meaning, "aria-label": "Download " + title.toLowerCase() + " of " + model });
 });
