@@ -20,7 +20,7 @@ from jaxft.errors import ConfigError
 from jaxft.service.app import make_app
 from jaxft.service.executors import make_executor
 from jaxft.service.gate import read_digests
-from jaxft.service.generator.client import Generator
+from jaxft.service.generator.client import Generator, runtime_folder
 from jaxft.service.settings import Settings
 from jaxft.service.state import Service
 from jaxft.service.target import variables_of
@@ -74,17 +74,13 @@ def serve(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...] = 
             f"--host={host} is open to others, who could use your devices. Make a token first: "
             f"jaxft serve --workdir={settings.workdir} --new_token=NAME"
         )
-    log = settings.workdir / "generator.log"
-    generator = Generator(
-        settings.socket,
-        log=log,
-        options=settings.generation,
-        environment=devices_of(settings.generate_on),
-    )
+    # uvicorn sends the signal that ended it once more, which is to end this block in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with (
         _bound(host, port) as listener,
         _worker(settings),
-        contextlib.closing(generator),
+        tempfile.TemporaryDirectory(prefix="jaxft-", dir=runtime_folder()) as folder,
+        contextlib.closing(_generator(settings, Path(folder))) as generator,
     ):
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
         names = tuple({*_LOCAL, host, *hosts}) if is_loopback(host) or hosts else ()
@@ -102,6 +98,15 @@ def serve(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...] = 
         server = uvicorn.Server(config)
         server.run(sockets=[listener])
     service.database.close()
+
+
+def _generator(settings: Settings, folder: Path) -> Generator:
+    return Generator(
+        folder / "generator.sock",
+        log=settings.workdir / "generator.log",
+        options=settings.generation,
+        environment=devices_of(settings.generate_on),
+    )
 
 
 def devices_of(devices: str) -> dict[str, str]:

@@ -71,11 +71,6 @@ class Settings:
         """Contents of parts of uploads."""
         return self.workdir / "uploads"
 
-    @property
-    def socket(self) -> Path:
-        """The socket on which the process that generates text listens."""
-        return self.workdir / "generator.sock"
-
     def job(self, number: str) -> Path:
         """The folder of a job."""
         return self.workdir / "jobs" / number

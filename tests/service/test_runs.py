@@ -87,6 +87,9 @@ def test_the_script_of_the_documentation_and_all_else_that_clients_do(tmp_path: 
         ):
             with pytest.raises(error):
                 call()
+        found.stop()
+        assert found.process is not None and found.process.returncode == 143
+        assert not found.processes(str(found.workdir)), "the worker ends with the server"
 
 
 def _elsewhere() -> OpenAI:

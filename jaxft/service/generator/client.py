@@ -23,6 +23,11 @@ _STOP_SECONDS = 10
 _LONGEST_PATH = 100  # bytes of a socket's path, of which systems allow 104 or more
 
 
+def runtime_folder() -> str:
+    """Returns a folder of this machine for sockets, which file systems of networks cannot hold."""
+    return os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
+
+
 class Generator:
     """A process that generates text, started when it is first needed and again if it has ended.
 
@@ -43,7 +48,8 @@ class Generator:
     ):
         self._folder = ""
         if len(os.fsencode(socket)) > _LONGEST_PATH:
-            self._folder = tempfile.mkdtemp(prefix="jaxft-")  # of this user alone
+            # Of this user alone, and not below the temporary files, which may lie as deep.
+            self._folder = tempfile.mkdtemp(prefix="jaxft-", dir=runtime_folder())
             socket = Path(self._folder) / "generator.sock"
         self._socket, self._log, self._options = socket, log, dict(options or {})
         # Devices may be those of a job: what is not needed is not taken.
