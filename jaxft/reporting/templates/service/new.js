@@ -82,12 +82,17 @@ const fillForm = (form, preview, signal, models, files, given) => {
     if (training.value) timer = setTimeout(() => look(turn), 400);
   };
   const look = async (mine) => {
-    preview.replaceChildren(el("p", { class: "empty card busy", role: "status" },
-      "Looking at the data…"));
+    const busy = el("p", { class: "empty card busy", role: "status" }, "Looking at the data…");
+    preview.replaceChildren(busy);
+    const begun = Date.now();
     try {
       let found = await post(paths.own + "/previews", bodyOf(), signal);
       while (found.status === "waiting" && mine === turn) {
         await pause(0.3);
+        if (Date.now() - begun > 5000 && !busy.querySelector("small")) {
+          busy.append(el("small", {}, " The first look since the server began loads its libraries; "
+            + "large files take their time."));
+        }
         found = await get(paths.own + "/previews/" + found.id, signal);
       }
       if (mine !== turn) return;
