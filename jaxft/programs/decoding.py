@@ -103,20 +103,33 @@ def read_tokens(
     counts: Int[Array, " R"],
     limits: Int[Array, " R"],
     columns: Bool[Array, "R C"] | None,
+    targets: Int[Array, "R T"] | None,
     *,
     shardings: Shardings | None,
-) -> Cache:
+) -> tuple[Cache, Scores | None]:
     """Reads `counts` tokens into some rows, from the slots `starts` on.
 
     With `columns` each row has those of the ranks of all adapters: see `models.weights.columns_of`.
+
+    Returns:
+      The cache; and how likely the tokens were to be followed by `targets`, if there are some.
     """
     places = jnp.arange(tokens.shape[1])[None]
     real = places < counts[:, None]
     positions = (starts[:, None] + places) * real
     model = merge(graphdef, params)
     with columns_of(columns):
-        _, cache = model.extend(tokens, positions, real, limits, cache, rows=rows, layers=layers)
-    return _placed(cache, shardings)
+        hidden, cache = model.extend(
+            tokens, positions, real, limits, cache, rows=rows, layers=layers
+        )
+    scores = None
+    if targets is not None:
+        flat = model.logits(hidden).reshape(-1, model.config.vocab)
+        found = score_tokens(flat, targets.reshape(-1))
+        scores = jax.tree.map(lambda x: x.reshape(*targets.shape, *x.shape[1:]), found)
+        if shardings is not None:
+            scores = place(scores, jax.tree.map(lambda _: shardings.tokens, scores))
+    return _placed(cache, shardings), scores
 
 
 @functools.partial(

@@ -51,6 +51,7 @@ class _Text:
     ticket: int
     request: Request
     ids: list[int]  # the prompt and what has been added
+    read: list[Scores] = field(default_factory=list)  # of what has been read, part by part
 
     @property
     def new(self) -> int:
@@ -217,7 +218,7 @@ class Engine:
 
     def _shared(self, row: _Row, text: _Text, regime: tuple[int, ...]) -> int:
         """Returns how many of a text's first tokens need not be read again in a row."""
-        if row.regime != regime:
+        if row.regime != regime or text.request.prompt_scored:
             return 0
         count = _common(row.held, text.ids[:-1])
         # What a recurrent layer keeps is of all that it read, and cannot be cut.
@@ -273,7 +274,10 @@ class Engine:
         while left and (missing := [(row, n) for row in rows if (n := _missing(row))]):
             left -= 1
             part = max(_part(n) for _, n in missing)
-            scores = 4 * self.config.heads * self.slots
+            scored = any(
+                row.text is not None and row.text.request.prompt_scored for row, _ in missing
+            )
+            scores = 4 * (self.config.heads * self.slots + self.config.vocab * scored)
             part = next((p for p in _PARTS if p <= part and p * scores <= _SCORES), _PARTS[-1])
             alike = [row for row, n in missing if _part(n) >= part]
             most = min(len(alike), max(1, _SCORES // (part * scores)))
@@ -289,7 +293,7 @@ class Engine:
             tokens[i, : len(ids)] = ids
             starts[i], counts[i], limits[i] = len(row.held), len(ids), row.text.request.limit
         numbers = np.asarray([row.number for row in rows], np.int32)
-        cache = read_tokens(
+        cache, scores = read_tokens(
             self._graphdef,
             self._params,
             self._layers,
@@ -300,11 +304,39 @@ class Engine:
             counts,
             limits,
             self._columns_of(rows, range(len(rows)), len(rows)),
+            self._targets(rows, tokens, starts),
             shardings=self._shardings,
         )
+        self._keep_scores(rows, starts, counts, scores)
         for row, ids, count in zip(rows, tokens.tolist(), counts.tolist(), strict=True):
             row.held += ids[:count]
         self._cache = cache
+
+    def _targets(
+        self, rows: Sequence[_Row], tokens: np.ndarray, starts: np.ndarray
+    ) -> np.ndarray | None:
+        """Returns the token behind each that is read, if one of the rows wants to know of them."""
+        if not any(row.text is not None and row.text.request.prompt_scored for row in rows):
+            return None
+        targets = np.zeros_like(tokens)
+        for i, row in enumerate(rows):
+            assert row.text is not None
+            ids = row.text.ids[starts[i] + 1 :][: tokens.shape[1]]
+            targets[i, : len(ids)] = ids
+        return targets
+
+    def _keep_scores(
+        self, rows: Sequence[_Row], starts: np.ndarray, counts: np.ndarray, scores: Scores | None
+    ) -> None:
+        """Keeps what was found of the texts that want to know."""
+        if scores is None:
+            return
+        scores = jax.tree.map(np.asarray, scores)
+        for i, row in enumerate(rows):
+            text = row.text
+            if text is not None and text.request.prompt_scored:
+                text.read = [] if starts[i] == 0 else text.read
+                text.read.append(jax.tree.map(lambda x, i=i: x[i, : counts[i]], scores))
 
     def _decode(self, rows: Sequence[_Row], most: int) -> list[Piece]:
         tokens, scores, cache = decode_tokens(
@@ -341,7 +373,7 @@ class Engine:
         """Adds what was decoded to a row's text, and frees the row if that has ended."""
         text = row.text
         assert text is not None
-        new = found[found >= 0].tolist()
+        new, first = found[found >= 0].tolist(), not text.new
         text.ids += new
         row.held = text.ids[:-1]
         ended = "stop" if new[-1] in text.request.stop_ids else ""
@@ -351,10 +383,15 @@ class Engine:
             ended = "length"
         if ended:
             row.text = None
-        of_row = None
+        of_row = of_prompt = None
+        if text.request.prompt_scored and first:
+            nothing = Scores(np.zeros(0, "f4"), np.zeros((0, 0), "i4"), np.zeros((0, 0), "f4"))
+            count, parts = len(text.request.prompt) - 1, text.read or [nothing]
+            of_prompt = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *parts)
+            text.read = []
         if text.request.scored:
             of_row = jax.tree.map(lambda x: x[row.number, : len(new)], scores)
-        return Piece(text.ticket, new, ended, of_row)
+        return Piece(text.ticket, new, ended, of_row, of_prompt)
 
     def _state(self, rows: Sequence[_Row]) -> State:
         texts = {row.number: row.text for row in rows if row.text is not None}

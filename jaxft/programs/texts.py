@@ -36,6 +36,7 @@ class Request:
       number: Number of the text among those of one seed; see `Sampling.seed`.
       columns: The adapter that continues it; the bare model by default.
       scored: Whether its pieces have log-probabilities.
+      prompt_scored: Whether the prompt has, too; it is read anew for them.
     """
 
     prompt: Sequence[int]
@@ -45,6 +46,7 @@ class Request:
     number: int = 0
     columns: Columns = NO_COLUMNS
     scored: bool = False
+    prompt_scored: bool = False
 
     @property
     def limit(self) -> int:
@@ -60,9 +62,12 @@ class Piece(NamedTuple):
       tokens: They; without the one that ends the text.
       ended: `stop` or `length` with the last piece of a text, else empty.
       scores: Log-probabilities `[tokens, …]`, of a text that is scored.
+      prompt_scores: Those of the prompt's tokens but the first, with the first piece of a text that
+        asks for them.
     """
 
     ticket: int
     tokens: list[int]
     ended: str
     scores: Scores | None = None
+    prompt_scores: Scores | None = None

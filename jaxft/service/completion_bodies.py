@@ -226,6 +226,7 @@ class CompletionBody(TextBody):
     """Texts to be continued."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
     echo: bool | None = None
     suffix: Literal[""] | None = None
@@ -246,12 +247,8 @@ class CompletionBody(TextBody):
                 "Leave best_of out.",
                 param="best_of",
             )
-        if self.echo and self.logprobs is not None:
-            raise ApiError(
-                "echo and logprobs together are not supported: tokens of the prompt have no "
-                "log-probabilities here. Leave one of them out.",
-                param="echo",
-            )
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError("max_tokens: 0 needs echo: true.", param="max_tokens")
 
     def request(self, path: str, step: str) -> Generate:
         """Returns what is asked of the generator: of the model at a path, at a step."""
@@ -259,7 +256,7 @@ class CompletionBody(TextBody):
             path,
             step,
             self._prompts(),
-            max_tokens=self.max_tokens or _DEFAULT_TOKENS,
+            max_tokens=_DEFAULT_TOKENS if self.max_tokens is None else max(1, self.max_tokens),
             scored=self.logprobs is not None,
             likely=self.logprobs or 0,
             echo=bool(self.echo),

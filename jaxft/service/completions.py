@@ -20,6 +20,8 @@ from jaxft.service.generator.protocol import Generate
 from jaxft.service.ids import letters
 from jaxft.service.tool_calls import find_calls, ready_text
 
+_NEAR = 2  # characters of which no token tells
+
 type Line = dict[str, Any]
 
 
@@ -68,6 +70,7 @@ class _Choice:
     def add(self, line: Line) -> None:
         self.text += line["text"]
         self.tokens = line["tokens"]
+        self.scores += line.get("prompt", ())
         self.scores += line.get("scores", ())
         self.ended = line.get("ended", "")
 
@@ -92,6 +95,12 @@ class _Form:
         self.prompt_tokens = sum(line["prompt_tokens"])
         count = len(line["prompt_tokens"]) * self.body.choices
         self.choices = [_Choice() for _ in range(count)]
+
+    def add(self, line: Line) -> _Choice:
+        """Takes a further line; returns the choice that it is of."""
+        choice = self.choices[line["index"]]
+        choice.add(line)
+        return choice
 
     def object(self, kind: str, choices: list[Line], **others: Any) -> Line:
         """Returns an object with choices."""
@@ -192,43 +201,54 @@ class _Completion(_Form):
     def __init__(self, body: CompletionBody):
         super().__init__(body, "cmpl-")
         self.scored = body.logprobs is not None
+        self.only_prompt = body.max_tokens == 0  # of which the generator then writes a token
 
     def begin(self, line: Line) -> None:
         super().begin(line)
         for i, choice in enumerate(self.choices):
             choice.text = line["echo"][i // self.body.choices] if "echo" in line else ""
 
+    def add(self, line: Line) -> _Choice:
+        if self.only_prompt:
+            line = {**line, "text": "", "tokens": 0, "scores": []}
+            line |= {"ended": "length"} if "ended" in line else {}
+        return super().add(line)
+
     def choice(self, index: int, choice: _Choice) -> Line:
         return {
             "index": index,
             "text": choice.text,
-            "logprobs": self._logprobs(choice.scores, 0),
+            "logprobs": self._logprobs(choice, 0),
             "finish_reason": choice.ended,
         }
 
     def parts(self, index: int, choice: _Choice) -> Iterator[Line]:
         text, at = choice.text[choice.shown :], choice.shown
-        choice.shown = len(choice.text)
-        scores, choice.scores = choice.scores, []
-        if text or scores or choice.ended:
+        if text or choice.scores or choice.ended:
             yield {
                 "index": index,
                 "text": text,
-                "logprobs": self._logprobs(scores, at) if scores else None,
+                "logprobs": self._logprobs(choice, at) if choice.scores else None,
                 "finish_reason": choice.ended or None,
             }
+        choice.shown, choice.scores = len(choice.text), []
 
-    def _logprobs(self, scores: Any, at: int) -> Line | None:
+    def _logprobs(self, choice: _Choice, at: int) -> Line | None:
         if not self.scored:
             return None
-        offsets = []
+        scores, offsets = choice.scores, []
         for token, *_ in scores:
-            offsets.append(at)
-            at += len(token)
+            # Control tokens and parts of characters are not in the text.
+            place = choice.text.find(token, at, at + len(token) + _NEAR)
+            offsets.append(at if place < 0 else place)
+            at = at if place < 0 else place + len(token)
         return {
             "tokens": [token for token, *_ in scores],
             "token_logprobs": [value for _, value, *_ in scores],
-            "top_logprobs": [{token: value for token, value, _ in likely} for *_, likely in scores],
+            "top_logprobs": [
+                None if own is None else {token: value for token, value, _ in likely}
+                for _, own, _, likely in scores
+            ],
             "text_offset": offsets,
         }
 
@@ -248,7 +268,7 @@ async def _whole(lines: AsyncGenerator[Line], form: _Form) -> Response:
     async with contextlib.aclosing(lines):
         form.begin(await anext(lines))
         async for line in lines:
-            form.choices[line["index"]].add(line)
+            form.add(line)
     return JSONResponse(form.whole())
 
 
@@ -278,10 +298,8 @@ async def _events(lines: AsyncGenerator[Line], form: _Form) -> AsyncGenerator[st
     async with contextlib.aclosing(lines):
         try:
             async for line in lines:
-                index = line["index"]
-                choice = form.choices[index]
-                choice.add(line)
-                for part in form.parts(index, choice):
+                choice = form.add(line)
+                for part in form.parts(line["index"], choice):
                     yield _event(form.object(form.chunk_kind, [part], **usage))
         except ApiError as error:
             yield _event(error.body())

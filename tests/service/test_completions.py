@@ -138,6 +138,22 @@ def test_log_probabilities_are_those_of_a_forward_pass(client, base):
     assert all(len(likely) == 2 for likely in choice.logprobs.top_logprobs)
     for token, place in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
         assert choice.text[place:].startswith(token)
+    # Of a prompt too, which is how answers are compared that others wrote.
+    ask = {"model": "base", "prompt": [*prompt, *new], "echo": True, "logprobs": 2}
+    [only] = client.completions.create(**ask, max_tokens=0).choices
+    assert only.logprobs.token_logprobs[0] is None and only.logprobs.top_logprobs[0] is None
+    assert only.logprobs.token_logprobs[len(prompt) :] == pytest.approx(
+        choice.logprobs.token_logprobs, abs=1e-5
+    )
+    assert len(only.logprobs.tokens) == len(prompt) + len(new)
+    assert only.text.endswith(choice.text) and only.finish_reason == "length"
+    one = client.completions.create(**{**ask, "prompt": [5]}, max_tokens=0).choices[0]
+    assert one.logprobs.token_logprobs == [None] and len(one.logprobs.tokens) == 1
+    chunks = list(client.completions.create(**ask, max_tokens=2, stream=True))
+    given = [p for c in chunks if (x := c.choices[0].logprobs) for p in x.token_logprobs]
+    assert (
+        given[:-2] == only.logprobs.token_logprobs and len(given) == len(only.logprobs.tokens) + 2
+    )
 
 
 @pytest.mark.slow(seconds=3)

@@ -29,7 +29,8 @@ def test_the_server_s_side_imports_no_jax():
 
 
 @pytest.mark.slow(seconds=15)
-def test_a_process_is_there_when_it_is_needed_and_gone_when_it_is_not(tmp_path):
+def test_a_process_is_there_when_it_is_needed_and_gone_when_it_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # compiled programs are kept there
     base = write_base(tmp_path / "base")
     folder = tmp_path / ("deep" * 30)  # whose socket would have too long a path
 

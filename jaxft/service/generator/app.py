@@ -133,7 +133,7 @@ class Desk:
                 written = answers[index].add(piece)
                 if written.ended:
                     self.driver.cancel(texts.pop(index))
-                if written.text or written.scores or written.ended:
+                if written.text or written.scores or written.prompt or written.ended:
                     yield _line(_shown(index, answers[index], written))
         finally:
             for text in texts.values():
@@ -198,6 +198,7 @@ def _requests(asked: Generate, prompts: list[list[int]], loaded: Loaded) -> list
                     number=len(requests),
                     columns=loaded.columns,
                     scored=asked.scored,
+                    prompt_scored=asked.scored and asked.echo,
                 )
             )
     return requests
@@ -223,6 +224,8 @@ def _shown(index: int, answer: Answer, written: Written) -> dict[str, Any]:
     shown: dict[str, Any] = {"index": index, "text": written.text, "tokens": answer.tokens}
     if written.scores:
         shown["scores"] = written.scores
+    if written.prompt:
+        shown["prompt"] = written.prompt
     if written.ended:
         shown["ended"] = written.ended
     return shown

@@ -7,6 +7,7 @@ Lines, each an object with some of these:
   of prompt p has the index p n + j. If asked for, `"scores"` is a list of `[token,
   log-probability, bytes, [[token, log-probability, bytes], …]]`. In the last line of a choice
   `"ended"` is `stop` or `length`.
+  `"prompt"` is the like of the prompt's tokens, the first of which has no log-probability.
 - `{"error": {…}}`, as the API has errors, comes last, if there is one.
 """
 
@@ -54,7 +55,7 @@ class Generate(Body):
       stop: Texts that end a continuation; not part of it.
       scored: Whether tokens come with log-probabilities.
       likely: Most likely tokens in each place that come with them.
-      echo: Whether the prompts' texts are wanted.
+      echo: Whether the prompts' texts are wanted, and with `scored` their log-probabilities.
     """
 
     path: str

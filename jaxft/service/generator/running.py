@@ -14,6 +14,7 @@ from jaxft.models.config import make_numerics
 from jaxft.service.generator.app import Desk, make_app
 from jaxft.service.generator.driver import Driver
 from jaxft.service.generator.models import Models
+from jaxft.training.compilation import use_compilation_cache
 
 _SECONDS = 1.0  # between looks at whether anybody needs the process
 _GRACE = 2  # seconds that requests and the step under way get to end in
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
       ConfigError: If there are no such types of weights.
     """
     make_numerics(options.dtypes)
+    use_compilation_cache("")
     driver = Driver()
     driver.start()
     asyncio.run(_serve(options, driver))

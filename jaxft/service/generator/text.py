@@ -22,11 +22,13 @@ class Written:
     Attributes:
       text: New text.
       scores: Scores of the tokens whose text is complete.
+      prompt: Scores of the prompt's tokens, with the first piece of a text that asks for them.
       ended: `stop` or `length`, if this is the last of it.
     """
 
     text: str = ""
     scores: list[Score] = field(default_factory=list)
+    prompt: list[Score] = field(default_factory=list)
     ended: str = ""
 
 
@@ -53,7 +55,7 @@ class Answer:
         speller: "Speller",
         likely: int = -1,
     ):
-        self._writer = TextWriter(tokenizer, after=after)
+        self._writer, self._after = TextWriter(tokenizer, after=after), after
         self._stops, self._speller, self._likely = tuple(stops), speller, likely
         self._held = ""  # decoded, but perhaps the start of a stop string
         self._given = 0  # characters that were given
@@ -62,13 +64,23 @@ class Answer:
 
     def add(self, piece: Piece) -> Written:
         """Returns what new tokens add; behind a stop string nothing is added."""
+        written = self._added(piece)
+        if piece.prompt_scores is not None:
+            text, raw = self._speller.spell(self._after[0])
+            others = zip(self._after[1:], *piece.prompt_scores, strict=True)
+            written.prompt = [[text, None, raw, []], *(self._score(*other) for other in others)]
+        return written
+
+    def _added(self, piece: Piece) -> Written:
         # Where text ends in the middle of a piece, its tokens are told apart.
         apart = bool(self._stops) or self._likely >= 0
         groups = [[token] for token in piece.tokens] if apart else [piece.tokens]
         for number, group in enumerate(groups):
             if self._likely >= 0:
                 begin = self._given + len(self._held)
-                self._scores.append((begin, self._score(piece, number)))
+                assert piece.scores is not None
+                score = self._score(piece.tokens[number], *(x[number] for x in piece.scores))
+                self._scores.append((begin, score))
             self._held += self._writer.push(group)
             self.tokens += len(group)
             if (cut := self._cut()) >= 0:
@@ -102,10 +114,8 @@ class Answer:
         self._scores = self._scores[len(ready) :]
         return Written(text, ready)
 
-    def _score(self, piece: Piece, number: int) -> Score:
-        assert piece.scores is not None
-        chosen, ids, likely = (x[number] for x in piece.scores)
-        text, raw = self._speller.spell(piece.tokens[number])
+    def _score(self, token: int, chosen: Any, ids: Any, likely: Any) -> Score:
+        text, raw = self._speller.spell(token)
         others = [
             [*self._spelt(token, value)]
             for token, value in zip(
