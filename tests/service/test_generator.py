@@ -48,24 +48,21 @@ def test_a_process_is_there_when_it_is_needed_and_gone_when_it_is_not(tmp_path, 
         assert generator.pid == 0 and await generator.status() is None
         first = await text(generator, max_tokens=5)
         assert len(first) == 5 and (await generator.status())["models"] == [str(base)]
-        killed = generator.pid
+        lines, killed = generator.generate(asked(n=128, max_tokens=100)), generator.pid
+        await anext(lines)
         os.kill(killed, signal.SIGKILL)
-        while generator.pid:
-            await asyncio.sleep(0.01)
+        with pytest.raises(ApiError) as caught:
+            async for _ in lines:
+                pass
+        assert caught.value.status == 503 and caught.value.code == "generator_unavailable"
         assert await text(generator, max_tokens=5) == first
         assert generator.pid not in (0, killed)
-        # One text is left in the middle, another is cut off by the end of the process.
-        async with contextlib.aclosing(generator.generate(asked())) as lines:
-            await anext(lines)
-        waiting = asyncio.create_task(text(generator, n=128, max_tokens=100))
-        await asyncio.sleep(0.2)
-        last, started = generator.pid, time.monotonic()
-        os.kill(last, signal.SIGTERM)
-        with pytest.raises(ApiError) as caught:
-            await waiting
-        assert caught.value.status == 503 and caught.value.code == "generator_unavailable"
-        while generator.pid:
-            await asyncio.sleep(0.01)
+        async with contextlib.aclosing(generator.generate(asked(n=128))) as left:
+            await anext(left)
+            started = time.monotonic()
+            os.kill(generator.pid, signal.SIGTERM)
+            while generator.pid:
+                await asyncio.sleep(0.01)
         assert time.monotonic() - started < 8
         await generator.stop()
         generator.close()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jaxft.service.generator.protocol import Generate
 
 _START_SECONDS = 120  # until the process listens; importing jax takes most of it
 _STOP_SECONDS = 10
+_AT_ONCE = 1.0
 _LONGEST_PATH = 100  # bytes of a socket's path, of which systems allow 104 or more
 
 
@@ -71,7 +73,7 @@ class Generator:
           ApiError: If it refuses, fails or cannot be started; under way, too.
         """
         client = await self._started()
-        process, begun = self._process, False
+        process, begun, sent = self._process, False, time.monotonic()
         try:
             async with contextlib.aclosing(self._lines(client, asked)) as lines:
                 async for line in lines:
@@ -79,8 +81,10 @@ class Generator:
                     yield line
             return
         except httpx.TransportError as error:
-            # It may end, as it does when it was idle for long, while the request is on its way.
-            if begun or not await asyncio.to_thread(_ended_well, process):
+            # It may end, as it does when it was idle for long, or be killed, while the request is
+            # on its way. One that takes its time to die may do so of the request.
+            at_once = time.monotonic() - sent < _AT_ONCE
+            if begun or not await asyncio.to_thread(_has_ended, process, at_once):
                 raise _failed("its process ended while it wrote") from error
         client = await self._started()
         try:
@@ -202,10 +206,10 @@ class Generator:
         self._socket.unlink(missing_ok=True)
 
 
-def _ended_well(process: subprocess.Popen[bytes] | None) -> bool:
-    """Returns whether a process has ended, or is about to, as it is told to."""
+def _has_ended(process: subprocess.Popen[bytes] | None, at_once: bool) -> bool:
+    """Returns whether a process has ended, or is about to: as it was told to, or at once."""
     try:
-        return process is not None and process.wait(_STOP_SECONDS) == 0
+        return process is None or process.wait(_STOP_SECONDS) == 0 or at_once
     except subprocess.TimeoutExpired:
         return False
 
