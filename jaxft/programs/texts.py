@@ -62,8 +62,8 @@ class Piece(NamedTuple):
       tokens: They; without the one that ends the text.
       ended: `stop` or `length` with the last piece of a text, else empty.
       scores: Log-probabilities `[tokens, …]`, of a text that is scored.
-      prompt_scores: Those of the prompt's tokens but the first, with the first piece of a text that
-        asks for them.
+      prompt_scores: Scores of the prompt's tokens but the first, with the first piece of a text
+        that asks for them.
     """
 
     ticket: int
