@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -9,12 +10,21 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+# A solver of LAPACK starts threads for matrices of 32 columns: those of eight devices then wait for
+# each other, and a step of 0.2 s of layers with a delta rule takes 2 to 7 s of a core.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Compiling for TPUs that are not there: without questions to a TPU's host, in several processes.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where tests that start runs keep compiled programs: what several compile, in several processes,
+# is compiled once. Half of a tiny run's time is compiling.
+if "JAXFT_TEST_PROGRAMS" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="jaxft_programs_")  # gone with this process
+    os.environ["JAXFT_TEST_PROGRAMS"] = _programs.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import hypothesis
 import jax

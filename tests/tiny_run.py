@@ -1,6 +1,7 @@
 """A run small enough for a test: a two-layer Llama, its tokenizer, a handful of conversations."""
 
 import json
+import os
 import random
 import sys
 import warnings
@@ -92,7 +93,7 @@ def tiny_config(folder: Path, workdir: str = "run", **changes: object) -> RunCon
     config.train.batch_size = 4
     config.train.log_every = 1
     config.train.save_every = 0
-    config.train.compilation_cache = str(folder / "xla")
+    config.train.compilation_cache = os.environ["JAXFT_TEST_PROGRAMS"]
     config.eval.samples = 0
     for name, value in changes.items():
         node, _, leaf = name.rpartition("__")

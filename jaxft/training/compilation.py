@@ -27,4 +27,3 @@ def use_compilation_cache(folder: str) -> None:
         return
     path = Path(folder or "~/.cache/jaxft/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

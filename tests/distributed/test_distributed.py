@@ -35,7 +35,7 @@ STRATEGY = Strategy(
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Model, data and caches that all runs share."""
+    """Model and data that all runs share."""
     return tmp_path_factory.mktemp("home")
 
 

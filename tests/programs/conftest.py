@@ -7,7 +7,7 @@ from tests.tiny_run import tiny_config
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Model and data that the runs of this file share, with their compiled programs."""
+    """Model and data that the runs of this file share."""
     return tmp_path_factory.mktemp("home")
 
 

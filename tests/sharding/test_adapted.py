@@ -93,13 +93,18 @@ def in_codes() -> Tiny:
     return Tiny(coded, abstract, params)
 
 
+@functools.cache
+def in_codes_on_one_device() -> tuple:
+    return run(in_codes(), 1)
+
+
 @pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("strategy", ["pp", "pp_fsdp_tp", "fsdp_tp_sp", "fsdp_cp"])
 def test_steps_beside_codes_equal_those_of_one_device(strategy):
     tiny = in_codes()
     mesh = {f"mesh__{axis}": size for axis, size in MESHES[strategy].items()}
     params, records = run(tiny, 8, strategy=strategy, **mesh)
-    expected, expected_records = run(tiny, 1)
+    expected, expected_records = in_codes_on_one_device()
     assert relative_error(records, expected_records) < 1e-5
     codes = [path for path in params if path.endswith((".codes", ".scales"))]
     assert len(codes) == 2 * len(tiny.architecture.adaptation.sites)
