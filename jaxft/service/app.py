@@ -20,12 +20,15 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok", "version": importlib.metadata.version("jaxft")})
 
 
-def make_app(service: Service, *, hosts: tuple[str, ...] = (), **state: Any) -> Gate:
+def make_app(
+    service: Service, *, hosts: tuple[str, ...] = (), needs_token: bool = False, **state: Any
+) -> Gate:
     """Returns the application.
 
     Args:
       service: Its database and files.
       hosts: Names that it may be addressed by; empty: any.
+      needs_token: Whether nobody is let in where there is no token.
       state: Further parts that routes find in `request.app.state`, such as the `generator`.
     """
     routes = [*files.ROUTES, *jobs.ROUTES, *models.ROUTES, *oldest.ROUTES]
@@ -34,7 +37,7 @@ def make_app(service: Service, *, hosts: tuple[str, ...] = (), **state: Any) -> 
     router = Router(
         [Route("/health", health), *page.ROUTES, Mount("/v1", app=api)], redirect_slashes=False
     )
-    app = Gate(router, service=service, hosts=hosts)
+    app = Gate(router, service=service, hosts=hosts, needs_token=needs_token)
     app.state.models = models.Models(service)
     app.state.links, app.state.exports = Links(), Exports(service)
     vars(app.state).update(state)

@@ -61,9 +61,6 @@ class Wandb(Body):
     """The project that figures go to as well."""
 
     project: Annotated[str, Field(min_length=1, max_length=128)]
-    name: str | None = None
-    entity: str | None = None
-    tags: list[str] | None = None
 
 
 class Integration(Body):
@@ -141,7 +138,21 @@ async def read_body[Read: BaseModel](request: Request, kind: type[Read]) -> Read
         raise ApiError(f"The body is no JSON: {error}.", code="invalid_json") from error
     except RecursionError as error:
         raise ApiError("The body is nested too deeply.", code="invalid_json") from error
+    _check_text(values)
     return read_values(values, kind)
+
+
+def _check_text(value: Any) -> None:
+    """Refuses texts that no file or database can hold: NUL, and halves of characters."""
+    if isinstance(value, str):
+        if "\x00" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ApiError("The body holds a NUL or half a character (a lone surrogate).")
+    elif isinstance(value, list):
+        for item in value:
+            _check_text(item)
+    elif isinstance(value, dict):
+        _check_text(list(value))
+        _check_text(list(value.values()))
 
 
 def read_values[Read: BaseModel](values: Any, kind: type[Read]) -> Read:

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxft.service.target import Target
 
-_FAILED = "The files could not be checked, by a fault of the server; its log has more."
+FAILED = "The files could not be checked, by a fault of the server; its log has more."
 _DIED = (
     "The check of the files ended before its time again and again, perhaps for lack of memory. The "
     "server's log has more."
@@ -34,7 +34,13 @@ class Checker:
     def __init__(self, target: Target):
         self._target = target
         self._process: subprocess.Popen[str] | None = None
-        self._closed = False
+        self._closed = self._given_up = False
+
+    def give_up(self) -> None:
+        """Ends the check that is under way; nobody waits for it."""
+        self._given_up = True
+        if self._process is not None:
+            self._process.kill()
 
     def close(self) -> None:
         """Ends the process under a check, and begins no other."""
@@ -48,8 +54,9 @@ class Checker:
         A process that dies is asked again; one that dies each time, such as for lack of memory,
         is an error of its own.
         """
+        self._given_up = False
         for _ in range(_TRIES):
-            if self._closed:
+            if self._closed or self._given_up:
                 break
             if line := self._ask(json.dumps(request)):
                 return json.loads(line)
@@ -60,7 +67,7 @@ class Checker:
         """Returns the line that answers; empty if the process ended before."""
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
-        timer = threading.Timer(_SECONDS, process.kill)
+        timer = threading.Timer(_SECONDS, self.give_up)
         timer.start()
         try:
             process.stdin.write(request + "\n")
@@ -110,7 +117,7 @@ def main(target: Target) -> None:
             result = {"error": shown}
         except Exception:
             traceback.print_exc()
-            shown = {"code": "check_failed", "message": _FAILED, "param": None}
+            shown = {"code": "check_failed", "message": FAILED, "param": None}
             result = {"error": shown}
         answers.write(json.dumps(result) + "\n")
         answers.flush()

@@ -28,6 +28,7 @@ from jaxft.programs.description import Description, read_description
 from jaxft.programs.estimates import Estimates
 from jaxft.service.target import Target
 from jaxft.training.program import make_placement
+from jaxft.workdir.metrics import require_wandb
 from jaxft.workdir.source import Source, find_source, find_start
 
 MINIMUM_EXAMPLES = 10
@@ -84,6 +85,7 @@ class Request:
       validation: Content of the validation file; empty without one.
       validation_name: Name that its user gave it.
       workdir: Workdir of the run.
+      cache: Folder of tokens.
       wandb: Project; empty for none.
       shown: Whether the data is described for a page.
     """
@@ -98,6 +100,7 @@ class Request:
     validation: str
     validation_name: str
     workdir: str
+    cache: str
     wandb: str
     shown: bool = False
 
@@ -137,7 +140,13 @@ def _check(request: Request, target: Target) -> dict[str, Any]:
     description = read_description(source, config)
     context = description.architecture.config.max_length
     asked = request.asked["max_length"]
-    config.data.max_length = context if asked == "auto" else min(asked, context)
+    if asked != "auto" and asked > context:
+        raise Refusal(
+            f"max_length is {asked:,}, and the model's context has {context:,} tokens.",
+            code="invalid_value",
+            param="hyperparameters.max_length",
+        )
+    config.data.max_length = context if asked == "auto" else asked
     read = _read(config, description)
     if read.examples < MINIMUM_EXAMPLES:
         raise Refusal(
@@ -149,9 +158,12 @@ def _check(request: Request, target: Target) -> dict[str, Any]:
     longest = _read_validation(config, description, read.longest)
     if asked == "auto":
         config.data.max_length = min(context, -(-longest // _ROUND) * _ROUND)
-    settings = _resolve(request, read.examples, config)
+    adaptation = description.architecture.adaptation
+    rank = max((site.rank for site in adaptation.sites.values()), default=0)
+    settings = _resolve(request, read.examples, config, rank)
     shards = make_placement(config, hardware.devices).batch_shards
     rows = _pack(config, description, settings["batch_size"], read.examples, shards)
+    settings["max_length"] = config.data.max_length
     steps = _set_length(config, rows, settings)
     config = _with_keys(config, request)  # in place of what was derived
     config.validate(training=True)
@@ -216,7 +228,9 @@ def _make_up(target: Target) -> _Hardware:
 
 def _first_config(request: Request) -> tuple[RunConfig, Source]:
     config = RunConfig()
+    require_wandb(request.wandb)
     config.data.train, config.data.validation = request.training, request.validation
+    config.data.cache = request.cache
     config.train.workdir, config.train.seed = request.workdir, request.seed
     config.train.wandb = request.wandb
     config.model.remat = "auto"
@@ -279,7 +293,7 @@ def _read_validation(config: RunConfig, description: Description, longest: int) 
     return max(longest, _prepare(config, description, "validation").statistics.packed.longest)
 
 
-def _resolve(request: Request, examples: int, config: RunConfig) -> dict[str, Any]:
+def _resolve(request: Request, examples: int, config: RunConfig, rank: int) -> dict[str, Any]:
     """Returns the hyperparameters with a number for each `auto`."""
     asked = request.asked
     epochs, batch = asked["n_epochs"], asked["batch_size"]
@@ -288,12 +302,11 @@ def _resolve(request: Request, examples: int, config: RunConfig) -> dict[str, An
         "n_epochs": default_epochs(examples) if epochs == "auto" else epochs,
         "batch_size": default_batch(examples) if batch == "auto" else min(batch, examples),
         "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
-        "lora_rank": config.adapter.rank,
+        "lora_rank": rank,
     }
     if request.method == "dpo":
         settings["beta"] = config.objective.dpo.beta
-    full = not (config.adapter.rank or config.adapter.path)
-    rate = BASE_RATES[request.method, full] * settings["learning_rate_multiplier"]
+    rate = BASE_RATES[request.method, rank == 0] * settings["learning_rate_multiplier"]
     config.optim.learning_rate = rate
     return settings
 
@@ -334,7 +347,7 @@ def _set_length(config: RunConfig, rows: TokenRows, settings: Mapping[str, Any])
     train = config.train
     train.epochs = float(settings["n_epochs"])
     iterator = data.batches(rows, batch_size=train.batch_size, epochs=train.epochs, seed=train.seed)
-    steps, epoch = iterator.steps, len(rows) // train.batch_size
+    steps, epoch = train.steps or iterator.steps, len(rows) // train.batch_size
     config.optim.warmup_steps = math.ceil(_WARMUP * steps) if steps > 1 else 0
     train.log_every = max(1, steps // _LINES)
     train.save_epochs = True

@@ -1,5 +1,7 @@
 """Checks of jobs, and of files before a job is made of them, in a process that is asked in turn."""
 
+import logging
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -8,7 +10,7 @@ import sqlalchemy as sa
 from jaxft.errors import JaxftError
 from jaxft.files import write_json
 from jaxft.formatting import counted, format_duration
-from jaxft.service.checker import Checker
+from jaxft.service.checker import FAILED, Checker
 from jaxft.service.errors import ApiError
 from jaxft.service.history import add_event
 from jaxft.service.models import find_served
@@ -17,6 +19,8 @@ from jaxft.service.state import Service
 from jaxft.service.store import schema
 from jaxft.service.store.database import Row, change, now, one
 from jaxft.service.target import Target, find_target
+
+log = logging.getLogger("jaxft.service")
 
 _START_SECONDS = 60  # of a run, beside its steps: loading and compiling, roughly
 _PREVIEW_SECONDS = 3600
@@ -33,6 +37,7 @@ class Checks:
         self._service, self._settings = service, service.settings
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check")
         self._under_way: dict[str, Future[dict[str, Any]]] = {}
+        self._previews: set[str] = set()
         self._found: Target | None = None
         self._checker: Checker | None = None
 
@@ -66,13 +71,25 @@ class Checks:
             del self._under_way[row["id"]]
             self._take_result(row, future.result())
 
+    def drop_all_but(self, jobs: Collection[str]) -> None:
+        """Ends the checks of jobs that are checked no more, such as cancelled ones."""
+        for number, future in list(self._under_way.items()):
+            if number in self._previews or number in jobs:
+                continue
+            if not future.cancel() and not future.done() and self._checker is not None:
+                self._checker.give_up()
+            del self._under_way[number]
+
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
             if self._checker is None:
                 self._checker = Checker(self.target)
+            return self._checker.check(request)
         except JaxftError as error:  # there are no devices
             return {"error": {"code": "no_devices", "message": str(error), "param": None}}
-        return self._checker.check(request)
+        except Exception:
+            log.exception("a check failed")
+            return {"error": {"code": "check_failed", "message": FAILED, "param": None}}
 
     def _request(self, row: Row, *, shown: bool = False) -> dict[str, Any]:
         """Returns what `checking.check` is asked; raises ApiError for what is there no more."""
@@ -92,6 +109,7 @@ class Checks:
             "validation": validation[0],
             "validation_name": validation[1],
             "workdir": str(self._settings.run(row["id"])),
+            "cache": str(self._settings.cache(row["training_file"], row["validation_file"])),
             "wandb": wandb[0] if wandb else "",
             "shown": shown,
         }
@@ -132,6 +150,7 @@ class Checks:
         with self._service.database.read() as connection:
             query = sa.select(table).where(table.c.status == "waiting").order_by(table.c.number)
             rows = [dict(row) for row in connection.execute(query).mappings()]
+        self._previews = {row["id"] for row in rows}
         for row in rows:
             future = self._under_way.get(row["id"])
             if future is None:

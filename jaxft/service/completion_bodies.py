@@ -306,7 +306,7 @@ def _text_of(content: str | list[dict[str, Any]] | None, where: str) -> str:
 def _check_arguments(arguments: str, where: str) -> None:
     try:
         known = isinstance(json.loads(arguments or "{}"), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         known = False
     if not known:
         raise ApiError(

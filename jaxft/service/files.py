@@ -1,6 +1,7 @@
 """Files and uploads: /v1/files, /v1/uploads."""
 
 import hashlib
+import re
 import shutil
 from typing import Any
 
@@ -21,7 +22,6 @@ from jaxft.service.state import Service, in_thread, service_of
 from jaxft.service.store import schema
 from jaxft.service.store.database import Row, add, change, now, one, remove
 
-PURPOSES = ("fine-tune", "fine-tune-results", "batch", "batch_output", "assistants", "user_data")
 _GIVEN = ("fine-tune", "batch", "assistants", "user_data")  # those that a client may name
 _MOST_FILES = 10_000
 _MOST_FIELDS = 8
@@ -112,7 +112,7 @@ def _seconds(form: FormData) -> int | None:
     anchor, text = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
     if anchor is None and text is None:
         return None
-    seconds = int(text) if isinstance(text, str) and text.isdecimal() else text
+    seconds = int(text) if isinstance(text, str) and re.fullmatch(r"\d{1,9}", text) else text
     try:
         return read_values({"anchor": anchor, "seconds": seconds}, ExpiresAfter).seconds
     except ApiError as error:
@@ -179,10 +179,17 @@ async def delete_file(request: Request) -> Response:
                     code="file_in_use",
                 )
             remove(connection, schema.files, id=row["id"])
-        service.files.remove(row["id"])
+        _remove_content(service, row["id"])
 
     await in_thread(delete)
     return JSONResponse({"id": row["id"], "object": "file", "deleted": True})
+
+
+def _remove_content(service: Service, number: str) -> None:
+    """Deletes a file, and the tokens that were made of it."""
+    service.files.remove(number)
+    for folder in (service.settings.workdir / "cache").glob(f"*{number}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _found(request: Request) -> Row:
@@ -330,9 +337,10 @@ async def cancel_upload(request: Request) -> Response:
         upload = _pending(service, number)
         parts = schema.parts
         with service.database.write() as connection:
-            change(
+            if not change(
                 connection, schema.uploads, {"id": number, "status": "pending"}, status="cancelled"
-            )
+            ):
+                raise ApiError("The upload was completed or cancelled meanwhile.")
             query = sa.select(parts.c.id).where(parts.c.upload_id == number)
             names = connection.execute(query).scalars().all()
             remove(connection, parts, upload_id=number)
@@ -378,9 +386,13 @@ def drop_expired(service: Service) -> None:
             jobs.c.status.in_(ACTIVE),
             sa.or_(jobs.c.training_file == files.c.id, jobs.c.validation_file == files.c.id),
         )
-        connection.execute(sa.delete(files).where(files.c.expires_at <= time, ~is_needed))
+        over = (files.c.expires_at <= time, ~is_needed)
+        expired = connection.execute(sa.select(files.c.id).where(*over)).scalars().all()
+        connection.execute(sa.delete(files).where(*over))
         known = {*connection.execute(sa.select(files.c.id)).scalars()}
         known_parts = {*connection.execute(sa.select(parts.c.id)).scalars()}
+    for number in expired:
+        _remove_content(service, number)
     for blobs, names in ((service.files, known), (service.parts, known_parts)):
         # What is being written has no row yet.
         young = time - _UPLOAD_SECONDS

@@ -31,6 +31,10 @@ class RunFolder:
         except (OSError, ValueError):
             return None
 
+    def forget_result(self) -> None:
+        """Deletes what an earlier start said of its end."""
+        (self.path / "result.json").unlink(missing_ok=True)
+
     def metrics(self, *, after: int = 0) -> list[dict[str, Any]]:
         """Returns the figures of training steps."""
         return [r for r in read_jsonl(self.path / "metrics.jsonl") if r["step"] > after]

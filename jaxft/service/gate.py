@@ -75,11 +75,20 @@ class Gate:
       service: Knows the tokens and bounds.
       hosts: Names that a request may be addressed to, against other sites' names that lead here;
         empty: any.
+      needs_token: Whether nobody is let in where there is no token, as on an open address.
     """
 
-    def __init__(self, app: ASGIApp, *, service: Service, hosts: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        service: Service,
+        hosts: tuple[str, ...] = (),
+        needs_token: bool = False,
+    ):
         self.state = types.SimpleNamespace(service=service)
         self._app, self._service, self._hosts = app, service, hosts
+        self._needs_token = needs_token
         self._digests: list[str] = []
         self._read_at = -_KNOWN_FOR
         self._requests: dict[str, collections.deque[float]] = {}
@@ -105,13 +114,16 @@ class Gate:
 
         try:
             request = Request(scope)
+            if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
+                raise ApiError("The address holds a NUL character, which no name has.")
             self._check_origin(request)
             await self._check_token(request)
             await self._app(scope, self._bounded(request, receive), answer)
         except Exception as error:
             if started:  # too late for another answer
                 raise
-            await _response(error, number)(scope, receive, answer)
+            workdir = str(self._service.settings.workdir)
+            await _response(error, number, workdir)(scope, receive, answer)
 
     def _check_origin(self, request: Request) -> None:
         """Refuses what pages of other sites make a browser send."""
@@ -129,12 +141,13 @@ class Gate:
     async def _check_token(self, request: Request) -> None:
         digests = await self._known_digests()
         who = request.client.host if request.client else ""
-        path = request.url.path
-        if digests and path not in _OPEN and not path.startswith(_OPENED):
+        path = request.scope["path"]  # not of `request.url`, which a Host header has a part in
+        if (digests or self._needs_token) and path not in _OPEN and not path.startswith(_OPENED):
             kind, _, token = request.headers.get("authorization", "").partition(" ")
             digest = _digest(token.strip()) if kind.lower() == "bearer" else ""
             # All are compared, so that time says nothing.
             if not sum(hmac.compare_digest(digest, known) for known in digests):
+                self._count(who)
                 raise ApiError(
                     "The API key is missing or wrong: send 'Authorization: Bearer …' with one that "
                     "`jaxft serve --new_token` made.",
@@ -209,7 +222,7 @@ def _too_large(most: int, is_form: bool) -> ApiError:
     )
 
 
-def _response(error: Exception, number: str) -> Response:
+def _response(error: Exception, number: str, workdir: str) -> Response:
     if isinstance(error, HTTPException):
         headers = dict(error.headers or {})
         error = ApiError(str(error.detail), status=error.status_code, headers=headers)
@@ -218,4 +231,6 @@ def _response(error: Exception, number: str) -> Response:
         error = ApiError(
             f"The server failed; its log has more, under {number}.", status=500, kind="server_error"
         )
+    # Where things lie is no business of clients.
+    error.message = error.message.replace(workdir, "WORKDIR")
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)

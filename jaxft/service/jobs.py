@@ -180,9 +180,9 @@ async def _found(request: Request) -> Row:
     return await in_thread(find)
 
 
-def find_job(connection: sa.Connection, number: str) -> Row:
-    """Returns a job; raises ApiError if there is none."""
-    row = one(connection, schema.jobs, id=number)
+def find_job(connection: sa.Connection, number: str, *, locks: bool = False) -> Row:
+    """Returns a job, which `locks` keeps as it is for a transaction; raises ApiError for none."""
+    row = one(connection, schema.jobs, locks=locks, id=number)
     if row is None:
         raise not_found("fine-tuning job", number)
     return row
@@ -201,7 +201,7 @@ def cancel(service: Service, number: str) -> Row:
       ApiError: If it is over already.
     """
     with service.database.write() as connection:
-        row = find_job(connection, number)
+        row = find_job(connection, number, locks=True)
         _require(row, ACTIVE, "cancelled")
         return _turn(connection, row, "cancelled", finished_at=now(), estimated_finish=None)
 
@@ -212,7 +212,7 @@ async def pause_job(request: Request) -> Response:
 
     def pause() -> Row:
         with service.database.write() as connection:
-            row = find_job(connection, number)
+            row = find_job(connection, number, locks=True)
             _require(row, ("queued", "running"), "paused")
             return _turn(connection, row, "paused", estimated_finish=None)
 
@@ -225,7 +225,7 @@ async def resume_job(request: Request) -> Response:
 
     def resume() -> Row:
         with service.database.write() as connection:
-            row = find_job(connection, number)
+            row = find_job(connection, number, locks=True)
             _require(row, ("paused",), "resumed")
             return _turn(connection, row, "queued")
 

@@ -23,6 +23,13 @@ _KEYS = (
 )
 
 
+# Keys of those groups that have a hyperparameter of their own.
+_HYPERPARAMETERS = {
+    "optim.learning_rate": "learning_rate_multiplier",
+    "objective.dpo.beta": "beta",
+}
+
+
 def check_keys(config: Mapping[str, Any]) -> None:
     """Refuses keys that a job may not set; values are checked with the job's files.
 
@@ -31,6 +38,8 @@ def check_keys(config: Mapping[str, Any]) -> None:
     """
     for key, value in config.items():
         param = f"hyperparameters.config.{key}"
+        if key in _HYPERPARAMETERS:
+            raise ApiError(f"{key} is set by hyperparameters.{_HYPERPARAMETERS[key]}.", param=param)
         if not (key.startswith(_GROUPS) or key in _KEYS):
             raise ApiError(
                 f"A job cannot set {key!r}.{nearest(key, _KEYS)} It may set "

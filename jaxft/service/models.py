@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import sqlalchemy as sa
 from starlette.requests import Request
@@ -138,21 +139,57 @@ def _delete(service: Service, name: str) -> None:
         found = find_served(service, connection, name)
         row = one(connection, models, name=name)
         assert row is not None
-        needed = sa.select(jobs.c.id).where(
-            jobs.c.status.in_(ACTIVE),
-            sa.or_(jobs.c.model == name, jobs.c.id == row["job_id"]),
-        )
-        if job := connection.execute(needed).scalar():
-            raise ApiError(f"{name} is needed by {job}, which is not over.", code="model_in_use")
-        exports = service.settings.exports(row["job_id"])
-        if ":ckpt-step-" in name:
+        own = one(connection, jobs, locks=True, id=row["job_id"])
+        assert own is not None
+        whole = name == own["tuned_name"]
+        _refuse_if_needed(connection, own, [name] if not whole else None)
+        if whole:
+            remove(connection, models, job_id=own["id"])
+            remove(connection, schema.checkpoints, job_id=own["id"])
+        else:
             remove(connection, models, name=name)
-            shutil.rmtree(exports / str(row["step"]), ignore_errors=True)
-            return
-        remove(connection, models, job_id=row["job_id"])
-        remove(connection, schema.checkpoints, job_id=row["job_id"])
-    for folder in (f"{found.path}/checkpoints", exports):
+            remove(connection, schema.checkpoints, job_id=own["id"], step=row["step"])
+        query = sa.select(models.c.step).where(models.c.job_id == own["id"])
+        kept = {str(step) for step in connection.execute(query).scalars()}
+    for folder in (Path(found.path) / "checkpoints", service.settings.exports(own["id"])):
+        _remove_steps(folder, kept if kept else None, row["step"])
+
+
+def _remove_steps(folder: Path, kept: set[str] | None, step: int) -> None:
+    """Deletes what is of one step, or all where nothing of a job is left."""
+    if kept is None:
         shutil.rmtree(folder, ignore_errors=True)
+    elif str(step) not in kept:
+        shutil.rmtree(folder / str(step), ignore_errors=True)
+
+
+def _refuse_if_needed(connection: sa.Connection, own: Row, names: list[str] | None) -> None:
+    """Raises ApiError if a job is under way, or other jobs need models of it.
+
+    Args:
+      connection: To the database.
+      own: The job that made the models.
+      names: Those that are to be deleted; None for all of the job.
+    """
+    models, jobs = schema.models, schema.jobs
+    if own["status"] in ACTIVE:
+        raise ApiError(f"{own['id']} is not over: cancel it first.", code="model_in_use")
+    if names is None:
+        query = sa.select(models.c.name).where(models.c.job_id == own["id"])
+        names = list(connection.execute(query).scalars())
+    users = sa.select(jobs.c.id, jobs.c.status).where(jobs.c.model.in_(names))
+    # An adapter of a model that was trained whole is nothing without it.
+    is_base = own["hyperparameters"].get("lora_rank") == 0
+    for job, status in connection.execute(users).all():
+        has_models = sa.select(models.c.name).where(models.c.job_id == job).limit(1)
+        if status in ACTIVE:
+            raise ApiError(f"The model is needed by {job}, which is not over.", code="model_in_use")
+        if is_base and connection.execute(has_models).first() is not None:
+            raise ApiError(
+                f"The model of {job} was tuned from it and is nothing without it: delete that "
+                "model first.",
+                code="model_in_use",
+            )
 
 
 ROUTES = [

@@ -1,5 +1,6 @@
 """Lists that clients page through: newest first, `after` the last id of the page before."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ def page_of(query: Mapping[str, str], *, limit: int, most: int) -> Page:
       ApiError: If they cannot be understood.
     """
     text = query.get("limit", str(limit))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= most):
+    if not (re.fullmatch(r"[0-9]{1,9}", text) and 1 <= int(text) <= most):
         raise ApiError(f"limit is {text!r}; expected a number from 1 to {most}.", param="limit")
     order = query.get("order", "desc")
     if order not in ("asc", "desc"):

@@ -42,8 +42,8 @@ def take_progress(service: Service, row: Row, *, runs: bool) -> None:
         return
     steps = row["steps"] or 0
     with service.database.write() as connection:
-        fresh = one(connection, schema.jobs, id=row["id"])
-        if fresh is None or fresh["status"] not in _OPEN:
+        fresh = one(connection, schema.jobs, locks=True, id=row["id"])
+        if fresh is None or fresh["status"] not in ("queued", "running"):
             return
         values: dict[str, Any] = {}
         if begins:
@@ -139,8 +139,8 @@ def _go_on(service: Service, row: Row, result: Row | None) -> None:
     failures = row["failures"] + (result is None)
     if failures >= _MOST_FAILURES:
         message = (
-            f"The run died {counted(failures, 'time')} in a row without a step, perhaps for lack "
-            f"of memory. Its log ends: {_log_end(service, row)}"
+            f"The run died {counted(failures, 'time')} in a row without a step. Its log ends: "
+            f"{_log_end(service, row)}"
         )
         fail(service, row, message, code="run_died")
         return
@@ -221,6 +221,8 @@ def fail(
       ended: Whether its run, if it has one, has ended; one that may not have is stopped later.
     """
     free = {"handle": None, "devices": None} if ended else {}
+    message = message.replace(f"{service.settings.job(row['id'])}/", "")
+    message = message.replace(str(service.settings.workdir), "WORKDIR")
     with service.database.write() as connection:
         if change(
             connection,

@@ -84,7 +84,7 @@ def serve(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...] = 
     ):
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
         names = tuple({*_LOCAL, host, *hosts}) if is_loopback(host) or hosts else ()
-        app = make_app(service, hosts=names, generator=generator)
+        app = make_app(service, hosts=names, needs_token=not is_loopback(host), generator=generator)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -114,7 +114,10 @@ def devices_of(devices: str) -> dict[str, str]:
     if devices == "cpu":
         return {"JAX_PLATFORMS": "cpu"}
     # Which of the two it has is not known to the server, which never starts jax.
-    return variables_of("gpu", devices) | variables_of("tpu", devices)
+    found = variables_of("gpu", devices)
+    with contextlib.suppress(ConfigError):  # so many GPUs, which TPUs have not in a process
+        found |= variables_of("tpu", devices)
+    return found
 
 
 def is_loopback(host: str) -> bool:
@@ -149,6 +152,7 @@ def _worker(settings: Settings) -> Iterator[None]:
     """Keeps a worker alive during the block."""
     path, stop = settings.write(), threading.Event()
     command = [sys.executable, "-m", "jaxft.service.worker", f"--settings={path}"]
+    command += [f"--parent={os.getpid()}"]
     processes: list[subprocess.Popen] = []
 
     def keep() -> None:

@@ -1,5 +1,6 @@
 """The settings that a service is started with, as its processes share them."""
 
+import base64
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -71,6 +72,10 @@ class Settings:
         """Contents of parts of uploads."""
         return self.workdir / "uploads"
 
+    def cache(self, training: str, validation: str | None) -> Path:
+        """The folder of the tokens of files, whose ids are in its name."""
+        return self.workdir / "cache" / f"{training}_{validation or ''}"
+
     def job(self, number: str) -> Path:
         """The folder of a job."""
         return self.workdir / "jobs" / number
@@ -106,9 +111,21 @@ class Settings:
         if self.executor != "local" and self.device_sets:
             problems.append("--device_set is for jobs of this machine, --executor=local.")
         for devices in (*self.device_sets, self.generate_on):
-            if devices and devices != "cpu":
+            if devices and not (devices == "cpu" and devices == self.generate_on):
                 with collected(problems):
                     check_devices(devices)
+        if len({devices.count(",") for devices in self.device_sets}) > 1:
+            problems.append(
+                "--device_set: all sets have as many devices, as a job is checked for any of them."
+            )
+        if set(self.generate_on.split(",")) & {d for s in self.device_sets for d in s.split(",")}:
+            problems.append(f"--generate_on={self.generate_on} names a device of a --device_set.")
+        for url in self.webhooks:
+            if not url.startswith(("http://", "https://")):
+                problems.append(f"--webhook={url}: expected http://… or https://….")
+        if self.webhook_secret:
+            with collected(problems):
+                read_secret(self.webhook_secret)
         used = [device for devices in self.device_sets for device in devices.split(",")]
         if len(set(used)) < len(used):
             problems.append(f"--device_set names a device twice: {' and '.join(self.device_sets)}.")
@@ -119,6 +136,7 @@ class Settings:
         """Writes them to the workdir, for the processes that the server starts."""
         path = self.workdir / _FILE
         write_json(path, dataclasses.asdict(self) | {"workdir": str(self.workdir)})
+        path.chmod(0o600)  # a URL may hold a password
         return path
 
     @classmethod
@@ -128,6 +146,22 @@ class Settings:
         tuples = ("executor_options", "device_sets", "webhooks")
         values |= {name: tuple(values[name]) for name in tuples}
         return cls(**values | {"workdir": Path(values["workdir"])})
+
+
+def read_secret(file: str) -> bytes:
+    """Returns the key that a file holds in the form of Standard Webhooks: `whsec_` and base64.
+
+    Raises:
+      ConfigError: If it cannot be read.
+    """
+    try:
+        secret = Path(file).expanduser().read_text(encoding="utf-8").strip()
+        return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--webhook_secret={file}: {error}. Expected a file with whsec_ and base64, such as "
+            "of: echo whsec_$(openssl rand -base64 24)"
+        ) from error
 
 
 def name_models(paths: list[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from jaxft.files import write_json
 # How the chips of a process lie on its host, and the port of the first one.
 _BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
 _PORT = 8476
+_SHOWN = 2000  # characters of what jax said
 _SECONDS = 120  # for jax to start on an accelerator
 
 
@@ -49,16 +50,19 @@ def find_target(cache: Path, topology: str, devices: str) -> Target:
     if topology:
         return Target("", "", 0, 0, topology)
     code = f"from jaxft.service.target import describe_devices; describe_devices({devices!r})"
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False
-    )
-    if not found.returncode:
-        target = Target(**json.loads(found.stdout.splitlines()[-1]))
-        write_json(cache, asdict(target))
-        return target
-    if cache.is_file():
-        return Target(**json.loads(cache.read_text(encoding="utf-8")))
-    raise ConfigError(f"jax finds no devices to train on: {found.stderr.strip()[-2000:]}")
+    command = [sys.executable, "-c", code]
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SECONDS, check=True
+        )
+    except (subprocess.SubprocessError, OSError) as error:  # a job may have the devices
+        if cache.is_file():
+            return Target(**json.loads(cache.read_text(encoding="utf-8")))
+        said = str(getattr(error, "stderr", None) or error).strip()
+        raise ConfigError(f"jax finds no devices to train on: {said[-_SHOWN:]}") from error
+    target = Target(**json.loads(found.stdout.splitlines()[-1]))
+    write_json(cache, asdict(target))
+    return target
 
 
 def variables_of(platform: str, devices: str) -> dict[str, str]:

@@ -64,17 +64,18 @@ def _calls(written: str, names: Collection[str]) -> list[dict[str, Any]]:
     """Returns the calls of a JSON object or list; none if any of it is something else."""
     try:
         values = json.loads(written)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     values = values if isinstance(values, list) else [values]
     found = []
     for value in values:
         value = value if isinstance(value, dict) else {}
         arguments = value.get("arguments", value.get("parameters"))
-        if value.get("name") not in names or not isinstance(arguments, dict | str):
+        name = value.get("name")
+        if not isinstance(name, str) or name not in names or not isinstance(arguments, dict | str):
             return []
         if isinstance(arguments, dict):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        function = {"name": value["name"], "arguments": arguments}
+        function = {"name": name, "arguments": arguments}
         found.append({"id": f"call_{letters(24)}", "type": "function", "function": function})
     return found

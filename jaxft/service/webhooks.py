@@ -12,12 +12,12 @@ import json
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import sqlalchemy as sa
 
+from jaxft.service.settings import read_secret
 from jaxft.service.state import Service
 from jaxft.service.store import schema
 from jaxft.service.store.database import Row, change, now
@@ -34,7 +34,8 @@ class Webhooks:
 
     def __init__(self, service: Service):
         self._service, self._urls = service, service.settings.webhooks
-        self._key = _read_key(service.settings.webhook_secret)
+        secret = service.settings.webhook_secret
+        self._key = read_secret(secret) if secret else b""
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="webhook")
         self._under_way: dict[str, Future[bool]] = {}
 
@@ -101,10 +102,3 @@ def signed(number: str, text: str, key: bytes) -> dict[str, str]:
         digest = hmac.new(key, f"{number}.{moment}.{text}".encode(), hashlib.sha256).digest()
         headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
     return headers
-
-
-def _read_key(file: str) -> bytes:
-    if not file:
-        return b""
-    secret = Path(file).expanduser().read_text(encoding="utf-8").strip()
-    return base64.b64decode(secret.removeprefix("whsec_"))

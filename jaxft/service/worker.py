@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from jaxft.service.checks import Checks
 from jaxft.service.executors import Executor, ExecutorError, Launch, State, make_executor
@@ -86,12 +86,14 @@ class Worker:
 
     def tick(self) -> None:
         """Looks at each job once."""
-        for row in self._take():
+        rows = self._take()
+        self._checks.drop_all_but({r["id"] for r in rows if r["status"] == "validating_files"})
+        for row in rows:
             try:
                 self._advance(row)
             except ExecutorError as error:
                 self._warn(f"{row['id']}: {error}")
-            except SQLAlchemyError:
+            except OperationalError:  # the database does not answer
                 raise
             except Exception:
                 # One job must not keep the others waiting.
@@ -120,7 +122,9 @@ class Worker:
         jobs, time_ = schema.jobs, now()
         open_ = sa.or_(
             jobs.c.status.in_(("validating_files", "queued", "running")),
-            jobs.c.handle.is_not(None),  # of a job that is over or paused, whose run has to end
+            # Of a job that is over or paused, whose run has to end.
+            jobs.c.handle.is_not(None),
+            jobs.c.devices.is_not(None),  # noted before a run is submitted
         )
         free = sa.or_(
             jobs.c.taken_by.is_(None), jobs.c.taken_by == self._name, jobs.c.taken_until < time_
@@ -165,7 +169,7 @@ class Worker:
             self._submit(row)
         elif status in ("queued", "running"):
             self._follow(row)
-        elif handle is not None:
+        else:
             self._end(row)
 
     def _submit(self, row: Row) -> None:
@@ -183,6 +187,8 @@ class Worker:
                 found = one(connection, schema.jobs, id=row["id"])
             if found is None or found["status"] != "queued":
                 return
+            # That of an earlier start must not pass for the end of this one.
+            RunFolder(self._settings.run(row["id"])).forget_result()
             try:
                 handle = self._executor.submit(launch)
             except ExecutorError:
@@ -214,7 +220,9 @@ class Worker:
         with self._service.database.read() as connection:
             used = list(
                 connection.execute(
-                    sa.select(jobs.c.devices).where(jobs.c.handle.is_not(None))
+                    sa.select(jobs.c.devices).where(
+                        jobs.c.devices.is_not(None), jobs.c.id != row["id"]
+                    )
                 ).scalars()
             )
             earlier = connection.execute(
@@ -224,6 +232,8 @@ class Worker:
                     jobs.c.number < row["number"],
                 )
             ).scalar_one()
+        if row["devices"] is not None:  # of a worker that died as it submitted the run
+            return row["devices"]
         if self._settings.executor != "local":
             return "" if len(used) < self._settings.most_jobs else None
         sets = self._settings.device_sets or ("",)
@@ -242,9 +252,11 @@ class Worker:
                 finish(self._service, fresh)
 
     def _end(self, row: Row) -> None:
-        """Stops the run of a job that was cancelled or paused; its devices are free then."""
-        if self._executor.state(row["handle"]) is not State.ENDED:
-            self._executor.stop(row["handle"])
+        """Stops the run of a job that is over or paused; its devices are free then."""
+        # A worker that died may have submitted a run whose handle it did not note.
+        handle = row["handle"] or self._executor.find(self._launch(row))
+        if handle is not None and self._executor.state(handle) is not State.ENDED:
+            self._executor.stop(handle)
             return
         if row["status"] == "paused":
             self._take_last_words(row)
@@ -255,6 +267,7 @@ class Worker:
         result = RunFolder(self._settings.run(row["id"])).result()
         if result is not None and result["step"]:
             with self._service.database.write() as connection:
+                one(connection, schema.jobs, locks=True, id=row["id"])  # events keep their order
                 add_event(connection, row["id"], f"Step {result['step']} is saved")
 
 
@@ -275,9 +288,8 @@ def _alone(workdir: Path, stop: threading.Event) -> Iterator[None]:
         yield
 
 
-def _stop_with_parent(stop: threading.Event) -> None:
+def _stop_with_parent(parent: int, stop: threading.Event) -> None:
     """Sets `stop` once the server is no more: the next one starts a worker of its own."""
-    parent = os.getppid()
     while os.getppid() == parent and not stop.wait(_TICK):
         pass
     stop.set()
@@ -286,13 +298,16 @@ def _stop_with_parent(stop: threading.Event) -> None:
 def main() -> None:
     """Works until SIGTERM or Ctrl-C."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--settings", required=True)
-    settings = Settings.read(Path(parser.parse_args().settings))
+    parser.add_argument("--settings", type=Path, required=True)
+    parser.add_argument("--parent", type=int, required=True, help="process id of the server")
+    options = parser.parse_args()
+    settings = Settings.read(options.settings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker: %(message)s")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    threading.Thread(target=_stop_with_parent, args=(stop,), daemon=True).start()
+    watch = threading.Thread(target=_stop_with_parent, args=(options.parent, stop), daemon=True)
+    watch.start()
     Worker(settings).run(stop)
 
 

@@ -1,5 +1,6 @@
 """What a job is checked for before it is queued: on a tiny model, with the data checks of a run."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-@pytest.fixture(autouse=True)
-def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxft.data.cache.DEFAULT_FOLDER", str(folder / "cache"))
-
-
 def request(folder: Path, **changes: Any) -> Request:
     asked = AUTO | changes.pop("asked", {})
     values = {
@@ -52,6 +48,7 @@ def request(folder: Path, **changes: Any) -> Request:
         "validation": str(folder / "file-valid"),
         "validation_name": "held out.jsonl",
         "workdir": str(folder / "run"),
+        "cache": str(folder / "cache"),
         "wandb": "",
     }
     return Request(asked=asked, **values | changes)
@@ -64,6 +61,7 @@ def test_settings_that_are_auto_get_numbers_and_become_a_config_that_runs(folder
         "batch_size": 4,
         "learning_rate_multiplier": 1.0,
         "lora_rank": 16,
+        "max_length": 64,
     }
     config = from_dict(found["config"])
     config.validate(training=True)
@@ -138,6 +136,18 @@ def test_bad_validation_rows_name_the_validation_file(folder: Path, tmp_path: Pa
     assert error.value.param == "validation_file"
 
 
+def test_keys_take_part_in_what_is_derived_and_none_is_taken_in_silence(folder: Path):
+    asked = {"n_epochs": 50, "batch_size": 1, "config": {"train.steps": 5}}
+    found = check(request(folder, asked=asked), CPU)
+    assert found["steps"] == 5 and found["config"]["optim.warmup_steps"] <= 5
+    with pytest.raises(Refusal, match="context has") as error:
+        check(request(folder, asked={"max_length": 1 << 20}), CPU)
+    assert error.value.param == "hyperparameters.max_length"
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(Refusal, match="wandb is not installed"):
+            check(request(folder, wandb="project"), CPU)
+
+
 def test_examples_beyond_max_length_are_refused(folder: Path):
     with pytest.raises(Refusal, match=r"mine\.jsonl"):
         check(request(folder, asked={"max_length": 16}), CPU)
@@ -167,9 +177,14 @@ def test_preferences_are_read_for_dpo(folder: Path, tmp_path: Path):
 
 def test_what_cannot_fit_is_refused_with_the_smallest_change(folder: Path):
     """The devices are as many CPU ones as the tests have, each with little memory."""
+    asked = {"lora_rank": 0, "batch_size": 40, "config": {"train.accumulation": 1}}
     with pytest.raises(Refusal, match="does not fit") as error:
-        check(request(folder), Target("gpu", "a card", 1, 1 << 20, ""))
+        check(request(folder, asked=asked), Target("gpu", "a card", 1, int(51.5 * 2**20), ""))
     assert error.value.code == "does_not_fit"
+    assert "train.accumulation" in error.value.message
+    assert "--config" not in error.value.message  # in the words of a request
+    with pytest.raises(Refusal, match="None of the settings"):
+        check(request(folder), Target("gpu", "a card", 1, 1 << 20, ""))
 
 
 def test_time_is_planned_for_a_slice_that_is_known(folder: Path):

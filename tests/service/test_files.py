@@ -102,6 +102,14 @@ def test_a_file_that_a_job_needs_outlives_its_time(client: OpenAI, service: Serv
     assert not stored(service)
 
 
+def test_the_tokens_of_a_file_go_with_it(client: OpenAI, service: Service):
+    one, two = (client.files.create(file=("a", LINES), purpose="fine-tune").id for _ in range(2))
+    for training, validation in ((one, None), (one, two), (two, None)):
+        service.settings.cache(training, validation).mkdir(parents=True)
+    client.files.delete(one)
+    assert [p.name for p in (service.settings.workdir / "cache").iterdir()] == [f"{two}_"]
+
+
 def test_wrong_forms_say_which_field_is_wrong(url: str, service: Service):
     def post(**parts: object) -> tuple[int, str | None]:
         answer = httpx.post(f"{url}/v1/files", **parts)  # pyright: ignore

@@ -33,6 +33,25 @@ def test_a_token_is_required_once_there_is_one(service: Service, monkeypatch: py
         assert httpx.get(f"{url}/v1/models").status_code == 200
 
 
+def test_no_header_gets_past_the_token_and_without_one_an_open_address_is_shut(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gate, "_KNOWN_FOR", -1.0)
+    new_token(service, "ci")
+    with serving(make_app(service, needs_token=True)) as url:
+        for host in ("127.0.0.1/health?", "127.0.0.1/?", "x/open/"):
+            answer = httpx.get(f"{url}/v1/files", headers={"host": host})
+            assert answer.status_code in (400, 401), host
+        drop_token(service, "ci")
+        assert httpx.get(f"{url}/v1/files").status_code == 401
+
+
+def test_an_error_does_not_say_where_things_lie(service: Service, url: str):
+    workdir = str(service.settings.workdir)
+    answer = httpx.get(f"{url}/v1/models/{workdir}")
+    assert answer.status_code == 404 and workdir not in answer.text
+
+
 def test_every_error_has_the_shape_that_clients_know(url: str):
     for method, path, status in (
         ("GET", "/v1/nothing", 404),

@@ -15,7 +15,7 @@ import pytest
 from openai import OpenAI
 
 from jaxft.files import append_jsonl, write_json
-from jaxft.service import webhooks, worker
+from jaxft.service import jobs, progress, webhooks, worker
 from jaxft.service.executors import ExecutorError, Launch, State
 from jaxft.service.settings import Settings
 from jaxft.service.state import Service
@@ -97,11 +97,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
         def check(self, request: dict[str, Any]) -> dict[str, Any]:
             found.append(request)
+            if request["seed"] == 13:  # a check that takes its time
+                given_up.wait(20)
             return dict(CHECKED)
 
         def close(self) -> None:
             pass
 
+        def give_up(self) -> None:
+            given_up.set()
+
+    given_up = threading.Event()
     monkeypatch.setattr("jaxft.service.checks.Checker", Checker)
     target = Target("cpu", "cpu", 1, 0, "")
     monkeypatch.setattr("jaxft.service.checks.find_target", lambda *_: target)
@@ -205,6 +211,8 @@ def test_a_deleted_model_takes_its_checkpoints_with_it(
     tuned = until(working, client, job, "succeeded").fine_tuned_model
     assert client.models.retrieve(checkpoint).owned_by == "org-local"
     client.models.delete(f"{tuned}:ckpt-step-8")
+    assert [c.step_number for c in client.fine_tuning.jobs.checkpoints.list(job)] == [23]
+    assert [p.name for p in (runs.settings.run(job) / "checkpoints").iterdir()] == ["23"]
     assert client.models.delete(tuned).deleted
     assert [m.id for m in client.models.list()] == ["base"]
     assert not (runs.settings.run(job) / "checkpoints").exists()
@@ -260,18 +268,18 @@ def test_a_killed_run_goes_on_and_one_that_never_gets_anywhere_fails(
 def test_one_job_at_a_time_has_the_devices_and_they_keep_their_order(
     client: OpenAI, working: Worker, runs: Runs, make: Callable[[], str]
 ):
-    jobs = [make() for _ in range(3)]
-    until(working, client, jobs[0], "running")
-    until(working, client, jobs[2], "queued")
+    made = [make() for _ in range(3)]
+    until(working, client, made[0], "running")
+    until(working, client, made[2], "queued")
     working.tick()
-    assert list(runs.launches) == [f"{jobs[0]}-0"]
-    client.fine_tuning.jobs.cancel(jobs[0])
+    assert list(runs.launches) == [f"{made[0]}-0"]
+    client.fine_tuning.jobs.cancel(made[0])
     working.tick()
-    assert runs.stopped == [f"{jobs[0]}-0"]  # and has the devices until it has ended
-    assert list(runs.launches) == [f"{jobs[0]}-0"]
-    runs.end(jobs[0])
-    until(working, client, jobs[1], "running")
-    assert list(runs.launches) == [f"{jobs[0]}-0", f"{jobs[1]}-0"]
+    assert runs.stopped == [f"{made[0]}-0"]  # and has the devices until it has ended
+    assert list(runs.launches) == [f"{made[0]}-0"]
+    runs.end(made[0])
+    until(working, client, made[1], "running")
+    assert list(runs.launches) == [f"{made[0]}-0", f"{made[1]}-0"]
 
 
 def test_sets_of_devices_run_a_job_each(
@@ -279,10 +287,10 @@ def test_sets_of_devices_run_a_job_each(
 ):
     settings = dataclasses.replace(service.settings, device_sets=("0,1", "2,3"))
     found = Worker(settings, executor=runs)
-    jobs = [make() for _ in range(3)]
-    until(found, client, jobs[1], "running")
+    made = [make() for _ in range(3)]
+    until(found, client, made[1], "running")
     assert {launch.devices for launch in runs.launches.values()} == {"0,1", "2,3"}
-    assert client.fine_tuning.jobs.retrieve(jobs[2]).status in ("validating_files", "queued")
+    assert client.fine_tuning.jobs.retrieve(made[2]).status in ("validating_files", "queued")
     found.close()
 
 
@@ -326,6 +334,88 @@ def test_a_worker_that_dies_loses_no_launch_and_starts_none_twice(
     until(second, client, job, "running")
     assert list(runs.launches) == [f"{job}-0"]
     second.close()
+
+
+def test_a_run_whose_worker_died_before_it_noted_it_is_stopped_when_its_job_is_cancelled(
+    client: OpenAI, service: Service, runs: Runs, make: Callable[[], str], asked: list
+):
+    job, other = make(), make()
+    first = Worker(service.settings, executor=runs)
+    until(first, client, job, "queued")
+    runs.lost = True
+    with pytest.raises(KeyboardInterrupt):
+        first.tick()
+    runs.lost = False
+    client.fine_tuning.jobs.cancel(job)
+    second = Worker(service.settings, executor=runs)
+    second._release_all()
+    for _ in range(20):
+        second.tick()
+    assert runs.stopped and set(runs.stopped) == {f"{job}-0"}
+    assert list(runs.launches) == [f"{job}-0"], "its devices are not free before it has ended"
+    runs.end(job)
+    until(second, client, other, "running")
+    second.close()
+
+
+def test_a_job_that_is_cancelled_meanwhile_stays_cancelled(
+    client: OpenAI,
+    service: Service,
+    working: Worker,
+    runs: Runs,
+    make: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A cancellation that comes while the worker writes waits for it, and comes after it."""
+    job = make()
+    until(working, client, job, "queued")
+    in_order, threads = progress._in_order, []
+
+    def cancel_now(*args: Any) -> Any:
+        threads.append(threading.Thread(target=jobs.cancel, args=(service, job)))
+        threads[-1].start()
+        threads[-1].join(0.3)
+        return in_order(*args)
+
+    monkeypatch.setattr(progress, "_in_order", cancel_now)
+    working.tick()
+    working.tick()
+    threads[0].join()
+    assert client.fine_tuning.jobs.retrieve(job).status == "cancelled"
+    said = messages(client, job)
+    assert said.index("Job started") < said.index("The job was cancelled")
+
+
+def test_what_an_earlier_start_said_is_not_the_end_of_a_later_one(
+    client: OpenAI, working: Worker, runs: Runs, make: Callable[[], str]
+):
+    job = make()
+    until(working, client, job, "running")
+    client.fine_tuning.jobs.pause(job)
+    runs.end(job, status="stopped", reason="SIGTERM", step=5)
+    working.tick()
+    client.fine_tuning.jobs.resume(job)
+    for attempt in range(1, 6):
+        until(working, client, job, "running")
+        runs.end(job, attempt)  # killed, each time before it could say a word
+        working.tick()
+    assert until(working, client, job, "failed").error.code == "run_died"
+
+
+def test_the_check_of_a_cancelled_job_keeps_no_other_waiting(
+    client: OpenAI, working: Worker, make: Callable[[], str]
+):
+    file = client.files.list().data or [client.files.create(file=("a", b"{}"), purpose="fine-tune")]
+    make()
+    slow = client.fine_tuning.jobs.create(model="base", training_file=file[0].id, seed=13).id
+    working.tick()
+    other = make()
+    time.sleep(0.1)
+    working.tick()
+    client.fine_tuning.jobs.cancel(slow)
+    start = time.monotonic()
+    until(working, client, other, "queued")
+    assert time.monotonic() - start < 10
 
 
 def test_a_scheduler_that_does_not_answer_is_asked_again(

@@ -36,14 +36,14 @@ class Database:
                 parsed = parsed.set(drivername="postgresql+psycopg")
             elif parsed.get_backend_name() != "sqlite":
                 raise ConfigError(
-                    f"--database={url}: expected sqlite:////folder/file.db or postgresql://…."
+                    f"--database={parsed.render_as_string()}: expected sqlite:////folder/file.db or postgresql://…."
                 )
             self._engine = sa.create_engine(
                 parsed, pool_size=_CONNECTIONS, max_overflow=0, pool_pre_ping=True
             )
         except (ArgumentError, ImportError) as error:
             raise ConfigError(
-                f"--database={url}: {error}. For PostgreSQL install 'psycopg[binary]'."
+                f"--database: {error}. For PostgreSQL install 'psycopg[binary]'."
             ) from error
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         if self.is_sqlite:
@@ -111,9 +111,20 @@ def now() -> int:
     return int(time.time())
 
 
-def one(connection: sa.Connection, table: sa.Table, **values: Any) -> Row | None:
-    """Returns the row in which columns have these values, if there is one."""
-    found = connection.execute(sa.select(table).where(*_equal(table, values))).mappings().first()
+def one(
+    connection: sa.Connection, table: sa.Table, *, locks: bool = False, **values: Any
+) -> Row | None:
+    """Returns the row in which columns have these values, if there is one.
+
+    Args:
+      connection: In a transaction.
+      table: The table.
+      locks: Whether no other transaction may change the row before this one ends: what is read of
+        it holds when it is written. SQLite has one writer at a time anyway.
+      values: Of columns.
+    """
+    query = sa.select(table).where(*_equal(table, values))
+    found = connection.execute(query.with_for_update() if locks else query).mappings().first()
     return None if found is None else dict(found)
 
 
