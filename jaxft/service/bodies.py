@@ -175,14 +175,44 @@ def _described(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     worst = same[-1]
     param = ".".join(_param(worst))
     if worst["type"] == "extra_forbidden":
-        names = kind.model_fields if len(_param(worst)) == 1 else ()
-        hint = nearest(_param(worst)[-1], names)
-        return ApiError(f"Unknown field {param!r}.{hint}", param=param, code="unknown_parameter")
+        return _unknown(param, kind)
     if worst["type"] == "missing":
         return ApiError(f"{param} is missing.", param=param, code="missing_required_parameter")
+    if not param:  # of several fields together
+        return ApiError(f"{worst['msg'].removeprefix('Value error, ').rstrip('.')}.")
     shown = json.dumps(worst["input"], default=str)
     shown = shown if len(shown) < 80 else shown[:80] + "…"
-    return ApiError(f"{param or 'The body'} is {shown}: {worst['msg']}.", param=param or None)
+    if _asks_for_nothing_else(worst):
+        text = f"{param} is {shown}, which is not supported: leave it out."
+        return ApiError(text, param=param, code="unsupported_parameter")
+    message = worst["msg"]
+    if worst["type"] == "string_pattern_mismatch":
+        message = "expected letters, digits, '_', '.' and '-', 64 at most, no sign at the start"
+    if any(d.get("ctx", {}).get("expected") == "'auto'" for d in same):
+        message += ", or 'auto'"
+    return ApiError(f"{param} is {shown}: {message}.", param=param)
+
+
+def _unknown(param: str, kind: type[BaseModel]) -> ApiError:
+    """Returns the error for a field that there is not, with those that may be meant."""
+    *path, name = param.split(".")
+    fields = list(Hyperparameters.model_fields if path[-1:] == ["hyperparameters"] else ())
+    known = fields or list(kind.model_fields if not path else ())
+    hint = nearest(name, known, cutoff=0.5)
+    listed = f" It may have {', '.join(fields)}." if fields else ""
+    return ApiError(
+        f"Unknown field {param!r}.{hint}{listed}", param=param, code="unknown_parameter"
+    )
+
+
+def _asks_for_nothing_else(details: ErrorDetails) -> bool:
+    """Returns whether the only value that a field may have is the one that changes nothing."""
+    kind, bounds = details["type"], details.get("ctx", {})
+    if kind == "literal_error":
+        return " or " not in str(bounds.get("expected")) and bounds.get("expected") != "'auto'"
+    return (kind == "less_than_equal" and bounds.get("le") == 0) or (
+        kind == "too_long" and bounds.get("max_length") == 0
+    )
 
 
 def _param(details: ErrorDetails) -> list[str]:

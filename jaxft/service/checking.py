@@ -5,9 +5,7 @@ This runs in `jaxft.service.checker`, a process of its own on CPU alone.
 
 import dataclasses
 import itertools
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +22,10 @@ from jaxft.hardware.devices import Room, room
 from jaxft.models.families import Architecture
 from jaxft.planner.topology import Topology, parse
 from jaxft.programs import capacity
-from jaxft.programs.description import Description, read_description
+from jaxft.programs.description import Description, context_of, read_description
 from jaxft.programs.estimates import Estimates
+from jaxft.service.advice import as_request
+from jaxft.service.jsonl import Refusal, require_json_lines
 from jaxft.service.target import Target
 from jaxft.training.program import make_placement
 from jaxft.workdir.metrics import require_wandb
@@ -54,20 +54,6 @@ _ROUND = 64
 _SAVED = 500
 _KEPT_EPOCHS = 3
 _LINES = 1000  # of figures that a run writes, about
-
-
-class Refusal(Exception):
-    """A job that cannot be run.
-
-    Args:
-      message: What is wrong, and what to do.
-      code: Word that programs know it by.
-      param: Field of the request.
-    """
-
-    def __init__(self, message: str, *, code: str, param: str | None = None):
-        super().__init__(message)
-        self.message, self.code, self.param = message, code, param
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,16 +110,17 @@ def check(request: Request, target: Target) -> dict[str, Any]:
     except JaxftError as error:
         code = "invalid_file_format" if isinstance(error, DataError) else "invalid_job"
         param = "training_file" if isinstance(error, DataError) else None
-        text = _as_request(_named("\n".join(error.problems), request))
+        context = context_of(find_source(request.path, step=request.step))
+        text = as_request(_named("\n".join(error.problems), request), context=context)
         if request.validation_name and f"{request.validation_name}:" in text:
             param = "validation_file"
         raise Refusal(text, code=code, param=param) from error
 
 
 def _check(request: Request, target: Target) -> dict[str, Any]:
-    _require_json_lines(request.training, request.training_name, "training_file")
+    require_json_lines(request.training, request.training_name, "training_file")
     if request.validation:
-        _require_json_lines(request.validation, request.validation_name, "validation_file")
+        require_json_lines(request.validation, request.validation_name, "validation_file")
     hardware = _make_up(target)
     config, source = _first_config(request)
     config = _with_keys(config, request)  # such as those by which data is read
@@ -164,6 +151,8 @@ def _check(request: Request, target: Target) -> dict[str, Any]:
     shards = make_placement(config, hardware.devices).batch_shards
     rows = _pack(config, description, settings["batch_size"], read.examples, shards)
     settings["max_length"] = config.data.max_length
+    if request.asked["config"]:
+        settings["config"] = request.asked["config"]
     steps = _set_length(config, rows, settings)
     config = _with_keys(config, request)  # in place of what was derived
     config.validate(training=True)
@@ -177,32 +166,14 @@ def _check(request: Request, target: Target) -> dict[str, Any]:
         "tokens": rows.statistics.tokens,
         "trained_tokens": rows.statistics.trained_tokens,
         "rows": len(rows),
+        "left_out": rows.statistics.dropped,
+        "bad_rows": rows.statistics.read.skipped,
         "steps": config.train.steps or steps,
         "epoch_steps": len(rows) / config.train.batch_size,
         "step_seconds": seconds,
         "takes": takes,
         "data": report,
     }
-
-
-def _require_json_lines(path: str, name: str, param: str) -> None:
-    """Refuses what is no JSONL by its first line: it would be taken for plain text or a table."""
-    with open(path, "rb") as file:
-        number, line = next(
-            ((i, line) for i, line in enumerate(file, start=1) if line.strip()), (1, b"")
-        )
-    try:
-        if isinstance(json.loads(line.decode("utf-8-sig")), dict):
-            return
-        problem = "is no JSON object"
-    except ValueError as error:
-        problem = f"is no JSON: {error}"
-    raise Refusal(
-        f"{name}:{number} {problem}. Expected UTF-8 text with a JSON object on each line, such as "
-        '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.',
-        code="invalid_file_format",
-        param=param,
-    )
 
 
 class _Hardware(NamedTuple):
@@ -370,17 +341,10 @@ def _judge(config: RunConfig, architecture: Architecture, hardware: _Hardware) -
     if not judged.fits_alone:
         changes = capacity.find_changes(capacity.TRAINING, settled, estimates, kinds, found)
         raise Refusal(
-            f"The job does not fit: it takes {judged}. {_as_request(capacity.advise(changes))}",
+            f"The job does not fit: it takes {judged}. {as_request(capacity.advise(changes))}",
             code="does_not_fit",
         )
     return estimates.seconds(settled), str(judged)
-
-
-def _as_request(advice: str) -> str:
-    """Returns advice on keys of a run in the words of a request."""
-    text = re.sub(r"--config\.adapter\.rank=(\S+)", r"hyperparameters.lora_rank=\1", advice)
-    text = re.sub(r"--config\.data\.max_length=(\S+)", r"hyperparameters.max_length=\1", text)
-    return re.sub(r"--config\.([\w.]+)=(\S+)", r"hyperparameters.config['\1']=\2", text)
 
 
 def _describe_data(

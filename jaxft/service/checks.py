@@ -142,6 +142,8 @@ class Checks:
                 estimated_finish=round(now() + seconds + _START_SECONDS) if seconds else None,
             ):
                 add_event(connection, row["id"], _describe(result, seconds))
+                if lost := _describe_losses(result):
+                    add_event(connection, row["id"], lost, level="warn")
                 add_event(connection, row["id"], "Job is queued")
 
     def look_at_previews(self) -> None:
@@ -175,6 +177,19 @@ class Checks:
         with self._service.database.write() as connection:
             old = table.c.created_at < now() - _PREVIEW_SECONDS
             connection.execute(sa.delete(table).where(old))
+
+
+def _describe_losses(result: dict[str, Any]) -> str:
+    """Says which examples are not trained on; empty if all are."""
+    parts = []
+    if result["left_out"]:
+        parts.append(
+            f"{result['left_out']:,} of {result['examples']:,} examples are left out: they are too "
+            "long, or have nothing to train"
+        )
+    if result["bad_rows"]:
+        parts.append(f"{counted(result['bad_rows'], 'bad row')} of the file are left out")
+    return "; ".join(parts)
 
 
 def _describe(result: dict[str, Any], seconds: float) -> str:

@@ -6,7 +6,6 @@ client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="…")
 client.fine_tunes.create(training_file="file-…", model="…", n_epochs=4)
 """
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -46,7 +45,23 @@ class FineTune(openai.BaseModel):
     updated_at: int
 
 
-class _List(openai.BaseModel):
+class FineTuneList(openai.BaseModel):
+    """Jobs in their oldest form.
+
+    Attributes:
+      data: The jobs, the oldest first.
+    """
+
+    data: list[FineTune]
+
+
+class EventList(openai.BaseModel):
+    """Events of such a job.
+
+    Attributes:
+      data: The events, the oldest first.
+    """
+
     data: list[dict[str, Any]]
 
 
@@ -67,10 +82,9 @@ class FineTunes:
         body = {"training_file": training_file, **settings}
         return self._client.post("/fine-tunes", body=body, cast_to=FineTune)
 
-    def list(self) -> list[FineTune]:
-        """Returns all jobs that were made in this form."""
-        found = self._client.get("/fine-tunes", cast_to=_List)
-        return [FineTune.construct(**item) for item in found.data]
+    def list(self) -> "FineTuneList":
+        """Returns all jobs that were made in this form, as `data`."""
+        return self._client.get("/fine-tunes", cast_to=FineTuneList)
 
     def retrieve(self, number: str) -> FineTune:
         """Returns a job."""
@@ -80,9 +94,9 @@ class FineTunes:
         """Cancels a job."""
         return self._client.post(f"/fine-tunes/{number}/cancel", cast_to=FineTune)
 
-    def list_events(self, number: str) -> Iterator[dict[str, Any]]:
-        """Yields the events of a job, the oldest first."""
-        yield from self._client.get(f"/fine-tunes/{number}/events", cast_to=_List).data
+    def list_events(self, number: str) -> EventList:
+        """Returns the events of a job, as `data`."""
+        return self._client.get(f"/fine-tunes/{number}/events", cast_to=EventList)
 
 
 class OpenAI(openai.OpenAI):

@@ -43,8 +43,11 @@ class ApiError(Exception):
 
 def not_found(kind: str, number: str, *, param: str | None = None) -> ApiError:
     """Returns the error for an id that nothing has; `kind` is such as 'file'."""
+    hint = "It may have been deleted; list what there is to see."
+    if kind == "file" and not number.startswith("file-"):
+        hint = "That is no id: upload the file by client.files.create, and pass the id it gets."
     return ApiError(
-        f"No such {kind}: {number!r}. It may have been deleted; list what there is to see.",
+        f"No such {kind}: {number!r}. {hint}",
         status=404,
         param=param or "id",
         code="not_found",

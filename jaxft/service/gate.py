@@ -122,6 +122,8 @@ class Gate:
         except Exception as error:
             if started:  # too late for another answer
                 raise
+            if isinstance(error, HTTPException) and error.status_code == 404:
+                error = _no_such_path(scope["method"], scope["path"])
             workdir = str(self._service.settings.workdir)
             await _response(error, number, workdir)(scope, receive, answer)
 
@@ -220,6 +222,16 @@ def _too_large(most: int, is_form: bool) -> ApiError:
         status=413,
         code="request_too_large",
     )
+
+
+def _no_such_path(method: str, path: str) -> ApiError:
+    if path.startswith("/v1/"):
+        text = f"{method} {path} is none of the calls that this server has (docs/service.md)."
+    else:
+        text = (
+            f"There is no {path} here: the calls are under /v1, as in base_url=http://HOST:PORT/v1."
+        )
+    return ApiError(text, status=404, code="unknown_url")
 
 
 def _response(error: Exception, number: str, workdir: str) -> Response:

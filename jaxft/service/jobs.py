@@ -235,7 +235,8 @@ async def resume_job(request: Request) -> Response:
 def _require(row: Row, statuses: tuple[str, ...], wish: str) -> None:
     if row["status"] not in statuses:
         raise ApiError(
-            f"The job {row['id']} is {row['status']}, so it cannot be {wish}.",
+            f"The job {row['id']} is {row['status']}, so it cannot be {wish}; expected "
+            f"{' or '.join(statuses)}.",
             code="invalid_job_status",
         )
 

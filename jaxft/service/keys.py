@@ -3,14 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxft.errors import nearest
+from jaxft.config import from_dict, walk
+from jaxft.errors import ConfigError, nearest
 from jaxft.service.errors import ApiError
 
 # Whole groups, and single keys: none that names a path, a module to import or a place to write to.
 _GROUPS = ("optim.", "objective.dpo.")
 _KEYS = (
     *(f"adapter.{key}" for key in "alpha targets ranks alphas dropout scaling dora start".split()),
-    *(f"data.{key}" for key in "packing overlength thinking train_on bad_rows bad_share".split()),
+    *(f"data.{key}" for key in "format columns packing overlength thinking train_on".split()),
+    *(f"data.{key}" for key in "bad_rows bad_share".split()),
     *(f"eval.{key}" for key in "batch_size max_rows patience minimum_change".split()),
     *(f"mesh.{key}" for key in "stage data fsdp context expert tensor".split()),
     *(f"model.{key}" for key in "dtypes quantise matmul attention remat offload".split()),
@@ -49,3 +51,20 @@ def check_keys(config: Mapping[str, Any]) -> None:
             )
         if key == "strategy" and "." in str(value):
             raise ApiError("strategy names one of jaxft's own, no module.", param=param)
+        _check_value(key, value, param)
+
+
+def _check_value(key: str, value: Any, param: str) -> None:
+    """Refuses a key that there is not, or a value that it cannot have.
+
+    Those of an objective are checked with the job's files: they need jax.
+    """
+    if key.startswith("objective."):
+        return
+    try:
+        config = from_dict({key: value})
+    except ConfigError as error:
+        raise ApiError(str(error), param=param, code="unknown_parameter") from error
+    for item in walk(config):
+        if item.path == key and (problems := list(item.problems())):
+            raise ApiError(" ".join(problems), param=param)

@@ -67,8 +67,11 @@ def find_served(service: Service, connection: sa.Connection, name: str) -> Serve
     if row is None:
         known = [*service.settings.models, *connection.execute(sa.select(schema.models.c.name))]
         hint = nearest(name, [item if isinstance(item, str) else item[0] for item in known])
+        bases = list(service.settings.models)
+        some = ", ".join(bases[:5]) + (" and others" if len(bases) > 5 else "")
         raise ApiError(
-            f"The model {name!r} does not exist.{hint} See client.models.list().",
+            f"The model {name!r} does not exist.{hint} Base models here are {some}; "
+            "client.models.list() has all.",
             status=404,
             param="model",
             code="model_not_found",

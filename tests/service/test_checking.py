@@ -128,6 +128,45 @@ def test_keys_of_the_config_decide_how_data_is_read(folder: Path, tmp_path: Path
     assert check(request(folder, training=str(path), asked={"config": keys}), CPU)["examples"] == 12
 
 
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"\xff\xfe{\x00", "is UTF-16"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b'[{"messages": []}]', "JSON array"),
+        (b"prompt,completion\na,b\n", "prompt,completion"),
+        (b"{'messages': []}\n", "no JSON object"),
+        (b"\xe9t\xe9\n", "no UTF-8"),
+    ],
+)
+def test_files_of_other_kinds_are_called_by_their_name(
+    folder: Path, tmp_path: Path, content: bytes, match: str
+):
+    (tmp_path / "file-x").write_bytes(content)
+    with pytest.raises(Refusal, match=match) as error:
+        check(request(folder, training=str(tmp_path / "file-x")), CPU)
+    assert error.value.code == "invalid_file_format" and "mine.jsonl" in error.value.message
+
+
+def test_advice_is_in_the_words_of_a_request(folder: Path, tmp_path: Path):
+    pairs = tmp_path / "file-pairs"
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 12)
+    with pytest.raises(Refusal, match=r"method\.type='dpo'"):
+        check(request(folder, training=str(pairs)), CPU)
+    long = tmp_path / "file-long"
+    long.write_text(json.dumps({"prompt": "a" * 500, "completion": "b"}) + "\n")
+    long.write_text(long.read_text() * 12)
+    with pytest.raises(Refusal, match="context is 128 tokens") as error:
+        check(request(folder, training=str(long)), CPU)
+    assert "max_length=" not in error.value.message and "--config" not in error.value.message
+    asked = {"config": {"data.overlength": "drop"}}
+    mixed = tmp_path / "file-mixed"
+    answer = {"role": "assistant", "content": "b"}
+    row = {"messages": [{"role": "user", "content": "a" * 500}, answer]}
+    mixed.write_text((json.dumps(row) + "\n") * 12 + (folder / "file-train").read_text())
+    assert check(request(folder, training=str(mixed), asked=asked), CPU)["left_out"] == 12
+
+
 def test_bad_validation_rows_name_the_validation_file(folder: Path, tmp_path: Path):
     path = tmp_path / "file-bad"
     path.write_text('{"messages": [{"role": "user", "content": 3}]}\n' * 3)

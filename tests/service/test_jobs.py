@@ -83,7 +83,22 @@ def test_a_seed_is_drawn_where_none_is_given(client: OpenAI, file: str):
         ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", None),
         ({"metadata": {"k" * 65: "x"}}, "metadata." + "k" * 65, None),
         ({"metadata": {"k": "x" * 513}}, "metadata.k", None),
-        ({"integrations": [{"type": "mlflow"}]}, "integrations.0.type", None),
+        ({"integrations": [{"type": "mlflow"}]}, "integrations.0.type", "unsupported_parameter"),
+        (
+            {"hyperparameters": {"config": {"optim.foo": 1}}},
+            "hyperparameters.config.optim.foo",
+            "unknown_parameter",
+        ),
+        (
+            {"hyperparameters": {"config": {"optim.weight_decay": "a lot"}}},
+            "hyperparameters.config.optim.weight_decay",
+            None,
+        ),
+        (
+            {"hyperparameters": {"config": {"optim.learning_rate": 1e-4}}},
+            "hyperparameters.config.optim.learning_rate",
+            None,
+        ),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", None),
         ({"hyperparameters": {"n_epochs": "three"}}, "hyperparameters.n_epochs", None),
         ({"hyperparameters": {"n_epochs": 1.5}}, "hyperparameters.n_epochs", None),
@@ -206,10 +221,10 @@ def test_the_oldest_form_of_the_calls_works(url: str, file: str):
         job = client.fine_tunes.create(training_file=file, model="base", n_epochs=4)
         assert job.id.startswith("ft-") and job.status == "pending"
         assert job.hyperparams["n_epochs"] == 4 and job.training_files[0]["id"] == file
-        assert [item.id for item in client.fine_tunes.list()] == [job.id]
+        assert [item.id for item in client.fine_tunes.list().data] == [job.id]
         assert not client.fine_tuning.jobs.list().data
         assert client.fine_tunes.cancel(job.id).status == "cancelled"
-        messages = [event["message"] for event in client.fine_tunes.list_events(job.id)]
+        messages = [event["message"] for event in client.fine_tunes.list_events(job.id).data]
         assert messages[-1] == "The job was cancelled"
         assert client.fine_tunes.retrieve(job.id).events[-1]["message"] == messages[-1]
         with pytest.raises(openai.BadRequestError, match="n_epoch"):

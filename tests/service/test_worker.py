@@ -30,6 +30,8 @@ CHECKED = {
     "examples": 40,
     "tokens": 900,
     "rows": 15,
+    "left_out": 2,
+    "bad_rows": 0,
     "steps": 23,
     "epoch_steps": 7.5,
     "step_seconds": 2.0,
@@ -155,6 +157,8 @@ def test_a_job_goes_from_its_check_to_a_tuned_model(
     found = until(working, client, job, "queued")
     assert asked[0]["training_name"] == "train.jsonl" and asked[0]["path"].endswith("/base")
     assert found.hyperparameters.n_epochs == 3
+    [warning] = [e for e in client.fine_tuning.jobs.list_events(job) if e.level == "warn"]
+    assert "2 of 40 examples are left out" in warning.message
     assert 40 < found.estimated_finish - time.time() < 120
     until(working, client, job, "running")
     for step in range(1, 9):
@@ -324,6 +328,7 @@ def test_a_worker_that_dies_loses_no_launch_and_starts_none_twice(
     with pytest.raises(KeyboardInterrupt):
         first.tick()
     runs.lost = False
+    first._service.database.close()
     second = Worker(service.settings, executor=runs)
     second._name = "elsewhere:1"
     second.tick()  # the first one's lease has not ended
@@ -346,6 +351,7 @@ def test_a_run_whose_worker_died_before_it_noted_it_is_stopped_when_its_job_is_c
     with pytest.raises(KeyboardInterrupt):
         first.tick()
     runs.lost = False
+    first._service.database.close()
     client.fine_tuning.jobs.cancel(job)
     second = Worker(service.settings, executor=runs)
     second._release_all()

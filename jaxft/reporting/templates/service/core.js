@@ -132,14 +132,14 @@ const upload = async (file, progress, signal) => {
   };
   if (file.size <= 2 * PART) {
     return sendForm(paths.files, form("file", file, { purpose: "fine-tune" }),
-      (sent) => progress(sent / file.size), signal);
+      (sent) => progress(Math.min(1, sent / (file.size || 1))), signal);
   }
   const begun = await post("/v1/uploads", { bytes: file.size, filename: file.name,
     purpose: "fine-tune", mime_type: "application/jsonl" }, signal);
   const parts = [];
   for (let at = 0; at < file.size; at += PART) {
     const part = await sendForm("/v1/uploads/" + begun.id + "/parts",
-      form("data", file.slice(at, at + PART)), (sent) => progress((at + sent) / file.size), signal);
+      form("data", file.slice(at, at + PART)), (sent) => progress(Math.min(1, (at + sent) / file.size)), signal);
     parts.push(part.id);
   }
   return (await post("/v1/uploads/" + begun.id + "/complete", { part_ids: parts }, signal)).file;

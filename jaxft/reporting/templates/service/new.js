@@ -109,7 +109,7 @@ const fillForm = (form, preview, signal, models, files, given) => {
     }
   };
   const chosen = async (file) => {
-    if (file instanceof File && await holdsPreferences(file)) method.value = "dpo";
+    if (file instanceof File) method.value = await holdsPreferences(file) ? "dpo" : "supervised";
     changed();
   };
 
