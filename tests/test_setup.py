@@ -217,6 +217,18 @@ def long_marks(path: Path) -> Iterator[tuple[int, ast.Attribute, bool]]:
             yield node.lineno, node, node in timed
 
 
+def test_every_strategy_is_where_ci_looks_for_it():
+    """Finding the tests of all folders takes each worker some ten seconds."""
+    found = {
+        path.parent.name
+        for path in (ROOT / "tests").rglob("*.py")
+        for _, node, _ in long_marks(path)
+        if node.attr == "matrix"
+    }
+    assert found == {"sharding"}
+    assert "marked matrix tests/sharding" in (ROOT / ".ci/run").read_text()
+
+
 def test_long_tests_say_how_long_they_take():
     """They are begun by it, the longest first."""
     untimed = [
