@@ -36,18 +36,15 @@ def prepare(settings: Settings) -> Service:
     Raises:
       ConfigError: If its folder or database cannot be used.
     """
-    # Bodies of requests wait here, on the disk that they go to, and not in memory.
-    temporary = settings.workdir / "tmp"
     try:
         if not settings.workdir.exists():
             settings.workdir.mkdir(mode=0o700, parents=True)  # files and models of its users
-        for folder in (temporary, settings.workdir / "jobs"):
+        for folder in (settings.temporary, settings.workdir / "jobs"):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"--workdir={settings.workdir} cannot be used: {error.strerror}."
         ) from error
-    tempfile.tempdir = str(temporary)
     service = Service.open(settings)
     service.database.migrate()
     return service
@@ -74,6 +71,8 @@ def serve(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...] = 
             f"--host={host} is open to others, who could use your devices. Make a token first: "
             f"jaxft serve --workdir={settings.workdir} --new_token=NAME"
         )
+    # Bodies of requests wait on the disk that they go to, and not in memory.
+    tempfile.tempdir = str(settings.temporary)
     # uvicorn sends the signal that ended it once more, which is to end this block in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with (

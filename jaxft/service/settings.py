@@ -68,6 +68,11 @@ class Settings:
         return self.workdir / "files"
 
     @property
+    def temporary(self) -> Path:
+        """The folder in which bodies of requests wait."""
+        return self.workdir / "tmp"
+
+    @property
     def parts(self) -> Path:
         """Contents of parts of uploads."""
         return self.workdir / "uploads"

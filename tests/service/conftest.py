@@ -1,6 +1,7 @@
 """A service with its server in a thread, on SQLite and on PostgreSQL."""
 
 import contextlib
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,8 +49,9 @@ def settings(tmp_path: Path, database: str) -> Settings:
 
 
 @pytest.fixture
-def service(settings: Settings) -> Iterator[Service]:
+def service(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     found = prepare(settings)
+    monkeypatch.setattr(tempfile, "tempdir", str(settings.temporary))  # as `serve` does
     settings.write()
     yield found
     found.database.close()
