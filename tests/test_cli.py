@@ -107,6 +107,7 @@ def test_what_to_do_next_can_be_pasted(trained, folder, capsys):
     assert talk == f"jaxft chat --model={trained}-model"
 
 
+@pytest.mark.slow(seconds=15)
 def test_a_run_in_this_folder_is_exported_beside_it(trained, monkeypatch):
     monkeypatch.chdir(trained)
     config = jaxft.RunConfig()

@@ -519,6 +519,7 @@ frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer
         ("fsdp", "reduce-scatter", "fsdp", ("norm", "embed.w")),
     ],
 )
+@pytest.mark.slow(seconds=4)
 def test_training_sums_the_bytes_of_its_gradients_once(strategy, kind, axis, left_out):
     config = RunConfig(strategy=strategy)
     config.model.dtypes, config.data.max_length, config.train.batch_size = "float32", 16, 8

@@ -380,6 +380,7 @@ def test_labels_of_hub_data_sets_are_names(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "one line.json"])
+@pytest.mark.slow(seconds=2)
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     def peak(count):
         row = {"text": "word " * 60}

@@ -103,9 +103,9 @@ def test_an_adapter_takes_r_times_inputs_and_outputs_of_every_linear_layer(famil
         ("gqa", {"alphas": "attn=3"}),
         ("gqa", {"dora": True, "scaling": "rslora", "start": "pissa"}),
         ("gqa", {"start": "pissa", "targets": "q_proj|head|down", "ranks": "down=2"}),
-        ("gpt2_tied", {"targets": "c_attn|mlp"}),
+        pytest.param("gpt2_tied", {"targets": "c_attn|mlp"}, marks=pytest.mark.slow(seconds=6)),
         ("mixtral_gqa_published", {}),
-        ("gpt_oss_gqa", {"start": "pissa"}),
+        pytest.param("gpt_oss_gqa", {"start": "pissa"}, marks=pytest.mark.slow(seconds=6)),
     ],
 )
 def test_a_model_with_adapters_computes_what_dense_weights_do(case, keys):

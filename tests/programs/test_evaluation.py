@@ -209,6 +209,7 @@ def test_generated_answers_are_those_of_each_prompt_alone(run):
         assert output == model.generate([{"role": "user", "content": prompt}], max_new_tokens=6)
 
 
+@pytest.mark.slow(seconds=6)
 def test_prompts_that_leave_no_room_for_an_answer_count_as_wrong(run, folder):
     config, result = run
     context = jaxft.load(result.checkpoint).architecture.config.max_length
@@ -262,6 +263,7 @@ def in_pairs(run, folder):
     return exported
 
 
+@pytest.mark.slow(seconds=6)
 def test_models_that_read_other_tokens_are_paired_by_document(run, in_pairs, capfd):
     config, result = run
     pair = evaluate_pair(config, result.checkpoint, in_pairs)

@@ -96,6 +96,7 @@ def parts_workdir(config):
     return trainer.Workdir.read(config.train.workdir).path
 
 
+@pytest.mark.slow(seconds=9)
 def test_a_crash_before_the_first_save_leaves_nothing_twice(home, config, monkeypatch):
     run = config(data__validation=held_out(home), eval__samples=1)
     crash(monkeypatch, run, step=3)
