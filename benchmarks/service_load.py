@@ -6,7 +6,7 @@ Starts `jaxft serve` in a temporary folder with a tiny model and one job, takes 
 job's steps alone, then lets clients read (files, jobs, events, models), upload files of 64 kB and
 follow the stream of events, each a request every `--pause` seconds. Times are of whole requests at
 the client, which shares the cores; `step_ratio` is the time of the job's steps meanwhile over that
-alone.
+alone, `clients_share_of_cores` what the clients themselves took of the cores.
 """
 
 import argparse
@@ -56,7 +56,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         metrics = folder / "service" / "jobs" / job / "run" / "metrics.jsonl"
         alone = _step_seconds(metrics, options.seconds)
         first = _last(metrics)
+        start, used = time.monotonic(), time.process_time()
         times = asyncio.run(_load(options, url, job))
+        share = (time.process_time() - used) / (time.monotonic() - start) / (os.cpu_count() or 1)
         loaded = _between(first, _last(metrics))
         httpx.post(f"{url}/fine_tuning/jobs/{job}/cancel")
     return {
@@ -66,6 +68,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "step_seconds_alone": alone,
         "step_seconds_loaded": loaded,
         "step_ratio": loaded / alone,
+        "clients_share_of_cores": share,
         **times,
     }
 
