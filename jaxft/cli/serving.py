@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 
+from jaxft.cli.common import listed
 from jaxft.errors import ConfigError
 
 _NEEDED = ("starlette", "uvicorn", "sqlalchemy", "alembic", "httpx", "pydantic", "multipart")
@@ -20,7 +21,7 @@ def serve(options: argparse.Namespace) -> int:
     from jaxft.service.gate import drop_token, new_token
     from jaxft.service.settings import Settings, name_models
 
-    names = server.read_models(options.models or [])
+    names = listed(options.models or [])
     settings = Settings(
         workdir=server.workdir_of(options.workdir),
         models=name_models(names) if names else {},

@@ -1,4 +1,4 @@
-"""The process that checks jobs: `python -m jaxft.service.checker --target=JSON`.
+"""The process that checks jobs: `python -m jaxft.service.checker TARGET`, a `Target` as JSON.
 
 It reads one JSON object a line, a `checking.Request`, and answers each with a line: the result, or
 `{"error": …}`. It is kept, as reading its libraries takes longer than most checks.

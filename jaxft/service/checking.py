@@ -25,6 +25,7 @@ from jaxft.programs import capacity
 from jaxft.programs.description import Description, context_of, read_description
 from jaxft.programs.estimates import Estimates
 from jaxft.service.advice import as_request
+from jaxft.service.following import KEPT_EPOCHS
 from jaxft.service.jsonl import Refusal, require_json_lines
 from jaxft.service.target import Target
 from jaxft.training.program import make_placement
@@ -52,7 +53,6 @@ _WARMUP = 0.03
 _ROUND = 64
 # Steps that a killed run may lose, where an epoch is longer.
 _SAVED = 500
-_KEPT_EPOCHS = 3
 _LINES = 1000  # of figures that a run writes, about
 
 
@@ -91,14 +91,6 @@ class Request:
     shown: bool = False
 
 
-class _Read(NamedTuple):
-    """Training rows, and facts of them that do not depend on how they are packed."""
-
-    rows: TokenRows
-    examples: int
-    longest: int
-
-
 def check(request: Request, target: Target) -> dict[str, Any]:
     """Returns the settings of a job's run, and what it will take.
 
@@ -134,35 +126,35 @@ def _check(request: Request, target: Target) -> dict[str, Any]:
             param="hyperparameters.max_length",
         )
     config.data.max_length = context if asked == "auto" else asked
-    read = _read(config, description)
-    if read.examples < MINIMUM_EXAMPLES:
+    packed = _prepare(config, description, "train").statistics.packed
+    examples = packed.documents
+    if examples < MINIMUM_EXAMPLES:
         raise Refusal(
-            f"{request.training_name} has {read.examples} examples, but must have at least "
+            f"{request.training_name} has {examples} examples, but must have at least "
             f"{MINIMUM_EXAMPLES}.",
             code="invalid_n_examples",
             param="training_file",
         )
-    longest = _read_validation(config, description, read.longest)
+    longest = _read_validation(config, description, packed.longest)
     if asked == "auto":
         config.data.max_length = min(context, -(-longest // _ROUND) * _ROUND)
     adaptation = description.architecture.adaptation
     rank = max((site.rank for site in adaptation.sites.values()), default=0)
-    settings = _resolve(request, read.examples, config, rank)
+    settings = _resolve(request, examples, config, rank)
     shards = make_placement(config, hardware.devices).batch_shards
-    rows = _pack(config, description, settings["batch_size"], read.examples, shards)
+    rows = _pack(config, description, settings["batch_size"], examples, shards)
     settings["max_length"] = config.data.max_length
     if request.asked["config"]:
         settings["config"] = request.asked["config"]
     steps = _set_length(config, rows, settings)
     config = _with_keys(config, request)  # in place of what was derived
     config.validate(training=True)
-    architecture = read_description(source, config).architecture
-    seconds, takes = _judge(config, architecture, hardware)
+    seconds, takes = _judge(config, description.architecture, hardware)
     report = _describe_data(config, description, request, context) if request.shown else None
     return {
         "config": to_dict(config),
         "hyperparameters": settings,
-        "examples": read.examples,
+        "examples": examples,
         "tokens": rows.statistics.tokens,
         "trained_tokens": rows.statistics.trained_tokens,
         "rows": len(rows),
@@ -251,12 +243,6 @@ def _prepare(config: RunConfig, description: Description, name: str) -> TokenRow
     )
 
 
-def _read(config: RunConfig, description: Description) -> _Read:
-    rows = _prepare(config, description, "train")
-    packed = rows.statistics.packed
-    return _Read(rows, packed.documents, packed.longest)
-
-
 def _read_validation(config: RunConfig, description: Description, longest: int) -> int:
     """Checks the validation file; returns the tokens of the longest document of both."""
     if not config.data.validation:
@@ -323,7 +309,7 @@ def _set_length(config: RunConfig, rows: TokenRows, settings: Mapping[str, Any])
     train.log_every = max(1, steps // _LINES)
     train.save_epochs = True
     train.save_every = _SAVED if epoch > _SAVED else 0
-    train.keep_last = _KEPT_EPOCHS * (1 + epoch // _SAVED)
+    train.keep_last = KEPT_EPOCHS * (1 + epoch // _SAVED)
     return steps
 
 

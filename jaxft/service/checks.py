@@ -168,6 +168,8 @@ class Checks:
 
     def _answer(self, row: Row, result: dict[str, Any]) -> None:
         result.pop("config", None)  # it names folders of the server
+        if error := result.get("error"):
+            error["message"] = self._settings.without_workdir(error["message"])
         with self._service.database.write() as connection:
             change(connection, schema.previews, {"id": row["id"]}, status="done", result=result)
 

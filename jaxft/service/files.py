@@ -17,7 +17,7 @@ from jaxft.service.errors import ApiError, not_found
 from jaxft.service.history import ACTIVE
 from jaxft.service.ids import new_id
 from jaxft.service.objects import file_object, part_object, upload_object
-from jaxft.service.paging import find_page, listed, page_of
+from jaxft.service.paging import listed, page_of, read_page
 from jaxft.service.state import Service, in_thread, service_of
 from jaxft.service.store import schema
 from jaxft.service.store.database import Row, add, change, now, one, remove
@@ -140,12 +140,7 @@ async def list_files(request: Request) -> Response:
     where = [sa.or_(table.c.expires_at.is_(None), table.c.expires_at > now())]
     if purpose := query.get("purpose"):
         where.append(table.c.purpose == purpose)
-
-    def find() -> tuple[list[Row], bool]:
-        with service.database.read() as connection:
-            return find_page(connection, table, page, *where)
-
-    rows, has_more = await in_thread(find)
+    rows, has_more = await read_page(service, table, page, *where)
     return JSONResponse(listed([file_object(row) for row in rows], has_more))
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from jaxft.files import read_jsonl
 
+KEPT_EPOCHS = 3
+"""Ends of epochs whose checkpoints are kept, the last ones."""
+
 _COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 

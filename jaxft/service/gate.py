@@ -20,6 +20,7 @@ from jaxft.errors import ConfigError
 from jaxft.formatting import format_bytes
 from jaxft.service.errors import ApiError
 from jaxft.service.ids import letters
+from jaxft.service.settings import Settings
 from jaxft.service.state import Service, in_thread
 from jaxft.service.store import schema
 from jaxft.service.store.database import add, now, remove
@@ -124,8 +125,7 @@ class Gate:
                 raise
             if isinstance(error, HTTPException) and error.status_code == 404:
                 error = _no_such_path(scope["method"], scope["path"])
-            workdir = str(self._service.settings.workdir)
-            await _response(error, number, workdir)(scope, receive, answer)
+            await _response(error, number, self._service.settings)(scope, receive, answer)
 
     def _check_origin(self, request: Request) -> None:
         """Refuses what pages of other sites make a browser send."""
@@ -234,7 +234,7 @@ def _no_such_path(method: str, path: str) -> ApiError:
     return ApiError(text, status=404, code="unknown_url")
 
 
-def _response(error: Exception, number: str, workdir: str) -> Response:
+def _response(error: Exception, number: str, settings: Settings) -> Response:
     if isinstance(error, HTTPException):
         headers = dict(error.headers or {})
         error = ApiError(str(error.detail), status=error.status_code, headers=headers)
@@ -243,6 +243,5 @@ def _response(error: Exception, number: str, workdir: str) -> Response:
         error = ApiError(
             f"The server failed; its log has more, under {number}.", status=500, kind="server_error"
         )
-    # Where things lie is no business of clients.
-    error.message = error.message.replace(workdir, "WORKDIR")
+    error.message = settings.without_workdir(error.message)
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)

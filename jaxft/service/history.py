@@ -8,7 +8,13 @@ from jaxft.service.ids import new_id
 from jaxft.service.store import schema
 from jaxft.service.store.database import add, now
 
-ACTIVE = ("validating_files", "queued", "running", "paused")
+STARTED = ("queued", "running")
+"""Statuses of jobs that have passed their check, and that a run is of or will be."""
+
+OPEN = ("validating_files", *STARTED)
+"""Statuses of jobs that the worker takes further."""
+
+ACTIVE = (*OPEN, "paused")
 """Statuses of jobs that are not over."""
 
 

@@ -14,12 +14,12 @@ from starlette.routing import Route
 from jaxft.service.bodies import Hyperparameters, JobCreate, read_body
 from jaxft.service.errors import ApiError, not_found
 from jaxft.service.files import find_file
-from jaxft.service.history import ACTIVE, add_delivery, add_event
+from jaxft.service.history import ACTIVE, STARTED, add_delivery, add_event
 from jaxft.service.ids import letters, new_id
 from jaxft.service.keys import check_keys
-from jaxft.service.models import find_base
+from jaxft.service.models import find_served
 from jaxft.service.objects import checkpoint_object, event_object, job_object
-from jaxft.service.paging import find_page, listed, page_of
+from jaxft.service.paging import listed, page_of, read_page
 from jaxft.service.state import Service, in_thread, service_of
 from jaxft.service.store import schema
 from jaxft.service.store.database import Row, add, change, now, one
@@ -86,7 +86,7 @@ def read_request(service: Service, connection: sa.Connection, body: JobCreate) -
     """
     method, asked = _asked(body)
     check_keys(asked.config)
-    model = find_base(service, connection, body.model)
+    find_served(service, connection, body.model)
     for field in ("training_file", "validation_file"):
         if (number := getattr(body, field)) is None:
             continue
@@ -97,7 +97,7 @@ def read_request(service: Service, connection: sa.Connection, body: JobCreate) -
                 code="invalid_file_purpose",
             )
     return {
-        "model": model,
+        "model": body.model,
         "training_file": body.training_file,
         "validation_file": body.validation_file,
         "method": method,
@@ -156,12 +156,7 @@ async def list_jobs(request: Request) -> Response:
     for name, value in query.multi_items():
         if name.startswith("metadata[") and name.endswith("]"):
             where.append(table.c.metadata[name[9:-1]].as_string() == value)
-
-    def find() -> tuple[list[Row], bool]:
-        with service.database.read() as connection:
-            return find_page(connection, table, page, *where)
-
-    rows, has_more = await in_thread(find)
+    rows, has_more = await read_page(service, table, page, *where)
     return JSONResponse(listed([job_object(row) for row in rows], has_more))
 
 
@@ -213,7 +208,7 @@ async def pause_job(request: Request) -> Response:
     def pause() -> Row:
         with service.database.write() as connection:
             row = find_job(connection, number, locks=True)
-            _require(row, ("queued", "running"), "paused")
+            _require(row, STARTED, "paused")
             return _turn(connection, row, "paused", estimated_finish=None)
 
     return JSONResponse(job_object(await in_thread(pause)))
@@ -261,14 +256,8 @@ async def list_events(request: Request) -> Response:
     service, row = service_of(request), await _found(request)
     if request.query_params.get("stream") == "true":
         return StreamingResponse(_streamed(service, row["id"]), media_type="text/event-stream")
-    page = page_of(request.query_params, limit=20, most=_MOST)
-
-    def find() -> tuple[list[Row], bool]:
-        with service.database.read() as connection:
-            table = schema.events
-            return find_page(connection, table, page, table.c.job_id == row["id"])
-
-    rows, has_more = await in_thread(find)
+    page, table = page_of(request.query_params, limit=20, most=_MOST), schema.events
+    rows, has_more = await read_page(service, table, page, table.c.job_id == row["id"])
     return JSONResponse(listed([event_object(event) for event in rows], has_more))
 
 
@@ -298,14 +287,8 @@ async def _streamed(service: Service, number: str) -> AsyncIterator[str]:
 async def list_checkpoints(request: Request) -> Response:
     """Lists the checkpoints that are kept."""
     service, row = service_of(request), await _found(request)
-    page = page_of(request.query_params, limit=10, most=_MOST)
-
-    def find() -> tuple[list[Row], bool]:
-        with service.database.read() as connection:
-            table = schema.checkpoints
-            return find_page(connection, table, page, table.c.job_id == row["id"])
-
-    rows, has_more = await in_thread(find)
+    page, table = page_of(request.query_params, limit=10, most=_MOST), schema.checkpoints
+    rows, has_more = await read_page(service, table, page, table.c.job_id == row["id"])
     data = [checkpoint_object(checkpoint, row["tuned_name"]) for checkpoint in rows]
     return JSONResponse(listed(data, has_more))
 

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import sqlalchemy as sa
 from starlette.requests import Request
@@ -89,9 +88,12 @@ def find_tuned(service: Service, connection: sa.Connection, name: str) -> Row:
     return row
 
 
-def find_base(service: Service, connection: sa.Connection, name: str) -> str:
-    """Returns the name of a model that a job may begin with; raises ApiError if there is none."""
-    return find_served(service, connection, name).name
+def all_tuned(service: Service) -> list[Row]:
+    """Returns the rows of all tuned models, the newest first."""
+    table = schema.models
+    with service.database.read() as connection:
+        query = sa.select(table).order_by(table.c.number.desc())
+        return [dict(row) for row in connection.execute(query).mappings()]
 
 
 def _owner(service: Service) -> str:
@@ -101,16 +103,9 @@ def _owner(service: Service) -> str:
 async def list_models(request: Request) -> Response:
     """Lists base models and tuned ones, the newest first."""
     service = service_of(request)
-
-    def find() -> list[Row]:
-        table = schema.models
-        with service.database.read() as connection:
-            query = sa.select(table).order_by(table.c.number.desc())
-            return [dict(row) for row in connection.execute(query).mappings()]
-
     tuned = [
         model_object(row["name"], row["created_at"], _owner(service))
-        for row in await in_thread(find)
+        for row in await in_thread(all_tuned, service)
     ]
     bases = [model_object(name, 0, _OWNER) for name in service.settings.models]
     return JSONResponse(listed([*tuned, *bases], has_more=False))
@@ -139,13 +134,13 @@ async def delete_model(request: Request) -> Response:
 def _delete(service: Service, name: str) -> None:
     models, jobs = schema.models, schema.jobs
     with service.database.write() as connection:
-        found = find_served(service, connection, name)
-        row = one(connection, models, name=name)
-        assert row is not None
+        row = find_tuned(service, connection, name)
         own = one(connection, jobs, locks=True, id=row["job_id"])
         assert own is not None
         whole = name == own["tuned_name"]
-        _refuse_if_needed(connection, own, [name] if not whole else None)
+        query = sa.select(models.c.name).where(models.c.job_id == own["id"])
+        names = list(connection.execute(query).scalars()) if whole else [name]
+        _refuse_if_needed(connection, own, names)
         if whole:
             remove(connection, models, job_id=own["id"])
             remove(connection, schema.checkpoints, job_id=own["id"])
@@ -154,32 +149,25 @@ def _delete(service: Service, name: str) -> None:
             remove(connection, schema.checkpoints, job_id=own["id"], step=row["step"])
         query = sa.select(models.c.step).where(models.c.job_id == own["id"])
         kept = {str(step) for step in connection.execute(query).scalars()}
-    for folder in (Path(found.path) / "checkpoints", service.settings.exports(own["id"])):
-        _remove_steps(folder, kept if kept else None, row["step"])
+    settings = service.settings
+    for folder in (settings.run(own["id"]) / "checkpoints", settings.exports(own["id"])):
+        if not kept:  # nothing of the job is left
+            shutil.rmtree(folder, ignore_errors=True)
+        elif str(row["step"]) not in kept:
+            shutil.rmtree(folder / str(row["step"]), ignore_errors=True)
 
 
-def _remove_steps(folder: Path, kept: set[str] | None, step: int) -> None:
-    """Deletes what is of one step, or all where nothing of a job is left."""
-    if kept is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    elif str(step) not in kept:
-        shutil.rmtree(folder / str(step), ignore_errors=True)
-
-
-def _refuse_if_needed(connection: sa.Connection, own: Row, names: list[str] | None) -> None:
+def _refuse_if_needed(connection: sa.Connection, own: Row, names: list[str]) -> None:
     """Raises ApiError if a job is under way, or other jobs need models of it.
 
     Args:
       connection: To the database.
       own: The job that made the models.
-      names: Those that are to be deleted; None for all of the job.
+      names: Those that are to be deleted.
     """
     models, jobs = schema.models, schema.jobs
     if own["status"] in ACTIVE:
         raise ApiError(f"{own['id']} is not over: cancel it first.", code="model_in_use")
-    if names is None:
-        query = sa.select(models.c.name).where(models.c.job_id == own["id"])
-        names = list(connection.execute(query).scalars())
     users = sa.select(jobs.c.id, jobs.c.status).where(jobs.c.model.in_(names))
     # An adapter of a model that was trained whole is nothing without it.
     is_base = own["hyperparameters"].get("lora_rank") == 0

@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from jaxft.service.errors import ApiError
+from jaxft.service.state import Service, in_thread
 from jaxft.service.store.database import Row
 
 
@@ -65,6 +66,18 @@ def find_page(
     order = table.c.number.asc() if page.ascending else table.c.number.desc()
     rows = connection.execute(query.order_by(order).limit(page.limit + 1)).mappings().all()
     return [dict(row) for row in rows[: page.limit]], len(rows) > page.limit
+
+
+async def read_page(
+    service: Service, table: sa.Table, page: Page, *where: Any
+) -> tuple[list[Row], bool]:
+    """Returns what `find_page` does, in a transaction of its own."""
+
+    def find() -> tuple[list[Row], bool]:
+        with service.database.read() as connection:
+            return find_page(connection, table, page, *where)
+
+    return await in_thread(find)
 
 
 def listed(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from jaxft.formatting import counted
 from jaxft.service import following
 from jaxft.service.files import add_file
-from jaxft.service.following import RunFolder
-from jaxft.service.history import add_delivery, add_event
+from jaxft.service.following import KEPT_EPOCHS, RunFolder
+from jaxft.service.history import OPEN, STARTED, add_delivery, add_event
 from jaxft.service.ids import new_id
 from jaxft.service.objects import checkpoint_model
 from jaxft.service.state import Service
@@ -20,9 +20,7 @@ from jaxft.service.store.database import Row, add, change, now, one, remove
 
 # Times that a run may die without a word of its own, and without a step, before its job has failed.
 _MOST_FAILURES = 5
-_KEPT_EPOCHS = 3
 _LOG_END = 500  # characters
-_OPEN = ("validating_files", "queued", "running")
 
 
 def take_progress(service: Service, row: Row, *, runs: bool) -> None:
@@ -43,7 +41,7 @@ def take_progress(service: Service, row: Row, *, runs: bool) -> None:
     steps = row["steps"] or 0
     with service.database.write() as connection:
         fresh = one(connection, schema.jobs, locks=True, id=row["id"])
-        if fresh is None or fresh["status"] not in ("queued", "running"):
+        if fresh is None or fresh["status"] not in STARTED:
             return
         values: dict[str, Any] = {}
         if begins:
@@ -87,7 +85,7 @@ def _ends_of_epochs(row: Row, folder: RunFolder) -> list[int]:
         for step in folder.checkpoints()
         if step == steps or step == math.ceil(round(step / epoch) * epoch)
     ]
-    return found[-_KEPT_EPOCHS:]
+    return found[-KEPT_EPOCHS:]
 
 
 def _differ(service: Service, row: Row, steps: list[int]) -> bool:
@@ -149,7 +147,7 @@ def _go_on(service: Service, row: Row, result: Row | None) -> None:
         if change(
             connection,
             schema.jobs,
-            {"id": row["id"], "status": ("queued", "running")},
+            {"id": row["id"], "status": STARTED},
             status="queued",
             attempt=row["attempt"] + 1,
             failures=failures,
@@ -175,7 +173,7 @@ def _succeed(service: Service, row: Row, result: Row) -> None:
         if not change(
             connection,
             schema.jobs,
-            {"id": job, "status": ("queued", "running")},
+            {"id": job, "status": STARTED},
             status="succeeded",
             finished_at=now(),
             estimated_finish=None,
@@ -222,12 +220,12 @@ def fail(
     """
     free = {"handle": None, "devices": None} if ended else {}
     message = message.replace(f"{service.settings.job(row['id'])}/", "")
-    message = message.replace(str(service.settings.workdir), "WORKDIR")
+    message = service.settings.without_workdir(message)
     with service.database.write() as connection:
         if change(
             connection,
             schema.jobs,
-            {"id": row["id"], "status": _OPEN},
+            {"id": row["id"], "status": OPEN},
             status="failed",
             finished_at=now(),
             estimated_finish=None,

@@ -29,6 +29,8 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 _AGAIN = 2.0  # seconds before a worker that died is started again
 _GRACE = 20.0
 
+log = logging.getLogger("jaxft.service")
+
 
 def prepare(settings: Settings) -> Service:
     """Makes the folders and tables of a service, or brings them up to date; opens it.
@@ -177,14 +179,6 @@ def _worker(settings: Settings) -> Iterator[None]:
                 process.wait(_GRACE)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def read_models(paths: list[str]) -> list[str]:
-    """Returns what `--models` names, given once or several times, with commas or without."""
-    return [part.strip() for path in paths for part in path.split(",") if part.strip()]
-
-
-log = logging.getLogger("jaxft.service")
 
 
 def workdir_of(path: str) -> Path:

@@ -101,6 +101,10 @@ class Settings:
         """The folder of exports of a job's models, by step."""
         return self.job(number) / "exports"
 
+    def without_workdir(self, text: str) -> str:
+        """Returns a text for clients, to whom it is no business where things lie."""
+        return text.replace(str(self.workdir), "WORKDIR")
+
     def check(self) -> None:
         """Raises ConfigError for what could not work."""
         problems: list[str] = []
@@ -115,15 +119,18 @@ class Settings:
             problems.append("--executor_option is for slurm and jobset; local has none.")
         if self.executor != "local" and self.device_sets:
             problems.append("--device_set is for jobs of this machine, --executor=local.")
-        for devices in (*self.device_sets, self.generate_on):
-            if devices and not (devices == "cpu" and devices == self.generate_on):
-                with collected(problems):
-                    check_devices(devices)
+        of_text = () if self.generate_on in ("", "cpu") else (self.generate_on,)
+        for devices in (*self.device_sets, *of_text):
+            with collected(problems):
+                check_devices(devices)
+        used = [device for devices in self.device_sets for device in devices.split(",")]
+        if len(set(used)) < len(used):
+            problems.append(f"--device_set names a device twice: {' and '.join(self.device_sets)}.")
         if len({devices.count(",") for devices in self.device_sets}) > 1:
             problems.append(
                 "--device_set: all sets have as many devices, as a job is checked for any of them."
             )
-        if set(self.generate_on.split(",")) & {d for s in self.device_sets for d in s.split(",")}:
+        if set(self.generate_on.split(",")) & set(used):
             problems.append(f"--generate_on={self.generate_on} names a device of a --device_set.")
         for url in self.webhooks:
             if not url.startswith(("http://", "https://")):
@@ -131,9 +138,6 @@ class Settings:
         if self.webhook_secret:
             with collected(problems):
                 read_secret(self.webhook_secret)
-        used = [device for devices in self.device_sets for device in devices.split(",")]
-        if len(set(used)) < len(used):
-            problems.append(f"--device_set names a device twice: {' and '.join(self.device_sets)}.")
         if problems:
             raise ConfigError(problems)
 

@@ -27,7 +27,7 @@ from jaxft.service.checks import Checks
 from jaxft.service.executors import Executor, ExecutorError, Launch, State, make_executor
 from jaxft.service.files import drop_expired
 from jaxft.service.following import RunFolder
-from jaxft.service.history import add_event
+from jaxft.service.history import OPEN, STARTED, add_event
 from jaxft.service.progress import fail, finish, take_progress
 from jaxft.service.settings import Settings
 from jaxft.service.state import Service
@@ -121,7 +121,7 @@ class Worker:
         """Takes all jobs that there is something to do for, and that no other worker has."""
         jobs, time_ = schema.jobs, now()
         open_ = sa.or_(
-            jobs.c.status.in_(("validating_files", "queued", "running")),
+            jobs.c.status.in_(OPEN),
             # Of a job that is over or paused, whose run has to end.
             jobs.c.handle.is_not(None),
             jobs.c.devices.is_not(None),  # noted before a run is submitted
@@ -167,7 +167,7 @@ class Worker:
             self._checks.advance(row)
         elif status == "queued" and handle is None:
             self._submit(row)
-        elif status in ("queued", "running"):
+        elif status in STARTED:
             self._follow(row)
         else:
             self._end(row)
@@ -182,11 +182,8 @@ class Worker:
         handle = self._executor.find(launch)
         if handle is None:
             # Noted before it is done: what was submitted and not noted is found by this name.
-            self._note(row, devices=devices)
-            with self._service.database.read() as connection:
-                found = one(connection, schema.jobs, id=row["id"])
-            if found is None or found["status"] != "queued":
-                return
+            if not self._note(row, status="queued", devices=devices):
+                return  # cancelled or paused meanwhile
             # That of an earlier start must not pass for the end of this one.
             RunFolder(self._settings.run(row["id"])).forget_result()
             try:
@@ -197,9 +194,11 @@ class Worker:
             self._refused.pop(row["id"], None)
         self._note(row, handle=handle, devices=devices)
 
-    def _note(self, row: Row, **values: Any) -> None:
+    def _note(self, row: Row, *, status: str = "", **values: Any) -> bool:
+        """Changes columns of a job, if it has the status; returns whether it had."""
+        where = {"id": row["id"]} | ({"status": status} if status else {})
         with self._service.database.write() as connection:
-            change(connection, schema.jobs, {"id": row["id"]}, **values)
+            return change(connection, schema.jobs, where, **values)
 
     def _launch(self, row: Row) -> Launch:
         return Launch(
@@ -216,6 +215,8 @@ class Worker:
 
         Jobs are begun in the order in which they came.
         """
+        if row["devices"] is not None:  # of a worker that died as it submitted the run
+            return row["devices"]
         jobs = schema.jobs
         with self._service.database.read() as connection:
             used = list(
@@ -232,8 +233,6 @@ class Worker:
                     jobs.c.number < row["number"],
                 )
             ).scalar_one()
-        if row["devices"] is not None:  # of a worker that died as it submitted the run
-            return row["devices"]
         if self._settings.executor != "local":
             return "" if len(used) < self._settings.most_jobs else None
         sets = self._settings.device_sets or ("",)
@@ -248,7 +247,7 @@ class Worker:
         if state is State.ENDED:
             with self._service.database.read() as connection:
                 fresh = one(connection, schema.jobs, id=row["id"])
-            if fresh is not None and fresh["status"] in ("queued", "running"):
+            if fresh is not None and fresh["status"] in STARTED:
                 finish(self._service, fresh)
 
     def _end(self, row: Row) -> None:

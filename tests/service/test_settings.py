@@ -68,6 +68,8 @@ def test_settings_reach_other_processes_unchanged(tmp_path: Path):
         ({"device_sets": ("0,1", "1,2")}, "twice"),
         ({"device_sets": ("0,1", "2")}, "as many devices"),
         ({"device_sets": ("cpu",)}, "no devices"),
+        ({"device_sets": ("cpu",), "generate_on": "cpu"}, "no devices"),
+        ({"device_sets": ("",)}, "no devices"),
         ({"device_sets": ("0", "1"), "generate_on": "1"}, "of a --device_set"),
         ({"webhooks": ("nonsense",)}, "expected http"),
         ({"webhook_secret": "/nowhere"}, "whsec_"),

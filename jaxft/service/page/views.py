@@ -14,6 +14,7 @@ from jaxft.reporting.figures import PRIMARY, Run
 from jaxft.service.errors import ApiError
 from jaxft.service.following import RunFolder
 from jaxft.service.jobs import find_job
+from jaxft.service.models import all_tuned
 from jaxft.service.objects import job_object
 from jaxft.service.page.exports import forms_of
 from jaxft.service.page.links import Links
@@ -156,10 +157,7 @@ async def list_models(request: Request) -> Response:
 
 
 def _tuned(service: Service) -> list[dict[str, Any]]:
-    table = schema.models
-    with service.database.read() as connection:
-        query = sa.select(table).order_by(table.c.number.desc())
-        rows = [dict(row) for row in connection.execute(query).mappings()]
+    rows = all_tuned(service)
     forms = {job: forms_of(service, job) for job in {row["job_id"] for row in rows}}
     return [
         {
