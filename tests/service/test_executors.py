@@ -52,7 +52,7 @@ def test_a_process_is_found_by_another_executor_and_ends_by_a_signal(tmp_path: P
     local, program = Local(tmp_path / "l"), launch(tmp_path, WAITS)
     assert local.find(program) is None
     handle = local.submit(program)
-    log_of(tmp_path, "up")
+    log_of(tmp_path, "up\n")
     other = Local(tmp_path / "l")  # as after a restart of the worker
     assert other.find(program) == handle and other.state(handle) is State.RUNNING
     assert other.submit(program) == handle  # and no second process
@@ -67,7 +67,7 @@ def test_a_process_that_does_not_end_is_killed(tmp_path: Path):
     code = "import signal; signal.signal(15, signal.SIG_IGN); " + WAITS
     local, program = Local(tmp_path / "l", grace=0.2), launch(tmp_path, code)
     handle = local.submit(program)
-    log_of(tmp_path, "up")
+    log_of(tmp_path, "up\n")
     local.stop(handle)
     time.sleep(0.1)
     assert local.state(handle) is State.RUNNING
@@ -79,7 +79,7 @@ def test_a_process_that_does_not_end_is_killed(tmp_path: Path):
 def test_a_killed_process_has_ended(tmp_path: Path):
     local, program = Local(tmp_path / "l"), launch(tmp_path, WAITS)
     handle = local.submit(program)
-    log_of(tmp_path, "up")
+    log_of(tmp_path, "up\n")
     os.kill(int((tmp_path / "l" / handle).read_text()), signal.SIGKILL)
     wait(local, handle, State.ENDED)
 
