@@ -86,11 +86,11 @@ def format_record(record: dict[str, Any]) -> list[str]:
     formats = {
         "loss": "loss {:.4f}",
         "perplexity": "perplexity {:.4g}",
-        "token_accuracy": "token accuracy {:.1%}",
         "accuracy": "accuracy {:.1%}",
         "margin": "margin {:.3f}",
         "tokens_per_second": "{:,.0f} tokens/s",
         "mfu": "MFU {:.1%}",
+        "token_accuracy": "token accuracy {:.1%}",
     }
     values = {
         name: math.nan if record[name] is None else record[name]

@@ -27,7 +27,7 @@ from jaxft.models.towers import TOWERS
 from jaxft.programs.engine import Engine
 from jaxft.programs.generate import generate_tokens
 from jaxft.programs.texts import Request
-from jaxft.training.objectives.token_scores import cross_entropy_sum
+from jaxft.training.objectives.token_scores import cross_entropy
 from jaxft.training.optim import make_optimizer
 from jaxft.training.program import make_placement
 from jaxft.training.state import abstract_state
@@ -92,15 +92,18 @@ def test_logits_loss_and_gradients_equal_the_reference_implementation(tmp_path, 
     def forward(params):
         model = merge(abstract.graphdef, params)
         hidden, routing = model.hidden(batch.tokens, batch.positions, batch.segments)
-        total = cross_entropy_sum(model, hidden, batch.targets, batch.weights, chunk=0)
+        terms = cross_entropy(model, hidden, batch.targets, batch.weights, chunk=0)
         balance = None if routing is None else balance_loss(routing)
-        return total, (model.logits(hidden), balance)
+        right, _ = terms.figures["token_accuracy"]
+        return terms.total, (model.logits(hidden), right, balance)
 
     step = jax.jit(jax.value_and_grad(forward, has_aux=True))
-    (total, (logits, balance)), gradients = step(params)
+    (total, (logits, right, balance)), gradients = step(params)
     real = (case.segments > 0)[..., None]
     np.testing.assert_allclose(np.where(real, logits, 0), case.logits, atol=1e-4)
     np.testing.assert_allclose(total, case.loss_sum, rtol=1e-4)
+    guessed = case.logits.argmax(axis=-1) == case.targets
+    assert right == np.sum(guessed * case.weights)
     weight = case.weights.sum()
     np.testing.assert_allclose(total / weight, case.loss_mean, rtol=1e-4)
     theirs = in_their_names(tmp_path, architecture, gradients)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def test_the_script_of_the_documentation_and_all_else_that_clients_do(tmp_path: 
         assert "Step 23/23: validation loss=" in done.stdout, done.stdout
         assert "ft:base:local:demo:" in done.stdout.splitlines()[-1]
         [job] = client.fine_tuning.jobs.list().data
+        last = client.files.content(job.result_files[0]).text.splitlines()[-1]
+        assert re.fullmatch(r"23(,[0-9.e-]+){4}", last), last  # no cell is empty
         # A run like any other, exported like any other.
         run = found.workdir / "jobs" / job.id / "run"
         export = ["export", f"--checkpoint={run}", f"--output={tmp_path / 'adapter'}", "--verify"]

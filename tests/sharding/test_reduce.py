@@ -14,7 +14,7 @@ from jaxft.hardware.chips import chip_named
 from jaxft.sharding import reduce
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, load_strategy
-from jaxft.training.objectives.token_scores import cross_entropy_sum, token_scores
+from jaxft.training.objectives.token_scores import cross_entropy, token_scores
 from tests.strategies import MESHES
 from tests.tiny import load_tiny, random_rows, relative_error
 
@@ -137,8 +137,8 @@ def test_cross_entropy_and_its_gradients_do_not_depend_on_placement(name, chunk)
             given = (tiny.merge(params), hidden, rows.targets, rows.weights)
             scores = token_scores(*given, chunk=chunk)
             total = jnp.sum(scores.log_probs * rows.weights, axis=-1)
-            nats = cross_entropy_sum(*given, chunk=chunk)
-            return jnp.sum(total * of_rows) + nats, scores
+            terms = cross_entropy(*given, chunk=chunk)
+            return jnp.sum(total * of_rows) + terms.total, (scores, terms)
 
         def whole(hidden, params):
             if placement is None:

@@ -16,7 +16,7 @@ from jaxft.training.objectives.bound import BoundObjective
 from jaxft.training.objectives.contract import Objective
 from jaxft.training.objectives.token_scores import (
     TrainedFirst,
-    cross_entropy_sum,
+    cross_entropy,
     token_scores,
 )
 from jaxft.training.step import make_train_step
@@ -168,7 +168,9 @@ def test_the_step_is_traced_once_and_donates_its_state(tiny):
 def test_cross_entropy_in_chunks_and_its_gradients_are_the_closed_form(tiny, chunk):
     rows = random_rows(3, LENGTH, VOCAB)
     rows = rows.with_columns(weights=rows.weights * np.float32([[2.0], [0.5], [1.0]]))
+    table = np.asarray(tiny.params["head.w"], np.float64)
     hidden = np.random.RandomState(0).randn(3, LENGTH, 32).astype(np.float32)
+    hidden[:, ::3] += 3 * table[rows.targets[:, ::3]]  # some targets are the likeliest
 
     def scored(hidden, params):
         model = tiny.merge(params)
@@ -177,9 +179,9 @@ def test_cross_entropy_in_chunks_and_its_gradients_are_the_closed_form(tiny, chu
 
     def summed(hidden, params):
         model = tiny.merge(params)
-        return cross_entropy_sum(model, hidden, rows.targets, rows.weights, chunk=chunk)
+        terms = cross_entropy(model, hidden, rows.targets, rows.weights, chunk=chunk)
+        return terms.total, terms
 
-    table = np.asarray(tiny.params["head.w"], np.float64)
     logits = hidden.astype(np.float64) @ table.T
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     one_hot = np.eye(VOCAB)[rows.targets]
@@ -187,12 +189,18 @@ def test_cross_entropy_in_chunks_and_its_gradients_are_the_closed_form(tiny, chu
     trained = rows.weights > 0
 
     of_scores = jax.jit(jax.value_and_grad(scored, (0, 1), has_aux=True))(hidden, tiny.params)
-    (total, scores), gradients = of_scores
+    scores = of_scores[0][1]
     at_target = (log_probs * one_hot).sum(-1)
     np.testing.assert_allclose(scores.log_probs, at_target * trained, rtol=1e-5)
-    np.testing.assert_array_equal(scores.correct, (logits.argmax(-1) == rows.targets) * trained)
-    of_sum = jax.jit(jax.value_and_grad(summed, (0, 1)))(hidden, tiny.params)
-    for found, (d_hidden, d_params) in ((total, gradients), of_sum):
+    right = (logits.argmax(-1) == rows.targets) * trained
+    assert 0 < right.sum() < trained.sum()
+    np.testing.assert_array_equal(scores.correct, right)
+    of_sum = jax.jit(jax.value_and_grad(summed, (0, 1), has_aux=True))(hidden, tiny.params)
+    for found in (of_sum[0][1], jax.jit(summed)(hidden, tiny.params)[1]):
+        counted = (right * rows.weights).sum(), rows.weights.sum()
+        np.testing.assert_array_equal(found.figures["token_accuracy"], counted)
+        assert found.weight == rows.weights.sum()
+    for (found, _), (d_hidden, d_params) in (of_scores, of_sum):
         np.testing.assert_allclose(found, -(at_target * rows.weights).sum(), rtol=1e-5)
         np.testing.assert_allclose(d_hidden, d_logits @ table, atol=1e-5)
         wanted = np.einsum("btv,btd->vd", d_logits, hidden)
@@ -234,7 +242,7 @@ def test_the_head_has_no_gradient_where_it_does_not_learn(tiny):
     def work(learns: bool) -> float:
         def total(hidden, w):
             model = tiny.merge({**frozen, "head.w": w})
-            return cross_entropy_sum(model, hidden, rows.targets, rows.weights, chunk=0)
+            return cross_entropy(model, hidden, rows.targets, rows.weights, chunk=0).total
 
         hidden = np.zeros((2, LENGTH, 32), np.float32)
         gradient = jax.jit(jax.grad(total, (0, 1) if learns else 0))

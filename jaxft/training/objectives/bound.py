@@ -15,11 +15,7 @@ from jaxft.models.experts import balance_loss
 from jaxft.models.layers import Routing
 from jaxft.training.objectives.contract import Objective, Scores, Terms
 from jaxft.training.objectives.recorded import RECORDED
-from jaxft.training.objectives.token_scores import (
-    Predictor,
-    cross_entropy_sum,
-    token_scores,
-)
+from jaxft.training.objectives.token_scores import Predictor, cross_entropy, token_scores
 
 _ENDS = ("low", "high")  # of an interval, in eval.jsonl
 
@@ -58,9 +54,9 @@ class _Scored:
         """Returns the scores of trained targets, and keeps what routers did."""
         return token_scores(*self._run(batch), chunk=self._chunk)
 
-    def cross_entropy(self, batch: Batch) -> Float[Array, ""]:
+    def cross_entropy(self, batch: Batch) -> Terms:
         """Returns the weighted nats of all targets, and keeps what routers did."""
-        return cross_entropy_sum(*self._run(batch), chunk=self._chunk)
+        return cross_entropy(*self._run(batch), chunk=self._chunk)
 
     def _run(self, batch: Batch) -> tuple[Predictor, Array, Array, Array]:
         hidden, self.routing = self._model.hidden(

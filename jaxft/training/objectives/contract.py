@@ -44,7 +44,7 @@ class Scores(NamedTuple):
 
     Attributes:
       log_probs: Log-probability in nats; gradients pass.
-      correct: 1 where the target is the most likely token, else 0.
+      correct: 1 where no token is likelier than the target, else 0.
     """
 
     log_probs: Float[Array, "B T"]
@@ -65,10 +65,11 @@ class Policy(Protocol):
         """Returns the scores of trained targets, from one pass through the model."""
         ...
 
-    def cross_entropy(self, batch: Batch) -> Float[Array, ""]:
+    def cross_entropy(self, batch: Batch) -> Terms:
         """Returns the weighted nats of all targets, from one pass through the model.
 
-        For a loss that is this sum and no more it is cheaper than `scores`.
+        Its figure is `token_accuracy`, the share of targets that were the first choice. For a loss
+        that is these nats and no more it is cheaper than `scores`.
         """
         ...
 

@@ -16,7 +16,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.layers import Routing
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.training.loops import loop_up_to
-from jaxft.training.objectives.contract import Scores
+from jaxft.training.objectives.contract import Scores, Terms
 
 
 @runtime_checkable
@@ -53,7 +53,7 @@ def token_scores(
     *,
     chunk: int,
 ) -> Scores:
-    """Returns the log-probability of each trained target, and whether it is the likeliest token.
+    """Returns the log-probability of each trained target, and whether no token is likelier.
 
     Both are 0 where the weight is 0. Each device makes the logits of a few of its positions at a
     time, and makes them again in the backward pass. It gathers the head once in each pass, adds the
@@ -83,22 +83,22 @@ def token_scores(
         *arrays, log_z, learns = kept
         if isinstance(d[0], jax.custom_derivatives.SymbolicZero):
             return (None,) * 4
-        # Which token is the likeliest has no gradient.
+        # Whether a target is the likeliest token has no gradient.
         return (*head.backward(*arrays, log_z, d[0], learns=learns is not None), None, None)
 
     scores.defvjp(keep, transpose, symbolic_zeros=True)
     return Scores(*scores(hidden, model.head_table, targets, weights))
 
 
-def cross_entropy_sum(
+def cross_entropy(
     model: Predictor,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
     chunk: int,
-) -> Float[Array, ""]:
-    """Returns the weighted sum of the nats of all targets.
+) -> Terms:
+    """Returns the weighted nats of all targets, summed, with the share of them that are right.
 
     Its gradient by a target's logits is known as soon as they are: softmax less one-hot, times the
     weight. So where a gradient is asked for it is made with the sum, and logits are made once
@@ -114,22 +114,26 @@ def cross_entropy_sum(
     head = _Head(model, targets.shape, chunk)
 
     @jax.custom_vjp
-    def total(hidden: Array, w: Array, targets: Array, weights: Array) -> Array:
-        return jnp.sum(-head.forward(hidden, w, targets, weights)[0] * weights)
+    def sums(hidden: Array, w: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+        log_probs, correct, _ = head.forward(hidden, w, targets, weights)
+        return jnp.sum(-log_probs * weights), jnp.sum(correct * weights)
 
-    def keep(*inputs: Any) -> tuple[Array, tuple]:
+    def keep(*inputs: Any) -> tuple[tuple[Array, Array], tuple]:
         arrays = tuple(x.value for x in inputs)
-        log_probs, *gradients = head.with_gradients(*arrays, learns=inputs[1].perturbed)
-        return jnp.sum(-log_probs * arrays[3]), tuple(gradients)
+        log_probs, correct, *gradients = head.with_gradients(*arrays, learns=inputs[1].perturbed)
+        weights = arrays[3]
+        return (jnp.sum(-log_probs * weights), jnp.sum(correct * weights)), tuple(gradients)
 
-    def transpose(gradients: tuple, d: Any) -> tuple[Array | None, ...]:
-        if isinstance(d, jax.custom_derivatives.SymbolicZero):
+    def transpose(gradients: tuple, d: tuple[Any, Any]) -> tuple[Array | None, ...]:
+        if isinstance(d[0], jax.custom_derivatives.SymbolicZero):
             return (None,) * 4
-        scaled = (None if x is None else (d * x).astype(x.dtype) for x in gradients)
+        scaled = (None if x is None else (d[0] * x).astype(x.dtype) for x in gradients)
         return (*scaled, None, None)
 
-    total.defvjp(keep, transpose, symbolic_zeros=True)
-    return total(hidden, model.head_table, targets, weights)
+    sums.defvjp(keep, transpose, symbolic_zeros=True)
+    nats, right = sums(hidden, model.head_table, targets, weights)
+    count = jnp.sum(weights)
+    return Terms(nats, count, {"token_accuracy": (right, count)})
 
 
 def _marked(flag: bool) -> tuple | None:
@@ -159,11 +163,13 @@ class _Head:
         inputs = (*self.inputs, self.of_tokens, self.of_tokens)
         return self.plan.map(local, inputs, self._gradients(learns))(*arrays)
 
-    def with_gradients(self, *arrays: Array, learns: bool) -> tuple[Array, Array, Array | None]:
-        def local(*arrays: Array) -> tuple[Array, Array, Array | None]:
+    def with_gradients(
+        self, *arrays: Array, learns: bool
+    ) -> tuple[Array, Array, Array, Array | None]:
+        def local(*arrays: Array) -> tuple[Array, Array, Array, Array | None]:
             return self.local.with_gradients(*arrays, learns=learns)
 
-        outputs = (self.of_tokens, *self._gradients(learns))
+        outputs = (self.of_tokens, self.of_tokens, *self._gradients(learns))
         return self.plan.map(local, self.inputs, outputs)(*arrays)
 
     def _gradients(self, learns: bool) -> tuple[Any, Any]:
@@ -181,7 +187,7 @@ class _Local:
     def forward(
         self, hidden: Array, w: Array, targets: Array, weights: Array
     ) -> tuple[Array, Array, Array]:
-        """Returns log-probability, whether it is the largest, and log Z of each position."""
+        """Returns log-probability, whether none is larger, and log Z of each position."""
         w = self.plan.gather(w.astype(hidden.dtype))
         trained = TrainedFirst.of(weights, self.chunk)
 
@@ -222,23 +228,25 @@ class _Local:
 
     def with_gradients(
         self, hidden: Array, w: Array, targets: Array, weights: Array, *, learns: bool
-    ) -> tuple[Array, Array, Array | None]:
-        """Returns log-probabilities, and gradients of the weighted sum of their negatives."""
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """Returns the first two of `forward`, and gradients of the weighted sum of the nats."""
         dtype, w = w.dtype, self.plan.gather(w.astype(hidden.dtype))
         trained = TrainedFirst.of(weights, self.chunk)
 
         def body(chunk: _Chunk, carry: tuple[Array, _Gradients]) -> tuple[Array, _Gradients]:
             taken, wanted = chunk.take(hidden), chunk.take(targets)
             logits, ids = self._logits(taken, w)
-            log_probs, _, log_z = self._judge(logits, ids, wanted)
+            log_probs, correct, log_z = self._judge(logits, ids, wanted)
+            made = jnp.stack([log_probs, correct])
             d = self._pulled(logits, ids, wanted, log_z) * chunk.take(weights)[:, None]
-            return chunk.put(carry[0], log_probs), self._add(carry[1], chunk, d, taken, w)
+            return chunk.put(carry[0], made, axis=1), self._add(carry[1], chunk, d, taken, w)
 
-        found = jnp.zeros(trained.order.size, jnp.float32)
+        found = jnp.zeros((2, trained.order.size), jnp.float32)
         with jax.default_matmul_precision(self.precision):
             carry = found, self._no_gradients(trained, hidden, w, learns)
             found, sums = trained.over(body, carry)
-        return (trained.restored(found), *self._gradients(trained, sums, dtype))
+        log_probs, correct = trained.restored(found, axis=1)
+        return log_probs, correct, *self._gradients(trained, sums, dtype)
 
     def _logits(self, hidden: Array, w: Array) -> tuple[Array, Array]:
         """Returns float32 logits of this device's part of the vocabulary, and its ids."""
@@ -252,15 +260,15 @@ class _Local:
         return logits, (first + jnp.arange(w.shape[0], dtype=jnp.int32))[None]
 
     def _judge(self, logits: Array, ids: Array, targets: Array) -> tuple[Array, Array, Array]:
-        """Returns log-probability, whether it is the largest, and log Z."""
+        """Returns log-probability, whether none is larger, and log Z."""
         largest = _over(jax.lax.pmax, jnp.max(logits, axis=-1), self.vocab_over)
         exps = jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1)
         log_z = largest + jnp.log(_over(jax.lax.psum, exps, self.vocab_over))
         at_target = jnp.sum(jnp.where(ids == targets[:, None], logits, 0.0), axis=-1)
         at_target = _over(jax.lax.psum, at_target, self.vocab_over)
-        first = jnp.where(logits == largest[:, None], ids, jnp.iinfo(jnp.int32).max)
-        first = _over(jax.lax.pmin, jnp.min(first, axis=-1), self.vocab_over)
-        return at_target - log_z, (first == targets).astype(jnp.float32), log_z
+        # Nothing more is read or exchanged for it: a likeliest token that ties counts as right.
+        correct = (at_target == largest).astype(jnp.float32)
+        return at_target - log_z, correct, log_z
 
     def _pulled(self, logits: Array, ids: Array, targets: Array, log_z: Array) -> Array:
         """Returns the gradient of a target's nats by the product of which logits are made."""
