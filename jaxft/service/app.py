@@ -8,6 +8,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route, Router
 
 from jaxft.service import completions, files, jobs, models, oldest
+from jaxft.service.answers import Answers
+from jaxft.service.feeds import Feeds
 from jaxft.service.gate import Gate
 from jaxft.service.page import routes as page
 from jaxft.service.page.exports import Exports
@@ -39,6 +41,7 @@ def make_app(
     )
     app = Gate(router, service=service, hosts=hosts, needs_token=needs_token)
     app.state.models = models.Models(service)
+    app.state.answers, app.state.feeds = Answers(service.database), Feeds(service)
     app.state.links, app.state.exports = Links(), Exports(service)
     vars(app.state).update(state)
     return app

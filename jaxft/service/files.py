@@ -12,6 +12,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from jaxft.formatting import format_bytes
+from jaxft.service.answers import reused
 from jaxft.service.bodies import ExpiresAfter, UploadComplete, UploadCreate, read_body, read_values
 from jaxft.service.errors import ApiError, not_found
 from jaxft.service.history import ACTIVE
@@ -396,8 +397,8 @@ def drop_expired(service: Service) -> None:
 
 ROUTES = [
     Route("/files", create_file, methods=["POST"]),
-    Route("/files", list_files),
-    Route("/files/{file}", retrieve_file),
+    Route("/files", reused(list_files)),
+    Route("/files/{file}", reused(retrieve_file)),
     Route("/files/{file}", delete_file, methods=["DELETE"]),
     Route("/files/{file}/content", file_content),
     Route("/uploads", create_upload, methods=["POST"]),

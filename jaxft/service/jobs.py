@@ -1,9 +1,6 @@
 """Jobs, their events and checkpoints: /v1/fine_tuning/jobs."""
 
-import asyncio
-import json
 import secrets
-from collections.abc import AsyncIterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,21 +8,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from jaxft.service.answers import reused
 from jaxft.service.bodies import Hyperparameters, JobCreate, read_body
 from jaxft.service.errors import ApiError, not_found
+from jaxft.service.feeds import Feeds
 from jaxft.service.files import find_file
 from jaxft.service.history import ACTIVE, STARTED, add_delivery, add_event
 from jaxft.service.ids import letters, new_id
 from jaxft.service.keys import check_keys
 from jaxft.service.models import find_served
 from jaxft.service.objects import checkpoint_object, event_object, job_object
-from jaxft.service.paging import listed, page_of, read_page
+from jaxft.service.paging import find_page, listed, page_of, read_page
 from jaxft.service.state import Service, in_thread, service_of
 from jaxft.service.store import schema
 from jaxft.service.store.database import Row, add, change, now, one
 
 _MOST = 1000
-_STREAM_SECONDS = 0.5  # between looks at the database for events to be sent
 
 
 async def create_job(request: Request) -> Response:
@@ -253,53 +251,43 @@ def _turn(connection: sa.Connection, row: Row, status: str, **values: Any) -> Ro
 
 async def list_events(request: Request) -> Response:
     """Lists events, or with `stream=true` sends them as they happen, the oldest first."""
-    service, row = service_of(request), await _found(request)
     if request.query_params.get("stream") == "true":
-        return StreamingResponse(_streamed(service, row["id"]), media_type="text/event-stream")
-    page, table = page_of(request.query_params, limit=20, most=_MOST), schema.events
-    rows, has_more = await read_page(service, table, page, table.c.job_id == row["id"])
-    return JSONResponse(listed([event_object(event) for event in rows], has_more))
-
-
-async def _streamed(service: Service, number: str) -> AsyncIterator[str]:
-    table, last = schema.events, 0
-
-    def news() -> tuple[list[Row], str]:
-        with service.database.read() as connection:
-            status = find_job(connection, number)["status"]
-            query = sa.select(table).where(table.c.job_id == number, table.c.number > last)
-            found = connection.execute(query.order_by(table.c.number)).mappings().all()
-            return [dict(row) for row in found], status
-
-    while True:
-        rows, status = await in_thread(news)
-        for row in rows:
-            yield f"event: {row['type']}\ndata: {json.dumps(event_object(row))}\n\n"
-            last = row["number"]
-        if status not in ACTIVE:
-            yield "data: [DONE]\n\n"
-            return
-        if not rows:
-            yield ": waiting\n\n"  # by which a client that has gone is noticed
-        await asyncio.sleep(_STREAM_SECONDS)
+        feeds: Feeds = request.app.state.feeds
+        events = feeds.follow((await _found(request))["id"])
+        return StreamingResponse(events, media_type="text/event-stream")
+    _, rows, has_more = await _page_of_job(request, schema.events, limit=20)
+    return JSONResponse(listed([event_object(row) for row in rows], has_more))
 
 
 async def list_checkpoints(request: Request) -> Response:
     """Lists the checkpoints that are kept."""
-    service, row = service_of(request), await _found(request)
-    page, table = page_of(request.query_params, limit=10, most=_MOST), schema.checkpoints
-    rows, has_more = await read_page(service, table, page, table.c.job_id == row["id"])
-    data = [checkpoint_object(checkpoint, row["tuned_name"]) for checkpoint in rows]
+    job, rows, has_more = await _page_of_job(request, schema.checkpoints, limit=10)
+    data = [checkpoint_object(row, job["tuned_name"]) for row in rows]
     return JSONResponse(listed(data, has_more))
+
+
+async def _page_of_job(
+    request: Request, table: sa.Table, *, limit: int
+) -> tuple[Row, list[Row], bool]:
+    """Returns a job, rows of it in a table as the request asks for, and whether there are more."""
+    service, number = service_of(request), request.path_params["job"]
+    page = page_of(request.query_params, limit=limit, most=_MOST)
+
+    def find() -> tuple[Row, list[Row], bool]:
+        with service.database.read() as connection:
+            job = find_job(connection, number)
+            return job, *find_page(connection, table, page, table.c.job_id == number)
+
+    return await in_thread(find)
 
 
 ROUTES = [
     Route("/fine_tuning/jobs", create_job, methods=["POST"]),
-    Route("/fine_tuning/jobs", list_jobs),
-    Route("/fine_tuning/jobs/{job}", retrieve_job),
+    Route("/fine_tuning/jobs", reused(list_jobs)),
+    Route("/fine_tuning/jobs/{job}", reused(retrieve_job)),
     Route("/fine_tuning/jobs/{job}/cancel", cancel_job, methods=["POST"]),
     Route("/fine_tuning/jobs/{job}/pause", pause_job, methods=["POST"]),
     Route("/fine_tuning/jobs/{job}/resume", resume_job, methods=["POST"]),
-    Route("/fine_tuning/jobs/{job}/events", list_events),
-    Route("/fine_tuning/jobs/{job}/checkpoints", list_checkpoints),
+    Route("/fine_tuning/jobs/{job}/events", reused(list_events)),
+    Route("/fine_tuning/jobs/{job}/checkpoints", reused(list_checkpoints)),
 ]

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from jaxft.errors import nearest
+from jaxft.service.answers import reused
 from jaxft.service.errors import ApiError
 from jaxft.service.history import ACTIVE
 from jaxft.service.objects import model_object
@@ -184,7 +185,7 @@ def _refuse_if_needed(connection: sa.Connection, own: Row, names: list[str]) -> 
 
 
 ROUTES = [
-    Route("/models", list_models),
-    Route("/models/{model:path}", retrieve_model),
+    Route("/models", reused(list_models)),
+    Route("/models/{model:path}", reused(retrieve_model)),
     Route("/models/{model:path}", delete_model, methods=["DELETE"]),
 ]

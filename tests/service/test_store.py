@@ -1,6 +1,7 @@
 """Tables and their migrations, transactions, and contents of files."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,27 @@ def test_a_transaction_is_done_as_a_whole_or_not_at_all(opened: Database):
         assert not change(connection, schema.tokens, {"name": ("a", "b")}, digest="y")
         assert not remove(connection, schema.tokens, name="a")
     opened.close()
+
+
+def test_commits_of_anyone_are_noticed(opened: Database):
+    def write(database: Database) -> None:
+        with database.write() as connection:
+            add(connection, schema.tokens, name=str(time.time_ns()), created_at=0, digest="x")
+
+    other = Database(opened._engine.url.render_as_string(hide_password=False))
+    seen = [opened.commits()]
+    if not opened.is_sqlite:
+        assert seen == [None]
+    else:
+        for database in (opened, other, opened):
+            write(database)
+            assert opened.commits() not in seen
+            seen.append(opened.commits())
+            with other.read() as connection:
+                one(connection, schema.tokens, name="a")
+            assert opened.commits() == seen[-1]
+    for database in (opened, other):
+        database.close()
 
 
 def test_writers_wait_for_one_another(opened: Database):
