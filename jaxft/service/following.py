@@ -1,10 +1,11 @@
 """Reads what a run has written, as events, checkpoints and the file of results of its job."""
 
 import csv
+import functools
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,13 @@ class RunFolder:
 
     def metrics(self, *, after: int = 0) -> list[dict[str, Any]]:
         """Returns the figures of training steps."""
-        return [r for r in read_jsonl(self.path / "metrics.jsonl") if r["step"] > after]
+        return [r for r in _records(self.path / "metrics.jsonl") if r["step"] > after]
 
     def evaluations(self, *, after: int = -1) -> list[dict[str, Any]]:
         """Returns the figures of validation data."""
         return [
             record
-            for record in read_jsonl(self.path / "eval.jsonl")
+            for record in _records(self.path / "eval.jsonl")
             if record["step"] > after and record.get("dataset", "validation") == "validation"
         ]
 
@@ -57,6 +58,20 @@ class RunFolder:
             return []
         # Orbax gives a checkpoint its name of digits alone when it is complete.
         return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def _records(path: Path) -> Sequence[dict[str, Any]]:
+    """Returns the objects of a file, which may be absent and is read again once it has changed."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return _read(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _read(path: Path, size: int, time_ns: int) -> Sequence[dict[str, Any]]:
+    return tuple(read_jsonl(path))
 
 
 def trained(record: dict[str, Any], steps: int) -> tuple[str, dict[str, Any]]:

@@ -129,15 +129,16 @@ class Worker:
         free = sa.or_(
             jobs.c.taken_by.is_(None), jobs.c.taken_by == self._name, jobs.c.taken_until < time_
         )
+        query = sa.select(jobs).where(open_, free).order_by(jobs.c.number)
         with self._service.database.read() as connection:
-            if connection.execute(sa.select(jobs.c.id).where(open_).limit(1)).scalar() is None:
-                return []
-        with self._service.database.write() as connection:
-            query = sa.select(jobs).where(open_, free).order_by(jobs.c.number)
-            if not self._service.database.is_sqlite:
-                query = query.with_for_update(skip_locked=True)
             rows = [dict(row) for row in connection.execute(query).mappings()]
-            old = [r for r in rows if r["taken_by"] != self._name or _is_half_over(r, time_)]
+        if not any(self._is_to_take(row, time_) for row in rows):
+            return rows
+        if not self._service.database.is_sqlite:
+            query = query.with_for_update(skip_locked=True)
+        with self._service.database.write() as connection:
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+            old = [row for row in rows if self._is_to_take(row, time_)]
             if old:
                 change(
                     connection,
@@ -147,6 +148,10 @@ class Worker:
                     taken_until=time_ + _LEASE,
                 )
         return rows
+
+    def _is_to_take(self, row: Row, time_: int) -> bool:
+        """Returns whether a job is not this worker's, or will soon be anyone's again."""
+        return row["taken_by"] != self._name or row["taken_until"] - time_ < _LEASE / 2
 
     def _release_all(self) -> None:
         """Gives up what this worker, or one before it on this machine, has taken."""
@@ -268,10 +273,6 @@ class Worker:
             with self._service.database.write() as connection:
                 one(connection, schema.jobs, locks=True, id=row["id"])  # events keep their order
                 add_event(connection, row["id"], f"Step {result['step']} is saved")
-
-
-def _is_half_over(row: Row, time_: int) -> bool:
-    return row["taken_until"] is None or row["taken_until"] - time_ < _LEASE / 2
 
 
 @contextlib.contextmanager
