@@ -6,7 +6,8 @@ Starts `jaxft serve` in a temporary folder with a tiny model and one job, takes 
 job's steps alone, then lets clients read (files, jobs, events, models), upload files of 64 kB and
 follow the stream of events, each a request every `--pause` seconds. Times are of whole requests at
 the client, which shares the cores; `step_ratio` is the time of the job's steps meanwhile over that
-alone, `clients_share_of_cores` what the clients themselves took of the cores.
+alone, `clients_share_of_cores` what the clients themselves took of the cores, and
+`server_share_of_cores` what server and worker took. Linux alone tells the latter.
 """
 
 import argparse
@@ -51,14 +52,15 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Returns what one server did."""
     _write_model(folder)
-    with _server(folder) as url:
+    with _server(folder) as (url, server):
         job = _start_job(folder, url)
         metrics = folder / "service" / "jobs" / job / "run" / "metrics.jsonl"
         alone = _step_seconds(metrics, options.seconds)
         first = _last(metrics)
-        start, used = time.monotonic(), time.process_time()
+        start, ours, theirs = time.monotonic(), time.process_time(), _core_seconds(server)
         times = asyncio.run(_load(options, url, job))
-        share = (time.process_time() - used) / (time.monotonic() - start) / (os.cpu_count() or 1)
+        cores = (time.monotonic() - start) * (os.cpu_count() or 1)
+        ours, theirs = time.process_time() - ours, _core_seconds(server) - theirs
         loaded = _between(first, _last(metrics))
         httpx.post(f"{url}/fine_tuning/jobs/{job}/cancel")
     return {
@@ -68,7 +70,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "step_seconds_alone": alone,
         "step_seconds_loaded": loaded,
         "step_ratio": loaded / alone,
-        "clients_share_of_cores": share,
+        "clients_share_of_cores": ours / cores,
+        "server_share_of_cores": theirs / cores,
+        "server_seconds_per_1000_requests": 1000 * theirs / (times["reads"] + times["writes"]),
         **times,
     }
 
@@ -82,7 +86,8 @@ def _write_model(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _server(folder: Path) -> Iterator[str]:
+def _server(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yields the address of a server, and the id of its process."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     command = [sys.executable, "-m", "jaxft", "serve", f"--models={folder / 'base'}"]
@@ -95,10 +100,21 @@ def _server(folder: Path) -> Iterator[str]:
                     httpx.get(f"http://127.0.0.1:{port}/health")
                     break
                 time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/v1"
+            yield f"http://127.0.0.1:{port}/v1", process.pid
             time.sleep(5)  # for the job to end
         finally:
             process.send_signal(signal.SIGTERM)
+
+
+def _core_seconds(server: int) -> float:
+    """Returns what a server and its worker have taken of the cores; jobs are of the worker."""
+    lists = Path(f"/proc/{server}/task").glob("*/children")
+    processes = [server, *(int(child) for found in lists for child in found.read_text().split())]
+    ticks = 0
+    for process in processes:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # as user, and in the kernel
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _start_job(folder: Path, url: str) -> str:
@@ -143,8 +159,10 @@ async def _load(options: argparse.Namespace, url: str, job: str) -> dict[str, An
         await asyncio.sleep(chance.uniform(0, options.pause))
         if number % 10 == 0:  # one in ten follows the events
             path = f"{url}/fine_tuning/jobs/{job}/events?stream=true"
-            async for _ in _lines(http, path, end):
-                streamed += 1
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(end - time.monotonic()):
+                    async for _ in _lines(http, path):
+                        streamed += 1
             return
         while time.monotonic() < end:
             start = time.perf_counter()
@@ -179,12 +197,10 @@ async def _load(options: argparse.Namespace, url: str, job: str) -> dict[str, An
     }
 
 
-async def _lines(http: httpx.AsyncClient, path: str, end: float) -> AsyncIterator[str]:
+async def _lines(http: httpx.AsyncClient, path: str) -> AsyncIterator[str]:
     async with http.stream("GET", path) as answer:
         async for line in answer.aiter_lines():
             yield line
-            if time.monotonic() > end:
-                return
 
 
 if __name__ == "__main__":

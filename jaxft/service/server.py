@@ -28,6 +28,7 @@ from jaxft.service.target import variables_of
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _AGAIN = 2.0  # seconds before a worker that died is started again
 _GRACE = 20.0
+_REST = 60
 
 log = logging.getLogger("jaxft.service")
 
@@ -91,6 +92,8 @@ def serve(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...] = 
             log_level="warning",
             lifespan="off",
             timeout_graceful_shutdown=5,
+            # Longer than clients keep a connection that rests: none sends into one that ends.
+            timeout_keep_alive=_REST,
             access_log=False,
             server_header=False,
         )
