@@ -129,7 +129,7 @@ GOOD = {"messages": PAIR}
 @pytest.mark.parametrize(
     ("good", "bad", "message"),
     [
-        (GOOD, {"mesages": PAIR}, r"key 'messages' is missing; .*Did you mean 'mesages'\?"),
+        (GOOD, {"mesages": PAIR}, r"key 'messages' is missing; .*Did you mean 'messages'\?"),
         (GOOD, {"messages": []}, r"'messages' is \[\]; expected a list of messages"),
         (GOOD, ["x"], r"the row is \[\"x\"\]; expected an object"),
         (
@@ -146,6 +146,16 @@ GOOD = {"messages": PAIR}
             GOOD,
             {"messages": [PAIR[0], {**PAIR[1], "weight": 0.5}]},
             r"messages\[1\]\.weight is 0\.5; expected 0 or 1",
+        ),
+        (
+            GOOD,
+            {"messages": [{"rol": "user", "content": "q"}, PAIR[1]]},
+            r"messages\[0\]\.role is null; .*Did you mean 'role'\?",
+        ),
+        (
+            GOOD,
+            {"messages": [{"role": "user", "contnet": "q"}, PAIR[1]]},
+            r"messages\[0\]\.content is empty; .*Did you mean 'content'\?",
         ),
         (GOOD, {"messages": PAIR[1:]}, r"messages\[0\]\.role is 'assistant' and comes first"),
         (GOOD, {"messages": PAIR[:1] * 2}, r"messages\[1\]\.role is 'user' and follows 'user'"),
@@ -164,12 +174,18 @@ GOOD = {"messages": PAIR}
         (
             {"instruction": "q", "output": "a"},
             {"instrction": "q", "output": "a"},
-            r"key 'instruction' is missing; .*Did you mean 'instrction'\?",
+            r"key 'instruction' is missing; .*Did you mean 'instruction'\?",
         ),
         (
             {"instruction": "q", "output": "a"},
             {"instruction": "q", "output": ""},
             r"'output' is empty",
+        ),
+        ({"conversations": TURNS}, {"conversatons": TURNS}, r"Did you mean 'conversations'\?"),
+        (
+            {"conversations": TURNS},
+            {"conversations": [{"form": "human", "vlaue": "q"}]},
+            r"expected an object with 'from' and 'value'\. Did you mean 'from' and 'value'\?",
         ),
         (
             {"conversations": TURNS},
@@ -222,6 +238,28 @@ def test_an_unknown_format_shows_all_known_ones(tmp_path):
     with pytest.raises(DataError) as error:
         read(tmp_path, {"a": "x", "b": "y"})
     assert all(example in str(error.value) for example in EXAMPLES.values())
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"mesages": PAIR}, "Did you mean 'messages'?"),
+        ({"Message": PAIR, "id": 3}, "Did you mean 'messages'?"),
+        (
+            {"promt": "q", "complition": "a", "system": "s"},
+            "Did you mean 'prompt' and 'completion'?",
+        ),
+        ({"question": "q", "anwser": "a"}, "Did you mean 'answer'?"),
+        ({"prompt": "q", "chosen": "a", "rejcted": "b"}, "Did you mean 'rejected'?"),
+        ({"inputs": "q", "targets": "a"}, ""),  # which spelt otherwise are no format either
+    ],
+)
+def test_columns_that_are_mistyped_in_the_first_row_are_named(tmp_path, row, hint):
+    with pytest.raises(DataError) as error:
+        read(tmp_path, row)
+    said = str(error.value).splitlines()[0]
+    assert "rows.jsonl:1: " in said
+    assert said.endswith(f"are in no known format.{' ' * bool(hint)}{hint}")
 
 
 @pytest.mark.parametrize(

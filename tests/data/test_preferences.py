@@ -289,6 +289,7 @@ def first_row(row):
         ({**PAIR, "instruction": "x", "prompt": None}, "'prompt' is null"),
         ({"question": "q", "chosen": "a", "rejected": "b"}, "told by 'question' and 'chosen' and"),
         ({"prompt": "q", "completion": "good"}, "has no pair of answers.*objective.name=sft"),
+        ({"prompt": "q", "chosn": "a", "rejected": "b"}, "Did you mean 'chosen'\\?"),
     ],
 )
 def test_pairs_that_compare_nothing_are_refused(tmp_path, row, message):
@@ -309,6 +310,8 @@ LABELLED = {"prompt": "q", "completion": "good", "label": True}
         ({**LABELLED, "label": "good"}, "Write true in place of good, yes or the like"),
         ({**LABELLED, "label": None}, "'label' is null; expected true or false"),
         ({"prompt": "q", "completion": "good"}, "has no label"),
+        ({"prompt": "q", "completion": "good", "lable": True}, "Did you mean 'label'\\?"),
+        ({"promt": "q", "completion": "good", "label": True}, "Did you mean 'prompt'\\?"),
         ({**LABELLED, "kto_tag": False}, "both 'label' and 'kto_tag'"),
         ({**LABELLED, "completion": ""}, "'completion' is empty"),
         ({**LABELLED, "rejected": "bad"}, "the row has 'rejected' beside a label"),
@@ -327,6 +330,9 @@ def test_labelled_answers_that_say_nothing_are_refused(tmp_path, row, message):
         ({"prompt": "q", "completion": "a"}, "pairs", "holds one answer; .*objective.name=sft"),
         ({"prompt": "q", "completion": "a"}, "labelled", "holds one answer; .*objective.name=sft"),
         (LABELLED, "pairs", "one answer with a label; .*objective.name=kto"),
+        ({"promt": "q", "answer": "a"}, "pairs", "one chosen and one rejected\\.\n"),
+        ({"prompt": "q", "chosen": "a", "rejcted": "b"}, "pairs", "Did you mean 'rejected'\\?"),
+        ({"prompt": "q", "completon": "a", "label": True}, "labelled", "you mean 'completion'"),
         ({"text": "t"}, "pairs", "a text without answers; .*objective.name=sft"),
         ({"a": "t"}, "pairs", "has the columns a; the objective takes pairs"),
         (PAIR, "documents", "pair of answers, .*objective.name=dpo"),

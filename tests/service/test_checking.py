@@ -102,6 +102,11 @@ def test_asked_settings_are_taken(folder: Path):
     [
         (['{"messages": [{"role": "user", "content": "hi"}]}'] * 12, "invalid_file_format", ":1"),
         (['{"question": "a"}'] * 12, "invalid_file_format", "mine.jsonl:1"),
+        (['{"mesages": []}'] * 12, "invalid_file_format",
+         r"mine\.jsonl:1: .* Did you mean 'messages'\?"),
+        (['{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+          '{"mesages": []}'] * 9, "invalid_file_format",
+         r"mine\.jsonl:2: .* Did you mean 'messages'\?"),
         (["{broken"] * 12, "invalid_file_format", "mine.jsonl:1"),
         (['{"prompt": "a", "completion": "b"}'] * 9, "invalid_n_examples", "has 9 examples"),
         (['{"prompt": "a", "completion": "b"}'] * 12 + ['{"prompt": 3}'], "invalid_file_format",

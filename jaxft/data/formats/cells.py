@@ -3,12 +3,12 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxft.data.json_text import loads as load_json
 from jaxft.data.problems import RowError
-from jaxft.errors import nearest
+from jaxft.errors import nearest_of
 
 
 def as_row(value: Any) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def as_row(value: Any) -> dict[str, Any]:
 def cell_text(row: dict[str, Any], key: str) -> str:
     """Returns a cell as text, numbers included; an absent, empty or missing one is an error."""
     if key not in row:
-        raise RowError(f"key {key!r} is missing; the row has {', '.join(row)}.{nearest(key, row)}")
+        raise missing(key, row)
     value = row[key]
     if isinstance(value, float) and not math.isfinite(value):
         raise RowError(f"{key!r} is {value}, a missing number; expected text.")
@@ -32,6 +32,26 @@ def cell_text(row: dict[str, Any], key: str) -> str:
     if not value.strip():
         raise RowError(f"{key!r} is empty; expected text.")
     return value
+
+
+def missing(key: str, row: Mapping[str, Any]) -> RowError:
+    """Returns the error of a row that lacks a key, which may have been mistyped."""
+    has = ", ".join(row) or "no columns"
+    return RowError(f"key {key!r} is missing; the row has {has}.{mistyped(row, key)}")
+
+
+def mistyped(row: Any, *keys: str) -> str:
+    """Returns " Did you mean 'x'?" for keys that an object lacks and has others alike; mostly ''.
+
+    Each key of the object is taken for one at most.
+    """
+    rest = [key for key in row if key not in keys] if isinstance(row, Mapping) else []
+    meant = []
+    for key in keys:
+        if rest and key not in row and (written := nearest_of(key, rest)):
+            rest.remove(written)
+            meant.append(key)
+    return f" Did you mean {quoted(meant)}?" if meant else ""
 
 
 def _number_text(value: bool | int | float, key: str) -> str:

@@ -3,7 +3,16 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxft.data.formats.cells import as_row, cell_text, check_one_of, optional_text, quoted, show
+from jaxft.data.formats.cells import (
+    as_row,
+    cell_text,
+    check_one_of,
+    missing,
+    mistyped,
+    optional_text,
+    quoted,
+    show,
+)
 from jaxft.data.formats.items import Conversation, Document, Item
 from jaxft.data.formats.layouts import turns_column
 from jaxft.data.formats.messages import SHAREGPT_ROLES, make_conversation
@@ -30,9 +39,7 @@ def single_turn(prompt: str, completion: str, origin: str, *, system: str = "") 
 def _from_messages(value: Any, origin: str) -> Conversation:
     row = as_row(value)
     if "messages" not in row:
-        raise RowError(
-            f"key 'messages' is missing; the row has {', '.join(row)}.{nearest('messages', row)}"
-        )
+        raise missing("messages", row)
     return make_conversation(row["messages"], "messages", row, origin)
 
 
@@ -40,7 +47,7 @@ def _from_sharegpt(value: Any, origin: str) -> Conversation:
     row = as_row(value)
     column = turns_column(row)
     if column not in row:
-        raise RowError(f"key 'conversations' is missing; the row has {', '.join(row)}.")
+        raise missing("conversations", row)
     turns = row[column]
     if not isinstance(turns, list):
         raise RowError(f"{column!r} is {show(turns)}; expected a list of turns.")
@@ -53,7 +60,10 @@ def sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
     if isinstance(turn, dict) and "role" in turn and "from" not in turn:
         return turn
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise RowError(f"{where} is {show(turn)}; expected an object with 'from' and 'value'.")
+        raise RowError(
+            f"{where} is {show(turn)}; expected an object with 'from' and 'value'."
+            f"{mistyped(turn, 'from', 'value')}"
+        )
     name = turn["from"]
     if not isinstance(name, str) or name not in SHAREGPT_ROLES:
         raise RowError(

@@ -6,7 +6,14 @@ from typing import Any
 from jaxft.data.formats.cells import as_row, cell_text, optional_text, quoted
 from jaxft.data.formats.converters import CONVERTERS, make_document, single_turn
 from jaxft.data.formats.items import Conversation, Format
-from jaxft.data.formats.layouts import LABELS, describe_unused, pair_columns, single_layout
+from jaxft.data.formats.layouts import (
+    LABELS,
+    describe_unused,
+    known_columns,
+    pair_columns,
+    respelt,
+    single_layout,
+)
 from jaxft.data.formats.media import check_text_only
 from jaxft.data.problems import RowError
 from jaxft.data.sources import Row
@@ -137,7 +144,8 @@ def _detect(value: dict[str, Any], origin: str) -> Format:
     if not name:
         raise DataError(
             [
-                f"{origin}: the columns {', '.join(columns)} are in no known format.",
+                f"{origin}: the columns {', '.join(columns)} are in no known format."
+                f"{respelt(value, known_columns)}",
                 "Name the two that hold prompt and answer: --config.data.format=columns "
                 "--config.data.columns=prompt=…,completion=…, or after the name of this source "
                 "alone ':prompt=…:completion=…'; or write rows in one of these forms:",
@@ -152,8 +160,7 @@ def told_columns(names: Iterable[str], spec: SourceSpec) -> list[str]:
     """Returns the columns that make something with these names a row; none if they make no row."""
     if spec.mapping:
         return list(spec.mapping.values()) if {*spec.mapping.values()} <= {*names} else []
-    cells = dict.fromkeys(names)
-    return pair_columns(cells) or single_layout(cells)[1]
+    return known_columns(dict.fromkeys(names))
 
 
 def _mapped_format(name: str, mapping: dict[str, str], columns: list[str]) -> Format:

@@ -1,7 +1,9 @@
 """The columns that make a row one of each kind; nothing here reads what is in them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from jaxft.errors import nearest_of
 
 _QUESTION_AND_ANSWER = (
     ("question", "answer"),
@@ -16,6 +18,12 @@ TEXT_PROMPTS = ("prompt", "question", "query", "input")
 OPENAI_PAIR = ("input", "preferred_output", "non_preferred_output")
 LABELS = ("label", "kto_tag")
 """Columns that mark an answer as a good or a bad one."""
+_NAMES = (
+    *("messages", "conversations", "prompt", "completion", "response", "instruction", "output"),
+    *("text", "chosen", "rejected", *OPENAI_PAIR[1:], *LABELS),
+    *(name for pair in _QUESTION_AND_ANSWER for name in pair),
+)
+"""Columns that tell what a row is."""
 
 
 def single_layout(value: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -78,6 +86,11 @@ def prompt_column(value: Mapping[str, Any]) -> str:
     return next((name for name in names if name in value), "")
 
 
+def known_columns(value: Mapping[str, Any]) -> list[str]:
+    """Returns the columns that make a row a pair, a single answer or a text; none otherwise."""
+    return pair_columns(value) or single_layout(value)[1]
+
+
 def label_columns(value: Mapping[str, Any]) -> list[str]:
     """Returns the columns that make a row a labelled answer; none if they do not."""
     label = next((name for name in LABELS if name in value), "")
@@ -102,6 +115,20 @@ def describe_unused(used: Iterable[str], columns: Iterable[str]) -> str:
     used = set(used)
     rest = [column for column in columns if column not in used]
     return f" (not used: {', '.join(rest)})" if rest else ""
+
+
+def respelt(value: Mapping[str, Any], told: Callable[[Mapping[str, Any]], list[str]]) -> str:
+    """Returns " Did you mean 'messages'?" for columns that make a row if they are spelt so, or ''.
+
+    Args:
+      value: The row, which has no known layout.
+      told: Returns the columns that make something a row; none if they make no row.
+    """
+    absent = [name for name in _NAMES if name not in value]
+    meant = {name: "" if name in _NAMES else nearest_of(name, absent) for name in value}
+    used = told({meant[name] or name: cell for name, cell in value.items()})
+    found = [name for name in meant.values() if name and name in used]
+    return f" Did you mean {' and '.join(map(repr, found))}?" if found else ""
 
 
 def _present(value: Mapping[str, Any], *columns: str) -> list[str]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jaxft.data.formats.cells import check_one_of, optional_text, parsed, quoted, show
+from jaxft.data.formats.cells import check_one_of, mistyped, optional_text, parsed, quoted, show
 from jaxft.data.formats.items import Conversation
 from jaxft.data.formats.media import TEXT_ONLY, check_text_only
 from jaxft.data.problems import RowError
@@ -83,7 +83,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role not in (*ROLES, *_ROLE_NAMES):
         raise RowError(
             f"{where}.role is {show(role)}; expected one of {', '.join(ROLES)}."
-            f"{nearest(str(role), ROLES)}"
+            f"{mistyped(message, 'role') or nearest(str(role), ROLES)}"
         )
     cleaned = {name: message[name] for name in _MESSAGE_KEYS if message.get(name)}
     cleaned |= {"role": _ROLE_NAMES.get(role, role), "content": _content(message, where)}
@@ -98,7 +98,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     has_reasoning = any(cleaned.get(key) for key in THINKING_KEYS)
     if not cleaned["content"].strip() and not cleaned.get("tool_calls") and not has_reasoning:
         kind = "an answer" if cleaned["role"] == "assistant" else "text"
-        raise RowError(f"{where}.content is empty; expected {kind}.")
+        hint = mistyped(message, "content", "tool_calls")
+        raise RowError(f"{where}.content is empty; expected {kind}.{hint}")
     return cleaned
 
 

@@ -12,6 +12,8 @@ from jaxft.data.formats.cells import (
     cell_text,
     check_one_of,
     is_empty,
+    missing,
+    mistyped,
     optional_text,
     parsed,
     quoted,
@@ -22,11 +24,13 @@ from jaxft.data.formats.items import Conversation, Labelled, Preference, answer_
 from jaxft.data.formats.layouts import (
     LABELS,
     OPENAI_PAIR,
+    label_columns,
     label_layout,
     pair_answers,
     pair_columns,
     pair_layout,
     prompt_column,
+    respelt,
     single_layout,
     turns_column,
 )
@@ -64,8 +68,8 @@ def read_pair(value: Any, origin: str, *, layout: tuple[str, ...]) -> Preference
     if not names and found != OPENAI_PAIR:
         raise RowError(
             f"the row has no pair of answers but {', '.join(row) or 'no columns'}; expected "
-            "'chosen' and 'rejected'. A row with one answer is for --config.objective.name=sft, or "
-            "with a label for kto."
+            f"'chosen' and 'rejected'.{mistyped(row, 'chosen', 'rejected')} A row with one answer "
+            "is for --config.objective.name=sft, or with a label for kto."
         )
     _check_layout(found, layout)
     better, worse = _two_answers(row, names)
@@ -103,7 +107,10 @@ def read_labelled(value: Any, origin: str, *, layout: tuple[str, ...]) -> Labell
     rest = {name: cell for name, cell in row.items() if name not in LABELS}
     name, columns = single_layout(rest)
     if not name:
-        raise RowError(f"the row has {', '.join(row)}; expected a prompt, an answer and a label.")
+        raise RowError(
+            f"the row has {', '.join(row)}; expected a prompt, an answer and a label."
+            f"{respelt(row, label_columns)}"
+        )
     _check_layout(label_layout(row), layout)
     if name == "columns":
         question, answer = columns
@@ -128,9 +135,9 @@ def _check_layout(found: tuple[str, ...], first: tuple[str, ...]) -> None:
 def renamed(row: Any, mapping: Mapping[str, str]) -> dict[str, Any]:
     """Returns a row of columns of any names as one with those that are read."""
     cells = as_row(row)
-    missing = [column for column in mapping.values() if column not in cells]
-    if missing:
-        raise RowError(f"key {missing[0]!r} is missing; the row has {', '.join(cells)}.")
+    absent = [column for column in mapping.values() if column not in cells]
+    if absent:
+        raise missing(absent[0], cells)
     return {part: cells[column] for part, column in mapping.items()}
 
 
@@ -142,7 +149,8 @@ def _label(row: dict[str, Any]) -> bool:
     if not name:
         raise RowError(
             f"the row has no label but {', '.join(row)}; expected 'label', true for a good answer "
-            "and false for a bad one. Rows without labels are for --config.objective.name=sft."
+            f"and false for a bad one.{mistyped(row, 'label')} Rows without labels are for "
+            "--config.objective.name=sft."
         )
     value = row[name]
     text = value.strip().lower() if isinstance(value, str) else str(value).lower()
@@ -168,7 +176,7 @@ def _from_openai(row: dict[str, Any], origin: str) -> Preference:
     talks = []
     for name in OPENAI_PAIR[1:]:
         if name not in row:
-            raise RowError(f"key {name!r} is missing; the row has {', '.join(row)}.")
+            raise missing(name, row)
         answer = _as_answer(row, name)
         talks.append(_with_answer(messages, answer, name, beside, origin, unused=unused))
     return _checked(*talks, is_whole=False)

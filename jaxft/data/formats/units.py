@@ -13,6 +13,7 @@ from jaxft.data.formats.layouts import (
     label_layout,
     pair_columns,
     pair_layout,
+    respelt,
     single_layout,
 )
 from jaxft.data.formats.preferences import describe_pairs, read_labelled, read_pair, renamed
@@ -94,15 +95,21 @@ def _unknown(value: Mapping[str, Any], origin: str, units: str) -> DataError:
     if name:
         what = "holds a text without answers" if name == "text" else "holds one answer"
         return _refusal(origin, what, units, "sft")
-    return _refusal(origin, f"has the columns {', '.join(value)}", units, "")
+    hint = respelt(value, lambda cells: _columns_of(cells, units))
+    return _refusal(origin, f"has the columns {', '.join(value)}", units, "", hint=hint)
 
 
-def _refusal(origin: str, what: str, units: str, objective: str) -> DataError:
+def _columns_of(value: Mapping[str, Any], units: str) -> list[str]:
+    """Returns the columns that make a row what an objective takes; none if they do not."""
+    return (units == "labelled" and label_columns(value)) or pair_columns(value)
+
+
+def _refusal(origin: str, what: str, units: str, objective: str, *, hint: str = "") -> DataError:
     wanted, formats = _WANTED[units]
     other = f" --config.objective.name={objective} takes such rows." if objective else ""
     return DataError(
         [
-            f"{origin}: the row {what}; the objective takes {wanted}.{other}",
+            f"{origin}: the row {what}; the objective takes {wanted}.{hint}{other}",
             "Rows that it takes, as texts, messages or ShareGPT turns, with the prompt in a column "
             "of its own or at the beginning of both answers:",
             *(UNIT_EXAMPLES[name] for name in formats),
