@@ -178,14 +178,16 @@ class Judgement:
     Attributes:
       kinds: Bytes that training takes on a device, by kind.
       room: Memory that is there.
-      changes: Changes with which it fits, if it does not.
+      settled: Config of the run, with a policy in place of `model.remat=auto`.
       chosen: The policy that `model.remat=auto` would be; empty if the run names one.
+      changes: Changes with which it fits, if it does not.
     """
 
     kinds: Kinds
     room: Room
+    settled: RunConfig
+    chosen: str
     changes: list[Change]
-    chosen: str = ""
 
     @property
     def bytes(self) -> int:
@@ -208,18 +210,21 @@ class Judgement:
         return f"{size} on a device{chosen} by estimate ({_listed(self.kinds)}); {self.room}"
 
 
-def judge(config: RunConfig, architecture: Architecture) -> Judgement:
-    """Estimates whether training fits on the devices that are here.
+def judge(config: RunConfig, estimates: Estimates, found: Room) -> Judgement:
+    """Estimates whether training fits.
+
+    Args:
+      config: Of the run.
+      estimates: Of its model, on its devices.
+      found: What each of these has.
 
     Raises:
-      ConfigError: If the run is wrong, or cannot be placed on them.
+      ConfigError: If the run cannot be placed on them.
     """
-    config.validate()
-    estimates, found = Estimates(architecture), here(config)
     settled = estimates.settled(config, found)
     chosen = "" if settled is config else settled.model.remat
     kinds = TRAINING.kinds(settled, estimates)
-    judged = Judgement(kinds, found, [], chosen)
+    judged = Judgement(kinds, found, settled, chosen, [])
     if judged.fits:
         return judged
     return replace(judged, changes=find_changes(TRAINING, settled, estimates, kinds, found))

@@ -37,6 +37,7 @@ from jaxft.models.config import make_numerics
 from jaxft.models.families import Architecture, architecture_from_hf
 from jaxft.models.quantised import parameter_count
 from jaxft.programs import capacity
+from jaxft.programs.estimates import Estimates
 from jaxft.programs.storage import checkpoint_bytes
 from jaxft.training.adaptation import as_run
 from jaxft.workdir.source import find_architecture
@@ -302,7 +303,8 @@ def check_run_memory(config: RunConfig | None) -> Iterator[Check]:
         yield Check(name, "warning", detail, "Download the model first: hf download …")
         return
     try:
-        judged = capacity.judge(config, architecture)
+        config.validate()
+        judged = capacity.judge(config, Estimates(architecture), capacity.here(config))
     except JaxftError as error:
         yield Check(name, "error", "the run cannot be placed here", " ".join(error.problems))
         return

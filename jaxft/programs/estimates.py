@@ -33,7 +33,7 @@ class Estimates:
         topology: Topology | None = None,
         devices: Sequence[Any] | None = None,
     ):
-        self._architecture, self._devices = architecture, devices
+        self.architecture, self._devices = architecture, devices
         self._topology = topology or parse(LOCAL)
         self._estimator = Estimator(architecture=architecture, topology=self._topology)
         self._placed: dict[tuple, Placed] = {}
@@ -99,5 +99,5 @@ class Estimates:
         mesh = tuple(to_dict(config.mesh).values())
         key = (model.dtypes, model.attention, config.strategy, mesh, length, config.optim.freeze)
         if key not in self._placed:
-            self._placed[key] = place_run(config, self._architecture, self._topology, self._devices)
+            self._placed[key] = place_run(config, self.architecture, self._topology, self._devices)
         return self._placed[key]

@@ -320,17 +320,11 @@ def _judge(config: RunConfig, architecture: Architecture, hardware: _Hardware) -
       Refusal: If it cannot fit; with the smallest change that lets it.
     """
     estimates = Estimates(architecture, hardware.topology, hardware.devices)
-    found = hardware.room
-    settled = estimates.settled(config, found)
-    kinds = capacity.TRAINING.kinds(settled, estimates)
-    judged = capacity.Judgement(kinds, found, [])
+    judged = capacity.judge(config, estimates, hardware.room)
     if not judged.fits_alone:
-        changes = capacity.find_changes(capacity.TRAINING, settled, estimates, kinds, found)
-        raise Refusal(
-            f"The job does not fit: it takes {judged}. {as_request(capacity.advise(changes))}",
-            code="does_not_fit",
-        )
-    return estimates.seconds(settled), str(judged)
+        advice = as_request(capacity.advise(judged.changes))
+        raise Refusal(f"The job does not fit: it takes {judged}. {advice}", code="does_not_fit")
+    return estimates.seconds(judged.settled), str(judged)
 
 
 def _describe_data(

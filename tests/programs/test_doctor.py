@@ -31,6 +31,7 @@ from jaxft.programs.doctor import (
     print_checks,
     run_doctor,
 )
+from jaxft.programs.estimates import Estimates
 from jaxft.workdir.source import find_architecture
 
 _TOKEN = "hf_secret"
@@ -179,7 +180,8 @@ def test_a_run_is_judged_with_the_codes_and_adapters_that_it_will_hold(model, mo
     judge = capacity.judge
     monkeypatch.setattr(capacity, "judge", lambda *given: judged.append(given[1]) or judge(*given))
     assert list(check_run_memory(config))
-    found, planned = (a.abstract(Numerics()) for a in (judged[0], find_architecture(config)))
+    held = judged[0].architecture
+    found, planned = (a.abstract(Numerics()) for a in (held, find_architecture(config)))
     assert found.params == planned.params
     assert any(path.endswith(".codes") for path in found.params)
     (check,) = check_disk(config)
@@ -226,7 +228,8 @@ def test_what_a_run_takes_is_held_against_the_memory_that_is_here(tmp_path, mode
     config.data.max_length = 64
     (check,) = check_run_memory(config)
     assert check.status == "ok" and "on a device by estimate (" in check.detail
-    whole = capacity.judge(config, find_architecture(config)).bytes
+    estimates = Estimates(find_architecture(config))
+    whole = capacity.judge(config, estimates, capacity.here(config)).bytes
     check = check_memory(config, monkeypatch, 2 * whole, whole - 1)
     assert check.status == "warning" and "now in use" in check.detail
     check = check_memory(config, monkeypatch, whole - 1, whole - 1)
