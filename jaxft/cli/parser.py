@@ -298,7 +298,10 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         "--most_jobs", type=int, default=8, metavar="N", help="handed to a scheduler at a time"
     )
     serve.add_argument(
-        "--organization", default="local", metavar="NAME", help="in the names of tuned models"
+        "--organization",
+        default="local",
+        metavar="NAME",
+        help="in the names of tuned models, and in the id of their owner",
     )
     serve.add_argument("--webhook", action="append", metavar="URL", help="told how jobs end")
     serve.add_argument(

@@ -29,7 +29,12 @@ _MOST = 1000
 async def create_job(request: Request) -> Response:
     """Takes a job; whether its files and settings are right is checked before it is queued."""
     body = await read_body(request, JobCreate)
-    return JSONResponse(job_object(await in_thread(make_job, service_of(request), body)))
+    service = service_of(request)
+    return _described(service, await in_thread(make_job, service, body))
+
+
+def _described(service: Service, row: Row) -> Response:
+    return JSONResponse(job_object(row, service.settings.organization_id))
 
 
 def make_job(service: Service, body: JobCreate, *, legacy: bool = False) -> Row:
@@ -155,12 +160,13 @@ async def list_jobs(request: Request) -> Response:
         if name.startswith("metadata[") and name.endswith("]"):
             where.append(table.c.metadata[name[9:-1]].as_string() == value)
     rows, has_more = await read_page(service, table, page, *where)
-    return JSONResponse(listed([job_object(row) for row in rows], has_more))
+    organization = service.settings.organization_id
+    return JSONResponse(listed([job_object(row, organization) for row in rows], has_more))
 
 
 async def retrieve_job(request: Request) -> Response:
     """Describes a job."""
-    return JSONResponse(job_object(await _found(request)))
+    return _described(service_of(request), await _found(request))
 
 
 async def _found(request: Request) -> Row:
@@ -183,8 +189,8 @@ def find_job(connection: sa.Connection, number: str, *, locks: bool = False) -> 
 
 async def cancel_job(request: Request) -> Response:
     """Cancels a job; its run is asked to end."""
-    number = request.path_params["job"]
-    return JSONResponse(job_object(await in_thread(cancel, service_of(request), number)))
+    service, number = service_of(request), request.path_params["job"]
+    return _described(service, await in_thread(cancel, service, number))
 
 
 def cancel(service: Service, number: str) -> Row:
@@ -209,7 +215,7 @@ async def pause_job(request: Request) -> Response:
             _require(row, STARTED, "paused")
             return _turn(connection, row, "paused", estimated_finish=None)
 
-    return JSONResponse(job_object(await in_thread(pause)))
+    return _described(service, await in_thread(pause))
 
 
 async def resume_job(request: Request) -> Response:
@@ -222,7 +228,7 @@ async def resume_job(request: Request) -> Response:
             _require(row, ("paused",), "resumed")
             return _turn(connection, row, "queued")
 
-    return JSONResponse(job_object(await in_thread(resume)))
+    return _described(service, await in_thread(resume))
 
 
 def _require(row: Row, statuses: tuple[str, ...], wish: str) -> None:

@@ -77,7 +77,8 @@ def find_served(service: Service, connection: sa.Connection, name: str) -> Serve
             code="model_not_found",
         )
     path = str(service.settings.run(row["job_id"]))
-    return Served(name, path, str(row["step"]), row["created_at"], _owner(service))
+    owner = service.settings.organization_id
+    return Served(name, path, str(row["step"]), row["created_at"], owner)
 
 
 def find_tuned(service: Service, connection: sa.Connection, name: str) -> Row:
@@ -97,15 +98,11 @@ def all_tuned(service: Service) -> list[Row]:
         return [dict(row) for row in connection.execute(query).mappings()]
 
 
-def _owner(service: Service) -> str:
-    return f"org-{service.settings.organization}"
-
-
 async def list_models(request: Request) -> Response:
     """Lists base models and tuned ones, the newest first."""
     service = service_of(request)
     tuned = [
-        model_object(row["name"], row["created_at"], _owner(service))
+        model_object(row["name"], row["created_at"], service.settings.organization_id)
         for row in await in_thread(all_tuned, service)
     ]
     bases = [model_object(name, 0, _OWNER) for name in service.settings.models]

@@ -4,8 +4,6 @@ from typing import Any
 
 from jaxft.service.store.database import Row
 
-ORGANIZATION = "org-jaxft"
-
 
 def file_object(row: Row) -> dict[str, Any]:
     """Returns a file."""
@@ -26,8 +24,8 @@ def part_object(row: Row) -> dict[str, Any]:
     return {"object": "upload.part", **{name: row[name] for name in names}}
 
 
-def job_object(row: Row) -> dict[str, Any]:
-    """Returns a job."""
+def job_object(row: Row, organization: str) -> dict[str, Any]:
+    """Returns a job of an organization, which has an id."""
     names = (
         "id created_at finished_at estimated_finish status model training_file "
         "validation_file seed trained_tokens error result_files integrations metadata"
@@ -37,7 +35,7 @@ def job_object(row: Row) -> dict[str, Any]:
         "object": "fine_tuning.job",
         **{name: row[name] for name in names},
         "fine_tuned_model": _tuned_model(row),
-        "organization_id": ORGANIZATION,
+        "organization_id": organization,
         "user_provided_suffix": row["suffix"],
         "hyperparameters": shown,
         "method": {"type": row["method"], row["method"]: {"hyperparameters": shown}},
@@ -80,7 +78,9 @@ def model_object(name: str, created_at: int, owner: str) -> dict[str, Any]:
 _OLDEST_STATUS = {"validating_files": "pending", "queued": "pending", "paused": "pending"}
 
 
-def oldest_object(row: Row, files: dict[str, Row], events: list[Row]) -> dict[str, Any]:
+def oldest_object(
+    row: Row, organization: str, files: dict[str, Row], events: list[Row]
+) -> dict[str, Any]:
     """Returns a job in the form of the first scripts."""
 
     def listed(*numbers: str | None) -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ def oldest_object(row: Row, files: dict[str, Row], events: list[Row]) -> dict[st
         "updated_at": row["finished_at"] or row["started_at"] or row["created_at"],
         "model": row["model"],
         "fine_tuned_model": _tuned_model(row),
-        "organization_id": ORGANIZATION,
+        "organization_id": organization,
         "status": _OLDEST_STATUS.get(row["status"], row["status"]),
         "hyperparams": shown | {"prompt_loss_weight": 0.0},
         "training_files": listed(row["training_file"]),

@@ -88,7 +88,7 @@ def _described(service: Service, number: str) -> dict:
         names = [row["training_file"], row["validation_file"], *row["result_files"]]
         query = sa.select(files).where(files.c.id.in_([name for name in names if name]))
         known: dict[str, Row] = {f["id"]: dict(f) for f in connection.execute(query).mappings()}
-    return oldest_object(dict(row), known, found)
+    return oldest_object(dict(row), service.settings.organization_id, known, found)
 
 
 ROUTES = [

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Settings:
       topology: Slice that jobs run on, as `jaxft plan` names it; empty: the devices of this
         machine.
       most_jobs: Jobs that are handed to a scheduler at a time.
-      organization: Second part of the names of tuned models.
+      organization: Name in the names of tuned models, and in the id of their owner.
       webhooks: URLs that are told how jobs end.
       webhook_secret: File with the secret that signs what they are told; empty: unsigned.
       max_file_bytes: Size of a file in one request.
@@ -77,6 +78,11 @@ class Settings:
         """Contents of parts of uploads."""
         return self.workdir / "uploads"
 
+    @property
+    def organization_id(self) -> str:
+        """The owner of jobs and tuned models."""
+        return f"org-{self.organization}"
+
     def cache(self, training: str, validation: str | None) -> Path:
         """The folder of the tokens of files, whose ids are in its name."""
         return self.workdir / "cache" / f"{training}_{validation or ''}"
@@ -115,6 +121,11 @@ class Settings:
             )
         if not self.models:
             problems.append("Name at least one base model: --models=FOLDER_OR_ID.")
+        if not re.fullmatch(r"[\w.-]+", self.organization):
+            problems.append(
+                f"--organization={self.organization}: expected letters, digits, '.', '_' and '-', "
+                "as it stands between colons in the names of models."
+            )
         if self.executor == "local" and self.executor_options:
             problems.append("--executor_option is for slurm and jobset; local has none.")
         if self.executor != "local" and self.device_sets:

@@ -43,6 +43,7 @@ def settings(tmp_path: Path, database: str) -> Settings:
         workdir=tmp_path / "service",
         models={"base": str(tmp_path / "base")},
         database=database,
+        organization="lab",
         max_file_bytes=1 << 20,
         max_upload_bytes=4 << 20,
     )

@@ -44,6 +44,7 @@ def test_a_job_has_all_that_clients_read(client: OpenAI, file: str):
     assert job.method.dpo.hyperparameters is not None
     assert job.method.dpo.hyperparameters.beta == 0.2
     assert job.hyperparameters.batch_size == 4 and job.hyperparameters.n_epochs == "auto"
+    assert job.organization_id == "org-lab"
     assert client.fine_tuning.jobs.retrieve(job.id) == job
     events = client.fine_tuning.jobs.list_events(job.id).data
     assert [e.level for e in events] == ["info", "info"] and job.id in events[-1].message
@@ -220,6 +221,7 @@ def test_the_oldest_form_of_the_calls_works(url: str, file: str):
     with OldClient(base_url=f"{url}/v1", api_key="none") as client:
         job = client.fine_tunes.create(training_file=file, model="base", n_epochs=4)
         assert job.id.startswith("ft-") and job.status == "pending"
+        assert job.organization_id == "org-lab"
         assert job.hyperparams["n_epochs"] == 4 and job.training_files[0]["id"] == file
         assert [item.id for item in client.fine_tunes.list().data] == [job.id]
         assert not client.fine_tuning.jobs.list().data

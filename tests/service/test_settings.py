@@ -62,6 +62,7 @@ def test_settings_reach_other_processes_unchanged(tmp_path: Path):
     ("values", "match"),
     [
         ({"models": {}}, "at least one base model"),
+        ({"organization": "a:b"}, "between colons"),
         ({"workdir": Path("/tmp/a,b")}, "told apart"),
         ({"executor_options": ("a=b",)}, "local has none"),
         ({"executor": "slurm", "device_sets": ("0",)}, "this machine"),

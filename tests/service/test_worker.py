@@ -172,7 +172,7 @@ def test_a_job_goes_from_its_check_to_a_tuned_model(
     assert checkpoint.metrics.full_valid_mean_token_accuracy == 0.75
     assert checkpoint.metrics.train_loss == 0.25
     name = checkpoint.fine_tuned_model_checkpoint
-    assert name.startswith("ft:base:local:s:") and name.endswith(":ckpt-step-8")
+    assert name.startswith("ft:base:lab:s:") and name.endswith(":ckpt-step-8")
     found = client.fine_tuning.jobs.retrieve(job)
     assert found.trained_tokens == 72 and found.fine_tuned_model is None
     assert 10 < found.estimated_finish - time.time() < 20  # 15 steps, each a second
@@ -213,7 +213,10 @@ def test_a_deleted_model_takes_its_checkpoints_with_it(
         client.models.delete(checkpoint)
     runs.end(job, **SUCCEEDED)
     tuned = until(working, client, job, "succeeded").fine_tuned_model
-    assert client.models.retrieve(checkpoint).owned_by == "org-local"
+    assert (
+        client.models.retrieve(checkpoint).owned_by
+        == client.fine_tuning.jobs.retrieve(job).organization_id
+    )
     client.models.delete(f"{tuned}:ckpt-step-8")
     assert [c.step_number for c in client.fine_tuning.jobs.checkpoints.list(job)] == [23]
     assert [p.name for p in (runs.settings.run(job) / "checkpoints").iterdir()] == ["23"]

@@ -34,7 +34,7 @@ async def list_jobs(request: Request) -> Response:
     def find() -> tuple[list[dict[str, Any]], bool]:
         with service.database.read() as connection:
             rows, has_more = find_page(connection, schema.jobs, page)
-            return _shown(connection, rows), has_more
+            return _shown(service, connection, rows), has_more
 
     return JSONResponse(listed(*await in_thread(find)))
 
@@ -45,14 +45,14 @@ async def retrieve_job(request: Request) -> Response:
 
     def find() -> dict[str, Any]:
         with service.database.read() as connection:
-            [shown] = _shown(connection, [find_job(connection, number)])
+            [shown] = _shown(service, connection, [find_job(connection, number)])
         report = service.settings.run(number) / "report.html"
         return {**shown, "forms": forms_of(service, number), "has_report": report.is_file()}
 
     return JSONResponse(await in_thread(find))
 
 
-def _shown(connection: sa.Connection, rows: list[Row]) -> list[dict[str, Any]]:
+def _shown(service: Service, connection: sa.Connection, rows: list[Row]) -> list[dict[str, Any]]:
     """Returns jobs with the names of their files, which may be deleted by now."""
     files = schema.files
     numbers = {row[name] for row in rows for name in ("training_file", "validation_file")}
@@ -60,7 +60,7 @@ def _shown(connection: sa.Connection, rows: list[Row]) -> list[dict[str, Any]]:
     names = {row.id: row.filename for row in connection.execute(query)}
     return [
         {
-            **job_object(row),
+            **job_object(row, service.settings.organization_id),
             "method": row["method"],
             "started_at": row["started_at"],
             "step": row["seen_step"],
