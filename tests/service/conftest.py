@@ -1,4 +1,4 @@
-"""A service with its server in a thread, on SQLite and on PostgreSQL."""
+"""A service with its server in a thread, on SQLite and on PostgreSQL; a SLURM cluster."""
 
 import contextlib
 import tempfile
@@ -16,6 +16,7 @@ from jaxft.service.server import prepare
 from jaxft.service.settings import Settings
 from jaxft.service.state import Service
 from tests.service import postgres as server
+from tests.service.slurm_cluster import SlurmCluster, missing
 
 
 @pytest.fixture(scope="session")
@@ -85,3 +86,18 @@ def url(service: Service) -> Iterator[str]:
 def client(url: str) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    if reason := missing():
+        pytest.skip(reason)
+    # Sockets have short paths.
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as folder,
+        SlurmCluster(Path(folder)) as cluster,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("SLURM_CONF", str(cluster.conf))
+        patch.setenv("SQUEUE_PARTITION", "another")  # a person's default, which must not matter
+        yield cluster

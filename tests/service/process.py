@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
 
 from tests.tiny_run import write_base, write_chats
 
@@ -104,3 +105,20 @@ def server(folder: Path, *options: str) -> Iterator[Server]:
 
 def client_of(found: Server, **options: object) -> OpenAI:
     return OpenAI(base_url=found.url, api_key="none", **options)  # pyright: ignore
+
+
+def wait(client: OpenAI, job: str, *statuses: str, seconds: float = 180) -> FineTuningJob:
+    """Returns a job that has one of the statuses, once it has; another end is an error."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = client.fine_tuning.jobs.retrieve(job)
+        if found.status in statuses:
+            return found
+        assert found.status not in ("failed", "succeeded", "cancelled"), found
+        time.sleep(0.2)
+    raise TimeoutError(f"{job} is {found.status}")
+
+
+def upload(client: OpenAI, found: Server, name: str = "train.jsonl") -> str:
+    """Returns the id of a file of the server's folder."""
+    return client.files.create(file=found.folder / name, purpose="fine-tune").id

@@ -13,6 +13,8 @@ from typing import Any
 from tests.hosts import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "srun")
+# What launch/slurm.sbatch asks for and this machine has not.
+SMALL = ("--nodes=1", "--cpus-per-task=1")
 
 # Without control groups, accounting and a database: processes of this user on one node.
 _CONF = """\
@@ -137,9 +139,13 @@ class SlurmCluster:
 
     def number(self, name: str) -> str:
         """Returns the number of the first job of a name."""
-        options = "--states=all --noheader --sort=i --format=%A|%j".split()
-        listed = self.ask("squeue", *options)
-        return next(line.partition("|")[0] for line in listed.splitlines() if line.endswith(name))
+        return next(number for number, _, called in self.jobs() if called.endswith(name))
+
+    def jobs(self) -> list[tuple[str, str, str]]:
+        """Returns number, state and name of each job that SLURM knows, also of those that ended."""
+        options = "--states=all --noheader --sort=i --format=%A|%T|%j".split()
+        lines = [line.split("|") for line in self.ask("squeue", *options).splitlines()]
+        return [(number, state, name) for number, state, name in lines]
 
     def ask(self, *command: str) -> str:
         """Returns what a program of SLURM prints, errors as well."""

@@ -18,25 +18,10 @@ from jaxft.service.settings import Settings
 from jaxft.service.state import Service
 from jaxft.service.store import schema
 from jaxft.service.store.database import one
-from tests.service.process import Server, client_of, server
+from tests.service.process import Server, client_of, server, upload, wait
 from tests.tiny_run import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def wait(client: OpenAI, job: str, *statuses: str, seconds: float = 180) -> openai.BaseModel:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = client.fine_tuning.jobs.retrieve(job)
-        if found.status in statuses:
-            return found
-        assert found.status not in ("failed", "succeeded", "cancelled"), found
-        time.sleep(0.2)
-    raise TimeoutError(f"{job} is {found.status}")
-
-
-def upload(client: OpenAI, found: Server, name: str = "train.jsonl") -> str:
-    return client.files.create(file=found.folder / name, purpose="fine-tune").id
 
 
 @pytest.mark.slow(seconds=90)

@@ -3,8 +3,6 @@
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,11 @@ from jaxft.service.executors import slurm as module
 from jaxft.service.executors.slurm import Slurm
 from jaxft.service.server import serve
 from jaxft.service.settings import Settings
-from tests.service.slurm_cluster import SlurmCluster, missing, wait_until
+from tests.service.slurm_cluster import SMALL, SlurmCluster, wait_until
 from tests.test_launch import ROOT
 from tests.tiny_run import read_metrics, tiny_config
 
 SCRIPT = ROOT / "launch/slurm.sbatch"
-# What the script asks for and this machine has not.
-SMALL = ("--nodes=1", "--cpus-per-task=1")
 
 # In place of Python: prints what it is given, and ends a moment after it is asked to.
 _RUN = """\
@@ -32,21 +28,6 @@ echo "$@"
 trap 'echo saved; exit 143' TERM
 while true; do sleep 0.05; done
 """
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[SlurmCluster]:
-    if reason := missing():
-        pytest.skip(reason)
-    # Sockets have short paths.
-    with (
-        tempfile.TemporaryDirectory(prefix="slurm-") as folder,
-        SlurmCluster(Path(folder)) as cluster,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("SLURM_CONF", str(cluster.conf))
-        patch.setenv("SQUEUE_PARTITION", "another")  # a person's default, which must not matter
-        yield cluster
 
 
 @pytest.fixture
