@@ -338,6 +338,9 @@ class TrainConfig:
     """Length of the run, and when it logs, saves and evaluates."""
 
     workdir: str = key("", "Folder that the run writes to.")
+    name: str = key(
+        "", "Title of its report, and its group at wandb; empty: the name of the workdir."
+    )
     steps: int = key(0, "Optimizer steps; 0: as many as train.epochs take.", minimum=0)
     epochs: float = key(1.0, "Passes over the training rows, when train.steps is 0.", minimum=0)
     batch_size: int = key(

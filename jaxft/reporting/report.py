@@ -85,7 +85,7 @@ def write_report(workdir: Workdir, exported: Exported | None = None) -> Path:
     keys = keys_of(config)
     page = render(
         "report.html",
-        title=workdir.path.name,
+        title=workdir.name(config),
         model=short_name(config.get("model.path") or ""),
         verb="trained from random weights as" if config.get("model.random_init") else "fine-tuned",
         method="" if run.is_sft else objective,

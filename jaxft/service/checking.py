@@ -73,6 +73,7 @@ class Request:
       workdir: Workdir of the run.
       cache: Folder of tokens.
       wandb: Project; empty for none.
+      name: Name of the run.
       shown: Whether the data is described for a page.
     """
 
@@ -88,6 +89,7 @@ class Request:
     workdir: str
     cache: str
     wandb: str
+    name: str = ""
     shown: bool = False
 
 
@@ -195,7 +197,7 @@ def _first_config(request: Request) -> tuple[RunConfig, Source]:
     config.data.train, config.data.validation = request.training, request.validation
     config.data.cache = request.cache
     config.train.workdir, config.train.seed = request.workdir, request.seed
-    config.train.wandb = request.wandb
+    config.train.wandb, config.train.name = request.wandb, request.name
     config.model.remat = "auto"
     config.optim.weight_decay = 0.0
     config.eval.samples = 0

@@ -111,6 +111,7 @@ class Checks:
             "workdir": str(self._settings.run(row["id"])),
             "cache": str(self._settings.cache(row["training_file"], row["validation_file"])),
             "wandb": wandb[0] if wandb else "",
+            "name": row.get("tuned_name", ""),  # a preview has none
             "shown": shown,
         }
 

@@ -194,7 +194,7 @@ def _start_wandb(workdir: Workdir, project: str) -> Any:
     config = json.loads(workdir.config.read_text(encoding="utf-8"))
     return wandb.init(
         project=project,
-        group=workdir.path.name,  # the parts of a resumed run stand together
+        group=workdir.name(config),  # the parts of a resumed run stand together
         dir=str(workdir.path),
         config=config,
     )

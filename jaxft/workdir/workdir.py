@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,10 @@ class Workdir:
     path: Path
     resumed: bool = False
     changes: tuple[str, ...] = ()
+
+    def name(self, config: Mapping[str, Any]) -> str:
+        """Returns what the run is called by its resolved configuration."""
+        return config.get("train.name") or self.path.name
 
     @property
     def config(self) -> Path:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from jaxft.config import RunConfig
-from jaxft.files import append_jsonl
+from jaxft.files import append_jsonl, write_json
 from jaxft.reporting.report import write_report
 from jaxft.workdir.workdir import Workdir
 
@@ -104,6 +104,14 @@ def test_a_whole_run_is_told(workdir):
     assert "optim.learning_rate 0.125 1e-05 Peak learning rate." in words
     assert page.tags.count("figure") == 6  # loss, evaluation loss, accuracy, rate, norm, speed
     assert "jax" in words
+
+
+def test_a_run_with_a_name_is_called_so(workdir):
+    assert "<title>run &lt;1&gt;" in write_report(workdir).read_text("utf-8")
+    config = json.loads(workdir.config.read_text("utf-8"))
+    write_json(workdir.config, config | {"train.name": "ft:base:local:shop:1a"})
+    page = write_report(workdir).read_text("utf-8")
+    assert "<title>ft:base:local:shop:1a" in page and "run &lt;1&gt;" not in page
 
 
 def _drawn(workdir, title):

@@ -55,7 +55,7 @@ def request(folder: Path, **changes: Any) -> Request:
 
 
 def test_settings_that_are_auto_get_numbers_and_become_a_config_that_runs(folder: Path):
-    found = check(request(folder, shown=True), CPU)
+    found = check(request(folder, shown=True, name="ft:base:lab::1a"), CPU)
     assert found["hyperparameters"] == {
         "n_epochs": 3,
         "batch_size": 4,
@@ -69,6 +69,7 @@ def test_settings_that_are_auto_get_numbers_and_become_a_config_that_runs(folder
         config.adapter.rank == 16 and config.optim.learning_rate == BASE_RATES["supervised", False]
     )
     assert config.data.max_length == 64 and config.train.save_epochs
+    assert config.train.name == "ft:base:lab::1a"
     # A step has 4 examples, about: rows hold two or three.
     assert found["rows"] < 20 and config.train.batch_size == 2
     assert found["steps"] == -(-3 * found["rows"] // 2)

@@ -155,6 +155,7 @@ def test_a_job_goes_from_its_check_to_a_tuned_model(
 ):
     job = make()
     found = until(working, client, job, "queued")
+    assert asked[0]["name"].startswith("ft:base:lab:s:")
     assert asked[0]["training_name"] == "train.jsonl" and asked[0]["path"].endswith("/base")
     assert found.hyperparameters.n_epochs == 3
     [warning] = [e for e in client.fine_tuning.jobs.list_events(job) if e.level == "warn"]

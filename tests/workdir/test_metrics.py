@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
-from jaxft.files import append_jsonl, read_jsonl
+from jaxft.files import append_jsonl, read_jsonl, write_json
 from jaxft.training.flops import Learning, TrainingFlops, training_flops
 from jaxft.workdir.metrics import MetricsWriter, train_record
 from jaxft.workdir.periods import Period, Sums
@@ -199,6 +199,10 @@ def test_wandb_gets_config_and_records_where_it_is_there(workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with MetricsWriter(workdir, start_step=0, wandb_project="p") as writer:
         writer.write({"step": 1, "loss": 2.0})
-    assert calls[0]["project"] == "p"
+    assert calls[0]["project"] == "p" and calls[0]["group"] == workdir.path.name
     assert calls[0]["config"]["model.path"] == "org/model"
     assert calls[1:] == [(1, {"train/loss": 2.0}), "end"]
+    config = json.loads(workdir.config.read_text("utf-8"))
+    write_json(workdir.config, config | {"train.name": "shop"})
+    with MetricsWriter(workdir, start_step=0, wandb_project="p"):
+        assert calls[3]["group"] == "shop"
