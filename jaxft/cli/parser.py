@@ -298,6 +298,13 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         "--most_jobs", type=int, default=8, metavar="N", help="handed to a scheduler at a time"
     )
     serve.add_argument(
+        "--keep_unfinished",
+        type=int,
+        default=0,
+        metavar="DAYS",
+        help="for checkpoints of cancelled and failed jobs; 0: until they are deleted",
+    )
+    serve.add_argument(
         "--organization",
         default="local",
         metavar="NAME",

@@ -31,6 +31,7 @@ def serve(options: argparse.Namespace) -> int:
         device_sets=tuple(options.device_set or ()),
         topology=options.topology,
         most_jobs=options.most_jobs,
+        keep_unfinished=options.keep_unfinished,
         organization=options.organization,
         webhooks=tuple(options.webhook or ()),
         webhook_secret=options.webhook_secret,

@@ -1,6 +1,7 @@
 """Models by name: /v1/models, and what a name stands for."""
 
 import shutil
+from collections.abc import Container
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -12,8 +13,9 @@ from jaxft.errors import nearest
 from jaxft.service.answers import reused
 from jaxft.service.errors import ApiError
 from jaxft.service.history import ACTIVE
-from jaxft.service.objects import model_object
+from jaxft.service.objects import checkpoint_model, model_object
 from jaxft.service.paging import listed
+from jaxft.service.settings import Settings
 from jaxft.service.state import Service, in_thread, service_of
 from jaxft.service.store import schema
 from jaxft.service.store.database import Row, one, remove
@@ -130,29 +132,50 @@ async def delete_model(request: Request) -> Response:
 
 
 def _delete(service: Service, name: str) -> None:
-    models, jobs = schema.models, schema.jobs
     with service.database.write() as connection:
         row = find_tuned(service, connection, name)
-        own = one(connection, jobs, locks=True, id=row["job_id"])
+        own = one(connection, schema.jobs, locks=True, id=row["job_id"])
         assert own is not None
         whole = name == own["tuned_name"]
-        query = sa.select(models.c.name).where(models.c.job_id == own["id"])
-        names = list(connection.execute(query).scalars()) if whole else [name]
-        _refuse_if_needed(connection, own, names)
-        if whole:
-            remove(connection, models, job_id=own["id"])
-            remove(connection, schema.checkpoints, job_id=own["id"])
-        else:
-            remove(connection, models, name=name)
-            remove(connection, schema.checkpoints, job_id=own["id"], step=row["step"])
-        query = sa.select(models.c.step).where(models.c.job_id == own["id"])
-        kept = {str(step) for step in connection.execute(query).scalars()}
-    settings = service.settings
-    for folder in (settings.run(own["id"]) / "checkpoints", settings.exports(own["id"])):
-        if not kept:  # nothing of the job is left
-            shutil.rmtree(folder, ignore_errors=True)
-        elif str(row["step"]) not in kept:
-            shutil.rmtree(folder / str(row["step"]), ignore_errors=True)
+        forget_models(connection, own, names_of(connection, own["id"]) if whole else [name])
+        kept = steps_of(connection, own["id"])
+    remove_steps(service.settings, own["id"], kept=kept)
+
+
+def names_of(connection: sa.Connection, job: str) -> list[str]:
+    """Returns the names of the models that a job has made."""
+    query = sa.select(schema.models.c.name).where(schema.models.c.job_id == job)
+    return list(connection.execute(query).scalars())
+
+
+def steps_of(connection: sa.Connection, job: str) -> set[int]:
+    """Returns the steps that the models of a job are of."""
+    query = sa.select(schema.models.c.step).where(schema.models.c.job_id == job)
+    return set(connection.execute(query).scalars())
+
+
+def forget_models(connection: sa.Connection, own: Row, names: list[str]) -> None:
+    """Deletes models of a job, and what lists them as checkpoints.
+
+    Raises:
+      ApiError: If something needs them.
+    """
+    _refuse_if_needed(connection, own, names)
+    checkpoints = schema.checkpoints
+    query = sa.select(checkpoints.c.step).where(checkpoints.c.job_id == own["id"])
+    for step in list(connection.execute(query).scalars()):
+        if checkpoint_model(own["tuned_name"], step) in names:
+            remove(connection, checkpoints, job_id=own["id"], step=step)
+    remove(connection, schema.models, name=tuple(names))
+
+
+def remove_steps(settings: Settings, job: str, *, kept: Container[int]) -> None:
+    """Deletes the checkpoints and exports of a job, whose run has ended, but for some steps."""
+    for folder in (settings.run(job) / "checkpoints", settings.exports(job)):
+        for path in folder.glob("*"):
+            # One that was not completed has more in its name than the step.
+            if (step := path.name.partition(".")[0]).isdecimal() and int(step) not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_if_needed(connection: sa.Connection, own: Row, names: list[str]) -> None:

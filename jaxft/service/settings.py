@@ -31,6 +31,8 @@ class Settings:
       topology: Slice that jobs run on, as `jaxft plan` names it; empty: the devices of this
         machine.
       most_jobs: Jobs that are handed to a scheduler at a time.
+      keep_unfinished: Days for which checkpoints of cancelled and failed jobs are kept; 0: until
+        they are deleted.
       organization: Name in the names of tuned models, and in the id of their owner.
       webhooks: URLs that are told how jobs end.
       webhook_secret: File with the secret that signs what they are told; empty: unsigned.
@@ -49,6 +51,7 @@ class Settings:
     device_sets: tuple[str, ...] = ()
     topology: str = ""
     most_jobs: int = 8
+    keep_unfinished: int = 0
     organization: str = "local"
     webhooks: tuple[str, ...] = ()
     webhook_secret: str = ""
@@ -83,9 +86,14 @@ class Settings:
         """The owner of jobs and tuned models."""
         return f"org-{self.organization}"
 
+    @property
+    def caches(self) -> Path:
+        """Tokens of files."""
+        return self.workdir / "cache"
+
     def cache(self, training: str, validation: str | None) -> Path:
         """The folder of the tokens of files, whose ids are in its name."""
-        return self.workdir / "cache" / f"{training}_{validation or ''}"
+        return self.caches / f"{training}_{validation or ''}"
 
     def job(self, number: str) -> Path:
         """The folder of a job."""
@@ -121,6 +129,8 @@ class Settings:
             )
         if not self.models:
             problems.append("Name at least one base model: --models=FOLDER_OR_ID.")
+        if self.keep_unfinished < 0:
+            problems.append(f"--keep_unfinished={self.keep_unfinished}: expected days, 0 or more.")
         if not re.fullmatch(r"[\w.-]+", self.organization):
             problems.append(
                 f"--organization={self.organization}: expected letters, digits, '.', '_' and '-', "

@@ -30,6 +30,7 @@ from jaxft.service.following import RunFolder
 from jaxft.service.history import OPEN, STARTED, add_event
 from jaxft.service.progress import fail, finish, take_progress
 from jaxft.service.settings import Settings
+from jaxft.service.space import free_space
 from jaxft.service.state import Service
 from jaxft.service.store import schema
 from jaxft.service.store.database import Row, change, now, one
@@ -105,6 +106,7 @@ class Worker:
         if time.monotonic() - self._swept > _SWEEP:
             self._swept = time.monotonic()
             drop_expired(self._service)
+            free_space(self._service)
             self._checks.drop_previews()
 
     def _warn(self, text: str) -> None:

@@ -73,7 +73,7 @@ const headOf = (job, look) => {
     await look();
   };
   const cancel = async () => {
-    const text = "Its run ends. What it has trained so far is kept in its last checkpoints, but it "
+    const text = "Its run ends. The epochs that it has trained so far stay usable as checkpoints, but it "
       + "cannot be resumed.";
     if (await confirmed("Cancel " + nameOf(job) + "?", text, "Cancel the job"))
       await act("cancel")();
