@@ -140,8 +140,11 @@ def test_a_job_is_shown_with_its_progress_its_charts_and_its_report(client, serv
     assert "allow-same-origin" not in report.headers["content-security-policy"]
     assert client.get("/open/guess").status_code == 404
     assert client.get("/v1/jaxft/jobs/ftjob-none/charts").status_code == 404
-    names = [item["name"] for item in client.get("/v1/jaxft/models").json()["data"]]
-    assert names == [tuned, "base"]
+    models = client.get("/v1/jaxft/models").json()["data"]
+    assert [(item["name"], item.get("base")) for item in models] == [
+        (tuned, "base"),
+        ("base", None),
+    ]
 
 
 def test_an_export_is_made_once_and_sent_as_an_archive(client, service, tuned, monkeypatch):

@@ -234,6 +234,35 @@ def test_two_models_answer_side_by_side_until_they_are_stopped(service, page):
         assert said.startswith("You said <b>hello</b>! on on")
 
 
+@pytest.mark.slow(seconds=6)
+def test_the_newest_tuned_model_is_compared_with_its_own_base_and_names_are_whole(service, page):
+    service.settings.models.update(other="other", last="last")
+    name = "ft:other:local:a-name-that-is-longer-than-a-phone-is-wide:12345678"
+    job = make_job(service, JobCreate(model="other", training_file="file-a"))["id"]
+    with service.database.write() as connection:
+        for tuned in (name, name + ":ckpt-step-9"):
+            add(connection, schema.models, name=tuned, created_at=now(), job_id=job, step=9)
+
+    def chosen():
+        page.wait_for_selector(".pane select")
+        return [item.input_value() for item in page.locator(".pane select").all()]
+
+    with served(service) as url:
+        page.goto(f"{url}/#compare")
+        assert chosen() == ["other", name]
+        assert not page.is_visible(".whole-name")
+        page.goto("about:blank")
+        page.goto(f"{url}/#compare/last")  # as 'Try' of a base model does
+        assert chosen() == ["last", name]
+        page.set_viewport_size(PHONE)
+        assert page.locator(".whole-name").nth(1).inner_text() == name
+        assert page.evaluate(
+            "[...document.querySelectorAll('.whole-name')]"
+            ".every(shown => shown.scrollWidth <= shown.clientWidth)"
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
 @pytest.mark.slow(seconds=4)
 def test_a_key_is_asked_for_and_is_forgotten_with_the_tab(service, page, browser, monkeypatch):
     monkeypatch.setattr(gate, "_KNOWN_FOR", -1.0)  # tokens are read for each request

@@ -146,7 +146,7 @@ async def open_report(request: Request) -> Response:
 
 
 async def list_models(request: Request) -> Response:
-    """Lists base models, and tuned ones with the job and step that each is of, newest first."""
+    """Lists tuned models with the job, step and base that each is of, newest first; then bases."""
     service = service_of(request)
 
     def find() -> list[dict[str, Any]]:
@@ -157,13 +157,19 @@ async def list_models(request: Request) -> Response:
 
 
 def _tuned(service: Service) -> list[dict[str, Any]]:
-    rows = all_tuned(service)
+    rows, jobs = all_tuned(service), schema.jobs
+    with service.database.read() as connection:
+        query = sa.select(jobs.c.id, jobs.c.model).where(
+            jobs.c.id.in_({row["job_id"] for row in rows})
+        )
+        bases = {job.id: job.model for job in connection.execute(query)}
     forms = {job: forms_of(service, job) for job in {row["job_id"] for row in rows}}
     return [
         {
             "name": row["name"],
             "job": row["job_id"],
             "step": row["step"],
+            "base": bases[row["job_id"]],
             "created_at": row["created_at"],
             "forms": forms[row["job_id"]],
         }

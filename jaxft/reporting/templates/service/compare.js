@@ -7,14 +7,14 @@ views.compare = async (box, signal, first, second) => {
   box.append(panes, form);
   let models;
   try {
-    models = (await get(paths.own + "/models", signal)).data.map((model) => model.name);
+    models = (await get(paths.own + "/models", signal)).data;
   } catch (error) {
     if (!signal.aborted) notify(error);
     return;
   }
-  const bases = [...models].reverse();
-  const sides = [first || bases[0], second || models[0]].map((name, i) =>
-    pane("Model " + "AB"[i], models, name));
+  const names = models.map((model) => model.name);
+  const sides = pairOf(models, first, second).map((name, i) =>
+    pane("Model " + "AB"[i], names, name));
   panes.append(...sides.map((side) => side.element));
 
   const prompt = el("textarea", { rows: 2, required: true, "aria-label": "Prompt",
@@ -58,10 +58,23 @@ views.compare = async (box, signal, first, second) => {
   });
 };
 
+// Two models that are worth comparing: a tuned one, the newest if none is named, and its base.
+const pairOf = (models, first, second) => {
+  if (second) return [first, second];
+  const known = (name) => models.find((model) => model.name === name);
+  const tuned = models.filter((model) => model.job);
+  const newest = tuned.find((model) => !isCheckpoint(model.name)) || tuned[0];
+  const one = known(first) || newest;
+  const base = (known(one?.base) || models.find((model) => !model.job))?.name;
+  return one?.job ? [base, one.name] : [one?.name ?? base, newest?.name ?? base];
+};
+
 const pane = (title, models, name) => {
   const select = el("select", { "aria-label": title },
     models.map((item) => option(item, item)));
   if (models.includes(name)) select.value = name;
+  // A phone cuts long names in the box that they are chosen in.
+  const whole = el("small", { class: "whole-name", "aria-hidden": "true" });
   const list = el("div", { class: "turns", role: "log", "aria-label": "Answers of " + title,
     tabindex: 0 });
   let turns = [];
@@ -69,8 +82,12 @@ const pane = (title, models, name) => {
     turns = [];
     list.replaceChildren(el("p", { class: "empty" }, "Nothing said yet."));
   };
-  select.addEventListener("change", clear);
-  clear();
+  const choose = () => {
+    whole.textContent = select.title = select.value;
+    clear();
+  };
+  select.addEventListener("change", choose);
+  choose();
 
   const ask = async (text, system, options, signal) => {
     if (!turns.length) list.replaceChildren();
@@ -111,7 +128,7 @@ const pane = (title, models, name) => {
     toEnd();
   };
   return {
-    element: el("section", { class: "pane card" }, labelled(title, select), list),
+    element: el("section", { class: "pane card" }, labelled(title, select), whole, list),
     ask,
     clear,
   };

@@ -31,7 +31,7 @@ const modelsTable = (models, look) => table("Models", ["Model", "Of", "Created",
         "Try"),
       model.job && downloads(model.name, model.forms, ""),
       model.job && erase("model", model.name, "/v1/models/" + encodeURIComponent(model.name),
-        model.name.includes(":ckpt-step-") ? "It is no longer served by this name."
+        isCheckpoint(model.name) ? "It is no longer served by this name."
           : "Its checkpoints and downloads go with it.", look)),
   ]), "No models.");
 

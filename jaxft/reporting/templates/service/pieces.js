@@ -65,6 +65,8 @@ const button = (text, action, more = {}) =>
 const jobLink = (job) => "#jobs/" + encodeURIComponent(job);
 const nameOf = (job) => job.user_provided_suffix || job.id.slice(0, 14) + "…";
 
+const isCheckpoint = (model) => model.includes(":ckpt-step-");
+
 const timeLeft = (job) => job.status === "running" && job.estimated_finish
   ? duration(job.estimated_finish - Date.now() / 1000) + " left" : "";
 // What a job without a step waits for.
