@@ -1,7 +1,7 @@
 """The process that checks jobs: `python -m jaxft.service.checker TARGET`, a `Target` as JSON.
 
 It reads one JSON object a line, a `checking.Request`, and answers each with a line: the result, or
-`{"error": …}`. It is kept, as reading its libraries takes longer than most checks.
+`{"error": …}`. One is kept, as reading its libraries takes longer than most checks.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from jaxft.service.target import Target
@@ -54,14 +55,16 @@ class Checker:
         A process that dies is asked again; one that dies each time, such as for lack of memory,
         is an error of its own.
         """
-        self._given_up = False
-        for _ in range(_TRIES):
-            if self._closed or self._given_up:
-                break
-            if line := self._ask(json.dumps(request)):
-                return json.loads(line)
-            self.stop()
-        return {"error": {"code": "check_failed", "message": _DIED, "param": None}}
+        try:
+            for _ in range(_TRIES):
+                if self._closed or self._given_up:
+                    break
+                if line := self._ask(json.dumps(request)):
+                    return json.loads(line)
+                self.stop()
+            return {"error": {"code": "check_failed", "message": _DIED, "param": None}}
+        finally:
+            self._given_up = False  # of the next one
 
     def _ask(self, request: str) -> str:
         """Returns the line that answers; empty if the process ended before."""
@@ -101,6 +104,58 @@ class Checker:
                 env={**os.environ, "JAX_PLATFORMS": "cpu"},
             )
         return self._process
+
+
+class Checkers:
+    """Processes that check: one that is kept, and others as long as several checks are under way.
+
+    Args:
+      target: Finds the devices that jobs run on.
+    """
+
+    def __init__(self, target: Callable[[], Target]):
+        self._target = target
+        self._kept: Checker | None = None
+        self._asked: dict[str, Checker] = {}
+        self._closed = False
+        self._changing = threading.Lock()
+
+    def check(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Returns what `Checker.check` does; several threads may ask at a time.
+
+        Args:
+          name: Name of the check, for `give_up`.
+          request: What is checked.
+        """
+        target = self._target()
+        with self._changing:
+            checker = self._kept or Checker(target)
+            self._kept, self._asked[name] = None, checker
+            if self._closed:
+                checker.close()
+        try:
+            return checker.check(request)
+        finally:
+            with self._changing:
+                del self._asked[name]
+                is_spare = self._kept is not None
+                self._kept = self._kept or checker
+            if is_spare:
+                checker.stop()
+
+    def give_up(self, name: str) -> None:
+        """Ends a check, if it is under way; nobody waits for it."""
+        with self._changing:
+            if name in self._asked:
+                self._asked[name].give_up()
+
+    def close(self) -> None:
+        """Ends all processes under their checks, and begins no other."""
+        with self._changing:
+            self._closed = True
+            for checker in (self._kept, *self._asked.values()):
+                if checker is not None:
+                    checker.close()
 
 
 def main(target: Target) -> None:

@@ -1,6 +1,8 @@
-"""Checks of jobs, and of files before a job is made of them, in a process that is asked in turn."""
+"""Checks of jobs, and of files before a job is made of them, in processes beside the worker."""
 
 import logging
+import os
+import threading
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -10,7 +12,7 @@ import sqlalchemy as sa
 from jaxft.errors import JaxftError
 from jaxft.files import write_json
 from jaxft.formatting import counted, format_duration
-from jaxft.service.checker import FAILED, Checker
+from jaxft.service.checker import FAILED, Checkers
 from jaxft.service.errors import ApiError
 from jaxft.service.history import add_event
 from jaxft.service.models import find_served
@@ -24,6 +26,7 @@ log = logging.getLogger("jaxft.service")
 
 _START_SECONDS = 60  # of a run, beside its steps: loading and compiling, roughly
 _PREVIEW_SECONDS = 3600
+_AT_ONCE = 4  # checks; each takes a core and half a gigabyte
 
 
 class Checks:
@@ -35,26 +38,28 @@ class Checks:
 
     def __init__(self, service: Service):
         self._service, self._settings = service, service.settings
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check")
+        most = min(_AT_ONCE, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(max_workers=most, thread_name_prefix="check")
         self._under_way: dict[str, Future[dict[str, Any]]] = {}
         self._previews: set[str] = set()
         self._found: Target | None = None
-        self._checker: Checker | None = None
+        self._finding = threading.Lock()
+        self._checkers = Checkers(lambda: self.target)
 
     @property
     def target(self) -> Target:
         """The devices of a job, looked at once."""
-        if self._found is None:
-            sets = self._settings.device_sets
-            cache = self._settings.workdir / "devices.json"
-            topology = self._settings.topology
-            self._found = find_target(cache, topology, sets[0] if sets else "")
-        return self._found
+        with self._finding:
+            if self._found is None:
+                sets = self._settings.device_sets
+                cache = self._settings.workdir / "devices.json"
+                topology = self._settings.topology
+                self._found = find_target(cache, topology, sets[0] if sets else "")
+            return self._found
 
     def close(self) -> None:
-        """Ends the check that is under way; it is made again later."""
-        if self._checker is not None:
-            self._checker.close()
+        """Ends the checks that are under way; they are made again later."""
+        self._checkers.close()
         self._pool.shutdown(cancel_futures=True)
 
     def advance(self, row: Row) -> None:
@@ -66,7 +71,7 @@ class Checks:
             except ApiError as error:
                 fail(self._service, row, error.message, code="invalid_file", param=error.param)
                 return
-            self._under_way[row["id"]] = self._pool.submit(self._ask, request)
+            self._under_way[row["id"]] = self._pool.submit(self._ask, row["id"], request)
         elif future.done():
             del self._under_way[row["id"]]
             self._take_result(row, future.result())
@@ -76,15 +81,13 @@ class Checks:
         for number, future in list(self._under_way.items()):
             if number in self._previews or number in jobs:
                 continue
-            if not future.cancel() and not future.done() and self._checker is not None:
-                self._checker.give_up()
+            if not future.cancel():
+                self._checkers.give_up(number)
             del self._under_way[number]
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, number: str, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            if self._checker is None:
-                self._checker = Checker(self.target)
-            return self._checker.check(request)
+            return self._checkers.check(number, request)
         except JaxftError as error:  # there are no devices
             return {"error": {"code": "no_devices", "message": str(error), "param": None}}
         except Exception:
@@ -162,7 +165,7 @@ class Checks:
                 except ApiError as error:
                     self._answer(row, error.body())
                     continue
-                self._under_way[row["id"]] = self._pool.submit(self._ask, request)
+                self._under_way[row["id"]] = self._pool.submit(self._ask, row["id"], request)
             elif future.done():
                 del self._under_way[row["id"]]
                 self._answer(row, future.result())

@@ -97,7 +97,7 @@ def test_a_preview_is_checked_as_a_job_would_be_and_is_answered_by_the_worker(se
     asked = client.post("/v1/jaxft/previews", json=BODY).json()
     assert asked["status"] == "waiting"
     checks, seen = Checks(service), []
-    checks._ask = lambda request: seen.append(request) or {"config": {"secret": 1}, "steps": 3}
+    checks._ask = lambda _, request: seen.append(request) or {"config": {"secret": 1}, "steps": 3}
     checks.look_at_previews()
     checks._pool.shutdown(wait=True)
     checks.look_at_previews()

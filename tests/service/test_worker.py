@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -95,29 +96,34 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     class Checker:
         def __init__(self, target: Target):
-            pass
+            self.given_up = threading.Event()
 
         def check(self, request: dict[str, Any]) -> dict[str, Any]:
             found.append(request)
             if request["seed"] == 13:  # a check that takes its time
-                given_up.wait(20)
+                self.given_up.wait(20)
             return dict(CHECKED)
 
-        def close(self) -> None:
+        def stop(self) -> None:
             pass
 
-        def give_up(self) -> None:
-            given_up.set()
+        def close(self) -> None:
+            self.given_up.set()
 
-    given_up = threading.Event()
-    monkeypatch.setattr("jaxft.service.checks.Checker", Checker)
+        def give_up(self) -> None:
+            self.given_up.set()
+
+    monkeypatch.setattr("jaxft.service.checker.Checker", Checker)
     target = Target("cpu", "cpu", 1, 0, "")
     monkeypatch.setattr("jaxft.service.checks.find_target", lambda *_: target)
     return found
 
 
 @pytest.fixture
-def working(service: Service, runs: Runs, asked: list) -> Iterator[Worker]:
+def working(
+    service: Service, runs: Runs, asked: list, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Worker]:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     found = Worker(service.settings, executor=runs)
     yield found
     found.close()
@@ -412,20 +418,39 @@ def test_what_an_earlier_start_said_is_not_the_end_of_a_later_one(
     assert until(working, client, job, "failed").error.code == "run_died"
 
 
-def test_the_check_of_a_cancelled_job_keeps_no_other_waiting(
-    client: OpenAI, working: Worker, make: Callable[[], str]
+@pytest.fixture
+def make_slow(client: OpenAI) -> Callable[[], str]:
+    """Makes a job whose check takes 20 seconds."""
+    file = client.files.create(file=("train.jsonl", b"{}\n"), purpose="fine-tune").id
+    jobs = client.fine_tuning.jobs
+    return lambda: jobs.create(model="base", training_file=file, seed=13).id
+
+
+def test_a_long_check_keeps_no_other_waiting(
+    client: OpenAI, working: Worker, make: Callable[[], str], make_slow: Callable[[], str]
 ):
-    file = client.files.list().data or [client.files.create(file=("a", b"{}"), purpose="fine-tune")]
-    make()
-    slow = client.fine_tuning.jobs.create(model="base", training_file=file[0].id, seed=13).id
+    slow = make_slow()
+    working.tick()
+    for _ in range(3):
+        until(working, client, make(), "queued")
+    assert client.fine_tuning.jobs.retrieve(slow).status == "validating_files"
+
+
+def test_the_check_of_a_cancelled_job_keeps_no_other_waiting(
+    client: OpenAI, working: Worker, make: Callable[[], str], make_slow: Callable[[], str]
+):
+    """There are as many checks at a time as cores."""
+    slow = [make_slow(), make_slow()]
     working.tick()
     other = make()
     time.sleep(0.1)
     working.tick()
-    client.fine_tuning.jobs.cancel(slow)
+    assert client.fine_tuning.jobs.retrieve(other).status == "validating_files"
+    client.fine_tuning.jobs.cancel(slow[1])
     start = time.monotonic()
     until(working, client, other, "queued")
     assert time.monotonic() - start < 10
+    assert client.fine_tuning.jobs.retrieve(slow[0]).status == "validating_files"
 
 
 def test_a_scheduler_that_does_not_answer_is_asked_again(
