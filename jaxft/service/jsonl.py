@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from jaxft.formatting import format_bytes
+
 _EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 # What files begin with that are something else.
 _OTHERS = {
@@ -13,6 +15,8 @@ _OTHERS = {
     b"PAR1": "is a Parquet file: export it as JSONL",
     b"[": "is a JSON array: write one object a line, without commas between them",
 }
+# Bytes: two million tokens of English. Tokenising takes 100 to 400 times as much memory.
+_MOST_ROW = 8 << 20
 
 
 class Refusal(Exception):
@@ -30,7 +34,9 @@ class Refusal(Exception):
 
 
 def require_json_lines(path: str, name: str, param: str) -> None:
-    """Refuses what is no JSONL by its first line: it would be taken for plain text or a table.
+    """Refuses what is no JSONL by its first line, and rows that are too large.
+
+    What is no JSONL would be taken for plain text or a table.
 
     Args:
       path: The file.
@@ -46,6 +52,7 @@ def require_json_lines(path: str, name: str, param: str) -> None:
         )
     problem = next((text for start, text in _OTHERS.items() if line.startswith(start)), "")
     if not problem:
+        _require_small_rows(path, name, param)
         try:
             if isinstance(json.loads(line.decode("utf-8-sig")), dict):
                 return
@@ -63,3 +70,17 @@ def require_json_lines(path: str, name: str, param: str) -> None:
         code="invalid_file_format",
         param=param,
     )
+
+
+def _require_small_rows(path: str, name: str, param: str) -> None:
+    with Path(path).open("rb") as file:
+        number = 0
+        while line := file.readline(_MOST_ROW + 1):
+            number += 1
+            if len(line) > _MOST_ROW:
+                raise Refusal(
+                    f"{name}:{number}: the row is larger than {format_bytes(_MOST_ROW)}. Split it, "
+                    "or leave it out.",
+                    code="invalid_file_format",
+                    param=param,
+                )

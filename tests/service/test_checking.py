@@ -154,6 +154,21 @@ def test_files_of_other_kinds_are_called_by_their_name(
     assert error.value.code == "invalid_file_format" and "mine.jsonl" in error.value.message
 
 
+def test_a_row_that_is_too_large_is_named_before_it_is_tokenised(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jaxft.service.jsonl._MOST_ROW", 1 << 10)
+    path, row = tmp_path / "file-large", '{"prompt": "a", "completion": "%s"}\n'
+    exact = 1024 - len(row % "")
+    path.write_text(row % "b" * 12 + row % ("b" * exact))
+    with pytest.raises(Refusal, match="longer than data"):  # tokenised
+        check(request(folder, training=str(path)), CPU)
+    path.write_text(row % "b" * 12 + row % ("b" * (exact + 1)))
+    with pytest.raises(Refusal, match=r"^mine\.jsonl:13: the row is larger than 1 KiB") as error:
+        check(request(folder, training=str(path)), CPU)
+    assert error.value.code == "invalid_file_format" and error.value.param == "training_file"
+
+
 def test_advice_is_in_the_words_of_a_request(folder: Path, tmp_path: Path):
     pairs = tmp_path / "file-pairs"
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 12)
