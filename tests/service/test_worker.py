@@ -328,17 +328,22 @@ def test_a_paused_job_frees_its_devices_and_goes_on_later(
     assert f"{job}-1" in runs.launches
 
 
+def submit_and_die(client: OpenAI, service: Service, runs: Runs, job: str) -> None:
+    """Lets a worker die when it has submitted the run of a job and has not noted that yet."""
+    dying = Worker(service.settings, executor=runs)
+    until(dying, client, job, "queued")
+    runs.lost = True
+    with pytest.raises(KeyboardInterrupt):
+        dying.tick()
+    runs.lost = False
+    dying._service.database.close()
+
+
 def test_a_worker_that_dies_loses_no_launch_and_starts_none_twice(
     client: OpenAI, service: Service, runs: Runs, make: Callable[[], str], asked: list
 ):
     job = make()
-    first = Worker(service.settings, executor=runs)
-    until(first, client, job, "queued")
-    runs.lost = True
-    with pytest.raises(KeyboardInterrupt):
-        first.tick()
-    runs.lost = False
-    first._service.database.close()
+    submit_and_die(client, service, runs, job)
     second = Worker(service.settings, executor=runs)
     second._name = "elsewhere:1"
     second.tick()  # the first one's lease has not ended
@@ -355,13 +360,7 @@ def test_a_run_whose_worker_died_before_it_noted_it_is_stopped_when_its_job_is_c
     client: OpenAI, service: Service, runs: Runs, make: Callable[[], str], asked: list
 ):
     job, other = make(), make()
-    first = Worker(service.settings, executor=runs)
-    until(first, client, job, "queued")
-    runs.lost = True
-    with pytest.raises(KeyboardInterrupt):
-        first.tick()
-    runs.lost = False
-    first._service.database.close()
+    submit_and_die(client, service, runs, job)
     client.fine_tuning.jobs.cancel(job)
     second = Worker(service.settings, executor=runs)
     second._release_all()
