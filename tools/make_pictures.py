@@ -5,14 +5,13 @@
 Needs Chromium, which draws the pages without a window.
 """
 
-import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from pictures import ROOT, begin, check_size
+
 # Name of the picture: the page, the heading that it begins with, its height in pixels.
 PICTURES = {
     "report": ("runs/demo/finetune/report.html", "", 832),
@@ -31,22 +30,14 @@ SCROLL = """<script>addEventListener("load", () => {
 
 def main() -> int:
     """Draws each picture, and says what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/images")
-    output = parser.parse_args().output
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        sys.exit("Chromium is needed: it draws the pages.")
+    chromium, output = begin(__doc__, ROOT / "docs/images")
     output.mkdir(parents=True, exist_ok=True)
     for name, (page, heading, height) in PICTURES.items():
         if not (ROOT / page).is_file():
             sys.exit(f"There is no {page}; run `make demo` first.")
         picture = output / f"{name}.png"
         draw(chromium, ROOT / page, picture, heading=heading, height=height)
-        size = picture.stat().st_size
-        print(f"{picture}: {size:,} bytes")
-        if size > LARGEST:
-            sys.exit(f"{picture} has more than {LARGEST:,} bytes.")
+        check_size(picture, LARGEST)
     return 0
 
 

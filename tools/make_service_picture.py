@@ -6,9 +6,7 @@ It serves the demo's base model, tunes it on the demo's complaints, and looks at
 Chromium, which draws the page without a window; takes about two minutes.
 """
 
-import argparse
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,12 +14,12 @@ import time
 from pathlib import Path
 
 from openai import OpenAI
+from pictures import ROOT, begin, check_size
 from playwright.sync_api import sync_playwright
 
 from jaxft.demo import BASE
 from jaxft.demo.cases import held_out_cases, train_cases, write_cases
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZE = {"width": 1280, "height": 900}
 LARGEST = 200_000  # bytes
 HYPERPARAMETERS = {"n_epochs": 3, "batch_size": 16, "learning_rate_multiplier": 10.0}
@@ -29,12 +27,7 @@ HYPERPARAMETERS = {"n_epochs": 3, "batch_size": 16, "learning_rate_multiplier": 
 
 def main() -> int:
     """Draws the picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/images/service-page.png")
-    output = parser.parse_args().output
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        sys.exit("Chromium is needed: it draws the page.")
+    chromium, output = begin(__doc__, ROOT / "docs/images/service-page.png")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "jaxft", "serve", f"--models=demo={BASE}", "--port=0"]
         command += [f"--workdir={folder}/service"]
@@ -47,9 +40,8 @@ def main() -> int:
                 draw(chromium, f"{url}#jobs/{job}", output)
             finally:
                 server.terminate()
-    size = output.stat().st_size
-    print(f"{output}: {size:,} bytes")
-    return f"{output} has more than {LARGEST:,} bytes." if size > LARGEST else 0
+    check_size(output, LARGEST)
+    return 0
 
 
 def address(server: subprocess.Popen[str]) -> str:
