@@ -77,7 +77,7 @@ def test_jobs_of_a_service_that_dies_run_once_on_the_cluster(
         wait_until(lambda: jobs_of(cluster, second)[0][1] not in ("RUNNING", "COMPLETING"), 120)
         result = RunFolder(run).result()
         assert result is not None and result["status"] == "stopped", "it has saved and ended"
-        assert result["step"] == read_metrics(run)[-1]["step"]
+        assert result["step"] >= read_metrics(run)[-1]["step"] > 0  # a line for every other step
         assert numbers(cluster, second) == [number for number, _ in before[second]]
         assert client.fine_tuning.jobs.retrieve(second).status == "cancelled"
 
