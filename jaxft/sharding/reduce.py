@@ -11,17 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxft.errors import ConfigError
-from jaxft.hardware.chips import chip_of
 from jaxft.sharding.axes import ACTIVATION_OF
 from jaxft.sharding.cores import on_one_cpu
 from jaxft.sharding.cores import product as product_by_cores
-from jaxft.sharding.mesh import rings
 from jaxft.sharding.rules import Placement, active_placement, as_names
+from jaxft.sharding.scatter import Product, computed, reduce_scatter
 
 
 class WeightPlan(NamedTuple):
@@ -72,20 +70,20 @@ class WeightPlan(NamedTuple):
                 w = jax.lax.all_gather(w, names, axis=dimension, tiled=True)
         return w
 
-    def reduce(self, gradient: Array) -> Array:
+    def reduce(self, gradient: Array | Product) -> Array:
         """Sums over the devices that hold other tokens, in a `shard_map`; each keeps a part."""
         gradient = self.scatter(gradient)
         scattered = {name for names in self.scattered for name in names}
         rest = tuple(name for names in self.tokens for name in names if name not in scattered)
         return jax.lax.psum(gradient, rest) if rest else gradient
 
-    def scatter(self, gradient: Array) -> Array:
+    def scatter(self, gradient: Array | Product) -> Array:
         """Does what `reduce` does, but over the devices alone that keep different parts."""
         for dimension, names in enumerate(self.scattered):
             for name in names:
                 assert self.placement is not None
                 gradient = reduce_scatter(gradient, name, dimension, self.placement)
-        return gradient
+        return computed(gradient)
 
     def map(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         """Returns a function of whole arrays that runs on each device's part of them."""
@@ -169,70 +167,6 @@ def _spec(*cuts: Sequence[tuple[str, ...]]) -> P:
     return P(*(sum(parts, ()) for parts in zip(*cuts, strict=True)))
 
 
-def reduce_scatter(x: Array, name: str, dimension: int, placement: Placement) -> Array:
-    """Sums `x` over a mesh axis, in a `shard_map`; each device keeps its part.
-
-    SparseCores make the sum at once (`training/compiler_options.py`). Elsewhere it goes along one
-    dimension of the TPU's network after the other: for more than one at a time the compiler has no
-    reduce-scatter and takes an all-reduce, of twice the bytes; as it does where parts would be
-    narrower than its tiles, so that a dimension of their own tells them apart.
-    """
-    chip = chip_of(placement.mesh.devices.flat[0].device_kind)
-    sizes = rings(placement.mesh, name)
-    if chip and chip.offloads:
-        sizes = (math.prod(sizes),)
-    scatter = _by_hops if chip and chip.hops else _at_once
-    for ring in range(len(sizes)):
-        x = scatter(x, name, dimension, sizes, ring)
-    return x
-
-
-def _at_once(x: Array, name: str, dimension: int, sizes: tuple[int, ...], ring: int) -> Array:
-    """Does what `reduce_scatter` does along one ring, as one collective."""
-    x = jnp.moveaxis(x, dimension, 0)
-    rest = x.shape[1:]
-    groups = np.moveaxis(_places(sizes), ring, -1).reshape(-1, sizes[ring]).tolist()
-    x = jax.lax.psum_scatter(
-        x.reshape(sizes[ring], -1, math.prod(rest)),
-        name,
-        scatter_dimension=0,
-        axis_index_groups=groups if len(sizes) > 1 else None,
-    )
-    return jnp.moveaxis(x.reshape(-1, *rest), 0, dimension)
-
-
-def _by_hops(x: Array, name: str, dimension: int, sizes: tuple[int, ...], ring: int) -> Array:
-    """Does what `_at_once` does by copies to the neighbours, half of each part either way round.
-
-    A part sets out from the device after the one that keeps it, and each on the way adds its own.
-    """
-    size, places = sizes[ring], _places(sizes)
-    here = jax.lax.axis_index(name) // math.prod(sizes[ring + 1 :]) % size
-    across = max((d for d in range(x.ndim) if d != dimension), key=lambda d: x.shape[d])
-    width, half = x.shape[dimension] // size, x.shape[across] // 2
-
-    def way(step: int, start: int, end: int) -> Array:
-        def part(hops: int) -> Array:
-            starts: list[Any] = [0] * x.ndim
-            lengths = list(x.shape)
-            starts[across], lengths[across] = start, end - start
-            starts[dimension], lengths[dimension] = (here - step * hops) % size * width, width
-            return jax.lax.dynamic_slice(x, starts, lengths)
-
-        ends = zip(places.flat, np.roll(places, -step, ring).flat, strict=True)
-        pairs = [(int(a), int(b)) for a, b in ends]
-        total = part(1)
-        for hops in range(2, size + 1):
-            total = jax.lax.ppermute(total, name, pairs) + part(hops)
-        return total
-
-    return jnp.concatenate([way(1, 0, half), way(-1, half, x.shape[across])], across)
-
-
-def _places(sizes: tuple[int, ...]) -> np.ndarray:
-    return np.arange(math.prod(sizes)).reshape(sizes)
-
-
 def project(x: Array, w: Array, *, axes: tuple[str, ...], inputs: int) -> Array:
     """Contracts the last dimensions of `x` with the last of a weight.
 
@@ -259,7 +193,7 @@ def project(x: Array, w: Array, *, axes: tuple[str, ...], inputs: int) -> Array:
         return _product(x, w, inputs)
 
     def of_weight(dy: Array, x: Array) -> Array:
-        return plan.reduce(jax.lax.dot_general(dy, x, (((0, 1), (0, 1)), ((), ()))))
+        return plan.reduce(Product(dy, x))
 
     def backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
         x, w = kept

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxft.hardware.chips import Chip
 from jaxft.sharding.reduce import WeightPlan, plan_weight
+from jaxft.sharding.scatter import Product
 
 
 class Format(NamedTuple):
@@ -184,7 +185,7 @@ class _Parts:
 
     def of_weight(self, dy: Array, x: Array) -> Array:
         """Returns a device's part of the gradient of the weight."""
-        return self.plan.reduce(jax.lax.dot_general(dy, x, (((0, 1), (0, 1)), ((), ()))))
+        return self.plan.reduce(Product(dy, x))
 
     def _product(
         self, x: Array, codes: Array, dtype: Any, dimensions: tuple[int, ...], sums: Any

@@ -1,6 +1,7 @@
 """Weights whose gradients are reduced straight into their shards: equal results, fewer bytes."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.hardware.chips import chip_named
-from jaxft.sharding import reduce
+from jaxft.sharding import reduce, scatter
 from jaxft.sharding.mesh import make_mesh
 from jaxft.sharding.rules import Placement, load_strategy
 from jaxft.training.objectives.token_scores import cross_entropy, token_scores
@@ -200,27 +201,34 @@ def compiled_text(step, *arrays) -> str:
     return step.lower(*arrays).compile().as_text()
 
 
-def as_if_by_hops(monkeypatch) -> None:
+def as_if_by_hops(monkeypatch, **figures) -> None:
     known = chip_named("v5e")
     assert known is not None
-    chip = dataclasses.replace(known, name="new")
-    monkeypatch.setattr(reduce, "chip_of", lambda kind: chip)
+    chip = dataclasses.replace(known, name="new", **figures)
+    monkeypatch.setattr(scatter, "chip_of", lambda kind: chip)
+
+
+def place_on_ring(monkeypatch, *sizes: int) -> Placement:
+    """Returns `zero2` on as many devices, as if they lay on a network with these dimensions."""
+    monkeypatch.setattr(scatter, "rings", lambda mesh, axis: sizes)
+    strategy = load_strategy("zero2")
+    return Placement(
+        "zero2", strategy, make_mesh({"data": math.prod(sizes)}, strategy, name="zero2")
+    )
 
 
 @pytest.mark.parametrize("hops", [False, True])
-@pytest.mark.parametrize("sizes", [(8,), (2, 4), (4, 2), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8,), (2, 4), (4, 2), (2, 2, 2), (3,), (3, 2)])
 @pytest.mark.parametrize("dimension", [0, 1])
 def test_a_sum_along_rings_gives_each_device_its_part(monkeypatch, sizes, dimension, hops):
     """Only TPUs tell their rings; the sum must be the same however they lie."""
-    monkeypatch.setattr(reduce, "rings", lambda mesh, axis: sizes)
     if hops:
         as_if_by_hops(monkeypatch)
-    strategy = load_strategy("zero2")
-    placement = Placement("zero2", strategy, make_mesh({}, strategy, name="zero2"))
-    parts = normal(8, *((16, 9), (9, 16))[dimension])  # ways round that carry 4 and 5
+    placement = place_on_ring(monkeypatch, *sizes)
+    parts = normal(math.prod(sizes), *((48, 9), (9, 48))[dimension])
     spec = P("data", None) if dimension == 0 else P(None, "data")
     scattered = jax.shard_map(
-        lambda x: reduce.reduce_scatter(x[0], "data", dimension, placement),
+        lambda x: scatter.reduce_scatter(x[0], "data", dimension, placement),
         mesh=placement.mesh,
         in_specs=P("data"),
         out_specs=spec,
@@ -232,11 +240,36 @@ def test_a_sum_along_rings_gives_each_device_its_part(monkeypatch, sizes, dimens
     assert found == {"collective-permute" if hops else "reduce-scatter"}
 
 
-@pytest.mark.parametrize("hops", [False, True])
-def test_a_sum_along_rings_is_the_same_for_all_stages_of_a_pipeline(monkeypatch, hops):
-    monkeypatch.setattr(reduce, "rings", lambda mesh, axis: (2, 2))
-    if hops:
-        as_if_by_hops(monkeypatch)
+@pytest.mark.parametrize("sizes", [(8,), (2, 4), (3,), (1,)])
+@pytest.mark.parametrize(("axes", "shape", "inputs"), WEIGHTS)
+def test_a_product_is_computed_two_parts_at_a_time_beside_the_copies(
+    monkeypatch, sizes, axes, shape, inputs
+):
+    as_if_by_hops(monkeypatch, bandwidth=1e30)  # no part is too narrow
+    shape = tuple(48 if axis == "embed" else n for axis, n in zip(axes, shape, strict=True))
+    placement = place_on_ring(monkeypatch, *sizes)
+    x, w = normal(24, 10, *shape[-inputs:]), normal(*shape, seed=1)
+
+    def product(x, w):
+        return reduce.project(x, w, axes=axes, inputs=inputs)
+
+    _, found = value_and_gradients(product, placement, x, w)
+    _, expected = value_and_gradients(product, None, x, w)
+    assert relative_error(found, expected) < 1e-5
+    lowered = jax.jit(lambda x, w: value_and_gradients(product, placement, x, w)).lower(x, w)
+    made = re.findall(r"= f32\[([\d,]*)\]\S* (?:dot|custom-call)\(", lowered.compile().as_text())
+    sizes_made = {math.prod(map(int, dims.split(","))) for dims in made if dims}
+    whole = math.prod(shape)
+    assert whole // sizes[0] * min(2, sizes[0]) in sizes_made
+    assert sizes[0] <= 2 or whole not in sizes_made
+
+
+@pytest.mark.parametrize("figures", [None, {}, {"bandwidth": 1e30}])
+def test_a_sum_along_rings_is_the_same_for_all_stages_of_a_pipeline(monkeypatch, figures):
+    """As one collective, by copies, and by copies of parts of a product."""
+    monkeypatch.setattr(scatter, "rings", lambda mesh, axis: (4,) if figures else (2, 2))
+    if figures is not None:
+        as_if_by_hops(monkeypatch, **figures)
     strategy = load_strategy("pp_fsdp_tp")
     sizes = {"stage": 2, "fsdp": 4}
     placement = Placement("pp_fsdp_tp", strategy, make_mesh(sizes, strategy, name="pp_fsdp_tp"))
