@@ -150,11 +150,11 @@ def _product_scaled(
     The weight is rounded here, and again for the backward pass, so that what was gathered of it
     need not be kept.
     """
-    form, (outputs, inputs), dtype = FORMATS[kind], cuts, x.dtype
+    (outputs, inputs), dtype = cuts, x.dtype
     precision = jax.config.jax_default_matmul_precision
 
-    def multiply(x: Array, codes: Array, form: Any, cut: tuple[str, ...], *context: Array) -> Array:
-        tokens = scale(x, form, (x.ndim - 1,), cut)
+    def multiply(x: Array, codes: Array, cut: tuple[str, ...], *context: Array) -> Array:
+        tokens = scale(x, codes.dtype, (x.ndim - 1,), cut)
         with jax.default_matmul_precision("default"):
             sums = type_of_sums(codes.dtype, dtype)
             out = product.multiply(tokens.codes, codes, *context, sums=sums)
@@ -162,16 +162,16 @@ def _product_scaled(
 
     @jax.custom_vjp
     def scaled(x: Array, w: Array, *context: Array) -> Array:
-        weight = scale(w, form.values, (2,), inputs)
-        out = multiply(x, weight.codes, form.values, inputs, *context)
+        weight = scale(w, FORMATS[kind], (2,), inputs)
+        out = multiply(x, weight.codes, inputs, *context)
         return (out * product.spread(weight.scales, *context)).astype(dtype)
 
     def backward(kept: tuple[Array, ...], dy: Array) -> tuple[Any, ...]:
         x, w, *context = kept
-        weight = scale(w, form.values, (2,), inputs)
+        weight = scale(w, FORMATS[kind], (2,), inputs)
         gradient = dy.astype(jnp.float32) * product.spread(weight.scales, *context)
         codes = jnp.swapaxes(weight.codes, 1, 2)
-        dx = multiply(gradient, codes, form.gradients, outputs, *context)
+        dx = multiply(gradient, codes, outputs, *context)
         with jax.default_matmul_precision(precision):
             [dw] = jax.vjp(lambda w: product.multiply(x, w, *context), w)[1](dy)
         return (dx.astype(dtype), dw, *(None for _ in context))

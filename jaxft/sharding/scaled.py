@@ -23,25 +23,10 @@ from jaxft.hardware.chips import Chip
 from jaxft.sharding.reduce import WeightPlan, plan_weight
 from jaxft.sharding.scatter import Product
 
-
-class Format(NamedTuple):
-    """The types of what is multiplied.
-
-    Attributes:
-      values: Type of weights and of what they are applied to.
-      gradients: Type of the gradients of outputs, which need more range than precision.
-    """
-
-    values: Any
-    gradients: Any
-
-
-# By the name that `model.matmul` has for it; the types of fp8 are those of Micikevicius et al.,
-# arXiv:2209.05433.
-FORMATS = {
-    "int8": Format(jnp.int8, jnp.int8),
-    "fp8": Format(jnp.float8_e4m3fn, jnp.float8_e5m2),
-}
+# Types of codes, by the name that `model.matmul` has for them. That of fp8 is e4m3 of Micikevicius
+# et al., arXiv:2209.05433, for gradients of outputs, too: with a scale for each token these do not
+# need the range of e5m2, which is a bit less precise (DeepSeek-V3, arXiv:2412.19437, section 3.3).
+FORMATS = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 # Numbers that are all below it become zero; the smallest scale is a normal number of float32.
 _LEAST = 2.0**-100
 
@@ -96,7 +81,7 @@ def type_of_sums(codes: Any, dtype: Any) -> Any:
 
 def rate(kind: str, chip: Chip) -> float:
     """Returns the operations a second of a chip's products of a kind; 0 where none are known."""
-    return chip.peak(jnp.dtype(FORMATS[kind].values).name)
+    return chip.peak(jnp.dtype(FORMATS[kind]).name)
 
 
 def project_scaled(x: Array, w: Array, *, axes: tuple[str, ...], inputs: int, kind: str) -> Array:
@@ -151,8 +136,8 @@ class _Parts:
       inputs: Dimensions of the weight that are inputs.
     """
 
-    def __init__(self, plan: WeightPlan, outputs: int, form: Format):
-        self.plan, self.form = plan, form
+    def __init__(self, plan: WeightPlan, outputs: int, dtype: Any):
+        self.plan, self.dtype = plan, dtype
         self.of_scales = plan._replace(held=plan.held[:outputs], gathered=plan.gathered[:outputs])
         self.outputs = tuple(range(outputs))
         self.inputs = tuple(range(outputs, len(plan.held)))
@@ -168,31 +153,29 @@ class _Parts:
     def round_weight(self, w: Array) -> Scaled:
         """Returns codes and scales of a device's part of the weight."""
         cut = sum((self.plan.held[d] + self.plan.gathered[d] for d in self.inputs), ())
-        return scale(w, self.form.values, self.inputs, cut)
+        return scale(w, self.dtype, self.inputs, cut)
 
     def forward(self, x: Array, weight: Scaled) -> Array:
         """Returns the outputs of a device's tokens."""
         codes, scales = self._gathered(weight)
-        out = self._product(x, codes, self.form.values, self.inputs, x.dtype)
+        out = self._product(x, codes, self.inputs, x.dtype)
         return self._summed(out * scales[None, None], x.dtype, self.inputs)
 
     def of_input(self, dy: Array, weight: Scaled) -> Array:
         """Returns the gradient of the inputs of a device's tokens."""
         codes, scales = self._gathered(weight)
         gradient = dy.astype(jnp.float32) * scales[None, None]
-        out = self._product(gradient, codes, self.form.gradients, self.outputs, dy.dtype)
+        out = self._product(gradient, codes, self.outputs, dy.dtype)
         return self._summed(out, dy.dtype, self.outputs)
 
     def of_weight(self, dy: Array, x: Array) -> Array:
         """Returns a device's part of the gradient of the weight."""
         return self.plan.reduce(Product(dy, x))
 
-    def _product(
-        self, x: Array, codes: Array, dtype: Any, dimensions: tuple[int, ...], sums: Any
-    ) -> Array:
+    def _product(self, x: Array, codes: Array, dimensions: tuple[int, ...], sums: Any) -> Array:
         """Rounds tokens, contracts them with codes of the weight and scales the result, float32."""
         last = tuple(range(2, x.ndim))
-        tokens = scale(x, dtype, last, self.held(dimensions))
+        tokens = scale(x, codes.dtype, last, self.held(dimensions))
         out = jax.lax.dot_general(
             tokens.codes,
             codes,

@@ -25,7 +25,6 @@ AXES = ("mlp", "embed")
 HALF_STEPS = {
     jnp.dtype(jnp.int8): (0.0, 0.5),
     jnp.dtype(jnp.float8_e4m3fn): (2.0**-4, 2.0**-10),
-    jnp.dtype(jnp.float8_e5m2): (2.0**-3, 2.0**-17),
 }
 
 
@@ -50,7 +49,7 @@ def half_steps(x: np.ndarray, dtype) -> np.ndarray:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_product_is_within_half_a_step_of_each_number_of_the_whole_one(kind):
     x, w = tokens_and_weight()
-    dtype = FORMATS[kind].values
+    dtype = FORMATS[kind]
     of_x, of_w = half_steps(x, dtype), half_steps(w, dtype)
     bound = of_x @ np.abs(w).T + np.abs(x) @ of_w.T + of_x @ of_w.T
     error = np.abs(product(x, w, kind) - x @ w.T)
@@ -62,11 +61,10 @@ def test_a_product_is_within_half_a_step_of_each_number_of_the_whole_one(kind):
 def test_gradients_of_inputs_are_within_half_a_step_of_those_of_the_rounded_weight(kind):
     x, w = tokens_and_weight()
     dy = normal(2, 8, 24, seed=3) * 10.0 ** np.arange(-8, 0, dtype=np.float32)[None, :, None]
-    form = FORMATS[kind]
-    codes, scales = scale(w, form.values, (1,))
+    codes, scales = scale(w, FORMATS[kind], (1,))
     codes, scales = np.asarray(codes, np.float32), np.asarray(scales)
     found, of_weight = jax.vjp(lambda x, w: product(x, w, kind), x, w)[1](dy)
-    bound = half_steps(dy * scales, form.gradients) @ np.abs(codes)
+    bound = half_steps(dy * scales, FORMATS[kind]) @ np.abs(codes)
     error = np.abs(found - (dy * scales) @ codes)
     assert np.all(error <= 1.001 * bound) and np.max(error / bound) > 0.05
     # The gradient of the weight is whole.
@@ -79,7 +77,7 @@ def test_numbers_that_are_codes_are_multiplied_exactly():
     random = np.random.RandomState(0)
     for kind, most in (("int8", 127), ("fp8", 16)):
         x, w = (random.randint(-most, most + 1, shape).astype(np.float32) for shape in SHAPES)
-        x[..., 0] = w[..., 0] = largest_code(FORMATS[kind].values)
+        x[..., 0] = w[..., 0] = largest_code(FORMATS[kind])
         expected = x @ w.T
         assert np.all(np.abs(expected) < 2**24)
         np.testing.assert_array_equal(product(x, w, kind), expected)
@@ -147,7 +145,7 @@ def test_codes_travel_and_not_the_weight():
         pytest.param(
             "tpu7x:2x2x1",
             "fp8",
-            ["f8e4m3fn f8e4m3fn", "f8e5m2 f8e4m3fn"],
+            ["f8e4m3fn f8e4m3fn", "f8e4m3fn f8e4m3fn"],
             marks=pytest.mark.slow(seconds=5),
         ),
     ],
