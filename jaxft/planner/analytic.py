@@ -34,10 +34,10 @@ from jaxft.sharding.reduce import WeightPlan
 from jaxft.training.checks import check_matmul
 
 # Most of the exchange of weights and gradients that runs beside the layers' work, as a share: with
-# SparseCores 0.88 to 0.99 in compiled programs, on chips that sum gradients by copies 0.65 to 0.84
-# (benchmarks/results/2026-11-29-tpu-steps.jsonl). Other TPUs make reduce-scatters on their core. Of
-# GPUs it is an assumption.
-_HIDDEN_BY_SPARSE_CORES, _HIDDEN_BY_COPIES, _HIDDEN_ON_GPU = 0.92, 0.74, 0.7
+# SparseCores 0.88 to 0.99 in compiled programs, on chips that sum gradients by copies 0.91
+# (`fsdp` in benchmarks/results/*-tpu-steps.jsonl). Other TPUs make reduce-scatters on
+# their core. Of GPUs it is an assumption.
+_HIDDEN_BY_SPARSE_CORES, _HIDDEN_BY_COPIES, _HIDDEN_ON_GPU = 0.92, 0.91, 0.7
 # Memory traffic of norms, activations, rotary embedding and residual adds, of each token, layer and
 # pass: numbers read and written for each of the stream's width and of the hidden width.
 _PASSED = (15.0, 2.5)
