@@ -30,16 +30,19 @@ class Checker:
 
     Args:
       target: The devices that jobs run on.
+
+    Attributes:
+      is_given_up: Whether it checks no more.
     """
 
     def __init__(self, target: Target):
         self._target = target
         self._process: subprocess.Popen[str] | None = None
-        self._closed = self._given_up = False
+        self._closed = self.is_given_up = False
 
     def give_up(self) -> None:
-        """Ends the check that is under way; nobody waits for it."""
-        self._given_up = True
+        """Ends the check that is under way, which nobody waits for; there is no other one."""
+        self.is_given_up = True
         if self._process is not None:
             self._process.kill()
 
@@ -55,16 +58,13 @@ class Checker:
         A process that dies is asked again; one that dies each time, such as for lack of memory,
         is an error of its own.
         """
-        try:
-            for _ in range(_TRIES):
-                if self._closed or self._given_up:
-                    break
-                if line := self._ask(json.dumps(request)):
-                    return json.loads(line)
-                self.stop()
-            return {"error": {"code": "check_failed", "message": _DIED, "param": None}}
-        finally:
-            self._given_up = False  # of the next one
+        for _ in range(_TRIES):
+            if self._closed or self.is_given_up:
+                break
+            if line := self._ask(json.dumps(request)):
+                return json.loads(line)
+            self.stop()
+        return {"error": {"code": "check_failed", "message": _DIED, "param": None}}
 
     def _ask(self, request: str) -> str:
         """Returns the line that answers; empty if the process ended before."""
@@ -116,7 +116,7 @@ class Checkers:
     def __init__(self, target: Callable[[], Target]):
         self._target = target
         self._kept: Checker | None = None
-        self._asked: dict[str, Checker] = {}
+        self._asked: dict[Checker, str] = {}
         self._closed = False
         self._changing = threading.Lock()
 
@@ -130,30 +130,32 @@ class Checkers:
         target = self._target()
         with self._changing:
             checker = self._kept or Checker(target)
-            self._kept, self._asked[name] = None, checker
+            self._kept, self._asked[checker] = None, name
             if self._closed:
                 checker.close()
         try:
             return checker.check(request)
         finally:
             with self._changing:
-                del self._asked[name]
-                is_spare = self._kept is not None
-                self._kept = self._kept or checker
-            if is_spare:
+                del self._asked[checker]
+                if self._kept is None and not checker.is_given_up:
+                    self._kept = checker
+                is_kept = self._kept is checker
+            if not is_kept:
                 checker.stop()
 
     def give_up(self, name: str) -> None:
         """Ends a check, if it is under way; nobody waits for it."""
         with self._changing:
-            if name in self._asked:
-                self._asked[name].give_up()
+            for checker, asked in self._asked.items():
+                if asked == name:
+                    checker.give_up()
 
     def close(self) -> None:
         """Ends all processes under their checks, and begins no other."""
         with self._changing:
             self._closed = True
-            for checker in (self._kept, *self._asked.values()):
+            for checker in (self._kept, *self._asked):
                 if checker is not None:
                     checker.close()
 

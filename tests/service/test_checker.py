@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from jaxft.service import checker
-from jaxft.service.checker import Checkers
+from jaxft.service.checker import Checker, Checkers
 from jaxft.service.target import Target
 
 CPU = Target("cpu", "cpu", 1, 0, "")
@@ -18,7 +18,8 @@ class Stub:
 
     def __init__(self, target: Target):
         assert target is CPU
-        self.may_answer, self.begun, self.is_stopped = threading.Event(), threading.Event(), False
+        self.may_answer, self.begun = threading.Event(), threading.Event()
+        self.is_stopped = self.is_given_up = False
         self.all.append(self)
 
     def check(self, request: dict) -> dict:
@@ -30,9 +31,11 @@ class Stub:
         self.is_stopped = True
 
     def give_up(self) -> None:
+        self.is_given_up = True
         self.may_answer.set()
 
-    close = give_up
+    def close(self) -> None:
+        self.may_answer.set()
 
 
 @pytest.fixture
@@ -77,3 +80,30 @@ def test_the_check_that_nobody_waits_for_ends_and_no_other(checkers: Checkers):
     second.join(20)
     assert not second.is_alive()
     checkers.check("c", {})  # closed before it begins
+
+
+def test_a_check_that_is_given_up_as_it_ends_ends_no_other(monkeypatch: pytest.MonkeyPatch):
+    class Answering(Checker):
+        def _ask(self, request: str) -> str:
+            return request + "\n"
+
+        def check(self, request: dict) -> dict:
+            found = super().check(request)
+            checkers.give_up("a")  # it has its answer, and is still known
+            return found
+
+    monkeypatch.setattr(checker, "Checker", Answering)
+    checkers = Checkers(lambda: CPU)
+    for name in "ab":
+        assert checkers.check(name, {"name": name}) == {"name": name}
+
+
+def test_a_job_that_comes_back_while_its_check_is_under_way_is_checked_again(checkers: Checkers):
+    """As its lease passes to another worker and back."""
+    threads = [begin(checkers, "a") for _ in range(2)]
+    while len(Stub.all) < 2:
+        threads[0].join(0.01)
+    checkers.give_up("a")
+    for thread in threads:
+        thread.join(20)
+    assert all(stub.is_given_up and stub.is_stopped for stub in Stub.all)

@@ -96,7 +96,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     class Checker:
         def __init__(self, target: Target):
-            self.given_up = threading.Event()
+            self.given_up, self.is_given_up = threading.Event(), False
 
         def check(self, request: dict[str, Any]) -> dict[str, Any]:
             found.append(request)
@@ -111,6 +111,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             self.given_up.set()
 
         def give_up(self) -> None:
+            self.is_given_up = True
             self.given_up.set()
 
     monkeypatch.setattr("jaxft.service.checker.Checker", Checker)
