@@ -1,7 +1,7 @@
 """Models by name: /v1/models, and what a name stands for."""
 
 import shutil
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -189,12 +189,13 @@ def _refuse_if_needed(connection: sa.Connection, own: Row, names: list[str]) -> 
     models, jobs = schema.models, schema.jobs
     if own["status"] in ACTIVE:
         raise ApiError(f"{own['id']} is not over: cancel it first.", code="model_in_use")
-    users = sa.select(jobs.c.id, jobs.c.status).where(jobs.c.model.in_(names))
-    # An adapter of a model that was trained whole is nothing without it.
+    # An adapter of a model that was trained whole is nothing without it, and neither is what goes
+    # on from that adapter.
     is_base = own["hyperparameters"].get("lora_rank") == 0
-    for job, status in connection.execute(users).all():
+    for user in _begun_with(connection, jobs.c.model.in_(names), onward=is_base):
+        job = user["id"]
         has_models = sa.select(models.c.name).where(models.c.job_id == job).limit(1)
-        if status in ACTIVE:
+        if user["status"] in ACTIVE:
             raise ApiError(f"The model is needed by {job}, which is not over.", code="model_in_use")
         if is_base and connection.execute(has_models).first() is not None:
             raise ApiError(
@@ -202,6 +203,26 @@ def _refuse_if_needed(connection: sa.Connection, own: Row, names: list[str]) -> 
                 "model first.",
                 code="model_in_use",
             )
+
+
+def _begun_with(
+    connection: sa.Connection, chosen: sa.ColumnElement[bool], *, onward: bool
+) -> Iterator[Row]:
+    """Yields jobs by the models that they began with.
+
+    Args:
+      connection: To the database.
+      chosen: Condition of the first ones.
+      onward: Whether jobs that began with models of these follow, and so on; of those that are
+        deleted too.
+    """
+    jobs = schema.jobs
+    for row in connection.execute(sa.select(jobs).where(chosen)).mappings().all():
+        yield dict(row)
+        if onward:
+            name = row["tuned_name"]
+            theirs = jobs.c.model.startswith(f"{name}:", autoescape=True)
+            yield from _begun_with(connection, sa.or_(jobs.c.model == name, theirs), onward=onward)
 
 
 ROUTES = [

@@ -25,6 +25,8 @@ def free_space(service: Service) -> None:
     if days := service.settings.keep_unfinished:
         _drop_unfinished(service, days)
     jobs, files = schema.jobs, schema.files
+    # Listed before files are: none of these has tokens of a file that is uploaded meanwhile.
+    caches = list(service.settings.caches.glob("*"))
     # Of these no run writes any more.
     over = (jobs.c.status.not_in(ACTIVE), jobs.c.handle.is_(None), jobs.c.devices.is_(None))
     with service.database.read() as connection:
@@ -33,7 +35,7 @@ def free_space(service: Service) -> None:
         known = set(connection.execute(sa.select(files.c.id)).scalars())
     for number, steps in kept.items():
         remove_steps(service.settings, number, kept=steps)
-    for folder in service.settings.caches.glob("*"):
+    for folder in caches:
         if not {name for name in folder.name.split("_") if name} <= known:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -53,5 +55,5 @@ def _drop_unfinished(service: Service, days: int) -> None:
                 forget_models(connection, row, names_of(connection, number))
             except ApiError:  # another job needs them
                 continue
-            text = f"The checkpoints were deleted {counted(days, 'day')} after the end of the job"
+            text = f"The checkpoints were deleted, {counted(days, 'day')} or more after the end"
             add_event(connection, number, text)

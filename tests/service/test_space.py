@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
+from jaxft.service import space
 from jaxft.service.objects import checkpoint_model
 from jaxft.service.space import free_space
 from jaxft.service.state import Service
@@ -84,7 +85,7 @@ def test_checkpoints_of_jobs_that_did_not_succeed_go_after_some_days_if_that_is_
     assert len(client.models.list().data) == 1 + 2 * 2
     free_space(set_to)
     said = [event.message for event in client.fine_tuning.jobs.list_events(jobs["failed"])]
-    assert said.count("The checkpoints were deleted 3 days after the end of the job") == 1
+    assert said.count("The checkpoints were deleted, 3 days or more after the end") == 1
     assert service.settings.log(jobs["failed"]).is_file()
 
 
@@ -101,6 +102,32 @@ def test_a_checkpoint_that_another_job_begins_with_is_kept(
     assert steps(service, old) == {"8", "16"}
 
 
+def test_a_base_stays_for_an_adapter_that_went_on_from_one_that_is_deleted(
+    client: OpenAI, service: Service, file: str
+):
+    def begin(model: str, status: str, rank: int) -> tuple[str, str]:
+        job = make(
+            client, service, file, model=model, status=status, hyperparameters={"lora_rank": rank}
+        )
+        [_, first] = client.fine_tuning.jobs.checkpoints.list(job).data
+        return job, first.fine_tuned_model_checkpoint
+
+    whole, base = begin("base", "cancelled", 0)
+    between, adapter = begin(base, "failed", 8)
+    last, _ = begin(adapter, "succeeded", 8)
+    with service.database.write() as connection:
+        change(connection, schema.jobs, {}, finished_at=now() - 2 * DAY)
+    for _ in range(2):
+        free_space(keeping(service, days=1))
+    assert [bool(steps(service, job)) for job in (whole, between, last)] == [True, False, True]
+    with pytest.raises(BadRequestError, match=f"The model of {last} was tuned from it"):
+        client.models.delete(base)
+    for checkpoint in client.fine_tuning.jobs.checkpoints.list(last).data:
+        client.models.delete(checkpoint.fine_tuned_model_checkpoint)
+    free_space(keeping(service, days=1))
+    assert not steps(service, whole)
+
+
 def test_tokens_go_with_their_files(client: OpenAI, service: Service, file: str):
     other = client.files.create(file=("valid.jsonl", b"{}\n"), purpose="fine-tune").id
     caches = [service.settings.cache(file, None), service.settings.cache(file, other)]
@@ -111,3 +138,19 @@ def test_tokens_go_with_their_files(client: OpenAI, service: Service, file: str)
     client.files.delete(other)
     free_space(service)
     assert [cache.is_dir() for cache in caches] == [True, False]
+
+
+def test_tokens_of_a_file_that_is_uploaded_meanwhile_stay(
+    client: OpenAI, service: Service, file: str, monkeypatch: pytest.MonkeyPatch
+):
+    caches = []
+
+    def upload(*_, **__) -> None:
+        number = client.files.create(file=("new.jsonl", b"{}\n"), purpose="fine-tune").id
+        caches.append(service.settings.cache(number, None))
+        caches[-1].mkdir(parents=True)
+
+    make(client, service, file, status="succeeded")
+    monkeypatch.setattr(space, "remove_steps", upload)  # which takes long
+    free_space(service)
+    assert [cache.is_dir() for cache in caches] == [True]
