@@ -1,7 +1,9 @@
 """The form that files of jobs have: refused by name where they have another one."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from jaxft.formatting import format_bytes
 
@@ -48,7 +50,7 @@ def require_json_lines(path: str, name: str, param: str) -> None:
     """
     with Path(path).open("rb") as file:
         number, line = next(
-            ((i, line) for i, line in enumerate(file, start=1) if line.strip()), (1, b"")
+            ((i, line) for i, line in enumerate(_lines(file), start=1) if line.strip()), (1, b"")
         )
     problem = next((text for start, text in _OTHERS.items() if line.startswith(start)), "")
     if not problem:
@@ -74,9 +76,7 @@ def require_json_lines(path: str, name: str, param: str) -> None:
 
 def _require_small_rows(path: str, name: str, param: str) -> None:
     with Path(path).open("rb") as file:
-        number = 0
-        while line := file.readline(_MOST_ROW + 1):
-            number += 1
+        for number, line in enumerate(_lines(file), start=1):
             if len(line) > _MOST_ROW:
                 raise Refusal(
                     f"{name}:{number}: the row is larger than {format_bytes(_MOST_ROW)}. Split it, "
@@ -84,3 +84,8 @@ def _require_small_rows(path: str, name: str, param: str) -> None:
                     code="invalid_file_format",
                     param=param,
                 )
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yields lines; one that is too large ends after a byte more than rows may have."""
+    return iter(lambda: file.readline(_MOST_ROW + 1), b"")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxft.service.checking import (
     default_batch,
     default_epochs,
 )
+from jaxft.service.jsonl import require_json_lines
 from jaxft.service.target import Target
 from tests.tiny_run import write_base, write_chats
 
@@ -167,6 +169,21 @@ def test_a_row_that_is_too_large_is_named_before_it_is_tokenised(
     with pytest.raises(Refusal, match=r"^mine\.jsonl:13: the row is larger than 1 KiB") as error:
         check(request(folder, training=str(path)), CPU)
     assert error.value.code == "invalid_file_format" and error.value.param == "training_file"
+
+
+@pytest.mark.parametrize(
+    ("start", "words"), [(b'{"prompt": "', "^mine:1: the row is larger"), (b"[", "is a JSON array")]
+)
+def test_a_file_of_one_large_line_is_not_read_whole(tmp_path: Path, start: bytes, words: str):
+    path = tmp_path / "file-large"
+    path.write_bytes(start + b"a" * (64 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refusal, match=words):
+            require_json_lines(str(path), "mine", "training_file")
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_advice_is_in_the_words_of_a_request(folder: Path, tmp_path: Path):
