@@ -62,16 +62,30 @@ class RunFolder:
 
 def _records(path: Path) -> Sequence[dict[str, Any]]:
     """Returns the objects of a file, which may be absent and is read again once it has changed."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return ()
-    return _read(path, found.st_size, found.st_mtime_ns)
+    return _file(path).read()
 
 
 @functools.lru_cache(maxsize=16)
-def _read(path: Path, size: int, time_ns: int) -> Sequence[dict[str, Any]]:
-    return tuple(read_jsonl(path))
+def _file(path: Path) -> "_File":
+    return _File(path)
+
+
+class _File:
+    """A file of which the last version that was read is kept, and no earlier one."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._kept: tuple[tuple[int, int], Sequence[dict[str, Any]]] = (-1, -1), ()
+
+    def read(self) -> Sequence[dict[str, Any]]:
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return ()
+        kept, version = self._kept, (found.st_size, found.st_mtime_ns)
+        if kept[0] != version:
+            kept = self._kept = version, tuple(read_jsonl(self._path))
+        return kept[1]
 
 
 def trained(record: dict[str, Any], steps: int) -> tuple[str, dict[str, Any]]:
