@@ -16,6 +16,7 @@ from jaxft.service.store import schema
 from jaxft.service.store.database import Row
 
 _EVERY = 0.5  # seconds between looks at the database
+_AT_ONCE = 1000  # events that are sent before a slow reader is waited for
 _SILENCE = 15.0  # seconds after which a line is sent, so that nobody between takes it for dead
 
 
@@ -54,15 +55,15 @@ class Feed:
         sent, spoken = 0, time.monotonic()
         while True:
             await self._look()
-            text, sent = "".join(self._texts[sent:]), len(self._texts)
-            if not text and time.monotonic() - spoken > _SILENCE:
-                text = ": waiting\n\n"
-            if text:
-                spoken = time.monotonic()
-                yield text
-            if self._is_over and sent == len(self._texts):
+            while texts := self._texts[sent : sent + _AT_ONCE]:
+                yield "".join(texts)
+                sent, spoken = sent + len(texts), time.monotonic()
+            if self._is_over:
                 yield "data: [DONE]\n\n"
                 return
+            if time.monotonic() - spoken > _SILENCE:
+                spoken = time.monotonic()
+                yield ": waiting\n\n"
             await asyncio.sleep(_EVERY)
 
     async def _look(self) -> None:

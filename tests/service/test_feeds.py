@@ -61,6 +61,28 @@ def test_all_followers_of_a_job_get_all_events_and_share_each_look(
     assert len(looks) < 15  # of which there would be 200
 
 
+def test_a_slow_reader_is_sent_a_few_events_at_a_time_and_misses_none(
+    service: Service, job: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(feeds, "_AT_ONCE", 3)
+
+    async def main() -> list[str]:
+        events, texts = Feeds(service).follow(job), []
+        with service.database.write() as connection:
+            for i in range(8):
+                add_event(connection, job, f"news {i}")
+        async for text in events:
+            if not texts:
+                jobs.cancel(service, job)
+            texts.append(text)
+            await asyncio.sleep(0.06)
+        return texts
+
+    texts = asyncio.run(asyncio.wait_for(main(), 20))
+    assert [text.count("event: ") for text in texts] == [3, 3, 3, 1, 1, 0]
+    assert "".join(texts).count("news") == 8 and "cancelled" in texts[-2]
+
+
 def test_a_feed_that_nobody_follows_any_more_is_forgotten(
     service: Service, job: str, looks: list[None]
 ):
