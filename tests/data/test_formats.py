@@ -250,6 +250,7 @@ def test_an_unknown_format_shows_all_known_ones(tmp_path):
             "Did you mean 'prompt' and 'completion'?",
         ),
         ({"question": "q", "anwser": "a"}, "Did you mean 'answer'?"),
+        ({"textt": "q", "txt": "a"}, "Did you mean 'text'?"),
         ({"prompt": "q", "chosen": "a", "rejcted": "b"}, "Did you mean 'rejected'?"),
         ({"inputs": "q", "targets": "a"}, ""),  # which spelt otherwise are no format either
     ],

@@ -127,7 +127,7 @@ def respelt(value: Mapping[str, Any], told: Callable[[Mapping[str, Any]], list[s
     absent = [name for name in _NAMES if name not in value]
     meant = {name: "" if name in _NAMES else nearest_of(name, absent) for name in value}
     used = told({meant[name] or name: cell for name, cell in value.items()})
-    found = [name for name in meant.values() if name and name in used]
+    found = [name for name in dict.fromkeys(meant.values()) if name and name in used]
     return f" Did you mean {' and '.join(map(repr, found))}?" if found else ""
 
 
