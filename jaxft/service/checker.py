@@ -38,19 +38,13 @@ class Checker:
     def __init__(self, target: Target):
         self._target = target
         self._process: subprocess.Popen[str] | None = None
-        self._closed = self.is_given_up = False
+        self.is_given_up = False
 
     def give_up(self) -> None:
-        """Ends the check that is under way, which nobody waits for; there is no other one."""
-        self.is_given_up = True
-        if self._process is not None:
-            self._process.kill()
-
-    def close(self) -> None:
         """Ends the process under a check, and begins no other."""
-        self._closed = True
-        if self._process is not None:
-            self._process.kill()
+        self.is_given_up = True
+        if (process := self._process) is not None:  # which another thread may take away
+            process.kill()
 
     def check(self, request: dict[str, Any]) -> dict[str, Any]:
         """Returns the result of `checking.check`, or an object with `error`.
@@ -59,7 +53,7 @@ class Checker:
         is an error of its own.
         """
         for _ in range(_TRIES):
-            if self._closed or self.is_given_up:
+            if self.is_given_up:
                 break
             if line := self._ask(json.dumps(request)):
                 return json.loads(line)
@@ -69,6 +63,8 @@ class Checker:
     def _ask(self, request: str) -> str:
         """Returns the line that answers; empty if the process ended before."""
         process = self._started()
+        if self.is_given_up:  # before there was a process to be killed
+            return ""
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(_SECONDS, self.give_up)
         timer.start()
@@ -132,7 +128,7 @@ class Checkers:
             checker = self._kept or Checker(target)
             self._kept, self._asked[checker] = None, name
             if self._closed:
-                checker.close()
+                checker.give_up()
         try:
             return checker.check(request)
         finally:
@@ -157,7 +153,7 @@ class Checkers:
             self._closed = True
             for checker in (self._kept, *self._asked):
                 if checker is not None:
-                    checker.close()
+                    checker.give_up()
 
 
 def main(target: Target) -> None:

@@ -1,5 +1,6 @@
 """Processes that check, and how many of them there are."""
 
+import subprocess
 import threading
 
 import pytest
@@ -32,9 +33,6 @@ class Stub:
 
     def give_up(self) -> None:
         self.is_given_up = True
-        self.may_answer.set()
-
-    def close(self) -> None:
         self.may_answer.set()
 
 
@@ -107,3 +105,16 @@ def test_a_job_that_comes_back_while_its_check_is_under_way_is_checked_again(che
     for thread in threads:
         thread.join(20)
     assert all(stub.is_given_up and stub.is_stopped for stub in Stub.all)
+
+
+def test_a_check_that_is_given_up_as_its_process_starts_does_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class Starting(Checker):
+        def _started(self) -> subprocess.Popen[str]:
+            self.give_up()
+            return super()._started()
+
+    popen = subprocess.Popen  # of a process that answers with what it is asked
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen(["cat"], **options))
+    assert Starting(CPU).check({})["error"]["code"] == "check_failed"

@@ -107,9 +107,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         def stop(self) -> None:
             pass
 
-        def close(self) -> None:
-            self.given_up.set()
-
         def give_up(self) -> None:
             self.is_given_up = True
             self.given_up.set()
