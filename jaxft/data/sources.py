@@ -1,7 +1,7 @@
 """Sources of raw rows: a name, a way to read it, and rows with their places."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class Source(ABC):
     spec: SourceSpec = field(kw_only=True)
     split: str = field(default="", kw_only=True)
 
-    def rows(self, problems: Problems) -> Iterator[Row]:
+    def rows(self, problems: Problems) -> Generator[Row, None, None]:
         """Yields rows; what cannot be read goes to `problems` instead.
 
         Raises:

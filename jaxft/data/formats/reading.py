@@ -1,5 +1,6 @@
 """Reads the rows of a source and turns them into what an objective takes."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -38,12 +39,25 @@ def read_items(
     Raises:
       DataError: If no row is in a known format, or the columns that are named do not exist.
     """
+    # An error would otherwise hold the file open for as long as it is kept itself.
+    with contextlib.closing(source.rows(problems)) as every:
+        rows: Iterator[Row] = every
+        if chosen is not None:
+            rows = itertools.islice((row for row in every if row.number in chosen), len(chosen))
+        yield from _items(source, rows, problems, on_format=on_format, units=units)
+
+
+def _items(
+    source: Source,
+    rows: Iterator[Row],
+    problems: Problems,
+    *,
+    on_format: Callable[[Format], None],
+    units: str,
+) -> Iterator[tuple[Row, Item]]:
     row_format, unknown = None, None
     examples = EXAMPLES | UNIT_EXAMPLES
     first_example = examples[_FIRST_EXAMPLES[units]]
-    rows = source.rows(problems)
-    if chosen is not None:
-        rows = itertools.islice((row for row in rows if row.number in chosen), len(chosen))
     for row in rows:
         origin = source.origin(row.line, row.number)
         if row_format is None:
