@@ -19,8 +19,9 @@ from jaxft.models.dispatch import (
     slots_of,
 )
 from jaxft.models.expert_weights import ExpertWeights, Projection
-from jaxft.models.layers import GatedMLP, Linear, Routing, gelu_tanh
+from jaxft.models.layers import GatedMLP, Linear, Routing
 from jaxft.models.module import Param
+from jaxft.models.nonlinearity import gelu_tanh
 from jaxft.models.weights import Weight, refuse_columns
 from jaxft.sharding.rules import Placement, active_placement
 

@@ -7,8 +7,9 @@ from flax import nnx
 
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.fields import Fields
-from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention, gelu_tanh
+from jaxft.models.layers import GatedMLP, ResidualBlock, SelfAttention
 from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, SANDWICH_NORMS
+from jaxft.models.nonlinearity import gelu_tanh
 
 
 class Block(ResidualBlock):

@@ -24,11 +24,11 @@ from jaxft.models.layers import (
     ResidualBlock,
     Routing,
     SelfAttention,
-    gelu_tanh,
     make_norm,
 )
 from jaxft.models.module import Param
 from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, HEAD_NORMS, SANDWICH_NORMS
+from jaxft.models.nonlinearity import gelu_tanh
 
 # Blocks: with a window, without one, and without one or a projection of values.
 LOCAL, FULL, KEYS_ARE_VALUES = "sliding_attention", "full_attention", "keys_are_values"

@@ -7,7 +7,8 @@ from flax import nnx
 from jaxft.hf.rules import Rule
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.fields import Fields
-from jaxft.models.layers import MLP, ResidualBlock, SelfAttention, gelu_tanh
+from jaxft.models.layers import MLP, ResidualBlock, SelfAttention
+from jaxft.models.nonlinearity import gelu_tanh
 
 
 class Block(ResidualBlock):

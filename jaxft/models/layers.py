@@ -282,11 +282,6 @@ def _qk_norm(
     return RMSNorm(*shape, **kwargs) if kind == "all" else None
 
 
-def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Applies GELU in its approximation with tanh (Hendrycks and Gimpel, arXiv:1606.08415)."""
-    return jax.nn.gelu(x, approximate=True)
-
-
 class GatedMLP(nnx.Module):
     """`down(activation(gate(x)) * up(x))` (Shazeer, arXiv:2002.05202); SwiGLU by default.
 

@@ -3,16 +3,14 @@
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from jaxft.hf.rules import Rule
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.fields import Fields
 from jaxft.models.layers import MLP, ResidualBlock, SelfAttention
 from jaxft.models.naming import ATTENTION, BODY
+from jaxft.models.nonlinearity import squared_relu
 from jaxft.models.rope import LinearScaling
 
 
@@ -23,11 +21,6 @@ class Block(ResidualBlock):
         attn = SelfAttention(config, numerics, rngs, qk_norm="turned")
         mlp = MLP(config, numerics, rngs, activation=squared_relu)
         super().__init__(config, numerics, attn=attn, mlp=mlp)
-
-
-def squared_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Squares what is positive (So et al., Primer, arXiv:2109.08668)."""
-    return jnp.square(jax.nn.relu(x))
 
 
 def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
