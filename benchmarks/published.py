@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lines import append
-from benchmarks.published_runs import GPU_RUNS, TPU_RUNS, Run
+from benchmarks.published_runs import GPU_RUNS, HELD_OUT_RUNS, TPU_RUNS, Run
 from jaxft.compiled.layout import cpu_devices
 from jaxft.config import RunConfig
 from jaxft.hf.folder import read_config
@@ -69,6 +69,7 @@ def _config(run: Run, topology: Topology) -> RunConfig:
     config = RunConfig()
     config.model.path = run.model if isinstance(run.model, str) else run.name
     config.model.remat, config.model.offload = run.remat, run.offload
+    config.model.expert_capacity = run.capacity
     config.data.max_length = run.length
     config.train.accumulation = run.accumulation
     config.train.batch_size = run.rows * run.accumulation * topology.device_count
@@ -136,8 +137,7 @@ def summaries(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         "left_out": summary([line["ratio_left_out"] for line in lines]),
     }
     for group, members in itertools.groupby(lines, key=lambda line: line["group"]):
-        if group:
-            totals[group] = summary([line["ratio"] for line in members])
+        totals[group or "others"] = summary([line["ratio"] for line in members])
     return totals
 
 
@@ -162,7 +162,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="runs whose name contains this")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     options = parser.parse_args()
-    runs = [run for run in (GPU_RUNS if options.gpus else TPU_RUNS) if options.only in run.name]
+    known = GPU_RUNS if options.gpus else (*TPU_RUNS, *HELD_OUT_RUNS)
+    runs = [run for run in known if options.only in run.name]
     if options.gpus:
         cpu_devices(max(parse(run.topology).device_count for run in runs))
     else:

@@ -154,11 +154,22 @@ class _State:
 
     def begin(self, lane: str, kind: str, seconds: float, name: str, origin: str) -> "_Pending":
         """Puts something on another lane and returns when it ends."""
-        start = max(self.now, self.free.get(lane, 0.0))
+        start = max(self.now, self._free(lane))
         self.free[lane] = start + seconds
         shown = lane.split(" ")[0]
         self.spans.append(Span(shown, kind, start, seconds, name, origin))
         return _Pending(start + seconds, shown, name)
+
+    def _free(self, lane: str) -> float:
+        """Returns when a lane is free: of links one direction, or all of them, must be."""
+        whole = lane.split(" ")[0]
+        wide = lane == whole
+        ends = (
+            end
+            for other, end in self.free.items()
+            if other in (lane, whole) or (wide and other.split(" ")[0] == whole)
+        )
+        return max(ends, default=0.0)
 
     def run(self, kind: str, seconds: float, instruction: Instruction) -> None:
         """Lets the core do something."""

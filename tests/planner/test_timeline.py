@@ -152,6 +152,44 @@ def test_two_exchanges_share_the_links():
     assert found.seconds == pytest.approx(2 * GATHER_SECONDS)
 
 
+def permuted(*pairs: str) -> str:
+    """Returns a program that starts permutes of 4 MB, and waits for all at the end."""
+    starts = [
+        f"%s{i} = ({ARRAY}, {ARRAY}) collective-permute-start({ARRAY} %p), "
+        f"channel_id={i + 1}, source_target_pairs={{{one}}}"
+        for i, one in enumerate(pairs)
+    ]
+    ends = [
+        f"%d{i} = {ARRAY} collective-permute-done(({ARRAY}, {ARRAY}) %s{i})"
+        for i in range(len(pairs))
+    ]
+    return "\n".join(
+        [f"%p = {ARRAY} parameter(0)", *starts, *ends, f"ROOT %r = {ARRAY} bitcast(%p)"]
+    )
+
+
+UP, DOWN = "{0,1},{1,2},{2,3}", "{1,0},{2,1},{3,2}"
+HOP = 4e6 / 1e9 + HOP_SECONDS
+
+
+def test_permutes_share_a_direction_of_the_links_and_not_both():
+    assert run(permuted(UP)).seconds == pytest.approx(HOP)
+    assert run(permuted(UP, DOWN)).seconds == pytest.approx(HOP)
+    assert run(permuted(UP, UP)).seconds == pytest.approx(2 * HOP)
+
+
+@pytest.mark.parametrize("gather_first", [True, False])
+def test_a_gather_takes_both_directions_of_the_links(gather_first):
+    small = "f32[250,1000]{1,0}"
+    gather = f"%s = ({small}, {ARRAY}) all-gather-start({small} %q), {GROUPS.replace('=1', '=9')}"
+    permutes = permuted(UP, DOWN).splitlines()
+    place = 1 if gather_first else 3
+    permutes[place:place] = [f"%q = {small} slice({ARRAY} %p)", gather]
+    permutes.insert(-1, f"%g = {ARRAY} all-gather-done(({small}, {ARRAY}) %s)")
+    found = run("\n".join(permutes), memory=1e9)
+    assert found.seconds == pytest.approx(HOP + GATHER_SECONDS)
+
+
 def test_what_goes_to_another_slice_runs_beside_other_work():
     meeting = 'frontend_attributes={_xla_host_transfer_rendezvous="m",'
     kind = '_xla_megascale_transfer_type="ALL_REDUCE"}'
