@@ -44,7 +44,7 @@ def cost_of(module: Module, computation: Computation, instruction: Instruction) 
     Bytes are those of operands and results that lie in main memory, tiles padded: of an operand
     that is only sliced the slices, of a buffer that is updated in place the update.
     """
-    if instruction.opcode in _FREE:
+    if instruction.opcode in _FREE or _only_starts(module, instruction):
         return Cost()
     products = list(_products(module, computation, instruction))
     cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
@@ -57,6 +57,12 @@ def cost_of(module: Module, computation: Computation, instruction: Instruction) 
         passes=max((product.passes for product in products), default=1),
         dtype=dtypes.pop() if len(dtypes) == 1 else "bfloat16",
     )
+
+
+def _only_starts(module: Module, instruction: Instruction) -> bool:
+    """Whether a fusion starts a collective and no more: links bring its result, not the core."""
+    body = module.fused(instruction)
+    return body is not None and body.instructions[body.root].target == "AsyncCollectiveStart"
 
 
 class _Product(NamedTuple):

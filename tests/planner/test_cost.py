@@ -546,6 +546,22 @@ output_to_operand_aliasing={{1}: (1, {})}, calls=%beside"""
     assert cost(computations, entry).bytes == 2 * 4096
 
 
+def test_a_fusion_that_starts_a_gather_moves_nothing():
+    """As XLA for v5e writes one: its result is what other chips will have sent."""
+    computations = """\
+%start (a: f32[1024]) -> (f32[1024], f32[4096]) {
+  %a = f32[1024]{0} parameter(0)
+  %g = f32[4096]{0} all-gather(%a), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %r = (f32[1024]{0}, f32[4096]{0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+"""
+    entry = """\
+  %a = f32[1024]{0} parameter(0)
+  ROOT %result = (f32[1024]{0}, f32[4096]{0}) fusion(%a), kind=kCustom, \
+output_to_operand_aliasing={{0}: (0, {})}, calls=%start"""
+    assert cost(computations, entry).bytes == 0
+
+
 def test_a_product_that_is_left_to_cublas_counts():
     """XLA for GPU writes `[128,64] x [64,256]` as a call that says what it contracts."""
     numbers = '{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}'
