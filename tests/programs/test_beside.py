@@ -48,12 +48,16 @@ def stored(folder: Path) -> dict[str, tuple]:
     return {name: (x.dtype, x.shape, x.tobytes()) for name, x in found.items()}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
 def is_text(name: str) -> bool:
     return "language_model" in name or "lm_head" in name
 
 
 def test_a_run_exports_the_whole_with_only_its_text_changed(tmp_path, monkeypatch):
-    """Also one that is killed and goes on."""
+    """Also one that is killed and goes on, byte for byte as one that was not."""
     keys = {"train__steps": 2, "train__save_every": 1, "optim__learning_rate": 1e-2}
     config = tiny_config(tmp_path, **keys)
     base = write_whole(tmp_path / "base", "llava")
@@ -61,6 +65,9 @@ def test_a_run_exports_the_whole_with_only_its_text_changed(tmp_path, monkeypatc
     jaxft.train(config, resume=True)
     run, lines = tmp_path / "run", []
     out = jaxft.export(run, tmp_path / "out", verify=True, on_log=lines.append)
+    jaxft.train(tiny_config(tmp_path, "undisturbed", **keys))
+    undisturbed = jaxft.export(tmp_path / "undisturbed", tmp_path / "expected", on_log=lines.append)
+    assert contents(out) == contents(undisturbed)
     before, after = stored(base), stored(out)
     rest = [name for name in before if not is_text(name)]
     assert before.keys() == after.keys()
