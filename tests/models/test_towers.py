@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from jaxft.errors import ModelError
 from jaxft.hf.rules import expand
 from jaxft.models.config import make_numerics
 from jaxft.models.families import architecture_from_hf
-from jaxft.models.towers import ABSENT
+from jaxft.models.towers import ABSENT, TOWERS
 from jaxft.programs.conversion import check
 from tests.oracle.cases import published_wholes
-from tests.oracle.published import PUBLISHED, WHOLES
+from tests.oracle.published import WHOLES
 from tests.oracle.towers import (
     CONFIGS,
     counted_tensors,
@@ -76,39 +75,7 @@ def test_experts_that_files_hold_in_one_tensor_go_in_and_out(tmp_path):
 
 
 GEMMA_12B = WHOLES["google--gemma-3-12b-it"]
-
-
-# As public repositories quote the file.
-GEMMA4_12B: dict[str, Any] = {
-    "model_type": "gemma4_unified",
-    "audio_config": {"model_type": "gemma4_unified_audio", "audio_embed_dim": 640},
-    "audio_token_id": 258881,
-    "boa_token_id": 256000,
-    "boi_token_id": 255999,
-    "dtype": "bfloat16",
-    "eoa_token_index": 258883,
-    "eoi_token_id": 258882,
-    "image_token_id": 258880,
-    "initializer_range": 0.02,
-    "text_config": PUBLISHED["google--gemma-4-31B-it"]
-    | {
-        "hidden_size": 3840,
-        "intermediate_size": 15360,
-        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 8,
-        "model_type": "gemma4_unified_text",
-        "moe_intermediate_size": None,
-        "num_attention_heads": 16,
-        "num_experts": None,
-        "num_global_key_value_heads": 1,
-        "num_hidden_layers": 48,
-        "num_key_value_heads": 8,
-        "top_k_experts": None,
-        "vocab_size_per_layer_input": 262144,
-    },
-    "tie_word_embeddings": True,
-    "video_token_id": 258884,
-    "vision_config": {"model_type": "gemma4_unified_vision"},
-}
+GEMMA4_12B = WHOLES["google--gemma-4-12B-it"]
 
 
 def test_fields_that_files_of_multimodal_models_leave_out_have_their_classes_values():
@@ -139,23 +106,38 @@ def test_the_published_model_whose_fields_are_nested_is_that_of_its_text(shared)
     assert all(name.startswith("model.language_model.") for name in names - {"lm_head.weight"})
 
 
+# Of text, and with the towers: as the hub counts where no layers guess further tokens.
+SIZES = {
+    "Qwen--Qwen3-VL-4B-Instruct": (4_022_468_096, 4_437_815_808),
+    "Qwen--Qwen3.5-27B": (26_895_998_464, 27_356_728_560),
+    "Qwen--Qwen3.5-35B-A3B": (34_660_610_688, 35_107_181_936),
+    "google--gemma-3-12b-it": (11_766_034_176, 12_187_325_040),
+    "google--gemma-4-12B-it": (11_907_350_320, 11_959_730_224),
+    "google--gemma-4-26B-A4B-it": (25_233_141_790, 25_805_936_206),
+    "google--gemma-4-31B-it": (30_697_345_340, 31_273_088_876),
+    "llava-hf--llava-1.5-7b-hf": (6_738_939_904, 7_063_427_072),
+    "llava-hf--llava-v1.6-mistral-7b-hf": (7_242_256_384, 7_566_747_648),
+    "mistralai--Mistral-Small-3.1-24B-Instruct-2503": (23_572_403_200, 24_011_361_280),
+}
+
+
 def test_all_tensors_of_published_wholes_are_of_the_text_or_passed_through(shared):
     """By the names and shapes of transformers, which leaves layers out that guess tokens."""
-    configs, sizes = published_wholes(shared / "configs"), {}
+    configs, sizes, counted = published_wholes(shared / "configs"), {}, set()
     assert configs.keys() == load_wholes().keys()
     for name, theirs in load_wholes().items():
         architecture = architecture_from_hf(configs[name])
         params = architecture.abstract(make_numerics("mixed")).params
         shapes = {path: spec.shape for path, spec in params.items()}
-        naming = architecture.naming
-        ours = [(t.name, t.shape) for t in expand(naming.rules, shapes)]
+        naming, layers = architecture.naming, range(architecture.config.layers)
+        names = {t[0].replace("layers.0.", f"layers.{n}.") for t in theirs for n in layers}
+        ours = [(t.name, t.shape) for t in expand(naming.rules_for(names), shapes)]
         assert counted_tensors(ours) == [one for one in theirs if not naming.is_other(one[0])]
-        sizes[name] = sum(math.prod(shape) * count for _, shape, count in theirs)
-    # As the hub counts the first.
-    assert sizes == {
-        "google--gemma-3-12b-it": 12_187_325_040,
-        "Qwen--Qwen3.5-27B": 27_356_728_560,
-    }
+        whole = sum(math.prod(shape) * count for _, shape, count in theirs)
+        sizes[name] = sum(spec.size for spec in params.values()), whole
+        counted.add(configs[name]["model_type"])
+    assert counted == TOWERS.keys()
+    assert sizes == SIZES
 
 
 @pytest.mark.parametrize(

