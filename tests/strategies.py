@@ -23,20 +23,20 @@ MESHES: dict[str, dict[str, int]] = {
 }
 # What these split is in mixtures of experts alone.
 FOR_EXPERTS = ("ep", "fsdp_ep")
-# Between them these have every axis that a parameter can have and every way to compute. They run
-# under every strategy; others, as each pair takes 5 to 15 s, under those that between them have
-# every axis of a mesh.
-EVERY_STRATEGY = ("llama", "gpt2", "gpt_oss", "qwen3_5_text")
+# Between them these have every axis that a parameter can have and every way to compute.
+UNLIKE = ("llama", "gpt2", "gpt_oss", "qwen3_5_text")
+# A dense family and a mixture run under every strategy; others, as each pair takes 5 to 20 s, under
+# those that between them have every axis of a mesh.
+EVERY_STRATEGY = ("llama", "gpt_oss")
 OF_ALL_AXES = ("fsdp_tp_sp", "fsdp_cp", "pp_fsdp_tp", "fsdp_ep")
-# Families that consist of parts which others have, in another order or with other numbers: their
-# rows are not split, and they take turns in being split by sequence or into stages. A family that
-# adds a parameter with an axis of its own, or a way to compute, is not one of them.
+# Families that consist of parts which others have, in another order or with other numbers: of
+# mixtures experts are split, and others take turns in being split by sequence or into stages. A
+# family that adds a parameter with an axis of its own, or a way to compute, is not one of them.
 COMPOSED = (
     "cohere",
     "cohere2",
     "deepseek_v2",
     "exaone4",
-    "gemma4_text",
     "glm",
     "glm4",
     "glm4_moe",
@@ -73,6 +73,5 @@ def runs(strategy: str, family: str, *, mixture: bool) -> bool:
         return True
     if family in COMPOSED:
         in_turn = ("fsdp_tp_sp", "pp_fsdp_tp")[COMPOSED.index(family) % 2]
-        one = "fsdp_tp_sp" if family in IN_ONE_STAGE else in_turn
-        return strategy in (one, "fsdp_ep")
+        return strategy == ("fsdp_ep" if mixture else in_turn)
     return strategy in OF_ALL_AXES

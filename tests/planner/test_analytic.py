@@ -27,7 +27,7 @@ from jaxft.planner.topology import Topology
 from jaxft.training.adaptation import adapted
 from jaxft.training.program import make_placement
 from tests.oracle.cases import CASES, FAMILY_CASES
-from tests.strategies import BUILT_IN, COMPOSED, EVERY_STRATEGY, FOR_EXPERTS
+from tests.strategies import BUILT_IN, COMPOSED, FOR_EXPERTS, UNLIKE
 from tests.write_golden import MODELS, config_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -333,7 +333,7 @@ IN_SHORT = {"llama", "gemma2", "mixtral", "gpt2"}
         if f not in COMPOSED or f in OF_OTHER_PRODUCTS
     ]
     # What is made again depends on how a layer is built, of which there are few ways.
-    + [pytest.param(f, "none", marks=pytest.mark.slow(seconds=5)) for f in EVERY_STRATEGY],
+    + [pytest.param(f, "none", marks=pytest.mark.slow(seconds=5)) for f in UNLIKE],
 )
 def test_flops_of_every_family_are_those_of_its_compiled_step(family, remat):
     architecture = small(family)
