@@ -1,5 +1,8 @@
 """Refusals of a strategy, before anything is traced: of a model, its rows and its batches."""
 
+import itertools
+from collections.abc import Sequence
+
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, collected
 from jaxft.formatting import counted
@@ -82,18 +85,32 @@ def check_stages(model: DecoderConfig, placement: Placement) -> None:
     turns = 1 if others else len(group[0])
     if turns % stages == 0:
         return
-    if turns == 1:
+    if turns == 1 and model.layers > 1:
         layers = counted(model.layers, "layer")
-        found = f"the blocks of this model's {layers} do not recur in equal groups"
+        found = (
+            f"the blocks of this model's {layers} do not recur in equal groups "
+            f"({_spans(model.blocks)})"
+        )
         advice = "Use"
     else:
-        what = "layers" if len(group) == 1 else f"groups of {len(group)} layers"
-        found = f"this model has {turns} {what}"
+        groups = f"{turns} groups of {len(group)} layers"
+        found = f"this model has {counted(turns, 'layer') if len(group) == 1 else groups}"
         advice = f"Use a mesh whose {axis} divides {turns}, or"
     raise ConfigError(
         f"strategy {placement.name!r} splits layers over {stages} stages, which must have equal "
         f"layers, and {found}. {advice} a strategy without stages, such as fsdp_tp."
     )
+
+
+def _spans(blocks: Sequence[str]) -> str:
+    """Says which layers have which block, as far as the first four that differ."""
+    said, first = [], 0
+    for block, same in itertools.groupby(blocks):
+        last = first + len(list(same)) - 1
+        layers = f"layers {first} to {last}" if last > first else f"layer {first}"
+        said.append(f"{layers} {block}")
+        first = last + 1
+    return ", ".join(said[:4] + ["…"] * (len(said) > 4))
 
 
 def check_recurrence(sizes: DeltaConfig, placement: Placement) -> None:

@@ -49,8 +49,21 @@ def test_a_device_without_published_rates_computes_what_it_is_asked_to():
     ("case", "layers", "stages", "message"),
     [
         # A dense layer, then one with experts: one group, which does not recur.
-        ("deepseek_v3_published", 2, 2, "the blocks of this model's 2 layers do not recur"),
-        ("deepseek_v3_published", 4, 2, "the blocks of this model's 4 layers do not recur"),
+        (
+            "deepseek_v3_published",
+            2,
+            2,
+            "the blocks of this model's 2 layers do not recur in equal groups "
+            "(layer 0 dense, layer 1 sparse)",
+        ),
+        (
+            "deepseek_v3_published",
+            4,
+            2,
+            "the blocks of this model's 4 layers do not recur in equal groups "
+            "(layer 0 dense, layers 1 to 3 sparse)",
+        ),
+        ("gqa", 1, 2, "this model has 1 layer. Use a mesh whose stage divides 1"),
         ("gqa", 4, 8, "this model has 4 layers. Use a mesh whose stage divides 4"),
         ("gqa", 4, 2, ""),
         ("qwen3_5_published", 8, 8, "this model has 2 groups of 4 layers. Use a mesh whose stage"),
