@@ -279,8 +279,8 @@ def choose_sites(
     Raises:
       ConfigError: With all that cannot be, such as a pattern that matches nothing.
     """
-    candidates = {path: weight for path, weight in weights.items() if path != "embed"}
-    candidates.pop("positions", None)
+    looked_up = ("embed", "positions", "per_layer.table")
+    candidates = {path: weight for path, weight in weights.items() if path not in looked_up}
 
     def matches(pattern: str, path: str) -> bool:
         return any(re.search(pattern, text) for text in (path, names.get(path, "")) if text)

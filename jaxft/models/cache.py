@@ -47,7 +47,10 @@ class Recurrent(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The memory of all layers, for generation, of each in arrays of its own."""
+    """The memory of all layers, for generation, of each in arrays of its own.
+
+    Layers that read keys and values of one before have none.
+    """
 
     layers: tuple[KeysValues | Latents | Recurrent, ...]
 
@@ -121,7 +124,8 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cac
         state = jnp.zeros((rows, d.value_heads, d.key_dim, d.value_dim), jnp.float32)
         return Recurrent(tuple(inputs), state)
 
-    return Cache(tuple(of_layer(config.kinds[index]) for index in config.pattern))
+    kinds = (config.kinds[index] for index in config.pattern)
+    return Cache(tuple(of_layer(kind) for kind in kinds if not kind.reads))
 
 
 def seen_slots(
@@ -177,8 +181,13 @@ def written(
         return new, kept, kept[..., : v.shape[-1]]
     pairs = zip(old, (k, v), strict=True)
     new = KeysValues(*(write(before, added, positions, real, rows) for before, added in pairs))
-    k, v = new if rows is None else (x[rows] for x in new)
-    return new, k, v
+    return new, *read(new, rows)
+
+
+def read(kept: KeysValues, rows: Int[Array, " R"] | None) -> tuple[Array, Array]:
+    """Returns keys and values of some rows of a layer's cache; of all as they stand if absent."""
+    k, v = kept if rows is None else (x[rows] for x in kept)
+    return k, v
 
 
 def cached_attention(

@@ -27,6 +27,9 @@ class LayerKind:
       growth: Growth of queries with their position; all kinds of a model have one, or none has.
       kv_heads: K, where it is not the model's; else 0.
       head_dim: H, where it is not the model's; else 0.
+      mlp: F, where it is not the model's; else 0.
+      reads: Name of the block whose keys and values are read, those of the last layer of it before,
+        where the layer makes none; else empty.
     """
 
     window: int = 0
@@ -36,6 +39,12 @@ class LayerKind:
     growth: QueryGrowth | None = None
     kv_heads: int = 0
     head_dim: int = 0
+    mlp: int = 0
+    reads: str = ""
+
+
+# Sizes that layers of a kind may have of their own.
+_SIZES_OF_KIND = ("kv_heads", "head_dim", "mlp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +172,7 @@ class DecoderConfig:
         them; 0 without such layers.
       guessing: Layers behind the last that files may hold, which guess further tokens; these are
         not trained, and go with the model.
+      per_layer: P, inputs of each token that every layer has of its own; 0 for none.
     """
 
     vocab: int
@@ -197,6 +207,7 @@ class DecoderConfig:
     latent: LatentConfig | None = None
     dense_mlp: int = 0
     guessing: int = 0
+    per_layer: int = 0
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -232,11 +243,27 @@ class DecoderConfig:
         return self.head_dim if self.latent is None else self.latent.value_dim
 
     @property
+    def sources(self) -> dict[int, int]:
+        """Number of the layer whose keys and values is read, by that of each layer that reads some.
+
+        It is the last one before of the block that the reading layer's kind names.
+        """
+        found, last = {}, {}
+        for number, index in enumerate(self.pattern):
+            kind = self.kinds[index]
+            if kind.reads:
+                found[number] = last[kind.reads]
+            last[kind.block] = number
+        return found
+
+    @property
     def cached(self) -> int:
         """Numbers that all layers with attention keep of a token for generation."""
         if self.latent is not None:
             return len(self.windows) * (self.latent.rank + self.latent.turned_dim)
-        return sum(2 * layer.kv_heads * layer.head_dim for layer in self.attending)
+        kinds = [self.kinds[index] for index in self.pattern]
+        keeping = [self.of_kind(k) for k in kinds if not (k.recurrent or k.reads)]
+        return sum(2 * layer.kv_heads * layer.head_dim for layer in keeping)
 
     @property
     def states(self) -> int:
@@ -251,13 +278,17 @@ class DecoderConfig:
         return any(kind.recurrent for kind in self.kinds)
 
     def of_kind(self, kind: LayerKind) -> "DecoderConfig":
-        """Returns the config as layers of a kind have it: with the sizes of their heads."""
-        kv_heads, head_dim = kind.kv_heads or self.kv_heads, kind.head_dim or self.head_dim
-        return dataclasses.replace(self, kv_heads=kv_heads, head_dim=head_dim)
+        """Returns the config as layers of a kind have it: with its heads and hidden width."""
+        own = {name: getattr(kind, name) or getattr(self, name) for name in _SIZES_OF_KIND}
+        return dataclasses.replace(self, **own)
 
     def of_block(self, block: str) -> "DecoderConfig":
-        """Returns the config as layers of a block have it, whose kinds have heads of one size."""
-        return self.of_kind(next(kind for kind in self.kinds if kind.block == block))
+        """Returns the config as layers of a block have it, whose kinds have the same sizes."""
+        return self.of_kind(self.kind_of_block(block))
+
+    def kind_of_block(self, block: str) -> LayerKind:
+        """Returns the first kind of a block, whose kinds differ in windows and rotation alone."""
+        return next(kind for kind in self.kinds if kind.block == block)
 
     @property
     def attending(self) -> tuple["DecoderConfig", ...]:

@@ -19,13 +19,16 @@ from jaxft.models.cache import (
     Memory,
     cached_attention,
     empty_cache,
+    read,
     seen_slots,
     written,
 )
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.layers import AttentionFn, Embedding, LayerInputs, Linear, Routing, make_norm
 from jaxft.models.module import Params, merge, split, stack
+from jaxft.models.per_layer import PerLayerInputs
 from jaxft.models.rope import document_lengths, rotary_tables, unturned
+from jaxft.models.scan import Shared, in_turn, joined, of_layers, rematerialised
 from jaxft.models.weights import Noise, dropout_from
 from jaxft.sharding.cores import on_one_cpu
 from jaxft.sharding.cores import product as product_by_cores
@@ -78,6 +81,7 @@ class Decoder(nnx.Module):
             else None
         )
         self.embed_norm = make_norm(config, numerics, config.embed) if config.embed_norm else None
+        self.per_layer = PerLayerInputs(config, numerics, rngs) if config.per_layer else None
         stacks = [
             stack(
                 functools.partial(blocks[config.blocks[part[0]]], config, numerics), len(part), rngs
@@ -125,7 +129,8 @@ class Decoder(nnx.Module):
         """
         x = self.embedded(tokens, positions)
         layers = split(self.layers)[1]
-        x, routing = self.through(layers, self.index, x, positions, segments, seeds)
+        own = self._own_inputs(tokens, x)
+        x, routing = self.through(layers, self.index, x, positions, segments, seeds, own)
         return self.norm(x), routing
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -191,8 +196,13 @@ class Decoder(nnx.Module):
         scores = c.scores(c.kinds[0])  # only the windows differ, and these are in the masks
 
         def attention_of(kind: int) -> AttentionFn:
-            def attention(q: Array, k: Array, v: Array, layer: Any, sinks: Array | None):
-                layer, k, v = written(layer, k, v, positions, real, rows)
+            def attention(
+                q: Array, k: Array | None, v: Array | None, layer: Any, sinks: Array | None
+            ) -> tuple[Array, Any]:
+                if k is None or v is None:
+                    k, v = read(layer, rows)
+                else:
+                    layer, k, v = written(layer, k, v, positions, real, rows)
                 return cached_attention(q, k, v, masks[kind], scores=scores, sinks=sinks), layer
 
             return attention
@@ -208,16 +218,20 @@ class Decoder(nnx.Module):
             for part, numbers in enumerate(c.parts.values())
             for turn, number in enumerate(numbers)
         }
-        x, kept = self.embedded(tokens, positions), []
+        x, before, kept = self.embedded(tokens, positions), iter(cache.layers), {}
+        own, sources = self._own_inputs(tokens, x), c.sources
         with self.precision():
             for number, kind in enumerate(c.pattern):
                 part, turn = place[number]
                 graphdef, stacked = stacks[part]
                 apart = layers[number] if layers else {}
                 params = {p: apart[p] if p in apart else w[turn] for p, w in stacked.items()}
-                x, layer, _ = merge(graphdef, params)(x, inputs(kind), cache.layers[number])
-                kept.append(layer)
-        return self.norm(x), Cache(tuple(kept))
+                given = inputs(kind)._replace(per_layer=None if own is None else own[:, :, number])
+                layer = kept[sources[number]] if number in sources else next(before)
+                x, layer, _ = merge(graphdef, params)(x, given, layer)
+                if number not in sources:
+                    kept[number] = layer
+        return self.norm(x), Cache(tuple(kept.values()))
 
     def embedded(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -232,6 +246,15 @@ class Decoder(nnx.Module):
             x = self.embed_norm(x)
         return constrain(x, "batch", "stream_seq", "act_embed")
 
+    def _own_inputs(
+        self, tokens: Int[Array, "B T"], start: Float[Array, "B T D"]
+    ) -> Float[Array, "B T L P"] | None:
+        """Returns what each layer reads of tokens beside the stream that enters the first one."""
+        if self.per_layer is None:
+            return None
+        with self.precision():
+            return self.per_layer(tokens, start)
+
     def through(
         self,
         layers: Params,
@@ -240,6 +263,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
         seeds: UInt32[Array, "B T"] | None = None,
+        own: Float[Array, "B T L P"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """Returns the residual stream after some layers, and what their routers did.
 
@@ -251,26 +275,50 @@ class Decoder(nnx.Module):
           positions: Within documents.
           segments: Number of the document, 0 on padding.
           seeds: Of each token, for the dropout of adapters; None for none.
+          own: Inputs that layers have of their own; None for none.
         """
         of_kind = _attention_by_kind(self.config, segments, self.numerics.attention)
 
         def attention_of(kind: Array | int) -> AttentionFn:
-            return lambda q, k, v, cache, sinks: (of_kind(kind, q, k, v, sinks), cache)
+            def attention(
+                q: Array, k: Array | None, v: Array | None, shared: Any, sinks: Array | None
+            ) -> tuple[Array, Any]:
+                k, v = shared if k is None else (k, v)
+                return of_kind(kind, q, k, v, sinks), (k, v)
+
+            return attention
 
         lengths = document_lengths(positions, segments)
         inputs = self._inputs_by_kind(positions, lengths, segments, attention_of)
         parts = zip(self._graphdefs, self._by_part(layers), index, strict=True)
         routings: list[Routing] = []
+        shared: Shared = {}
         with self.precision():
             for run in self.config.runs:
                 steps, scanned = [], []
                 for part in run:
                     graphdef, params, of_part = next(parts)
                     steps.append(self._layer(graphdef, part, inputs, seeds))
-                    scanned.append((params, of_part))
-                x, routing = jax.lax.scan(_in_turn(steps), x, scanned)
-                routings += routing
-        return x, _joined(routings)
+                    scanned.append((params, of_part, of_layers(own, part)))
+                carry = x, self._unmade(run, x)
+                (x, made), routing = jax.lax.scan(in_turn(steps, shared), carry, scanned)
+                shared, routings = shared | made, routings + routing
+        return x, joined(routings)
+
+    def _shares(self, part: range) -> bool:
+        """Returns whether layers behind read keys and values of layers of a part."""
+        return not set(part).isdisjoint(self.config.sources.values())
+
+    def _unmade(self, run: Sequence[range], x: Float[Array, "B T D"]) -> Shared:
+        """Returns zeros in the place of what a run's layers make for others to read."""
+        found = {}
+        for part in filter(self._shares, run):
+            kind = self.config.kinds[self.config.pattern[part[0]]]
+            c = self.config.of_kind(kind)
+            empty = jnp.zeros((*x.shape[:2], c.kv_heads, c.head_dim), x.dtype)
+            empty = constrain(empty, "batch", "seq", "act_kv_heads", "act_head_dim")
+            found[kind.block] = empty, empty
+        return found
 
     @property
     def _graphdefs(self) -> list[Any]:
@@ -318,42 +366,31 @@ class Decoder(nnx.Module):
         self, graphdef: Any, part: range, inputs: Callable[[Any], LayerInputs], seeds: Array | None
     ) -> Callable:
         """Returns what a layer of a part does in a scan, rematerialised as the settings say."""
-        only = self.config.kind_of(part)
+        only, shares = self.config.kind_of(part), self._shares(part)
+        first = self.config.kinds[self.config.pattern[part[0]]]
 
-        def layer(x: Array, scanned: tuple[Params, LayerIndex]) -> tuple[Array, Routing | None]:
-            params, (kind, number) = scanned
+        def layer(
+            x: Array, read: Any, scanned: tuple[Params, LayerIndex, Array | None]
+        ) -> tuple[Array, Any, Routing | None]:
+            params, (kind, number), own = scanned
             x = checkpoint_name(x, activations.INPUTS)
             with dropout_from(None if seeds is None else Noise(seeds, number)):
-                given = inputs(kind if only is None else only)
-                x, _, routing = merge(graphdef, params)(x, given, None)
-            return x, routing
+                given = inputs(kind if only is None else only)._replace(per_layer=own)
+                x, made, routing = merge(graphdef, params)(x, given, read)
+            return x, made if shares else None, routing
 
-        return _remat(layer, self.numerics)
+        run = rematerialised(layer, self.numerics)
+
+        def step(x: Array, shared: Shared, scanned: Any) -> tuple[Array, Shared, Routing | None]:
+            x, made, routing = run(x, shared.get(first.reads), scanned)
+            return x, shared | {first.block: made} if shares else shared, routing
+
+        return step
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Asks for whole products of float32, which accelerators round to fewer bits by default."""
         exact = self.numerics.compute_dtype == jnp.float32
         return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
-
-
-def _in_turn(layers: Sequence[Callable]) -> Callable:
-    """Returns the body of a scan over groups of layers."""
-
-    def group(x: Array, scanned: Sequence[Any]) -> tuple[Array, list[Routing]]:
-        routings = []
-        for layer, of_layer in zip(layers, scanned, strict=True):
-            x, routing = layer(x, of_layer)
-            routings += [] if routing is None else [routing]
-        return x, routings
-
-    return group
-
-
-def _joined(routings: Sequence[Routing]) -> Routing | None:
-    """Returns what the routers of all layers did as arrays with one axis of layers."""
-    if len(routings) < 2:
-        return routings[0] if routings else None
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *routings)
 
 
 def _attention_by_kind(
@@ -401,31 +438,6 @@ def _pick(options: Sequence[Any], index: Array | int) -> Any:
     if len(options) == 1:
         return options[0]
     return jax.tree.map(lambda *arrays: jnp.stack(arrays)[index], *options)
-
-
-def _remat(layer: Callable, numerics: Numerics) -> Callable:
-    """Wraps a scanned layer so that only what the settings name is kept for its backward pass."""
-    policies = jax.checkpoint_policies
-    kept = activations.kept(numerics.remat)
-    offloaded = activations.offloaded(numerics.remat, numerics.offload)
-    if numerics.remat == "none":
-        return layer
-    if numerics.remat == "dots":
-        saved = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(activations.MLP, activations.PRODUCT),
-        )
-    elif offloaded:
-        saved = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=sorted(kept - offloaded),
-            names_which_can_be_offloaded=sorted(offloaded),
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    else:
-        saved = policies.save_only_these_names(*sorted(kept))
-    # Inside a scan nothing can merge the two passes, so the costly guard against it is not needed.
-    return jax.checkpoint(layer, policy=saved, prevent_cse=False)
 
 
 def _logits(hidden: Float[Array, "B T D"], w: Float[Array, "V D"]) -> Float[Array, "B T V"]:

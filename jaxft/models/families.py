@@ -64,6 +64,8 @@ _TEXTS = {
     "gemma4_unified_text": "jaxft.models.gemma4_unified",
     "qwen3_vl_text": "jaxft.models.qwen3_vl",
 }
+# Parameters whose rows are looked up.
+_TABLES = ("embed.w", "positions.w", "per_layer.table.w")
 # Parts of a config.json that describe other senses than text.
 _OTHER_SENSES = ("vision_config", "audio_config", "image_config", "speech_config")
 
@@ -96,7 +98,8 @@ class Architecture:
 
         A tied table counts as the head.
         """
-        looked_up = {"positions.w", "embed.rows", *(() if self.config.tied else ("embed.w",))}
+        looked_up = {*_TABLES, "embed.rows", "per_layer.table.rows"}
+        looked_up -= {"embed.w"} if self.config.tied else set()
         return path not in looked_up and not path.endswith(".scales")
 
     def build(self, numerics: Numerics) -> Callable[[nnx.Rngs], Decoder]:
@@ -141,7 +144,7 @@ def after_layers(trainable: Iterable[str]) -> bool:
 
 def precedes_layers(path: str) -> bool:
     """Returns whether a parameter is of what layers start from: tables of tokens and positions."""
-    return path.startswith(("embed.", "positions."))
+    return path.startswith(("embed.", "positions.", "per_layer."))
 
 
 def architecture_from_hf(config: dict[str, Any]) -> Architecture:
@@ -176,8 +179,8 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         spellings=getattr(family, "HF_SPELLINGS", ()),
         renamed=tuple(of_stacks(getattr(family, "HF_RENAMED", ()), decoder.parts, {})),
         adapted=tuple(of_stacks(getattr(family, "HF_ADAPTED", ()), decoder.parts, {})),
-        tables=("embed.w", "positions.w"),
-        others=(*getattr(family, "HF_OTHERS", ()), *_guessing(decoder)),
+        tables=_TABLES,
+        others=(*getattr(family, "HF_OTHERS", ()), *_guessing(decoder), *_unmade(decoder)),
     )
     return Architecture(
         config=decoder,
@@ -190,6 +193,12 @@ def _guessing(config: DecoderConfig) -> list[str]:
     """Returns starts of the names of tensors of layers that guess further tokens."""
     behind = range(config.layers, config.layers + config.guessing)
     return [f"model.layers.{number}." for number in behind]
+
+
+def _unmade(config: DecoderConfig) -> list[str]:
+    """Returns starts of the names of keys and values that files hold, and layers do not make."""
+    parts = ("k_proj.", "v_proj.", "k_norm.")
+    return [f"model.layers.{n}.self_attn.{part}" for n in config.sources for part in parts]
 
 
 def _unsupported(config: dict[str, Any], kind: str) -> str:

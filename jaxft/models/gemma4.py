@@ -1,8 +1,9 @@
 """Gemma 4, text, dense and with experts.
 
-Layers without a window have fewer and wider heads of keys, which may be their values as well. What
-differs of the smallest models, a table of vectors for every layer and keys that layers share, is
-refused.
+Layers without a window have fewer and wider heads of keys, which may be their values as well. In
+E2B and E4B each layer has inputs of its own beside the residual stream, and the last layers make no
+keys and values: they read those of the last layer before them that has a window, or has none, as
+they. Their feed-forward part may be twice as wide.
 """
 
 import dataclasses
@@ -13,14 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from jaxft.hf.rules import Rule
+from jaxft.models import activations
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.experts import Experts, geglu
 from jaxft.models.fields import Fields
 from jaxft.models.layers import (
     GatedMLP,
+    LayerInputs,
+    Linear,
     ResidualBlock,
     Routing,
     SelfAttention,
@@ -29,9 +34,42 @@ from jaxft.models.layers import (
 from jaxft.models.module import Param
 from jaxft.models.naming import ATTENTION, BODY, GATED_MLP, HEAD_NORMS, SANDWICH_NORMS
 from jaxft.models.nonlinearity import gelu_tanh
+from jaxft.models.per_layer import PerLayerPart
+from jaxft.models.rope import rotate
+from jaxft.sharding.rules import constrain
 
-# Blocks: with a window, without one, and without one or a projection of values.
+# Blocks: with a window, without one, and without one or a projection of values; and, with a window
+# or without, those that read keys and values of layers before.
 LOCAL, FULL, KEYS_ARE_VALUES = "sliding_attention", "full_attention", "keys_are_values"
+READS_LOCAL, READS_FULL = "reads_sliding_attention", "reads_full_attention"
+
+
+class ReadingAttention(nnx.Module):
+    """Attention to keys and values of a layer before.
+
+    Args:
+      config: Sizes.
+      numerics: Types.
+      rngs: Random keys.
+    """
+
+    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+        d, n, h = config.embed, config.heads, config.head_dim
+        kwargs = {"dtype": numerics.param_dtype, "scale": config.init_scale, "rngs": rngs}
+        self.q = Linear((n, h), (d,), axes=("heads", "head_dim", "embed"), **kwargs)
+        self.o = Linear((d,), (n, h), axes=("embed", "heads", "head_dim"), **kwargs)
+        self.q_norm = make_norm(config, numerics, h)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], inputs: LayerInputs, cache: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Returns what is added to the residual stream, and the cache of the layer before."""
+        assert inputs.rope is not None
+        q = self.q_norm(self.q(constrain(x, "batch", "seq", "act_embed")))
+        q = constrain(rotate(q, *inputs.rope), "batch", "seq", "act_heads", "act_head_dim")
+        q = checkpoint_name(q, activations.QKV)
+        out, cache = inputs.attention(q, None, None, cache, None)
+        return checkpoint_name(self.o(out), activations.ATTENTION_OUT), cache
 
 
 class DenseAndExperts(GatedMLP):
@@ -65,6 +103,8 @@ class DenseAndExperts(GatedMLP):
 class Block(ResidualBlock):
     """One layer, whose result is multiplied by a number of the file that no model learns.
 
+    Where layers have inputs of their own, what is made of these is added last.
+
     Args:
       config: Sizes.
       numerics: Types.
@@ -73,24 +113,27 @@ class Block(ResidualBlock):
     """
 
     def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs, *, name: str):
-        attn = SelfAttention(
-            config.of_block(name),
-            numerics,
-            rngs,
-            qk_norm="head",
-            v_norm=True,
-            values=name != KEYS_ARE_VALUES,
-        )
+        config = config.of_block(name)
+        if name in (READS_LOCAL, READS_FULL):
+            attn = ReadingAttention(config, numerics, rngs)
+        else:
+            values = name != KEYS_ARE_VALUES
+            norms = {"qk_norm": "head", "v_norm": True}
+            attn = SelfAttention(config, numerics, rngs, values=values, **norms)
         if config.experts is None:
             mlp = GatedMLP(config, numerics, rngs, activation=gelu_tanh)
         else:
             mlp = DenseAndExperts(config, numerics, rngs)
         super().__init__(config, numerics, attn=attn, mlp=mlp, post=True)
+        self.per_layer = PerLayerPart(config, numerics, rngs) if config.per_layer else None
         self.factor = Param(jnp.ones((), numerics.param_dtype), axes=())
 
     def __call__(self, x: Float[Array, "B T D"], inputs, cache):
         """Returns what `ResidualBlock` does, the stream multiplied."""
         x, cache, routing = super().__call__(x, inputs, cache)
+        if self.per_layer is not None:
+            assert inputs.per_layer is not None
+            x = self._add(x, self.per_layer(x, inputs.per_layer))
         return x * jax.lax.stop_gradient(self.factor[...].astype(x.dtype)), cache, routing
 
     def feed_forward(self, read, stream, real):
@@ -100,12 +143,16 @@ class Block(ResidualBlock):
         return super().feed_forward(read, stream, real)
 
 
-BLOCKS = {name: functools.partial(Block, name=name) for name in (LOCAL, FULL, KEYS_ARE_VALUES)}
+BLOCKS = {
+    name: functools.partial(Block, name=name)
+    for name in (LOCAL, FULL, KEYS_ARE_VALUES, READS_LOCAL, READS_FULL)
+}
 
 
 def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     """Reads config.json; raises ModelError with all that is missing or not understood."""
-    fields = Fields(config, **ABSENT, hidden_size_per_layer_input=256, sliding_window=512)
+    per_layer = {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144}
+    fields = Fields(config, **ABSENT, **per_layer, sliding_window=512)
     if not fields.get("enable_moe_block", False):
         fields.unused("num_experts", "top_k_experts", "moe_intermediate_size")
         return gemma4_config(fields)
@@ -135,10 +182,9 @@ def gemma4_config(fields: Fields, **family: Any) -> DecoderConfig:
     fields.require(hidden_activation="gelu_pytorch_tanh", attention_bias=False)
     # Tokens of pictures see each other both ways; of text there is nothing to see.
     fields.require(use_bidirectional_attention="vision")
-    _refuse_what_layers_share(fields)
-    kinds = _kinds(fields)
     return fields.decoder(
-        kinds,
+        _sharing(fields, _kinds(fields)),
+        per_layer=_per_layer(fields),
         attention_scale=1.0,
         logit_cap=fields.get("final_logit_softcapping", 0.0),
         embed_scale=math.sqrt(fields.size("hidden_size")),
@@ -146,21 +192,44 @@ def gemma4_config(fields: Fields, **family: Any) -> DecoderConfig:
     )
 
 
-def _refuse_what_layers_share(fields: Fields) -> None:
-    """Notes that layers read what is made elsewhere, of which their scan knows nothing."""
-    fields.unused("vocab_size_per_layer_input", "use_double_wide_mlp")
-    if size := fields.get("hidden_size_per_layer_input", 0):
+def _per_layer(fields: Fields) -> int:
+    """Reads how many inputs of its own each layer has."""
+    size = fields.count("hidden_size_per_layer_input", 0)
+    rows, vocab = fields.get("vocab_size_per_layer_input"), fields.size("vocab_size")
+    if size and rows != vocab:
         fields.problem(
-            f"config.json: hidden_size_per_layer_input is {size}: every layer adds vectors of a "
-            "table of its own (as in Gemma 4 E2B and E4B), which is not supported; only 0 is, as "
-            "in Gemma 4 12B, 26B-A4B and 31B."
+            f"config.json: vocab_size_per_layer_input is {rows} and vocab_size {vocab}; expected "
+            "the same: every token has a row in both tables."
         )
-    if count := fields.get("num_kv_shared_layers", 0):
+    return size
+
+
+def _sharing(fields: Fields, kinds: list[LayerKind]) -> list[LayerKind]:
+    """Reads which layers make no keys and values, and returns the kinds with what these read."""
+    wide = bool(fields.get("use_double_wide_mlp", False))
+    count = fields.count("num_kv_shared_layers", 0)
+    if not count:
+        return kinds
+    making, reading = kinds[:-count], kinds[-count:]
+    if missing := set(reading) - set(making):
+        types = sorted(LOCAL if kind.window else FULL for kind in missing)
         fields.problem(
-            f"config.json: num_kv_shared_layers is {count}: the last {count} layers read keys and "
-            "values of layers before them (as in Gemma 4 E2B and E4B), which is not supported; "
-            "only 0 is."
+            f"config.json: num_kv_shared_layers is {count}: the last {count} of {len(kinds)} "
+            "layers read keys and values of the last layer before them of the same type, and "
+            f"before them is none of {' or '.join(types)}."
         )
+    if wide and fields.get("enable_moe_block", False):
+        fields.problem(
+            "config.json: use_double_wide_mlp is True with num_kv_shared_layers and experts, of "
+            "which no published model has all; only False is supported beside experts."
+        )
+    mlp = 2 * fields.size("intermediate_size") if wide else 0
+    return making + [
+        dataclasses.replace(
+            kind, block=READS_LOCAL if kind.window else READS_FULL, reads=kind.block, mlp=mlp
+        )
+        for kind in reading
+    ]
 
 
 def _kinds(fields: Fields) -> list[LayerKind]:
@@ -229,12 +298,19 @@ def _heads_without_window(
 _LAYER = "model.layers.{layer}."
 _ROUTER, _EXPERTS = _LAYER + "router.", _LAYER + "experts."
 _NORM_1, _NORM_2 = (_LAYER + f"post_feedforward_layernorm_{n}.weight" for n in (1, 2))
+_PER_LAYER = "model.per_layer_"
 HF_RULES = (
     *BODY,
+    Rule("per_layer.table.w", "model.embed_tokens_per_layer.weight", "v d -> v d"),
+    Rule("per_layer.projection.w", _PER_LAYER + "model_projection.weight", "p d -> p d"),
+    Rule("per_layer.norm.scale", _PER_LAYER + "projection_norm.weight", "p -> p"),
     *SANDWICH_NORMS,
     *ATTENTION,
     *HEAD_NORMS,
     *GATED_MLP,
+    Rule("layers.per_layer.gate.w", _LAYER + "per_layer_input_gate.weight", "p d -> p d"),
+    Rule("layers.per_layer.out.w", _LAYER + "per_layer_projection.weight", "d p -> d p"),
+    Rule("layers.per_layer.post_norm.scale", _LAYER + "post_per_layer_input_norm.weight", "d -> d"),
     Rule("layers.factor", _LAYER + "layer_scalar", "1 ->"),
     Rule("layers.mlp.post_norm.scale", _NORM_1, "d -> d"),
     Rule("layers.mlp.routed_post_norm.scale", _NORM_2, "d -> d"),

@@ -19,7 +19,8 @@ from jaxft.sharding.reduce import look_up
 from jaxft.sharding.rules import constrain
 
 # Maps q, k, v, a layer's cache and its sinks to the output and the cache with k and v added.
-AttentionFn = Callable[[Array, Array, Array, Any, Array | None], tuple[Array, Any]]
+# Without k and v those in the cache are read, which is that of a layer before.
+AttentionFn = Callable[[Array, Array | None, Array | None, Any, Array | None], tuple[Array, Any]]
 
 
 class LayerInputs(NamedTuple):
@@ -33,6 +34,7 @@ class LayerInputs(NamedTuple):
       segments: Number of the document, 0 on padding, `[B, T]`.
       memory: The way to what a recurrent layer kept of the beginning of documents; None where rows
         hold them from their start.
+      per_layer: Inputs that the layer has of its own, or None.
     """
 
     rope: tuple[Array, Array] | None
@@ -41,6 +43,7 @@ class LayerInputs(NamedTuple):
     real: Bool[Array, "B T"]
     segments: Int[Array, "B T"]
     memory: Memory | None = None
+    per_layer: Float[Array, "B T P"] | None = None
 
 
 class Routing(NamedTuple):

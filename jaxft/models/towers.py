@@ -194,5 +194,9 @@ def inside(kind: str, naming: Naming) -> Naming:
         copies={moved(name): moved(other) for name, other in naming.copies.items()},
         spellings=_SPELLINGS,
         alone=naming,
-        others=(*tower.others, *(_BODY + name for name in tower.others), *naming.others),
+        others=(
+            *tower.others,
+            *(_BODY + name for name in tower.others),
+            *map(moved, naming.others),
+        ),
     )

@@ -336,9 +336,9 @@ class _Run(Products):
         """Adds what travels of weights and of their gradients."""
         times = self.layers * self.turns
         uses = [(weight, times * weight.share, 1 + self.back) for weight in self.placed.weights]
-        # The head is gathered once: its backward pass finds it there.
-        head = self.placed.head
-        uses.append((head, self.passes, 1))
+        # What is outside of layers is gathered once: its backward pass finds it there.
+        outside = (self.placed.head, self.placed.projection)
+        uses += [(weight, self.passes, 1) for weight in outside if weight is not None]
         for weight, times, gathers in uses:
             plan = weight.plan
             parts = self._parts(plan.held)
@@ -352,12 +352,12 @@ class _Run(Products):
                 add("all-reduce", rest, whole / self._parts(plan.scattered) * times)
         if not self.learns:
             return
-        if self.placed.trains_embedding:
-            # Rows of the embedding travel, and its gradient in the parameters' type.
-            cut = self._parts(head.plan.held) * self._parts(head.plan.gathered)
-            columns = tuple(name for group in head.plan.gathered for name in group)
-            rest = tuple(name for name in _reduced(head.plan)[1] if name not in columns)
-            size = math.prod(head.shape) * self.param_itemsize
+        for table in self.placed.trained_tables:
+            # Rows of the table travel, and its gradient in the parameters' type.
+            cut = self._parts(table.plan.held) * self._parts(table.plan.gathered)
+            columns = tuple(name for group in table.plan.gathered for name in group)
+            rest = tuple(name for name in _reduced(table.plan)[1] if name not in columns)
+            size = math.prod(table.shape) * self.param_itemsize
             add("all-reduce", rest, self.passes * size / cut)
         for path, extra in self.placed.updated.items():
             add("all-gather", extra, self.placed.bytes_of(path))

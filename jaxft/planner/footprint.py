@@ -126,7 +126,7 @@ class Footprint:
             "batch": self._batch_bytes() * self.passes,
             "logits": self._logits_bytes() / 2,  # without a gradient
             "weights": self._layer_weights(),
-            "temporaries": self._layer_working_set() / 2,
+            "temporaries": self._layer_working_set() / 2 + self._own_inputs_bytes(),
             "program": _PROGRAM,
         }
         return {kind: round(size) for kind, size in kinds.items()}
@@ -150,6 +150,7 @@ class Footprint:
         """Returns bytes of a training step by kind, and those in the host's memory."""
         summed = 4 / self.param_itemsize if self.passes > 1 else 1.0
         kept, host = self._kept_bytes()
+        kept += self._own_inputs_bytes() * (1 + self.back)
         if self.stages > 1:
             # A stage keeps its input alone of each micro-batch that is under way.
             stream = self.tokens * self._widths[names.INPUTS] * self.itemsize
@@ -194,6 +195,13 @@ class Footprint:
             / self._parts(weight.plan.held)
             for weight in self.placed.weights
         )
+
+    def _own_inputs_bytes(self) -> float:
+        """Returns bytes of the inputs of all layers, which are there while these run.
+
+        Their gradients are as many, of which the last stand beside the first inputs.
+        """
+        return self.tokens * self.model.layers * self.model.per_layer * self.itemsize
 
     def _itemsize_of(self, weight: Weight) -> int:
         """Returns the bytes of a number of a weight as it travels and is multiplied."""

@@ -173,10 +173,25 @@ class Placed:
         trained = self._has_gradient(path)
         return Weight(shape, self._plan(("vocab", "embed"), shape), trained)
 
-    @property
-    def trains_embedding(self) -> bool:
-        """Whether the table of embeddings has a gradient."""
-        return self._has_gradient("embed.w")
+    @functools.cached_property
+    def projection(self) -> Weight | None:
+        """The weight that inputs of all layers are made with, in models that have it."""
+        path = "per_layer.projection.w"
+        if path not in self.abstract.params:
+            return None
+        shape = tuple(self.abstract.params[path].shape)
+        return Weight(shape, self._plan(self.abstract.axes[path], shape), path in self.trainable)
+
+    @functools.cached_property
+    def trained_tables(self) -> list[Weight]:
+        """The tables in which tokens are looked up that have a gradient."""
+        paths = [p for p in ("embed.w", "per_layer.table.w") if p in self.abstract.params]
+        shapes = {path: tuple(self.abstract.params[path].shape) for path in paths}
+        return [
+            Weight(shape, self._plan(("vocab", "embed"), shape), trained=True)
+            for path, shape in shapes.items()
+            if self._has_gradient(path)
+        ]
 
     def _has_gradient(self, table: str) -> bool:
         """Whether a table has one: what is learnt beside it is made part of it first."""

@@ -92,6 +92,7 @@ class Products(Footprint):
         layer = forward * self.back * self._trained_share()
         layer += sum(m * (1 + self.back * (1 + trained)) for m, trained in beside)
         layer += sum(m for m, _ in beside) * bool(self.again)
+        layer += self._of_own_inputs()
         # Forward, and two gradients, before which all but cross entropy makes logits once more.
         again = not self.config.objective.objective.is_cross_entropy
         head = 1 + self.learns * (again + self.placed.passes_head + self.placed.head.trained)
@@ -142,8 +143,22 @@ class Products(Footprint):
 
     def _trained_share(self) -> float:
         """Returns the share of the model's own weights, as tokens meet them, with a gradient."""
-        sizes = [(self._met(w), w.trained) for w in self.placed.weights if not w.beside]
+        weights = (w for w in self.placed.weights if not (w.beside or "per_layer" in w.axes))
+        sizes = [(self._met(w), w.trained) for w in weights]
         return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+
+    def _of_own_inputs(self) -> float:
+        """Returns multiplications of each token with what makes and reads inputs of one layer."""
+        again = self.back * (self.remat not in ("none", "dots"))
+        found = sum(
+            self._met(weight) * (1 + self.back * (1 + weight.trained) + again)
+            for weight in self.placed.weights
+            if "per_layer" in weight.axes and not weight.beside
+        )
+        if (projection := self.placed.projection) is not None:
+            reaches = projection.trained + bool(self.placed.trained_tables)
+            found += math.prod(projection.shape) * (1 + self.learns * reaches) / self.model.layers
+        return found
 
     def _beside(self) -> list[tuple[float, bool]]:
         """Returns multiplications of each token with adapters of one layer, and which train.

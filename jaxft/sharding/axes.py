@@ -9,7 +9,7 @@ from jaxft.errors import ConfigError, nearest
 
 # letter: B batch, T query length, S key length, D embed, N query heads, K key/value heads,
 # H head size, U head size of values where it is another, F mlp, V vocabulary, L layers, E experts,
-# R latent, W taps.
+# P inputs of one layer, R latent, W taps.
 WEIGHT_AXES = {
     "layers": "L, the stacked layers; `lax.scan` runs over it",
     "embed": "D, the residual stream's width",
@@ -21,6 +21,7 @@ WEIGHT_AXES = {
     "positions": "rows of a table of learnt positions",
     "latent": "R, inputs of what is made of a latent; split as `embed` is",
     "to_latent": "R, outputs of what makes a latent: named apart, as its inputs are `embed`",
+    "per_layer": "P, inputs that a layer has of its own, of one or of all layers; never split",
     "taps": "W, tokens that a short convolution sees; never split",
     "experts": "E, experts of a layer",
     "router": "E, outputs of the router: small, so named apart from `experts`",
@@ -39,6 +40,7 @@ ACTIVATION_AXES = {
     "act_head_dim": "H of queries, keys and values",
     "act_latent": "R of latents",
     "act_mlp": "F of the hidden feed-forward activation",
+    "act_per_layer": "P of inputs that layers have of their own",
     "act_vocab": "V of logits",
     "act_experts": "E of experts and their tokens where they meet",
     "turns": "inputs that a stage of a pipeline keeps; never split",
@@ -55,6 +57,7 @@ ACTIVATION_OF = {
     "latent": "act_latent",
     "to_latent": "act_latent",
     "mlp": "act_mlp",
+    "per_layer": "act_per_layer",
     "vocab": "act_vocab",
     "experts": "act_experts",
     "router": "act_router",

@@ -82,13 +82,13 @@ def adapted(
             "nothing else of adapter.* is learnt. Name a rank above 0, or leave the keys out to "
             "train all of the model."
         )
-    paths = architecture.abstract(make_numerics("float32")).params
-    if config.train and not any(adaptation.is_learnt(path) for path in paths):
+    axes = architecture.abstract(make_numerics("float32")).axes
+    if config.train and not any(adaptation.is_learnt(path) for path in axes):
         raise ConfigError(
-            f"adapter.train {config.train!r} matches no parameter; paths are {', '.join(paths)}."
+            f"adapter.train {config.train!r} matches no parameter; paths are {', '.join(axes)}."
         )
-    tables = [path for path in ("embed.w", "head.w") if rows and adaptation.is_learnt(path)]
-    if tables:
+    tables = [path for path in axes if axes[path] == ("vocab", "embed")]
+    if rows and (tables := list(filter(adaptation.is_learnt, tables))):
         raise ConfigError(
             f"adapter.train {config.train!r} trains all of {', '.join(tables)}, and "
             "adapter.added_rows its rows of added tokens apart. Leave one of the two out."

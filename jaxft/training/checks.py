@@ -81,6 +81,13 @@ def check_stages(model: DecoderConfig, placement: Placement) -> None:
             f"strategy {placement.name!r} splits layers over {axis}, {', '.join(more)}; stages of "
             "a pipeline lie along one mesh axis."
         )
+    if model.sources or model.per_layer:
+        read = "keys and values of layers before them" if model.sources else "inputs of their own"
+        raise ConfigError(
+            f"strategy {placement.name!r} splits layers over {stages} stages, between which the "
+            f"residual stream alone travels, and layers of this model read {read} too. Use a "
+            "strategy without stages, such as fsdp_tp."
+        )
     group, *others = model.runs
     turns = 1 if others else len(group[0])
     if turns % stages == 0:

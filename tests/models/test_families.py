@@ -291,14 +291,19 @@ def test_published_settings_that_files_leave_out_mean_what_transformers_means():
         ),
         ("gemma3_text_gqa", {"sliding_window": None}, "has no 'sliding_window'"),
         (
-            "gemma4_text_gqa",
-            {"hidden_size_per_layer_input": 8},
-            r"every layer adds vectors of a table of its own \(as in Gemma 4 E2B and E4B\), which",
+            "gemma4_text_e2b",
+            {"vocab_size_per_layer_input": 60},
+            "vocab_size_per_layer_input is 60 and vocab_size 64; expected the same",
         ),
         (
             "gemma4_text_gqa",
-            {"num_kv_shared_layers": 2},
-            "the last 2 layers read keys and values of layers before them .* not supported",
+            {"num_kv_shared_layers": 4},
+            "last 4 of 6 layers read keys and values .* before them is none of full_attention",
+        ),
+        (
+            "gemma4_text_packed",
+            {"num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+            "use_double_wide_mlp is True with num_kv_shared_layers and experts",
         ),
         (
             "gemma4_text_gqa",

@@ -84,6 +84,19 @@ MAKINGS = {
             "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         },
     ),
+    "gemma4_text_e2b": Making(
+        "gemma4_text_e2b",
+        {
+            "target_modules": [
+                *_ALL,
+                *("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
+            ],
+            "trainable_token_indices": {
+                "embed_tokens": [9, 3],
+                "embed_tokens_per_layer": [9, 3],
+            },
+        },
+    ),
     "qwen3_5_text": Making(
         "qwen3_5_gqa",
         {

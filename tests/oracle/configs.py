@@ -296,6 +296,14 @@ def _gemma4(**changes: Any) -> Config:
     return without(SHARED | family, "hidden_act") | changes
 
 
+# What sets the smallest models apart, whatever their size. With fewer inputs of a layer all gates
+# of a token may be nearly closed, and a norm raises what rounding leaves of them.
+_SMALLEST: Config = {
+    "attention_k_eq_v": False,
+    "hidden_size_per_layer_input": 16,
+    "num_global_key_value_heads": None,
+    "use_bidirectional_attention": None,
+}
 _GEMMA4_CASES = {
     "gemma4_text_gqa": _gemma4(),
     # As transformers writes it; of values of their own the number of heads is the same everywhere.
@@ -318,6 +326,44 @@ _GEMMA4_CASES = {
         moe_intermediate_size=20,
         num_experts=4,
         sliding_window=4,
+        top_k_experts=2,
+    ),
+    # As E2B: inputs of layers, and groups of layers that read keys and values of groups before.
+    "gemma4_text_e2b": _gemma4(
+        **_SMALLEST,
+        layer_types=["sliding_attention", "full_attention"] * 4,
+        num_hidden_layers=8,
+        num_key_value_heads=1,
+        num_kv_shared_layers=4,
+        use_double_wide_mlp=True,
+    ),
+    # As E4B.
+    "gemma4_text_e4b_packed": _gemma4(
+        **_SMALLEST,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 3,
+        num_hidden_layers=9,
+        num_kv_shared_layers=3,
+        sliding_window=4,
+    ),
+    # Keys that are values as well are read, of the last layers of both kinds.
+    "gemma4_text_reading": _gemma4(
+        hidden_size_per_layer_input=16,
+        layer_types=[
+            *("sliding_attention", "full_attention", "sliding_attention"),
+            *("sliding_attention", "full_attention"),
+        ],
+        num_hidden_layers=5,
+        num_kv_shared_layers=2,
+        tie_word_embeddings=False,
+        use_double_wide_mlp=True,
+    ),
+    "gemma4_text_inputs_and_experts": _gemma4(
+        enable_moe_block=True,
+        hidden_size_per_layer_input=16,
+        layer_types=["sliding_attention", "full_attention"],
+        moe_intermediate_size=20,
+        num_experts=4,
+        num_hidden_layers=2,
         top_k_experts=2,
     ),
 }

@@ -116,6 +116,17 @@ _GEMMA4: Config = {
     "use_double_wide_mlp": False,
     "vocab_size": 262144,
 }
+_SMALL_GEMMA4: Config = {
+    **_GEMMA4,
+    "attention_k_eq_v": False,
+    "hidden_size_per_layer_input": 256,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 8,
+    "num_global_key_value_heads": None,
+    "sliding_window": 512,
+    "use_bidirectional_attention": None,
+    "vocab_size_per_layer_input": 262144,
+}
 PUBLISHED: dict[str, Config] = {
     **_BY_CLASS,
     "THUDM--glm-4-9b": _BY_CLASS["THUDM--GLM-4-9B-0414"] | {"model_type": "glm"},
@@ -242,6 +253,26 @@ PUBLISHED: dict[str, Config] = {
         "num_hidden_layers": 30,
         "num_key_value_heads": 8,
         "top_k_experts": 8,
+    },
+    # Likewise, of the text of both.
+    "google--gemma-4-E2B-it": {
+        **_SMALL_GEMMA4,
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+        "num_hidden_layers": 35,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+    },
+    "google--gemma-4-E4B-it": {
+        **_SMALL_GEMMA4,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "layer_types": _PERIOD * 7,
+        "num_hidden_layers": 42,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 18,
     },
     "swiss-ai--Apertus-8B-2509": {
         "attention_bias": False,

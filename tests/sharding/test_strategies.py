@@ -1,5 +1,6 @@
 """Every strategy gives what one device gives, for every family that it can place."""
 
+import dataclasses
 import functools
 import re
 import sys
@@ -13,7 +14,9 @@ import pytest
 from jaxft.compiled.collectives import collectives
 from jaxft.errors import ConfigError
 from jaxft.models.config import DecoderConfig
+from jaxft.models.families import architecture_from_hf
 from jaxft.sharding.rules import Strategy, load_strategy
+from tests.oracle.cases import CASES as CONFIGS
 from tests.oracle.cases import FAMILY_CASES
 from tests.strategies import BUILT_IN, IN_ONE_STAGE, MESHES, runs
 from tests.tiny import Tiny, feed, load_tiny, make_program, random_rows, relative_error, start
@@ -178,6 +181,42 @@ def test_layers_that_differ_from_the_first_on_are_refused_by_pipelines():
     refused = "over 8 stages, which must have equal layers, .* do not recur in equal groups"
     with pytest.raises(ConfigError, match=refused):
         make_program(load_tiny("deepseek_v3_packed"), 8, strategy="pp")
+
+
+@pytest.mark.parametrize("strategy", ["pp", "pp_fsdp_tp"])
+def test_what_layers_read_beside_the_stream_is_refused_by_pipelines(strategy):
+    tiny, config = load_tiny("gemma4_text_e2b"), CONFIGS["gemma4_text_e2b"]
+    changes = {"num_kv_shared_layers": 0, "use_double_wide_mlp": False}
+    for found, read in (({}, "keys and values of layers before"), (changes, "inputs of their own")):
+        model = dataclasses.replace(tiny, architecture=architecture_from_hf(config | found))
+        with pytest.raises(ConfigError, match=f"residual stream alone travels.* read {read}"):
+            make_program(model, 8, strategy=strategy, mesh__stage=2)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param("fsdp_tp_sp", marks=pytest.mark.slow(seconds=15)),
+        *(
+            pytest.param(s, marks=pytest.mark.matrix(seconds=15))
+            for s in ("ddp", "fsdp", "fsdp_cp", "fsdp_tp")
+        ),
+    ],
+)
+def test_what_layers_read_beside_the_stream_equals_that_of_one_device(strategy):
+    """Keys and values of layers before, and inputs of each layer's own."""
+    tiny = load_tiny("gemma4_text_reading")
+    mesh = {f"mesh__{axis}": size for axis, size in MESHES[strategy].items()}
+    params, records = run(tiny, 8, strategy=strategy, **mesh)
+    expected_params, expected = reading_on_one_device()
+    for found, wanted in zip(records, expected, strict=True):
+        assert relative_error(found, wanted) < 1e-5
+    assert relative_error(params, expected_params) < 1e-5
+
+
+@functools.cache
+def reading_on_one_device() -> tuple:
+    return run(load_tiny("gemma4_text_reading"), 1)
 
 
 @pytest.mark.slow(seconds=7)
