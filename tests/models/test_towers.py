@@ -115,6 +115,9 @@ SIZES = {
     "google--gemma-4-12B-it": (11_907_350_320, 11_959_730_224),
     "google--gemma-4-26B-A4B-it": (25_233_141_790, 25_805_936_206),
     "google--gemma-4-31B-it": (30_697_345_340, 31_273_088_876),
+    # The hub counts what these two hold of keys and values that no layer reads as well.
+    "google--gemma-4-E2B-it": (4_628_569_379, 5_104_298_467),
+    "google--gemma-4-E4B-it": (7_463_013_418, 7_941_101_802),
     "llava-hf--llava-1.5-7b-hf": (6_738_939_904, 7_063_427_072),
     "llava-hf--llava-v1.6-mistral-7b-hf": (7_242_256_384, 7_566_747_648),
     "mistralai--Mistral-Small-3.1-24B-Instruct-2503": (23_572_403_200, 24_011_361_280),

@@ -486,6 +486,11 @@ _GEMMA4_VISION: Config = {
     "position_embedding_size": 10240,
     "standardize": True,
 }
+# What Gemma 4's small models take: pictures and sound.
+_SENSES: Config = {
+    "audio_config": {"model_type": "gemma4_audio"},
+    "vision_config": {"model_type": "gemma4_vision", "use_clipped_linears": True},
+}
 # Models that take pictures too. What is left out is as transformers' classes have it.
 WHOLES: dict[str, Config] = {
     # https://arxiv.org/abs/2503.19786, tables 1 and 7; the other tower is SigLIP's of 400M.
@@ -513,7 +518,17 @@ WHOLES: dict[str, Config] = {
             "vision_use_head": False,
         },
     },
-    # As public repositories quote the files, these four.
+    # As public repositories quote the files, these six.
+    "google--gemma-4-E2B-it": {
+        "model_type": "gemma4",
+        "text_config": PUBLISHED["google--gemma-4-E2B-it"],
+        **_SENSES,
+    },
+    "google--gemma-4-E4B-it": {
+        "model_type": "gemma4",
+        "text_config": PUBLISHED["google--gemma-4-E4B-it"],
+        **_SENSES,
+    },
     "google--gemma-4-31B-it": {
         "model_type": "gemma4",
         "audio_config": None,
