@@ -344,6 +344,26 @@ def test_flops_of_every_family_are_those_of_its_compiled_step(family, remat):
     assert found.flops == pytest.approx(compiled_flops(config, architecture), rel=3e-3)
 
 
+@pytest.mark.slow(seconds=8)
+@pytest.mark.parametrize(
+    ("remat", "freeze"),
+    [("full", ""), ("none", ""), ("full", "per_layer"), ("full", "table|embed")],
+)
+def test_flops_of_what_layers_read_beside_the_stream_are_those_compiled(remat, freeze):
+    """Tables are looked up in; layers that make no keys multiply none."""
+    sizes = {k: v for k, v in SIZES.items() if k in CASES["gemma4_text_e2b"]}
+    own = {"hidden_size_per_layer_input": 128, "vocab_size_per_layer_input": 512}
+    layers = {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+    }
+    architecture = architecture_from_hf(CASES["gemma4_text_e2b"] | sizes | own | layers)
+    config = small_run(remat, freeze=freeze)
+    found = estimate(config, architecture, flash=False)
+    assert found.flops == pytest.approx(compiled_flops(config, architecture), rel=3e-3)
+
+
 @pytest.mark.parametrize(
     ("family", "freeze"),
     [
