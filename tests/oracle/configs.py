@@ -357,6 +357,7 @@ _GEMMA4_CASES = {
         tie_word_embeddings=False,
         use_double_wide_mlp=True,
     ),
+    # What a norm divides by shows how large its input is, as of what is made of a layer's inputs.
     "gemma4_text_inputs_and_experts": _gemma4(
         enable_moe_block=True,
         hidden_size_per_layer_input=16,
@@ -364,6 +365,7 @@ _GEMMA4_CASES = {
         moe_intermediate_size=20,
         num_experts=4,
         num_hidden_layers=2,
+        rms_norm_eps=0.05,
         top_k_experts=2,
     ),
 }
