@@ -60,9 +60,12 @@ def cost_of(module: Module, computation: Computation, instruction: Instruction) 
 
 
 def _only_starts(module: Module, instruction: Instruction) -> bool:
-    """Whether a fusion starts a collective and no more: links bring its result, not the core."""
+    """Whether a fusion starts a gather and no more: links bring its result, not the core."""
     body = module.fused(instruction)
-    return body is not None and body.instructions[body.root].target == "AsyncCollectiveStart"
+    if body is None or body.instructions[body.root].target != "AsyncCollectiveStart":
+        return False
+    others = [i for i in body.instructions.values() if i.name != body.root]
+    return all(i.opcode in ("parameter", "all-gather") or is_view(module, i) for i in others)
 
 
 class _Product(NamedTuple):

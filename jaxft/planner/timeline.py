@@ -286,15 +286,17 @@ class Simulator:
     def _exchange(
         self, state: _State, found: Collective, instruction: Instruction, *, waits: bool
     ) -> None:
-        lane = DCN if found.across_slices else ICI
-        if found.kind == "collective-permute":  # the two directions of a link do not share it
-            lane += f" {found.groups[:1]}"
-        seconds = self._exchanged(found)
-        end = state.begin(lane, found.kind, seconds, found.name, found.origin)
+        end = self._begin(state, found)
         if waits:
             state.wait(end)
         else:
             state.ends[_meeting(instruction) or instruction.name] = end
+
+    def _begin(self, state: _State, found: Collective) -> _Pending:
+        lane = DCN if found.across_slices else ICI
+        if found.kind == "collective-permute":  # the two directions of a link do not share it
+            lane += f" {found.groups[:1]}"
+        return state.begin(lane, found.kind, self._exchanged(found), found.name, found.origin)
 
     def _exchanged(self, found: Collective) -> float:
         summed = found.kind in ("all-reduce", "reduce-scatter") and not found.gathers
@@ -311,9 +313,7 @@ class Simulator:
         for part in body.instructions.values():
             chain = re.search(r'\bchain_id="(\d+)"', part.rest)
             for found in self.reader.at(body, part, inner):
-                seconds = self._exchanged(found)
-                end = state.begin(ICI, found.kind, seconds, found.name, found.origin)
-                state.ends[f"chain {chain[1] if chain else ''}"] = end
+                state.ends[f"chain {chain[1] if chain else ''}"] = self._begin(state, found)
         self._compute(state, computation, instruction)
         if "AsyncCollectiveDone" in kinds:
             for part in body.instructions.values():
@@ -343,8 +343,7 @@ class Simulator:
             for part in body.instructions.values():
                 found = next(self.reader.at(body, part, frame), None)
                 if found is not None:
-                    seconds = self._exchanged(found)
-                    end = state.begin(ICI, found.kind, seconds, found.name, found.origin)
+                    end = self._begin(state, found)
                 elif seconds := self._moving(cost_of(self.module, body, part).bytes):
                     end = state.begin(SPARSE, SPARSE, seconds, part.name, part.origin)
         state.ends[instruction.name] = end

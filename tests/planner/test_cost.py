@@ -546,20 +546,27 @@ output_to_operand_aliasing={{1}: (1, {})}, calls=%beside"""
     assert cost(computations, entry).bytes == 2 * 4096
 
 
-def test_a_fusion_that_starts_a_gather_moves_nothing():
-    """As XLA for v5e writes one: its result is what other chips will have sent."""
-    computations = """\
+STARTED = """\
 %start (a: f32[1024]) -> (f32[1024], f32[4096]) {
   %a = f32[1024]{0} parameter(0)
-  %g = f32[4096]{0} all-gather(%a), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+BETWEEN  %g = f32[4096]{0} all-gather(WHAT), channel_id=1, replica_groups={{0,1,2,3}}
   ROOT %r = (f32[1024]{0}, f32[4096]{0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
 }
 """
+
+
+@pytest.mark.parametrize(
+    ("between", "what", "moves"),
+    [("", "%a", False), ("  %n = f32[1024]{0} negate(%a)\n", "%n", True)],
+)
+def test_a_fusion_that_starts_a_gather_and_no_more_moves_nothing(between, what, moves):
+    """As XLA for v5e writes one: its result is what other chips will have sent."""
+    computations = STARTED.replace("BETWEEN", between).replace("WHAT", what)
     entry = """\
   %a = f32[1024]{0} parameter(0)
   ROOT %result = (f32[1024]{0}, f32[4096]{0}) fusion(%a), kind=kCustom, \
 output_to_operand_aliasing={{0}: (0, {})}, calls=%start"""
-    assert cost(computations, entry).bytes == 0
+    assert (cost(computations, entry).bytes > 0) == moves
 
 
 def test_a_product_that_is_left_to_cublas_counts():
