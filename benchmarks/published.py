@@ -19,12 +19,13 @@ import argparse
 import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.lines import append
-from benchmarks.published_runs import GPU_RUNS, HELD_OUT_RUNS, TPU_RUNS, Run
+from benchmarks.published_runs import GPU_RUNS, HELD_OUT, HELD_OUT_RUNS, TPU_RUNS, Run
 from jaxft.compiled.layout import cpu_devices
 from jaxft.config import RunConfig
 from jaxft.hf.folder import read_config
@@ -69,7 +70,6 @@ def _config(run: Run, topology: Topology) -> RunConfig:
     config = RunConfig()
     config.model.path = run.model if isinstance(run.model, str) else run.name
     config.model.remat, config.model.offload = run.remat, run.offload
-    config.model.expert_capacity = run.capacity
     config.data.max_length = run.length
     config.train.accumulation = run.accumulation
     config.train.batch_size = run.rows * run.accumulation * topology.device_count
@@ -112,12 +112,6 @@ def _estimated(config: RunConfig, topology: Topology, architecture: Architecture
     }
 
 
-def left_out(ratios: Sequence[float]) -> list[float]:
-    """Returns each ratio after division by the geometric mean of all others."""
-    logs = [math.log(ratio) for ratio in ratios]
-    return [math.exp(x - (sum(logs) - x) / (len(logs) - 1)) for x in logs]
-
-
 def summary(ratios: Sequence[float]) -> dict[str, float]:
     """Returns mean, root mean square, worst, least and most relative difference of predictions."""
     differences = [ratio - 1 for ratio in ratios]
@@ -131,13 +125,23 @@ def summary(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def summaries(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Returns the summary of all lines, of these with one factor left out, and of each group."""
+    """Returns the summary of all lines but those held out, with one factor left out, and by group.
+
+    Each line gets `ratio_left_out`: its ratio after division by what the others have in common. Of
+    runs that are held out that is what all the rest have.
+    """
+    known = [line for line in lines if line["group"] != HELD_OUT] or lines
+    ratios = [line["ratio"] for line in known]
+    for line in lines:
+        others = [other["ratio"] for other in known if other is not line]
+        line["ratio_left_out"] = line["ratio"] / statistics.geometric_mean(others or [1.0])
     totals = {
-        "raw": summary([line["ratio"] for line in lines]),
-        "left_out": summary([line["ratio_left_out"] for line in lines]),
+        "raw": summary(ratios),
+        "left_out": summary([line["ratio_left_out"] for line in known]),
     }
     for group, members in itertools.groupby(lines, key=lambda line: line["group"]):
-        totals[group or "others"] = summary([line["ratio"] for line in members])
+        if group:
+            totals[group] = summary([line["ratio"] for line in members])
     return totals
 
 
@@ -173,15 +177,12 @@ def main() -> None:
     for run in runs:
         lines.append(predict(run, options.models))
         print(f"{run.name}: {lines[-1]['ratio']:.3f}", flush=True)
-    ratios = [line["ratio"] for line in lines]
-    for line, other in zip(lines, left_out(ratios) if len(ratios) > 1 else ratios, strict=True):
-        line["ratio_left_out"] = other
+    totals = summaries(lines)
     cycles = "" if options.gpus else " by cycles |"
     print(f"| run | published, s | predicted, s | ratio |{cycles} one factor, left out |")
     print("|---|---|---|---|---|" + ("" if options.gpus else "---|"))
     for line in lines:
         print(_row(line))
-    totals = summaries(lines)
     for name, total in totals.items():
         print(name, ", ".join(f"{key} {value:+.1%}" for key, value in total.items()))
     for line in [*lines, {"summary": totals}]:

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.oracle.published import WHOLES
-
 _VMEM = "xla_tpu_scoped_vmem_limit_kib=98304"
 _LAYOUT = (
     "xla_tpu_use_minor_sharding_for_major_trivial_input=true,"
@@ -89,9 +87,8 @@ class Run:
       strategy: As `strategy`.
       mesh: Sizes of mesh axes that the strategy does not choose.
       options: For the compiler.
-      capacity: As `model.expert_capacity`.
       dcn: Bytes a second of a GPU between machines, where they were joined by less than usual.
-      group: Of runs by one program on one kind of chip; empty for TPUs.
+      group: Of runs by one program on one kind of chip, or of those held out; else empty.
       source: Where it was published, and what is uncertain about it.
     """
 
@@ -107,7 +104,6 @@ class Run:
     strategy: str = "fsdp"
     mesh: Mapping[str, int] = field(default_factory=dict)
     options: tuple[str, ...] = ()
-    capacity: float = 0.0
     dcn: float = 0.0
     group: str = ""
     source: str
@@ -236,13 +232,10 @@ TPU_RUNS = (
     ),
 )
 
-_GEMMA_3_12B = WHOLES["google--gemma-3-12b-it"]["text_config"] | {
-    "vocab_size": 262208,
-    "rms_norm_eps": 1e-6,
-}
-# Looked up when the planner's rates stood, and not used for any of them.
+# Group of runs that were looked up when the planner's rates stood, and used for none of them.
+HELD_OUT = "held out"
 HELD_OUT_RUNS = tuple(
-    dataclasses.replace(run, group="held out")
+    dataclasses.replace(run, group=HELD_OUT)
     for run in (
         Run(
             name="Mistral-7B, v6e-8",
@@ -267,30 +260,6 @@ HELD_OUT_RUNS = tuple(
             offload="inputs+qkv+attention_out",
             options=(_VMEM, _LAYOUT, _OVERLAP, _ASYNC, _OFFLOAD, _WHOLE),
             source=f"{_RECIPES}trillium",
-        ),
-        Run(
-            name="Gemma-3-12B, v6e-256",
-            model=_GEMMA_3_12B,
-            topology="v6e-256",
-            length=32768,
-            rows=1,
-            step=7.318,
-            remat="full",
-            options=("xla_tpu_scoped_vmem_limit_kib=122880",),
-            source=f"{_RECIPES}trillium",
-        ),
-        Run(
-            name="Mixtral-8x7B, v6e-256",
-            model="mistralai--Mixtral-8x7B-v0.1",
-            topology="v6e-256",
-            length=4096,
-            rows=12,
-            step=13.484,
-            remat="qkv+attention_out",
-            offload="inputs+qkv+attention_out",
-            capacity=1.25,
-            options=("xla_tpu_scoped_vmem_limit_kib=81920", _OVERLAP, _ASYNC),
-            source=f"{_RECIPES}trillium; its experts' tokens are brought by products with masks",
         ),
     )
 )
