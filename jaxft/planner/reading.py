@@ -13,7 +13,7 @@ from jaxft.planner.topology import Topology
 
 # Least and most that published training steps on TPU slices took of their predictions:
 # benchmarks/published.py, whose table is in docs/planning.md.
-PUBLISHED_RANGE = (0.85, 1.04)
+PUBLISHED_RANGE = (0.83, 1.08)
 # As PUBLISHED_RANGE, of closed-form estimates and of steps on GPUs: PyTorch's on A100 and MaxText's
 # on H100 and H200. PyTorch's of 2023 on H100 took up to twice their estimates.
 ESTIMATED_RANGE = (0.99, 1.52)
