@@ -27,6 +27,7 @@ from benchmarks import (
     workload,
 )
 from jaxft.errors import ConfigError
+from jaxft.models.families import FAMILIES
 from tests.test_setup import ROOT
 
 
@@ -305,6 +306,20 @@ def test_the_parts_of_a_planned_step_add_up():
     for name in ("tpu-steps", "peers"):
         for _, line in tables.read_lines(tables.RESULTS, name):
             assert sum(line["spent"].values()) == pytest.approx(line["seconds"], rel=1e-3)
+
+
+def test_the_table_of_families_is_that_of_the_lines():
+    lines = {line["family"]: line for _, line in tables.read_lines(tables.RESULTS, "-parity")}
+    text = (ROOT / "docs/models.md").read_text()
+    told = set()
+    for names, counts, logits in re.findall(r"^\| (.*\(`.*) \| (.*)\| (\S+e-\d+) \|$", text, re.M):
+        found = {name: lines[name] for name in re.findall(r"`(\w+)`", names) if name in FAMILIES}
+        largest = max(line["largest_logit_difference"] for line in found.values())
+        assert logits == f"{largest:.1e}", names
+        sizes = [size for line in found.values() for size in line["parameters"].values()]
+        assert all(f"{size:,}" in counts for size in sizes), names
+        told |= found.keys()
+    assert told == lines.keys() == FAMILIES.keys()
 
 
 def test_of_a_workload_the_newest_file_counts(tmp_path):
