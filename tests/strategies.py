@@ -23,7 +23,7 @@ MESHES: dict[str, dict[str, int]] = {
 }
 # What these split is in mixtures of experts alone.
 FOR_EXPERTS = ("ep", "fsdp_ep")
-# Between them these have every axis that a parameter can have and every way to compute.
+# Between them these have attention, experts and a recurrence, with and without what goes with them.
 UNLIKE = ("llama", "gpt2", "gpt_oss", "qwen3_5_text")
 # A dense family and a mixture run under every strategy; others, as each pair takes 5 to 20 s, under
 # those that between them have every axis of a mesh.

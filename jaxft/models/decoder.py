@@ -26,7 +26,7 @@ from jaxft.models.cache import (
 from jaxft.models.config import DecoderConfig, LayerKind, Numerics
 from jaxft.models.layers import AttentionFn, Embedding, LayerInputs, Linear, Routing, make_norm
 from jaxft.models.module import Params, merge, split, stack
-from jaxft.models.per_layer import PerLayerInputs
+from jaxft.models.per_layer import PerLayerInputs, made_again
 from jaxft.models.rope import document_lengths, rotary_tables, unturned
 from jaxft.models.scan import Shared, in_turn, joined, of_layers, rematerialised
 from jaxft.models.weights import Noise, dropout_from
@@ -129,7 +129,7 @@ class Decoder(nnx.Module):
         """
         x = self.embedded(tokens, positions)
         layers = split(self.layers)[1]
-        own = self._own_inputs(tokens, x)
+        own = self._own_inputs(tokens, x, seeds)
         x, routing = self.through(layers, self.index, x, positions, segments, seeds, own)
         return self.norm(x), routing
 
@@ -247,13 +247,14 @@ class Decoder(nnx.Module):
         return constrain(x, "batch", "stream_seq", "act_embed")
 
     def _own_inputs(
-        self, tokens: Int[Array, "B T"], start: Float[Array, "B T D"]
+        self, tokens: Array, start: Float[Array, "B T D"], seeds: Array | None = None
     ) -> Float[Array, "B T L P"] | None:
         """Returns what each layer reads of tokens beside the stream that enters the first one."""
         if self.per_layer is None:
             return None
-        with self.precision():
-            return self.per_layer(tokens, start)
+        noise = None if seeds is None else Noise(seeds, jnp.int32(self.config.layers))
+        with self.precision(), dropout_from(noise):
+            return made_again(self.per_layer, tokens, start, remat=self.numerics.remat)
 
     def through(
         self,

@@ -84,6 +84,13 @@ class Fields:
         """Returns how many layers behind the last guess further tokens."""
         return max(self.count(name, 0) for name in GUESSING)
 
+    def flag(self, name: str) -> bool:
+        """Returns whether something is on, off if absent; notes a value that does not say."""
+        value = self.get(name, False)
+        if not isinstance(value, bool):
+            self.problem(f"config.json: {name} is {value!r}; expected true or false.")
+        return value is True
+
     def factor(self, name: str, default: float) -> float:
         """Returns a field that must be a positive number."""
         value = self.get(name, default)

@@ -153,7 +153,7 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     """Reads config.json; raises ModelError with all that is missing or not understood."""
     per_layer = {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144}
     fields = Fields(config, **ABSENT, **per_layer, sliding_window=512)
-    if not fields.get("enable_moe_block", False):
+    if not fields.flag("enable_moe_block"):
         fields.unused("num_experts", "top_k_experts", "moe_intermediate_size")
         return gemma4_config(fields)
     experts = fields.experts(normalised=True, of_token="top_k_experts")
@@ -206,7 +206,7 @@ def _per_layer(fields: Fields) -> int:
 
 def _sharing(fields: Fields, kinds: list[LayerKind]) -> list[LayerKind]:
     """Reads which layers make no keys and values, and returns the kinds with what these read."""
-    wide = bool(fields.get("use_double_wide_mlp", False))
+    wide = fields.flag("use_double_wide_mlp")
     count = fields.count("num_kv_shared_layers", 0)
     if not count:
         return kinds
@@ -218,7 +218,7 @@ def _sharing(fields: Fields, kinds: list[LayerKind]) -> list[LayerKind]:
             "layers read keys and values of the last layer before them of the same type, and "
             f"before them is none of {' or '.join(types)}."
         )
-    if wide and fields.get("enable_moe_block", False):
+    if wide and fields.flag("enable_moe_block"):
         fields.problem(
             "config.json: use_double_wide_mlp is True with num_kv_shared_layers and experts, of "
             "which no published model has all; only False is supported beside experts."
@@ -241,7 +241,7 @@ def _kinds(fields: Fields) -> list[LayerKind]:
             "config.json: layer_types ends with 'sliding_attention', in the place of which "
             "transformers takes 'full_attention' for this family. Write that."
         )
-    size, one = fields.head_dim(), bool(fields.get("attention_k_eq_v", False))
+    size, one = fields.head_dim(), fields.flag("attention_k_eq_v")
     kv_heads, wide = _heads_without_window(fields, windows, may_differ=one)
     local, everywhere = fields.ropes(size, local=1e4, everywhere=1e6, wide=wide)
     block = KEYS_ARE_VALUES if one else FULL

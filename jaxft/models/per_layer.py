@@ -1,11 +1,13 @@
 """Inputs that each layer has of its own beside the residual stream, as in Gemma 4 E2B and E4B."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxft.models.config import DecoderConfig, Numerics
 from jaxft.models.layers import Embedding, Linear, make_norm
+from jaxft.models.module import Params, merge, split
 from jaxft.models.nonlinearity import gelu_tanh
 from jaxft.sharding.rules import constrain
 
@@ -47,6 +49,21 @@ class PerLayerInputs(nnx.Module):
         projected = self.norm(projected * jnp.asarray(start.shape[-1] ** -0.5, dtype))
         found = found * jnp.asarray(self.shape[-1] ** 0.5, dtype)
         return (projected + found) * jnp.asarray(2**-0.5, dtype)
+
+
+def made_again(
+    inputs: PerLayerInputs, tokens: Int[Array, "B T"], start: Float[Array, "B T D"], *, remat: str
+) -> Float[Array, "B T L P"]:
+    """Returns what `inputs` makes, whose own parts gradients make again unless `remat` is `none`.
+
+    Kept, these would take three times as much memory as the inputs do.
+    """
+    graphdef, params = split(inputs)
+
+    def made(params: Params, start: Float[Array, "B T D"]) -> Float[Array, "B T L P"]:
+        return merge(graphdef, params)(tokens, start)
+
+    return (made if remat == "none" else jax.checkpoint(made))(params, start)
 
 
 class PerLayerPart(nnx.Module):

@@ -150,7 +150,7 @@ class Footprint:
         """Returns bytes of a training step by kind, and those in the host's memory."""
         summed = 4 / self.param_itemsize if self.passes > 1 else 1.0
         kept, host = self._kept_bytes()
-        kept += self._own_inputs_bytes() * (1 + self.back)
+        kept += self._own_inputs_bytes()
         if self.stages > 1:
             # A stage keeps its input alone of each micro-batch that is under way.
             stream = self.tokens * self._widths[names.INPUTS] * self.itemsize
@@ -197,11 +197,17 @@ class Footprint:
         )
 
     def _own_inputs_bytes(self) -> float:
-        """Returns bytes of the inputs of all layers, which are there while these run.
+        """Returns bytes of all layers' inputs, which are there while these run.
 
-        Their gradients are as many, of which the last stand beside the first inputs.
+        How often they are there at once was counted in compiled steps: as they are made, whole and
+        by layer; so are their gradients, and those of tables once more as they travel.
         """
-        return self.tokens * self.model.layers * self.model.per_layer * self.itemsize
+        times = 3
+        if self.back:
+            projection, tables = self.placed.projection, bool(self.placed.trained_tables)
+            times += tables or (projection is not None and projection.trained)
+            times += 2 * tables + {"none": 7, "dots": 1}.get(self.remat, 0)
+        return times * self.tokens * self.model.layers * self.model.per_layer * self.itemsize
 
     def _itemsize_of(self, weight: Weight) -> int:
         """Returns the bytes of a number of a weight as it travels and is multiplied."""

@@ -156,8 +156,10 @@ class Products(Footprint):
             if "per_layer" in weight.axes and not weight.beside
         )
         if (projection := self.placed.projection) is not None:
-            reaches = projection.trained + bool(self.placed.trained_tables)
-            found += math.prod(projection.shape) * (1 + self.learns * reaches) / self.model.layers
+            tables = bool(self.placed.trained_tables)
+            runs = projection.trained + tables
+            runs += (projection.trained or tables) and self.remat != "none"
+            found += math.prod(projection.shape) * (1 + self.learns * runs) / self.model.layers
         return found
 
     def _beside(self) -> list[tuple[float, bool]]:

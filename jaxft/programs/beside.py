@@ -1,4 +1,4 @@
-"""Tensors beside the model that is trained: towers for images, layers that guess further tokens.
+"""Tensors beside the model that is trained: towers for images, and what nothing here reads.
 
 They are never loaded. A run notes whose they are and a hash of them; an export takes them from
 there, byte for byte but for those in FP8, which are decoded.
@@ -70,7 +70,11 @@ def find_others(source: Source, architecture: Architecture) -> dict[str, Passed]
     if origin.checkpoints is None:
         return other_tensors(origin.folder, architecture.naming)
     is_part = architecture.naming.alone is not None
-    what = "the text of a multimodal model" if is_part else "a model with further layers"
+    what = (
+        "the text of a multimodal model"
+        if is_part
+        else "a model whose files hold more than is read"
+    )
     if not (origin.folder / NOTE).is_file():
         if not source.beside:
             if not is_part:  # it has had no weights but its own

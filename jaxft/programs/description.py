@@ -135,13 +135,15 @@ def context_of(source: Source) -> int:
 
 def hf_config(source: Source, architecture: Architecture) -> dict[str, Any]:
     """Returns the content of config.json for an architecture that may have grown since."""
-    vocab = {"vocab_size": architecture.config.vocab}
-    config = source.described.config
+    rows = architecture.config.vocab
+    vocab, config = {"vocab_size": rows}, source.described.config
+    # A table of inputs of layers has a row for each token, too.
+    tables = vocab | ({"vocab_size_per_layer_input": rows} if architecture.config.per_layer else {})
     if architecture.naming.alone is not None:
-        inner = {"text_config": config["text_config"] | vocab}
+        inner = {"text_config": config["text_config"] | tables}
         config = config | inner | (vocab if "vocab_size" in config else {})
     else:
-        config = config | vocab
+        config = config | tables
     # Weights that were quantised in the files are so no more.
     return {name: value for name, value in config.items() if name != "quantization_config"}
 

@@ -1,6 +1,9 @@
 """What Gemma 4 E2B and E4B have beside other families: inputs of layers, and keys read again."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -12,10 +15,12 @@ from jaxft.models.config import Numerics, make_numerics
 from jaxft.models.families import architecture_from_hf
 from jaxft.models.module import apart, merge
 from jaxft.programs.conversion import check
+from jaxft.programs.description import hf_config
 from jaxft.programs.generate import generate_tokens
 from jaxft.training.adaptation import adapted, quantised
 from jaxft.training.objectives.token_scores import cross_entropy
-from tests.oracle.cases import CASES, load_published_sizes
+from jaxft.workdir.source import Source
+from tests.oracle.cases import CASES, load_published_sizes, write_folder
 from tests.oracle.published import PUBLISHED
 from tests.oracle.towers import load_logits, tokens, write_tower
 from tests.tiny import load_tiny, make_documents, pack, relative_error
@@ -140,3 +145,34 @@ def test_rows_of_new_tokens_are_in_both_tables():
     params = found.abstract(make_numerics("float32")).params
     assert params["embed.rows"].shape == (2, 24)
     assert params["per_layer.table.rows"].shape == (2, 8 * 16)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_rows_of_new_tokens_are_in_both_sizes_of_config_json(is_whole, tmp_path):
+    source = Source(
+        write_tower("gemma4_e2b", tmp_path) if is_whole else write_folder(E2B, tmp_path)
+    )
+    config = dataclasses.replace(source.architecture.config, vocab=128)
+    grown = hf_config(source, dataclasses.replace(source.architecture, config=config))
+    text = grown["text_config"] if is_whole else grown
+    assert text["vocab_size"] == text["vocab_size_per_layer_input"] == 128
+    assert architecture_from_hf(grown).config == config
+
+
+def test_an_adapter_before_the_layers_has_its_dropout():
+    architecture = architecture_from_hf(CASES[E2B])
+    asked = AdapterConfig(rank=2, targets="per_layer_model_projection", dropout=0.5)
+    abstract = adapted(architecture, asked).abstract(make_numerics("float32"))
+    params = {
+        path: jax.random.normal(jax.random.key(i), spec.shape) / 4
+        for i, (path, spec) in enumerate(abstract.params.items())
+    }
+    batch = pack([make_documents([9, 13], 64)], 24)
+
+    def hidden(seed: int) -> np.ndarray:
+        seeds = jax.random.bits(jax.random.key(seed), batch.tokens.shape, jnp.uint32)
+        model = merge(abstract.graphdef, params)
+        return model.hidden(batch.tokens, batch.positions, batch.segments, seeds)[0]
+
+    assert np.abs(hidden(0) - hidden(1)).max() > 1e-3
+    np.testing.assert_array_equal(hidden(0), hidden(0))

@@ -364,6 +364,26 @@ def test_flops_of_what_layers_read_beside_the_stream_are_those_compiled(remat, f
     assert found.flops == pytest.approx(compiled_flops(config, architecture), rel=3e-3)
 
 
+@pytest.mark.slow(seconds=20)
+@pytest.mark.parametrize(
+    ("remat", "freeze"), [("full", ""), ("full", "embed|per_layer"), ("none", "")]
+)
+def test_memory_of_what_layers_read_beside_the_stream_is_that_compiled(remat, freeze):
+    """By how much a step takes more of it for wider inputs."""
+    config = small_run(remat, freeze=freeze, data__max_length=1024)
+
+    def taken(width: int) -> tuple[float, int]:
+        own = {"hidden_size_per_layer_input": width}
+        architecture = architecture_from_hf(CASES["gemma4_text_e2b"] | own)
+        program = make_program(config, architecture, placement=make_placement(config))
+        memory = program.compile().memory_analysis()
+        kept = estimate(config, architecture, flash=False).kinds["activations"]
+        return kept, memory.temp_size_in_bytes
+
+    narrow, wide = taken(1024), taken(2048)
+    assert wide[0] - narrow[0] == pytest.approx(wide[1] - narrow[1], rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("family", "freeze"),
     [
