@@ -5,6 +5,10 @@ r"""MaxText's training step beside jaxft's: the same compiler, played through by
 Installs MaxText from the package index into the environment ENV, which is made if it is not there,
 with the jax and libtpu of this one; compiles its step for each shape, with its own defaults or
 with `--options` of the compiler, and prints a line. Needs libtpu and no TPU.
+
+Two shapes are steps that MaxText published: what they took beside what the simulator gives the same
+program says how right its rates are, whatever jaxft's own program does. Of their options of the
+compiler those are used that libtpu takes; logits are made in parts, or the step would not fit.
 """
 
 import argparse
@@ -13,7 +17,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks.lines import put
+from benchmarks.published_runs import HELD_OUT_RUNS
 from jaxft.compiled.collectives import Reader
 from jaxft.compiled.hlo import Module
 from jaxft.hf.folder import read_config
@@ -39,25 +45,80 @@ _LLAMA = "meta-llama--Meta-Llama-3.1-8B"
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A step of Llama-3.1-8B with full rematerialisation, float32 masters and AdamW.
+    """A step with float32 masters and AdamW, of Llama-3.1-8B with full rematerialisation.
 
     Attributes:
       slice: Where, as jaxft names it.
       theirs: As MaxText names it.
       length: Tokens of a row.
       rows: Rows of one device.
+      model: As MaxText names it.
+      config: Our config of it: a folder, or a config.json.
+      settings: Of MaxText, on top.
+      options: For the compiler.
+      published: Seconds that the step took; 0 if nobody said.
     """
 
     slice: str
     theirs: str
     length: int
     rows: int
+    model: str = "llama3.1-8b"
+    config: str | dict[str, Any] = _LLAMA
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    published: float = 0.0
 
 
+_HELD_OUT = {run.name: run for run in HELD_OUT_RUNS}
+
+
+def _published(name: str, *, model: str, settings: Mapping[str, Any]) -> Case:
+    """Returns a step of `published_runs.HELD_OUT_RUNS` as MaxText's recipe has it."""
+    run = _HELD_OUT[name]
+    return Case(
+        slice=run.topology,
+        theirs=run.topology,
+        length=run.length,
+        rows=run.rows,
+        model=model,
+        config=run.model,
+        settings=settings,
+        options=run.options,
+        published=run.step,
+    )
+
+
+# Of the attention kernel.
+_BLOCKS = tuple(
+    f"sa_block_{name}"
+    for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+)
+_ON_HOST = ("decoder_layer_input", "out_proj", "query_proj", "key_proj", "value_proj")
 CASES = (
     Case(slice="v5e:4x4", theirs="v5e-16", length=4096, rows=1),
     Case(slice="v5p-64", theirs="v5p-64", length=8192, rows=2),
     Case(slice="v6e-16", theirs="v6e-16", length=4096, rows=2),
+    _published(
+        "Llama-3.1-8B, v6e-16",
+        model="llama3.1-8b",
+        settings={
+            "remat_policy": "custom",
+            **dict.fromkeys(_ON_HOST, "offload"),
+            "num_vocab_tiling": 4,
+            "sa_use_fused_bwd_kernel": "true",
+            **dict.fromkeys(_BLOCKS, 2048),
+        },
+    ),
+    _published(
+        "Gemma-3-12B, v6e-256",
+        model="gemma3-12b",
+        settings={
+            "remat_policy": "custom",
+            "decoder_layer_input": "device",
+            "num_vocab_tiling": 16,
+        },
+    ),
 )
 
 
@@ -77,13 +138,14 @@ def install(folder: Path) -> Path:
 def compiled(python: Path, case: Case, options: str) -> dict[str, Any]:
     """Returns what `maxtext_step.py` writes."""
     [config] = python.parent.parent.glob("lib/*/site-packages/maxtext/configs/base.yml")
-    flags = " ".join(f"--{option}" for option in filter(None, options.split(",")))
+    chosen = [*",".join(case.options).split(","), *options.split(",")]
+    flags = " ".join(f"--{option}" for option in filter(None, chosen))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "step.json"
         settings = {
             "compile_topology": case.theirs,
             "compile_topology_num_slices": 1,
-            "model_name": "llama3.1-8b",
+            "model_name": case.model,
             "per_device_batch_size": case.rows,
             "max_target_length": case.length,
             "remat_policy": "full",
@@ -95,6 +157,7 @@ def compiled(python: Path, case: Case, options: str) -> dict[str, Any]:
             "dtype": "bfloat16",
             "weight_dtype": "float32",
             "ici_fsdp_parallelism": -1,
+            **case.settings,
         }
         if flags:
             settings["compile_xla_flags"] = flags
@@ -128,25 +191,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times MaxText's step by jaxft's simulator.")
     parser.add_argument("models", type=Path, help="folder of folders with config.json")
     parser.add_argument("environment", type=Path, help="folder of MaxText's environment")
-    parser.add_argument("--only", default="", help="slices whose name contains this")
+    parser.add_argument("--only", default="", help="of slice and row, as 'v6e-16 8192'")
     parser.add_argument("--options", default="", help="options of the compiler, comma-separated")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     options = parser.parse_args()
     use_compiler_alone()
     python = install(options.environment)
-    config = architecture_from_hf(read_config(options.models / _LLAMA)).config
     for case in CASES:
-        if options.only not in case.slice:
+        if options.only not in f"{case.slice} {case.length}":
             continue
         step = compiled(python, case, options.options)
+        given = case.config
+        config = read_config(options.models / given) if isinstance(given, str) else given
         line = {
             "program": f"maxtext {_VERSION}",
-            "model": _LLAMA,
+            "model": given if isinstance(given, str) else case.model,
             "slice": case.slice,
             "length": case.length,
             "rows_per_device": case.rows,
-            "options": options.options,
-            **measure(step, case, config),
+            "options": ",".join(filter(None, [*case.options, options.options])),
+            "published_seconds": case.published,
+            **measure(step, case, architecture_from_hf(config).config),
             "environment": environment(),
         }
         put(line, options.output)
