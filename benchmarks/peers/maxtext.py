@@ -6,8 +6,8 @@ Installs MaxText from the package index into the environment ENV, which is made 
 with the jax and libtpu of this one; compiles its step for each shape, with its own defaults or
 with `--options` of the compiler, and prints a line. Needs libtpu and no TPU.
 
-Two shapes are steps that MaxText published: what they took beside what the simulator gives the same
-program says how right its rates are, whatever jaxft's own program does. Of their options of the
+One shape is a step that MaxText published: what it took beside what the simulator gives the same
+program says how right the simulator is, whatever jaxft's own program does. Of its options of the
 compiler those are used that libtpu takes; logits are made in parts, or the step would not fit.
 """
 
@@ -45,15 +45,13 @@ _LLAMA = "meta-llama--Meta-Llama-3.1-8B"
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A step with float32 masters and AdamW, of Llama-3.1-8B with full rematerialisation.
+    """A step of Llama-3.1-8B with float32 masters, AdamW and, if not set, full rematerialisation.
 
     Attributes:
       slice: Where, as jaxft names it.
       theirs: As MaxText names it.
       length: Tokens of a row.
       rows: Rows of one device.
-      model: As MaxText names it.
-      config: Our config of it: a folder, or a config.json.
       settings: Of MaxText, on top.
       options: For the compiler.
       published: Seconds that the step took; 0 if nobody said.
@@ -63,8 +61,6 @@ class Case:
     theirs: str
     length: int
     rows: int
-    model: str = "llama3.1-8b"
-    config: str | dict[str, Any] = _LLAMA
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     published: float = 0.0
@@ -73,7 +69,7 @@ class Case:
 _HELD_OUT = {run.name: run for run in HELD_OUT_RUNS}
 
 
-def _published(name: str, *, model: str, settings: Mapping[str, Any]) -> Case:
+def _published(name: str, settings: Mapping[str, Any]) -> Case:
     """Returns a step of `published_runs.HELD_OUT_RUNS` as MaxText's recipe has it."""
     run = _HELD_OUT[name]
     return Case(
@@ -81,8 +77,6 @@ def _published(name: str, *, model: str, settings: Mapping[str, Any]) -> Case:
         theirs=run.topology,
         length=run.length,
         rows=run.rows,
-        model=model,
-        config=run.model,
         settings=settings,
         options=run.options,
         published=run.step,
@@ -101,22 +95,12 @@ CASES = (
     Case(slice="v6e-16", theirs="v6e-16", length=4096, rows=2),
     _published(
         "Llama-3.1-8B, v6e-16",
-        model="llama3.1-8b",
         settings={
             "remat_policy": "custom",
             **dict.fromkeys(_ON_HOST, "offload"),
             "num_vocab_tiling": 4,
             "sa_use_fused_bwd_kernel": "true",
             **dict.fromkeys(_BLOCKS, 2048),
-        },
-    ),
-    _published(
-        "Gemma-3-12B, v6e-256",
-        model="gemma3-12b",
-        settings={
-            "remat_policy": "custom",
-            "decoder_layer_input": "device",
-            "num_vocab_tiling": 16,
         },
     ),
 )
@@ -145,7 +129,7 @@ def compiled(python: Path, case: Case, options: str) -> dict[str, Any]:
         settings = {
             "compile_topology": case.theirs,
             "compile_topology_num_slices": 1,
-            "model_name": case.model,
+            "model_name": "llama3.1-8b",
             "per_device_batch_size": case.rows,
             "max_target_length": case.length,
             "remat_policy": "full",
@@ -197,21 +181,20 @@ def main() -> None:
     options = parser.parse_args()
     use_compiler_alone()
     python = install(options.environment)
+    config = architecture_from_hf(read_config(options.models / _LLAMA)).config
     for case in CASES:
         if options.only not in f"{case.slice} {case.length}":
             continue
         step = compiled(python, case, options.options)
-        given = case.config
-        config = read_config(options.models / given) if isinstance(given, str) else given
         line = {
             "program": f"maxtext {_VERSION}",
-            "model": given if isinstance(given, str) else case.model,
+            "model": _LLAMA,
             "slice": case.slice,
             "length": case.length,
             "rows_per_device": case.rows,
             "options": ",".join(filter(None, [*case.options, options.options])),
             "published_seconds": case.published,
-            **measure(step, case, architecture_from_hf(config).config),
+            **measure(step, case, config),
             "environment": environment(),
         }
         put(line, options.output)
