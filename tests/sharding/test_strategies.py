@@ -197,15 +197,12 @@ def test_what_layers_read_beside_the_stream_is_refused_by_pipelines(strategy):
     "strategy",
     [
         pytest.param("fsdp_tp_sp", marks=pytest.mark.slow(seconds=15)),
-        *(
-            pytest.param(s, marks=pytest.mark.matrix(seconds=15))
-            for s in ("ddp", "fsdp", "fsdp_cp", "fsdp_tp")
-        ),
+        *(pytest.param(s, marks=pytest.mark.matrix(seconds=15)) for s in ("fsdp_cp", "fsdp_tp")),
     ],
 )
 def test_what_layers_read_beside_the_stream_equals_that_of_one_device(strategy):
     """Keys and values of layers before, and inputs of each layer's own."""
-    tiny = load_tiny("gemma4_text_reading")
+    tiny = reading()
     mesh = {f"mesh__{axis}": size for axis, size in MESHES[strategy].items()}
     params, records = run(tiny, 8, strategy=strategy, **mesh)
     expected_params, expected = reading_on_one_device()
@@ -214,9 +211,14 @@ def test_what_layers_read_beside_the_stream_equals_that_of_one_device(strategy):
     assert relative_error(params, expected_params) < 1e-5
 
 
+def reading() -> Tiny:
+    """With an epsilon by which norms of small numbers do not magnify rounding, twelve times."""
+    return load_tiny("gemma4_text_reading", rms_norm_eps=0.1)
+
+
 @functools.cache
 def reading_on_one_device() -> tuple:
-    return run(load_tiny("gemma4_text_reading"), 1)
+    return run(reading(), 1)
 
 
 @pytest.mark.slow(seconds=7)
