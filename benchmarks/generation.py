@@ -9,13 +9,14 @@ neither. Prints one JSON line per measurement, each made in a process of its own
 Seconds are those of a whole call, reading the prompts included, of which the best of a few is
 taken, after one that compiles. `bandwidth_share` is what a decoding step reads of weights over its
 time, as a share of what a triad (McCalpin's STREAM: a = b + s c, three arrays counted) moves in the
-same process.
+same process, and `products_share` the same of a step that does nothing but multiply one row with
+each weight: what is between the two is the work beside products.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     # The cache of the short call has another size, so both are compiled first.
     first, _ = seconds(options.new), seconds(1)
-    triad, whole, short = 0.0, [], []
+    triad, products, whole, short = 0.0, float("inf"), [], []
     for _ in range(options.repeats):
         triad = max(triad, _triad(jax))
+        products = min(products, _products(jax, params, abstract.axes))
         whole.append(seconds(options.new))
         short.append(seconds(1))
     step = (min(whole) - min(short)) / max(1, options.new - 1)
@@ -102,8 +104,32 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "weight_bytes": read,
         "triad_bytes_per_second": round(triad),
         "bandwidth_share": round(read / step / triad, 3),
+        "products_share": round(read / products / triad, 3),
     }
     return _record("jaxft", options, found) | {"environment": environment()}
+
+
+def _products(jax: Any, params: Mapping[str, Any], axes: Mapping[str, Any]) -> float:
+    """Returns the seconds in which a row is multiplied with each layer's weights and the head."""
+    from jaxft.sharding.cores import product
+
+    weights = []
+    for path, w in params.items():
+        stacked = axes[path][0] == "layers"
+        if w.ndim - stacked < 2:
+            continue
+        outputs = w.shape[stacked] if axes[path][stacked] == "embed" else -1
+        inputs = -1 if outputs > 0 else w.shape[-1]
+        weights += [one.reshape(outputs, inputs) for one in (w if stacked else [w])]
+    run: Callable[..., Any] = jax.jit(
+        lambda ws: [product(jax.numpy.ones((1, w.shape[1]), w.dtype), w) for w in ws]
+    )
+    best = float("inf")
+    for _ in range(6):  # the first one compiles
+        started = time.monotonic()
+        jax.block_until_ready(run(weights))
+        best = min(best, time.monotonic() - started)
+    return best
 
 
 def _triad(jax: Any) -> float:
