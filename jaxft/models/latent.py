@@ -62,7 +62,7 @@ class LatentAttention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], inputs: LayerInputs, cache: Latents | None
-    ) -> tuple[Float[Array, "B T D"], Latents | None]:
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns what is added to the residual stream, and the layer's cache."""
         x = constrain(x, "batch", "seq", "act_embed")
         q = self._queries(x)
