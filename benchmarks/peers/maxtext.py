@@ -122,8 +122,7 @@ def install(folder: Path) -> Path:
 def compiled(python: Path, case: Case, options: str) -> dict[str, Any]:
     """Returns what `maxtext_step.py` writes."""
     [config] = python.parent.parent.glob("lib/*/site-packages/maxtext/configs/base.yml")
-    chosen = [*",".join(case.options).split(","), *options.split(",")]
-    flags = " ".join(f"--{option}" for option in filter(None, chosen))
+    flags = " ".join(f"--{option}" for option in filter(None, options.split(",")))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "step.json"
         settings = {
@@ -185,14 +184,15 @@ def main() -> None:
     for case in CASES:
         if options.only not in f"{case.slice} {case.length}":
             continue
-        step = compiled(python, case, options.options)
+        chosen = ",".join(filter(None, [*case.options, options.options]))
+        step = compiled(python, case, chosen)
         line = {
             "program": f"maxtext {_VERSION}",
             "model": _LLAMA,
             "slice": case.slice,
             "length": case.length,
             "rows_per_device": case.rows,
-            "options": ",".join(filter(None, [*case.options, options.options])),
+            "options": chosen,
             "published_seconds": case.published,
             **measure(step, case, config),
             "environment": environment(),
