@@ -204,9 +204,8 @@ class Footprint:
         """
         times = 3
         if self.back:
-            projection, tables = self.placed.projection, bool(self.placed.trained_tables)
-            times += tables or (projection is not None and projection.trained)
-            times += 2 * tables + {"none": 7, "dots": 1}.get(self.remat, 0)
+            times += self.placed.reaches_own_inputs + 2 * bool(self.placed.trained_tables)
+            times += {"none": 7, "dots": 1}.get(self.remat, 0)
         return times * self.tokens * self.model.layers * self.model.per_layer * self.itemsize
 
     def _itemsize_of(self, weight: Weight) -> int:

@@ -182,6 +182,13 @@ class Placed:
         shape = tuple(self.abstract.params[path].shape)
         return Weight(shape, self._plan(self.abstract.axes[path], shape), path in self.trainable)
 
+    @property
+    def reaches_own_inputs(self) -> bool:
+        """Whether gradients reach what inputs of all layers are made of."""
+        return bool(self.trained_tables) or (
+            self.projection is not None and self.projection.trained
+        )
+
     @functools.cached_property
     def trained_tables(self) -> list[Weight]:
         """The tables in which tokens are looked up that have a gradient."""

@@ -156,9 +156,8 @@ class Products(Footprint):
             if "per_layer" in weight.axes and not weight.beside
         )
         if (projection := self.placed.projection) is not None:
-            tables = bool(self.placed.trained_tables)
-            runs = projection.trained + tables
-            runs += (projection.trained or tables) and self.remat != "none"
+            runs = projection.trained + bool(self.placed.trained_tables)
+            runs += self.placed.reaches_own_inputs and self.remat != "none"
             found += math.prod(projection.shape) * (1 + self.learns * runs) / self.model.layers
         return found
 
